@@ -1,0 +1,61 @@
+"""Detect intracranial haemorrhage and its five subtypes on head CT, with Keras 3, in 2D and 3D.
+
+Not a medical device; not for clinical use.
+
+Map of rooms:
+    ct      from DICOM files to Hounsfield units: read_hu, index_folder, windows, phantoms
+    data    from the index to batches: labels, split, cache, preprocessing, augmentation
+    models  networks: presets, one ResNet builder, the classifier, weights
+At this level: preparation, training, evaluation, prediction, report, demo; `ich` (cli) calls them.
+Modules are nouns so that the verbs (`ich_keras.train`, `ich_keras.evaluate`) can be functions.
+
+Importing this package is light: neither keras nor torch is imported before a name needs it. Keras
+runs on torch unless KERAS_BACKEND says otherwise (or Keras is already loaded with another backend).
+"""
+
+import importlib
+import os
+import sys
+
+__version__ = "0.1.0"
+
+if "keras" not in sys.modules:
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+
+# Public name -> module that holds it; imported on first use.
+_PUBLIC = {
+    "LABELS": "ich_keras.labels",
+    "IchError": "ich_keras.errors",
+    "read_hu": "ich_keras.ct.dicom",
+    "index_folder": "ich_keras.ct.series",
+    "SeriesIndex": "ich_keras.ct.series",
+    "Window": "ich_keras.ct.window",
+    "write_phantoms": "ich_keras.ct.phantom",
+    "read_rsna_labels": "ich_keras.data.labels",
+    "join_labels": "ich_keras.data.labels",
+    "CTCache": "ich_keras.data.cache",
+    "build_cache": "ich_keras.data.cache",
+    "slice_input": "ich_keras.data.inputs",
+    "slice_batches": "ich_keras.data.batches",
+    "build_classifier": "ich_keras.models.classifier",
+    "build_backbone": "ich_keras.models.classifier",
+    "compile_classifier": "ich_keras.models.classifier",
+    "RunConfig": "ich_keras.config",
+    "DataConfig": "ich_keras.config",
+    "FitConfig": "ich_keras.config",
+    "train": "ich_keras.training",
+    "evaluate": "ich_keras.evaluation",
+    "predict_folder": "ich_keras.prediction",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,98 @@
+"""The state of a training after each epoch, written so that a crash loses at most one epoch.
+
+`state/epoch-0003/` holds the weights, the optimiser's slots, the states of the random generators
+(dropout) and a JSON with the rest. The pointer `state/latest.json` is swapped last: a state that
+it names is whole. The state before the latest is kept as a reserve.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ich_keras.errors import StaleError
+from ich_keras.files import atomic_path, read_json, replace, write_json
+
+POINTER = "latest.json"
+WEIGHTS = "model.weights.h5"
+VARIABLES = "variables.npz"
+STATE = "state.json"
+KEPT = 2
+
+
+def save_weights(model, path: Path) -> None:
+    """Write a model's weights atomically (Keras' own saving is not)."""
+    with atomic_path(path) as temporary:
+        model.save_weights(temporary, overwrite=True)
+
+
+def save_model(model, path: Path) -> None:
+    """Write a whole model as `.keras` atomically."""
+    with atomic_path(path) as temporary:
+        model.save(temporary, overwrite=True)
+
+
+def _other_variables(model) -> dict:
+    """Return what `save_weights` leaves out: optimiser slots and random generator states."""
+    weights = {id(variable) for variable in model.weights}
+    generators = [v for v in model.variables if id(v) not in weights and "seed" in v.path]
+    found = {f"optimizer/{n}": v for n, v in enumerate(model.optimizer.variables)}
+    return found | {f"generator/{n}": v for n, v in enumerate(generators)}
+
+
+def save_state(folder: Path, model, epoch: int, state: dict) -> None:
+    """Save the state after an epoch and make it the latest.
+
+    Args:
+        folder: the run's `state` folder.
+        model: compiled, with its optimiser built.
+        epoch: epochs finished so far, from 1.
+        state: JSON-able; what else the training must remember.
+    """
+    import keras
+
+    name = f"epoch-{epoch:04d}"
+    temporary = folder / f".partial-{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_weights(model, temporary / WEIGHTS)
+    arrays = {k: keras.ops.convert_to_numpy(v) for k, v in _other_variables(model).items()}
+    with atomic_path(temporary / VARIABLES) as path, open(path, "wb") as stream:
+        np.savez(stream, **arrays)
+    write_json(temporary / STATE, {**state, "epoch": epoch})
+    # Left by a run that crashed after this rename and before the pointer: worth nothing.
+    shutil.rmtree(folder / name, ignore_errors=True)
+    replace(temporary, folder / name)
+    write_json(folder / POINTER, {"state": name})
+    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_state(folder: Path, model) -> dict:
+    """Put the latest state back into a compiled model of the same network.
+
+    Returns:
+        The JSON that was given to `save_state`, with `epoch`.
+
+    Raises:
+        StaleError: no state, a damaged one, or one of another network.
+    """
+    state_folder = folder / read_json(folder / POINTER)["state"]
+    state = read_json(state_folder / STATE)
+    model.load_weights(state_folder / WEIGHTS)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    wanted = _other_variables(model)
+    with np.load(state_folder / VARIABLES, allow_pickle=False) as arrays:
+        differing = set(wanted) ^ set(arrays.files) or {
+            name for name, v in wanted.items() if tuple(v.shape) != arrays[name].shape
+        }
+        if differing:
+            raise StaleError(
+                f"{state_folder} belongs to another network or optimiser:"
+                f" {len(differing)} variables differ, {min(differing)} first.",
+                "Resume with the configuration the run began with.",
+            )
+        for name, variable in wanted.items():
+            variable.assign(arrays[name])
+    return state

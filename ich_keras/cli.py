@@ -1,0 +1,472 @@
+"""The command line: `ich` and its commands; `ich-train` is `ich train`.
+
+Every command parses, calls one public function and prints. Nothing heavy is imported before a
+command runs: `--help` answers at once, and `--backend` acts before Keras is loaded.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from ich_keras import __version__
+from ich_keras.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    IchError,
+    UsageError,
+)
+
+TRACEBACK = "ICH_TRACEBACK"
+
+
+class _Failure(click.ClickException):
+    """One line that says what is wrong, a second one that says what to do."""
+
+    def __init__(self, message: str, hint: str, exit_code: int):
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        click.echo(f"Error: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"Hint: {self.hint}", err=True)
+
+
+class Command(click.Command):
+    """A command that turns our errors into a line and an exit code."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except IchError as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            raise _Failure(error.message, error.hint, error.exit_code) from error
+        except OSError as error:
+            if os.environ.get(TRACEBACK) or error.errno is None:
+                raise
+            place = f": {error.filename}" if error.filename else ""
+            raise _Failure(
+                f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT
+            ) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+class Group(click.Group):
+    """A group whose commands are ours."""
+
+    command_class = Command
+
+
+def _terminate(number, frame) -> None:
+    sys.exit(EXIT_TERMINATED)
+
+
+def _catch_termination() -> None:
+    # As an exception, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _cores() -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return count or 1
+
+
+FOLDER = click.Path(path_type=Path)
+DICOM = click.option("--dicom", type=FOLDER, metavar="DIR", help="Folder of DICOM files.")
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Processes that read and cache; default: one per core.",
+)
+BACKEND = click.option("--backend", help="torch (default), jax or tensorflow.")
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu or cuda; cuda fails when it is not there.",
+)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ich")
+def main() -> None:
+    """Detect intracranial haemorrhage and its five subtypes on head CT.
+
+    Not a medical device; not for clinical use.
+    """
+    _catch_termination()
+
+
+@main.command()
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="New folder.")
+@click.option("--series", "num_series", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--matrix", type=int, default=512, show_default=True, help="Rows and columns of a slice."
+)
+@WORKERS
+def phantom(out: Path, num_series: int, seed: int, matrix: int, workers: int | None) -> None:
+    """Make synthetic head CT in the RSNA layout: images, stage_2_train.csv, masks."""
+    from ich_keras.ct.phantom_dicom import write_phantoms
+    from ich_keras.terminal import terminal_progress
+
+    with terminal_progress() as progress:
+        write_phantoms(
+            out,
+            num_series,
+            seed,
+            matrix=matrix,
+            workers=_cores() if workers is None else workers,
+            progress=progress,
+        )
+    click.echo(f"{num_series} synthetic series: {out}")
+
+
+@main.command()
+@DICOM
+@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
+@WORKERS
+def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | None) -> None:
+    """Find, order and judge the series in a folder of DICOM files."""
+    from ich_keras.files import require_absent
+    from ich_keras.preparation import prepare_index
+    from ich_keras.terminal import terminal_progress
+
+    require_absent(out)
+    with terminal_progress() as progress:
+        found = prepare_index(
+            _required(dicom, "--dicom"),
+            labels,
+            workers=_cores() if workers is None else workers,
+            # Beside the folder: it stays when the indexing is interrupted, and goes at its end.
+            journal=out.with_name(f"{out.name}.journal"),
+            progress=progress,
+            tell=click.echo,
+        )
+    found.save(out)
+    out.with_name(f"{out.name}.journal").unlink(missing_ok=True)
+    for verdict, count in found.series["verdict"].value_counts().items():
+        click.echo(f"  {count} series: {verdict}")
+    for code, count in found.rejects["code"].value_counts().items():
+        click.echo(f"  {count} rejects: {code}")
+    click.echo(f"Index: {out}")
+
+
+@main.command()
+@click.option("--index", "index_dir", type=FOLDER, metavar="INDEX", help="From `ich index`.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=16),
+    default=256,
+    show_default=True,
+    help="Rows and columns of a cached slice.",
+)
+@click.option("--verify", is_flag=True, help="Check every checksum of the cache in --out instead.")
+@WORKERS
+def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: int | None) -> None:
+    """Cache the Hounsfield units of an index at one size, or verify such a cache."""
+    from ich_keras.ct.series import SeriesIndex
+    from ich_keras.data.cache import CTCache
+    from ich_keras.preparation import make_cache
+    from ich_keras.terminal import terminal_progress
+
+    with terminal_progress() as progress:
+        if verify:
+            made = CTCache.open(out)
+            made.verify(progress=progress)
+        else:
+            made = make_cache(
+                SeriesIndex.load(_required(index_dir, "--index")),
+                out,
+                size,
+                workers=_cores() if workers is None else workers,
+                progress=progress,
+            )
+    click.echo(repr(made))
+    click.echo(f"{'Verified' if verify else 'Cache'}: {out}")
+
+
+@main.command(name="train")
+@DICOM
+@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=FOLDER,
+    metavar="DIR",
+    help="The cache: read when it exists, built from --dicom when not. Default: RUN-cache.",
+)
+@click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
+@click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
+@click.option("--preset", help="Network; default resnet18_2d.")
+@click.option("--weights", help="Start from a .weights.h5 file; default: from scratch.")
+@click.option(
+    "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
+)
+@click.option("--split", help="patient (default), none, thesis-slices, thesis-series, or a file.")
+@click.option("--epochs", type=int, help="Default 6.")
+@click.option("--batch-size", type=int, help="Default 32.")
+@click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
+@click.option("--schedule", help="constant (default) or cosine.")
+@click.option("--warmup-steps", type=int, help="Steps of linear rise; default 0.")
+@click.option("--weight-decay", type=float, help="Decoupled; default 0.")
+@click.option("--loss", help="bce (default) or rsna (any counted twice).")
+@click.option("--balance/--no-balance", default=None, help="One negative slice per positive one.")
+@click.option("--augment/--no-augment", default=None, help="Augment training slices (default).")
+@click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
+@click.option("--seed", type=int, help="Default 0.")
+@BACKEND
+@DEVICE
+@WORKERS
+@click.option("--plan", is_flag=True, help="Say what would be done and how long; write nothing.")
+def train_main(
+    dicom: Path | None,
+    labels: Path | None,
+    cache_dir: Path | None,
+    out: Path | None,
+    config_file: Path | None,
+    workers: int | None,
+    plan: bool,
+    **options,
+) -> None:
+    """Train a classifier, keep its best weights, evaluate them.
+
+    With --dicom and --labels on your data; with --cache on a cache; with neither of them the demo:
+    synthetic head CT, four minutes on two cores.
+
+    Not a medical device; not for clinical use.
+    """
+    _catch_termination()
+    from ich_keras.environment import choose_backend, choose_device
+    from ich_keras.terminal import terminal_progress
+
+    size_is_given = options["size"] is not None or config_file is not None
+    config = _run_config(config_file, options)
+    choose_backend(config.backend)
+    workers = _cores() if workers is None else workers
+    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    with terminal_progress() as progress:
+        if dicom is None and cache_dir is None:
+            _refuse_without_data(labels, options)
+            _demo(out, config, plan, workers, progress)
+            return
+        device = choose_device(config.device)
+        click.echo(f"Backend {config.backend}, device {device}.")
+        _train_on_data(
+            dicom, labels, cache_dir, out, config, size_is_given, workers, plan, progress
+        )
+
+
+def _required(value, option: str):
+    if value is None:
+        raise UsageError(f"{option} is missing.")
+    return value
+
+
+def _run_config(config_file: Path | None, options: dict):
+    """Lay the given options over a config file, or over the defaults."""
+    from ich_keras.config import RunConfig
+    from ich_keras.environment import choose_backend
+    from ich_keras.files import read_json
+
+    content = {} if config_file is None else read_json(config_file)
+    content = RunConfig.from_dict(content).to_dict()
+    if config_file is None:
+        content["backend"] = choose_backend(options["backend"])
+    for name, value in options.items():
+        if value is None:
+            continue
+        place = next(part for part in (content, content["data"], content["fit"]) if name in part)
+        place[name] = value
+    return RunConfig.from_dict(content)
+
+
+def _refuse_without_data(labels: Path | None, options: dict) -> None:
+    given = [n for n, v in options.items() if v is not None and n not in _DEMO_OPTIONS]
+    if labels is not None or given:
+        names = ", ".join(f"--{n.replace('_', '-')}" for n in (["labels"] if labels else given))
+        raise UsageError(
+            f"{names} given, but no data.",
+            "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
+            " --out, --seed, --backend, --device and --workers.",
+        )
+
+
+_DEMO_OPTIONS = ("seed", "backend", "device")
+
+
+def _demo(out: Path, config, plan: bool, workers: int, progress) -> None:
+    if plan:
+        raise UsageError("--plan needs --dicom or --cache.", "The demo takes about four minutes.")
+    from ich_keras.demo import run_demo
+    from ich_keras.environment import choose_device
+
+    device = choose_device(config.device)
+    click.echo(f"Demo on synthetic head CT; backend {config.backend}, device {device}.")
+    began = time.monotonic()
+    result = run_demo(
+        out,
+        seed=config.seed,
+        device=config.device,
+        workers=workers,
+        progress=progress,
+        tell=click.echo,
+    )
+    click.echo(f"Run folder: {result.run_dir}  ({time.monotonic() - began:.0f} s)")
+
+
+def _train_on_data(
+    dicom, labels, cache_dir, out, config, size_is_given, workers, plan, progress
+) -> None:
+    from dataclasses import replace
+
+    from ich_keras.files import require_absent
+    from ich_keras.preparation import make_cache, open_cache, prepare_index
+    from ich_keras.training import plan_training, train
+
+    require_absent(out)
+    # Beside the run, not in it: the next run on the same data uses it again.
+    cache_dir = cache_dir or out.with_name(f"{out.name}-cache")
+    if dicom is not None and labels is None:
+        raise UsageError("--labels is missing.", "Training needs --labels stage_2_train.csv.")
+    index = None
+    if dicom is not None:
+        index = prepare_index(
+            dicom, labels, config.data.limit_series, workers, progress=progress, tell=click.echo
+        )
+    existing = cache_dir.exists()
+    if existing:
+        cached = open_cache(cache_dir, labels)
+        if index is not None:
+            cached.require(index=index.usable(), size=config.data.size)
+        elif not size_is_given:
+            config = replace(config, data=replace(config.data, size=cached.size))
+        slices = cached.slices
+    elif index is not None:
+        slices = index.usable().slices
+    else:
+        raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
+    training = plan_training(slices, config)
+    size = config.data.size
+    _show_plan(training, config)
+    if plan:
+        _show_costs(training, config, None if existing else len(slices) * size * size * 2)
+        return
+    if not existing:
+        cached = make_cache(index, cache_dir, size, workers, progress)
+    click.echo(f"Learning rate {training.learning_rate:g} ({config.fit.schedule}).")
+    run_dir = train(config, cached, out, progress=progress, tell=click.echo)
+    click.echo((run_dir / "report.md").read_text(encoding="utf-8").split("## History")[0])
+    click.echo(f"Run folder: {run_dir}")
+
+
+def _show_plan(training, config) -> None:
+    for name in training.num_slices:
+        click.echo(
+            f"  {name:5} {training.num_patients[name]:,} patients,"
+            f" {training.num_series[name]:,} series, {training.num_slices[name]:,} slices"
+        )
+    click.echo(
+        f"  {config.fit.epochs} epochs of {training.steps_per_epoch:,} steps,"
+        f" {training.slices_per_epoch:,} slices each"
+    )
+    if training.warning:
+        click.echo(f"Warning: {training.warning}", err=True)
+
+
+def _show_costs(training, config, cache_bytes: int | None) -> None:
+    from ich_keras.training import seconds_per_step
+
+    if cache_bytes is not None:
+        click.echo(f"  cache to build: {cache_bytes / 2**30:.2f} GiB")
+    seconds = seconds_per_step(config) * training.total_steps
+    click.echo(
+        f"  about {seconds / 60:.0f} minutes of training steps here (one step measured;"
+        " reading, augmentation and validation come on top)"
+    )
+    click.echo("Nothing was written.")
+
+
+@main.command()
+@click.option("--run", "run_dir", type=FOLDER, required=True, metavar="RUN", help="Run folder.")
+@click.option("--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="Cache.")
+@click.option("--labels", type=FOLDER, metavar="CSV", help="Default: those beside the cache.")
+@click.option("--split", default="test", show_default=True, help="train, valid or test.")
+@BACKEND
+@DEVICE
+def evaluate(run_dir, cache_dir, labels, split, backend, device) -> None:
+    """Evaluate a run on one split of its cache; writes metrics and predictions into the run."""
+    from ich_keras import evaluation
+    from ich_keras.environment import choose_backend
+    from ich_keras.preparation import open_cache
+    from ich_keras.report import markdown_table, summary_rows
+    from ich_keras.terminal import terminal_progress
+
+    choose_backend(backend)
+    with terminal_progress() as progress:
+        metrics = evaluation.evaluate(
+            run_dir, open_cache(cache_dir, labels), split, device=device, progress=progress
+        )
+    for level in ("slice", "series"):
+        click.echo(f"\nPer {level}, {split} split:\n")
+        header = ["metric", "model", "prevalence", "all negative", "skill"]
+        click.echo(markdown_table(header, summary_rows(metrics[level])))
+    click.echo(f"\nWritten to {run_dir}: metrics-{split}.json, predictions-{split}.csv")
+
+
+@main.command()
+@click.option("--run", "run_dir", type=FOLDER, required=True, metavar="RUN", help="Run folder.")
+@DICOM
+@click.option("--out", type=FOLDER, required=True, metavar="OUT", help="New folder.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@WORKERS
+@BACKEND
+@DEVICE
+def predict(run_dir, dicom, out, batch_size, workers, backend, device) -> None:
+    """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
+
+    Not a medical device; not for clinical use.
+    """
+    from ich_keras.environment import choose_backend
+    from ich_keras.prediction import predict_folder
+    from ich_keras.terminal import terminal_progress
+
+    choose_backend(backend)
+    with terminal_progress() as progress:
+        result = predict_folder(
+            run_dir,
+            _required(dicom, "--dicom"),
+            out,
+            batch_size=batch_size,
+            workers=_cores() if workers is None else workers,
+            device=device,
+            progress=progress,
+        )
+    click.echo(repr(result))
+    click.echo(f"Predictions: {out}")
+
+
+@main.command()
+@click.option("--folder", type=FOLDER, default=Path(), help="Where runs would be written.")
+@click.pass_context
+def doctor(ctx: click.Context, folder: Path) -> None:
+    """Check versions, backend, device, decoders and disk; the exit code tells."""
+    from ich_keras import environment
+
+    rows = environment.doctor(folder)
+    for what, is_well, detail in rows:
+        click.echo(f"{'ok ' if is_well else 'BAD'}  {what:28} {detail}")
+    if not all(is_well for _, is_well, _ in rows):
+        ctx.exit(EXIT_ENVIRONMENT)

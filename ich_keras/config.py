@@ -1,0 +1,145 @@
+"""RunConfig: everything a training is told, frozen, as one JSON file in its run folder."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+
+from ich_keras.errors import UsageError
+from ich_keras.models.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which slices, and how they become batches.
+
+    Args:
+        size: rows and columns of the network's input, pixels.
+        split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
+        balance: train on as many negative slices as positive ones (new draw every epoch).
+        augment: augment the training split; validation, test and prediction never are.
+        limit_series: use the first so many series only; None uses all.
+        workers: processes that make batches besides the training one.
+    """
+
+    size: int = 256
+    split: str = "patient"
+    balance: bool = False
+    augment: bool = True
+    limit_series: int | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How the network is fitted.
+
+    Args:
+        batch_size: slices a step.
+        epochs: passes over the training split.
+        learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
+        schedule: "constant" or "cosine".
+        warmup_steps: steps of linear rise of the learning rate.
+        weight_decay: decoupled, kernels only.
+        loss: "bce" or "rsna" (`any` counted twice).
+    """
+
+    batch_size: int = 32
+    epochs: int = 6
+    learning_rate: float | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    loss: str = "bce"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training: network, weights, seed, backend and device, data and fit."""
+
+    preset: str = "resnet18_2d"
+    weights: str | None = None
+    seed: int = 0
+    backend: str = "torch"
+    device: str = "cpu"
+    data: DataConfig = field(default_factory=DataConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise UsageError(f"no preset is called {self.preset!r}; known: {', '.join(PRESETS)}.")
+        for name, value, least in (
+            ("data.size", self.data.size, 16),
+            ("data.workers", self.data.workers, 0),
+            ("fit.batch_size", self.fit.batch_size, 1),
+            ("fit.epochs", self.fit.epochs, 1),
+            ("fit.warmup_steps", self.fit.warmup_steps, 0),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise UsageError(f"{name} is {value}; expected at least {least}.")
+        limit = self.data.limit_series
+        if limit is not None and limit < 1:
+            raise UsageError(f"data.limit_series is {limit}; expected at least 1.")
+        rate = self.fit.learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise UsageError(f"fit.learning_rate is {rate}; expected a number above 0.")
+        if not 0 <= self.fit.weight_decay < float("inf"):
+            raise UsageError(
+                f"fit.weight_decay is {self.fit.weight_decay}; expected a number of at least 0."
+            )
+        for name, value, known in (
+            ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
+            ("fit.loss", self.fit.loss, ("bce", "rsna")),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate in force: the given one, or the default for what training starts from."""
+        if self.fit.learning_rate is not None:
+            return self.fit.learning_rate
+        return 1e-5 if self.weights else 3e-4
+
+    def to_dict(self) -> dict:
+        """Return the configuration as nested dictionaries, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "RunConfig":
+        """Read a configuration back, strictly.
+
+        Raises:
+            UsageError: an unknown key (the nearest known one is named) or a value of another type.
+        """
+        return _from_dict(cls, content, "")
+
+
+def _from_dict(cls, content, place: str):
+    if not isinstance(content, dict):
+        raise UsageError(f"config: {place or 'the file'} is {content!r}; expected an object.")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise UsageError(f"config: unknown key {place + key!r}.", hint)
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _from_dict(hints[key], value, f"{place}{key}.")
+        else:
+            values[key] = _checked(hints[key], value, place + key)
+    return cls(**values)
+
+
+def _checked(expected, value, place: str):
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if type(value) in options:
+        return value
+    if float in options and type(value) is int:
+        return float(value)
+    names = " or ".join("null" if t is type(None) else t.__name__ for t in options)
+    raise UsageError(f"config: {place} is {value!r}; expected {names}.")

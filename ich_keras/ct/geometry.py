@@ -1,0 +1,174 @@
+"""Where slices lie in space: normal, positions, spacing, tilt, and what to say about a series."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# highdicom's tolerance (`highdicom.spatial`), so that "ok" here is a volume there.
+SPACING_TOLERANCE = 0.01
+# Below this two slices lie at one position: positions are written to 1e-3 mm or finer, and no
+# scanner spaces slices by less than 0.1 mm.
+SAME_POSITION_MM = 0.01
+# A slice that is this far beside the line through the stack is no part of one volume; a pixel of a
+# head CT measures about as much.
+IN_PLANE_TOLERANCE_MM = 0.5
+# Less than this moves no slice of a head by a slice spacing, and is within a gantry's accuracy.
+TILT_DEGREES = 1.0
+# Further from the transverse plane another plane is nearer. Gantries tilt at most 30 degrees.
+AXIAL_DEGREES = 45.0
+# Spacing means nothing with fewer: two slices are always "regular".
+MIN_SLICES = 3
+
+OK = "ok"
+LOCALIZER = "localizer"
+NOT_AXIAL = "not axial"
+VERDICTS = (LOCALIZER, NOT_AXIAL, "too few", "duplicate", "gap", "irregular", "tilted")
+
+
+def slice_normal(orientation: Sequence[float]) -> np.ndarray:
+    """Return the unit normal of a slice, pointing to the head.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+
+    Returns:
+        float64 (3,), z >= 0; of a plane through the z axis the first component above 0 counts.
+
+    Source:
+        DICOM PS3.3 C.7.6.2.1.1.
+    """
+    normal = np.cross(orientation[:3], orientation[3:])
+    normal = normal / np.linalg.norm(normal)
+    z, y, x = (0.0 if abs(part) < 1e-6 else part for part in normal[::-1])
+    return -normal if (z, y, x) < (0.0, 0.0, 0.0) else normal
+
+
+def shear_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
+    """Return the angle between the slices' normal and the line through the stack.
+
+    A table that moves under a tilted gantry makes a sheared volume. 0 for one slice.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+        positions: float64 (slices, 3), first pixels, mm.
+    """
+    _, shear = _in_plane(positions, slice_normal(orientation))
+    return math.degrees(math.atan(np.linalg.norm(shear)))
+
+
+def tilt_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
+    """Return how far a series is tilted: the larger of two angles.
+
+    One is that between its slices and the transverse plane (of a single slice there is no other),
+    the second `shear_degrees`, as some scanners write the transverse plane whatever the gantry.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+        positions: float64 (slices, 3), first pixels, mm.
+    """
+    plane = math.degrees(math.acos(min(1.0, abs(slice_normal(orientation)[2]))))
+    return max(plane, shear_degrees(orientation, positions))
+
+
+def is_axial(orientation: Sequence[float]) -> bool:
+    """Tell whether the transverse plane is the nearest one."""
+    return abs(slice_normal(orientation)[2]) > math.cos(math.radians(AXIAL_DEGREES))
+
+
+def neighbour_distances_mm(positions_mm: np.ndarray) -> np.ndarray:
+    """Return the distances between neighbouring slices, without those at the same position.
+
+    Args:
+        positions_mm: float64 (slices,), along the normal, ascending.
+
+    Returns:
+        float64 (at most slices - 1,), mm.
+    """
+    distances = np.diff(positions_mm)
+    return distances[distances > SAME_POSITION_MM]
+
+
+def slice_spacing_mm(positions_mm: np.ndarray) -> float:
+    """Return the usual distance between neighbouring slices: the median; NaN for one slice.
+
+    Args:
+        positions_mm: float64 (slices,), along the normal, ascending.
+    """
+    distances = neighbour_distances_mm(positions_mm)
+    return float(np.median(distances)) if distances.size else math.nan
+
+
+def verdict(
+    orientation: Sequence[float], positions: np.ndarray, has_localizer: bool = False
+) -> str:
+    """Say what is to be known before a series is taken for a volume.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+        positions: float64 (slices, 3), first pixels, mm, in the order of the series.
+        has_localizer: whether the headers say that these are scout views.
+
+    Returns:
+        "ok", or what holds of VERDICTS, joined by commas:
+        - localizer: scout views;
+        - not axial: coronal, sagittal or oblique, over AXIAL_DEGREES from the transverse plane;
+        - too few: under MIN_SLICES slices;
+        - duplicate: two slices at one position;
+        - gap: a distance is a multiple of the usual one, within 1 %: slices are missing;
+        - irregular: a distance is neither the usual one nor a multiple of it, or a slice lies
+          beside the line through the stack;
+        - tilted: `tilt_degrees` over TILT_DEGREES (said of axial series only).
+
+    Source:
+        Regular is what highdicom's `get_volume_positions` takes for regular: all distances within
+        1 % of their mean.
+    """
+    normal = slice_normal(orientation)
+    positions_mm = positions @ normal
+    axial = is_axial(orientation)
+    found = set()
+    if has_localizer:
+        found.add(LOCALIZER)
+    if not axial:
+        found.add(NOT_AXIAL)
+    if len(positions) < MIN_SLICES:
+        found.add("too few")
+    if (np.diff(positions_mm) <= SAME_POSITION_MM).any():
+        found.add("duplicate")
+    found |= _spacing_faults(neighbour_distances_mm(positions_mm))
+    residual, _ = _in_plane(positions, normal)
+    if residual > IN_PLANE_TOLERANCE_MM:
+        found.add("irregular")
+    if axial and tilt_degrees(orientation, positions) > TILT_DEGREES:
+        found.add("tilted")
+    return ",".join(word for word in VERDICTS if word in found) or OK
+
+
+def _spacing_faults(distances: np.ndarray) -> set[str]:
+    if distances.size == 0:
+        return set()
+    if (abs(distances - distances.mean()) <= SPACING_TOLERANCE * distances.mean()).all():
+        return set()
+    usual = np.median(distances)
+    multiples = np.rint(distances / usual)
+    fits = abs(distances - multiples * usual) <= SPACING_TOLERANCE * usual * multiples
+    faults = set()
+    if (fits & (multiples >= 2)).any():
+        faults.add("gap")
+    if not fits.all() or not faults:
+        faults.add("irregular")
+    return faults
+
+
+def _in_plane(positions: np.ndarray, normal: np.ndarray) -> tuple[float, np.ndarray]:
+    """Fit a line through the stack: largest distance from it (mm), and its shear (mm per mm)."""
+    along = positions @ normal
+    across = positions - np.outer(along, normal)
+    along = along - along.mean()
+    across = across - across.mean(axis=0)
+    spread = float(along @ along)
+    if spread <= SAME_POSITION_MM**2:
+        return float(np.linalg.norm(across, axis=1).max()), np.zeros(3)
+    shear = along @ across / spread
+    return float(np.linalg.norm(across - np.outer(along, shear), axis=1).max()), shear

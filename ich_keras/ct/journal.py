@@ -1,0 +1,93 @@
+"""A journal of the files whose headers were read, so that an interrupted indexing can go on."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from ich_keras.errors import UsageError
+
+# Raise the number whenever `dicom.read_header` judges files differently: old lines are read again.
+_FIRST_LINE = b"ich-index-journal 1\n"
+_FAMILY = b"ich-index-journal "
+# Whether these hold depends on the machine, not on the file.
+_NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
+
+
+class Entry(NamedTuple):
+    """One file that was looked at: a slice, or a reject when `code` is not empty."""
+
+    path: str
+    file_size: int
+    file_mtime_ns: int
+    code: str = ""
+    detail: str = ""
+    sop_instance_uid: str = ""
+    series_instance_uid: str = ""
+    study_instance_uid: str = ""
+    patient_id: str = ""
+    rows: int = 0
+    columns: int = 0
+    row_spacing_mm: float = 0.0
+    column_spacing_mm: float = 0.0
+    position: tuple[float, ...] = ()
+    orientation: tuple[float, ...] = ()
+    is_localizer: bool = False
+
+
+class Journal:
+    """An append-only file: one line for every batch of entries, with a checksum in front.
+
+    A line that was torn by a crash or damaged since is ignored, and its files are read again.
+
+    Args:
+        path: of the file, which need not exist; None keeps no journal.
+
+    Raises:
+        UsageError: the file is something else than a journal.
+    """
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self._known: dict[str, Entry] = {}
+        if path is None:
+            return
+        content = path.read_bytes() if path.exists() else b""
+        if content.startswith(_FIRST_LINE):
+            for line in content[len(_FIRST_LINE) :].splitlines():
+                self._known.update((entry.path, entry) for entry in _parse(line))
+            if not content.endswith(b"\n"):
+                self._append(b"\n")
+        elif content.startswith(_FAMILY) or _FIRST_LINE.startswith(content):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_FIRST_LINE)
+        else:
+            raise UsageError(
+                f"{path} is not a journal of an indexing; it is left as it is.",
+                "Give the name of a new file, or of the journal of the interrupted run.",
+            )
+
+    def find(self, path: str, file_size: int, file_mtime_ns: int) -> Entry | None:
+        """Return what is known of a file, unless it has changed since."""
+        entry = self._known.get(path)
+        if entry is None or entry[1:3] != (file_size, file_mtime_ns) or entry.code in _NEVER_KEPT:
+            return None
+        return entry
+
+    def add(self, entries: list[Entry]) -> None:
+        """Write entries down; they are safe from a crash of this process when it returns."""
+        if self._path is not None and entries:
+            text = json.dumps(entries, separators=(",", ":")).encode()
+            self._append(b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def _append(self, line: bytes) -> None:
+        # One write in append mode: lines of two processes do not mix.
+        with open(self._path, "ab", buffering=0) as stream:
+            stream.write(line)
+
+
+def _parse(line: bytes) -> list[Entry]:
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return []
+    return [Entry(*fields) for fields in json.loads(text)]

@@ -1,0 +1,321 @@
+"""The index: which slices lie in a folder, which series they make, and which files are refused."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.ct.geometry import (
+    LOCALIZER,
+    NOT_AXIAL,
+    TILT_DEGREES,
+    neighbour_distances_mm,
+    shear_degrees,
+    slice_normal,
+    slice_spacing_mm,
+    tilt_degrees,
+    verdict,
+)
+from ich_keras.ct.journal import Entry, Journal
+from ich_keras.ct.tables import (
+    REJECT_COLUMNS,
+    SERIES_COLUMNS,
+    SLICE_COLUMNS,
+    make_table,
+    read_table,
+    write_table,
+)
+from ich_keras.ct.walk import Progress, read_all, walk
+from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.files import read_json, require_absent, write_json
+
+SCHEMA = 1
+_TABLES = ("slices", "series", "rejects")
+# How far direction cosines (0.06 degrees) and pixel spacings (mm) of one volume may differ.
+SAME_VOLUME_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SeriesIndex:
+    """The slices, series and rejects of a folder.
+
+    Args:
+        slices: one row a slice (SLICE_COLUMNS), by patient, study, series and slice index, which
+            counts from the most inferior slice. `series_uid` is the key of a volume: the
+            SeriesInstanceUID, with "#2", "#3" behind it where one UID holds several orientations,
+            matrices, pixel spacings or patients. `container` is the file's absolute path.
+        series: one row a series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
+            median distance of neighbours, `verdict` is explained at `geometry.verdict`.
+        rejects: one row a file that cannot be used (REJECT_COLUMNS), by path.
+    """
+
+    slices: pd.DataFrame
+    series: pd.DataFrame
+    rejects: pd.DataFrame
+
+    def __repr__(self) -> str:
+        patients = self.slices["patient_id"]
+        num_patients = patients[patients != ""].nunique()
+        rejects = f"{len(self.rejects)} rejects"
+        if len(self.rejects):
+            rejects += f" ({_counts(self.rejects['code'])})"
+        return (
+            f"SeriesIndex: {len(self.slices)} slices, {len(self.series)} series, "
+            f"{num_patients} patients, {rejects}"
+        )
+
+    def describe(self, series_uid: str) -> str:
+        """Tell in one line of a series how many slices it has, its distances and its tilt.
+
+        Raises:
+            UsageError: there is no such series.
+        """
+        rows = self.series[self.series["series_uid"] == series_uid]
+        if rows.empty:
+            raise UsageError(f"the index holds no series {series_uid}.", "See its series table.")
+        row = rows.iloc[0]
+        positions = self.slices.loc[self.slices["series_uid"] == series_uid, "position_mm"]
+        distances = neighbour_distances_mm(positions.to_numpy())
+        spacing = _distances(distances)
+        if row["shear_degrees"] > TILT_DEGREES:
+            steps = _distances(distances / math.cos(math.radians(row["shear_degrees"])))
+            spacing = f"{spacing} along the normal, {steps} along the table"
+        return (
+            f"{series_uid}: {row['num_slices']} slices of {row['rows']} x {row['columns']}; "
+            f"slice spacing {spacing or 'n/a'}; tilt {row['tilt_degrees']:.1f} degrees; "
+            f"{row['verdict']}"
+        )
+
+    def usable(self) -> "SeriesIndex":
+        """Return the index without localizers and series that are not axial.
+
+        Their slices become rejects LOCALIZER and NOT_AXIAL.
+        """
+        codes = {}
+        for row in self.series.itertuples():
+            verdicts = row.verdict.split(",")
+            if LOCALIZER in verdicts:
+                codes[row.series_uid] = ("LOCALIZER", f"series {row.series_uid} is a localizer")
+            elif NOT_AXIAL in verdicts:
+                detail = f"series {row.series_uid} is {row.tilt_degrees:.0f} degrees from axial"
+                codes[row.series_uid] = ("NOT_AXIAL", detail)
+        if not codes:
+            return self
+        left_out = self.slices["series_uid"].isin(codes)
+        found = [
+            (row.container if row.member == "" else f"{row.container}/{row.member}",)
+            + codes[row.series_uid]
+            for row in self.slices[left_out].itertuples()
+        ]
+        rejects = [*self.rejects.itertuples(index=False, name=None), *found]
+        return SeriesIndex(
+            slices=self.slices[~left_out].reset_index(drop=True),
+            series=self.series[~self.series["series_uid"].isin(codes)].reset_index(drop=True),
+            rejects=make_table(sorted(rejects), REJECT_COLUMNS),
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Write slices.csv, series.csv, rejects.csv and, last, index.json into a new folder.
+
+        Raises:
+            UsageError: the folder holds something already.
+        """
+        folder = require_absent(folder)
+        tables = {
+            name: write_table(folder / f"{name}.csv", getattr(self, name)) for name in _TABLES
+        }
+        write_json(folder / "index.json", {"schema": SCHEMA, "tables": tables})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "SeriesIndex":
+        """Read an index that was saved.
+
+        Raises:
+            StaleError: not an index, one of another schema, or one that was changed or damaged.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / "index.json")
+        if manifest.get("schema") != SCHEMA:
+            raise StaleError(
+                f"{folder} is an index of schema {manifest.get('schema')}; expected {SCHEMA}.",
+                "Make the index again.",
+            )
+        records = manifest["tables"]
+        return cls(**{name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES})
+
+
+def index_folder(
+    folder: Path | str,
+    workers: int = 0,
+    journal: Path | str | None = None,
+    progress: Progress | None = None,
+) -> SeriesIndex:
+    """Find the CT slices in a folder, group them into series, and put these in order.
+
+    Only headers are read. Sub-folders are searched, in the order of their names; links to folders
+    are not followed and names that begin with a dot are skipped. What is not a CT slice becomes a
+    reject; of two files with one SOPInstanceUID the first by path is kept.
+
+    Args:
+        folder: of DICOM files.
+        workers: processes that read headers; 0 reads them in this one.
+        journal: a file that lets an interrupted indexing go on: files named there are not read
+            again unless their size or time has changed. It is kept; remove it when done.
+        progress: called as progress("indexing", files done, files).
+
+    Raises:
+        UsageError: no such folder, or the journal is another kind of file.
+        DataError: no CT slice was found.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is not a folder.", "Give the folder that holds the DICOM files."
+        )
+    if workers < 0:
+        raise UsageError(f"workers is {workers}; expected 0 or more.")
+    journal = None if journal is None else Path(journal).absolute()
+    known = Journal(journal)
+    found, unread = [], []
+    for entry in walk(folder):
+        if journal is not None and entry.path == str(journal):
+            continue
+        before = None if entry.code else known.find(*entry[:3])
+        if entry.code or before is not None:
+            found.append(before or entry)
+        else:
+            unread.append(entry)
+    found += read_all(unread, len(found), workers, known, progress)
+    found.sort(key=lambda entry: entry.path)
+    slices, rejects = _reject_duplicates(found)
+    if not slices:
+        counts = f" ({_counts(code for _, code, _ in rejects)})" if rejects else ""
+        raise DataError(
+            f"no CT slice in {folder}: {len(found)} files seen{counts}.",
+            "Is this the folder of the DICOM files?",
+        )
+    return _build(slices, rejects)
+
+
+def _reject_duplicates(entries: list[Entry]) -> tuple[list[Entry], list[tuple[str, str, str]]]:
+    """Split entries into slices, each SOPInstanceUID once, and rejects."""
+    slices: dict[str, Entry] = {}
+    rejects = []
+    for entry in entries:
+        if entry.code:
+            rejects.append((entry.path, entry.code, entry.detail))
+            continue
+        first = slices.setdefault(entry.sop_instance_uid, entry)
+        if first is not entry:
+            detail = (
+                f"(0008,0018) SOPInstanceUID {entry.sop_instance_uid} is that of {first.path}, too"
+            )
+            rejects.append((entry.path, "DUPLICATE_UID", detail))
+    return list(slices.values()), rejects
+
+
+def _build(slices: list[Entry], rejects: list[tuple[str, str, str]]) -> SeriesIndex:
+    by_uid = defaultdict(list)
+    for entry in slices:
+        by_uid[entry.series_instance_uid].append(entry)
+    volumes = []
+    for uid, entries in by_uid.items():
+        for number, volume in enumerate(_volumes(entries), 1):
+            series_uid = uid if number == 1 else f"{uid}#{number}"
+            first = volume[0]
+            volumes.append((first.patient_id, first.study_instance_uid, series_uid, volume))
+    volumes.sort(key=lambda volume: volume[:3])
+    slice_rows, series_rows = [], []
+    for _, _, series_uid, volume in volumes:
+        new_slices, new_series = _rows_of(series_uid, volume)
+        slice_rows += new_slices
+        series_rows.append(new_series)
+    return SeriesIndex(
+        slices=make_table(slice_rows, SLICE_COLUMNS),
+        series=make_table(series_rows, SERIES_COLUMNS),
+        rejects=make_table(sorted(rejects), REJECT_COLUMNS),
+    )
+
+
+def _volumes(entries: list[Entry]) -> list[list[Entry]]:
+    """Part the slices of one SeriesInstanceUID into volumes, the largest first.
+
+    By the UID of a slice, not by its path: renamed files make the same volumes.
+    """
+    groups: dict[tuple, list[tuple[np.ndarray, list[Entry]]]] = defaultdict(list)
+    for entry in sorted(entries, key=lambda entry: entry.sop_instance_uid):
+        exact = (
+            entry.patient_id,
+            entry.study_instance_uid,
+            entry.rows,
+            entry.columns,
+            entry.is_localizer,
+        )
+        near = np.array([*entry.orientation, entry.row_spacing_mm, entry.column_spacing_mm])
+        for reference, volume in groups[exact]:
+            if abs(near - reference).max() <= SAME_VOLUME_TOLERANCE:
+                volume.append(entry)
+                break
+        else:
+            groups[exact].append((near, [entry]))
+    volumes = [volume for group in groups.values() for _, volume in group]
+    return sorted(volumes, key=lambda volume: (-len(volume), volume[0].sop_instance_uid))
+
+
+def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
+    """Order a volume from inferior to superior; return its rows for both tables."""
+    reference = volume[0]
+    normal = slice_normal(reference.orientation)
+    positions = np.array([entry.position for entry in volume])
+    along = positions @ normal
+    # Slices at one position keep the order of their UIDs.
+    order = np.argsort(along, kind="stable")
+    identity = (series_uid, reference.series_instance_uid, reference.study_instance_uid)
+    slice_rows = []
+    for slice_index, place in enumerate(order):
+        entry = volume[place]
+        slice_rows.append(
+            (
+                entry.sop_instance_uid,
+                *identity,
+                entry.patient_id,
+                entry.path,
+                "",
+                slice_index,
+                float(along[place]),
+                entry.rows,
+                entry.columns,
+                entry.row_spacing_mm,
+                entry.column_spacing_mm,
+                entry.file_size,
+                entry.file_mtime_ns,
+            )
+        )
+    series_row = (
+        *identity,
+        reference.patient_id,
+        len(volume),
+        reference.rows,
+        reference.columns,
+        reference.row_spacing_mm,
+        reference.column_spacing_mm,
+        slice_spacing_mm(along[order]),
+        tilt_degrees(reference.orientation, positions),
+        shear_degrees(reference.orientation, positions),
+        *reference.orientation,
+        verdict(reference.orientation, positions[order], reference.is_localizer),
+    )
+    return slice_rows, series_row
+
+
+def _distances(distances_mm: np.ndarray) -> str:
+    counts = Counter(distances_mm.round(2).tolist())
+    return ", ".join(f"{mm:g} mm ({count}x)" for mm, count in sorted(counts.items()))
+
+
+def _counts(codes: Iterable[str]) -> str:
+    return ", ".join(f"{code} {count}" for code, count in sorted(Counter(codes).items()))

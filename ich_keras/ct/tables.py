@@ -1,0 +1,131 @@
+"""The three tables of an index, and their way to csv files and back without loss."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from ich_keras.errors import StaleError
+from ich_keras.files import atomic_write, fingerprint
+
+TEXT = "str"
+SLICE_COLUMNS = {
+    "sop_instance_uid": TEXT,
+    "series_uid": TEXT,
+    "series_instance_uid": TEXT,
+    "study_instance_uid": TEXT,
+    "patient_id": TEXT,
+    "container": TEXT,
+    "member": TEXT,
+    "slice_index": "int64",
+    "position_mm": "float64",
+    "rows": "int64",
+    "columns": "int64",
+    "row_spacing_mm": "float64",
+    "column_spacing_mm": "float64",
+    "file_size": "int64",
+    "file_mtime_ns": "int64",
+}
+SERIES_COLUMNS = {
+    "series_uid": TEXT,
+    "series_instance_uid": TEXT,
+    "study_instance_uid": TEXT,
+    "patient_id": TEXT,
+    "num_slices": "int64",
+    "rows": "int64",
+    "columns": "int64",
+    "row_spacing_mm": "float64",
+    "column_spacing_mm": "float64",
+    "slice_spacing_mm": "float64",
+    "tilt_degrees": "float64",
+    "shear_degrees": "float64",
+    **dict.fromkeys(("row_x", "row_y", "row_z", "column_x", "column_y", "column_z"), "float64"),
+    "verdict": TEXT,
+}
+REJECT_COLUMNS = {"path": TEXT, "code": TEXT, "detail": TEXT}
+
+# What spreadsheets take for a formula when a cell begins with it; and our own mark.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:
+    """Make a table with the given columns and dtypes, also of no rows."""
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> dict:
+    """Write a table as csv; numbers and texts come back exactly.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front of it, which
+    `read_table` takes away.
+
+    Returns:
+        what `read_table` wants to know: the columns' dtypes, and a checksum of the text.
+    """
+    dtypes = {column: _plain(dtype) for column, dtype in table.dtypes.items()}
+    columns = [
+        [_guarded(value) for value in table[column]] if dtype == TEXT else _numbers(table[column])
+        for column, dtype in dtypes.items()
+    ]
+    text = io.StringIO(newline="")
+    # All texts in quotes: some versions of Python forget them around a lone carriage return.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(dtypes)
+    writer.writerows(zip(*columns, strict=True))
+    atomic_write(path, text.getvalue())
+    return {"columns": dtypes, "sha256": fingerprint(text.getvalue())}
+
+
+def read_table(path: Path, record: dict) -> pd.DataFrame:
+    """Read a table that `write_table` wrote.
+
+    Args:
+        path: the csv file.
+        record: what `write_table` returned.
+
+    Raises:
+        StaleError: the file is absent, or was changed or damaged.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StaleError(f"{path} cannot be read ({error}).", "Make the index again.") from error
+    if fingerprint(text) != record["sha256"]:
+        raise StaleError(f"{path} was changed or damaged.", "Make the index again.")
+    _, *rows = csv.reader(io.StringIO(text, newline=""))
+    dtypes = record["columns"]
+    columns = list(zip(*rows, strict=True)) or [()] * len(dtypes)
+    return pd.DataFrame(
+        {
+            name: pd.Series([_parsed(value, dtype) for value in column], dtype=dtype)
+            for (name, dtype), column in zip(dtypes.items(), columns, strict=True)
+        }
+    )
+
+
+def _plain(dtype: object) -> str:
+    """Name a dtype so that every version of pandas knows it."""
+    if pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
+        return str(dtype)
+    return TEXT
+
+
+def _numbers(column: pd.Series) -> list:
+    # Python's repr of a float is the shortest text that gives it back.
+    return ["" if value != value else value for value in column.tolist()]
+
+
+def _guarded(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _parsed(text: str, dtype: str) -> object:
+    if dtype == TEXT:
+        return text.removeprefix("'")
+    if dtype == "bool":
+        return text == "True"
+    if dtype.startswith("float"):
+        return float(text) if text else math.nan
+    return int(text)

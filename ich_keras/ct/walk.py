@@ -1,0 +1,115 @@
+"""Finding files in a folder and reading their headers, over several processes."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from ich_keras.ct.dicom import read_header
+from ich_keras.ct.journal import Entry, Journal
+from ich_keras.errors import EnvironmentProblem, RejectedFile
+
+Progress = Callable[[str, int, int], None]
+
+MAX_CHUNK = 512
+_PROGRESS_CALLS = 200
+
+
+def walk(folder: Path) -> Iterator[Entry]:
+    """Yield every file with size and time; what cannot be looked at comes as a reject."""
+    errors = []
+    for place, folders, names in os.walk(folder, onerror=errors.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield _look_at(os.path.join(place, name))  # noqa: PTH118 (a Path costs 5 us each)
+    for error in errors:
+        yield Entry(_printable(error.filename), 0, 0, "UNREADABLE", f"folder: {error.strerror}")
+
+
+def _look_at(path: str) -> Entry:
+    if _printable(path) != path:
+        return Entry(_printable(path), 0, 0, "UNREADABLE", "its name is not UTF-8; rename it")
+    try:
+        status = os.stat(path)  # noqa: PTH116 (as above)
+    except OSError as error:
+        return Entry(path, 0, 0, "UNREADABLE", error.strerror)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        return Entry(path, 0, 0, "UNREADABLE", "a device or pipe; expected a file")
+    return Entry(path, status.st_size, status.st_mtime_ns)
+
+
+def _printable(path: str) -> str:
+    """Replace what is no Unicode in the name of a file, as it could not be written to a table."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def read_all(
+    unread: list[Entry], done: int, workers: int, journal: Journal, progress: Progress | None
+) -> list[Entry]:
+    total = done + len(unread)
+    size = max(1, min(MAX_CHUNK, math.ceil(len(unread) / _PROGRESS_CALLS)))
+    chunks = [unread[start : start + size] for start in range(0, len(unread), size)]
+    found = []
+    told = -1
+    with _mapping(workers, len(chunks)) as apply:
+        for entries in apply(_read_headers, chunks):
+            journal.add(entries)
+            found += entries
+            share = (done + len(found)) * _PROGRESS_CALLS // total
+            if progress is not None and share > told:
+                told = share
+                progress("indexing", done + len(found), total)
+    if progress is not None and not unread:
+        progress("indexing", total, total)
+    return found
+
+
+@contextlib.contextmanager
+def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
+    """Yield `map`, in this process or over several."""
+    if workers == 0 or num_tasks <= 1:
+        yield map
+        return
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    pool = ProcessPoolExecutor(min(workers, num_tasks), mp_context=context)
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "a process that read headers has died (killed, or out of memory).",
+            "Run again with the same journal, or with fewer workers. A script that uses workers "
+            "needs an `if __name__ == '__main__':` guard.",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_headers(entries: list[Entry]) -> list[Entry]:
+    return [_read_one(entry) for entry in entries]
+
+
+def _read_one(entry: Entry) -> Entry:
+    try:
+        header = read_header(entry.path)
+    except RejectedFile as error:
+        return entry._replace(code=error.code, detail=error.detail)
+    return entry._replace(
+        sop_instance_uid=header.sop_instance_uid,
+        series_instance_uid=header.series_instance_uid,
+        study_instance_uid=header.study_instance_uid,
+        patient_id=header.patient_id,
+        rows=header.pixels.rows,
+        columns=header.pixels.columns,
+        row_spacing_mm=header.row_spacing_mm,
+        column_spacing_mm=header.column_spacing_mm,
+        position=header.position,
+        orientation=header.orientation,
+        is_localizer=header.is_localizer,
+    )

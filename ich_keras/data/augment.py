@@ -1,0 +1,74 @@
+"""Random changes of training slices: albumentations behind one small function.
+
+Every draw is a pure function of (seed, epoch, index): batches do not depend on the number of
+worker processes, and a resumed training sees what an uninterrupted one would have seen.
+(albumentations by itself gives every worker the same random stream.)
+"""
+
+import os
+
+import numpy as np
+
+# Ranges of the thesis (albumentations' defaults of 2021).
+FLIP_PROBABILITY = 0.5
+AFFINE_PROBABILITY = 0.5
+MAX_SHIFT = 0.0625  # of the side
+MAX_SCALE = 0.1
+MAX_ROTATION_DEGREES = 45
+BRIGHTNESS_PROBABILITY = 0.5
+MAX_BRIGHTNESS = 0.2
+MAX_CONTRAST = 0.2
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Return the random seed of one sample in one epoch, 32 bits."""
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
+
+
+def make_augmentation():
+    """Build the thesis's augmentation: flips, shift-scale-rotate, brightness and contrast.
+
+    Returns:
+        A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels) with
+        values in 0..1; the result has the same shape and range. It refuses other values, because
+        albumentations silently clips HU to [0, 1].
+
+    Source:
+        The thesis's section on augmentation; `Affine` with the ranges of its
+        `ShiftScaleRotate(0.0625, 0.1, 45)`, borders reflected.
+    """
+    # Otherwise albumentations asks a server for news on import.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations
+    import cv2
+
+    pipeline = albumentations.Compose(
+        [
+            albumentations.HorizontalFlip(p=FLIP_PROBABILITY),
+            albumentations.VerticalFlip(p=FLIP_PROBABILITY),
+            albumentations.Affine(
+                translate_percent=(-MAX_SHIFT, MAX_SHIFT),
+                scale=(1 - MAX_SCALE, 1 + MAX_SCALE),
+                rotate=(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),
+                interpolation=cv2.INTER_LINEAR,
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=AFFINE_PROBABILITY,
+            ),
+            albumentations.RandomBrightnessContrast(
+                brightness_limit=MAX_BRIGHTNESS,
+                contrast_limit=MAX_CONTRAST,
+                p=BRIGHTNESS_PROBABILITY,
+            ),
+        ]
+    )
+
+    def augment(windows: np.ndarray, seed: int) -> np.ndarray:
+        if windows.dtype != np.float32 or windows.min() < 0 or windows.max() > 1:
+            raise ValueError(
+                f"augmentation received {windows.dtype} values from {windows.min()} to"
+                f" {windows.max()}; expected windows, float32 in 0..1."
+            )
+        pipeline.set_random_seed(seed)
+        return np.clip(pipeline(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
+
+    return augment

@@ -1,0 +1,109 @@
+"""The tables of a cache: those of an index once its pixels were read."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.labels import series_labels
+from ich_keras.labels import LABELS
+
+if TYPE_CHECKING:
+    from ich_keras.ct.series import SeriesIndex
+
+REPAIRED = "repaired"
+GAP = "gap"
+OK = "ok"
+UID = "sop_instance_uid"
+
+
+@dataclass(frozen=True)
+class CacheTables:
+    """The tables of a SeriesIndex, with row i of `slices` being slice i of the cache.
+
+    Args:
+        slices: one row per slice; the index's columns and `repaired` (bool: the 12-bit repair).
+        series: one row per series, in the order of `slices`.
+        rejects: path, code, detail.
+    """
+
+    slices: pd.DataFrame
+    series: pd.DataFrame
+    rejects: pd.DataFrame
+
+
+def tables_after_reading(
+    index: "SeriesIndex", rejected: dict[int, tuple[str, str]], repaired: set[int]
+) -> CacheTables:
+    """Take the slices that could not be read out of an index.
+
+    The slices left of a series are numbered anew. A series that lost a slice between two others
+    gets the verdict "gap"; one that lost all its slices vanishes.
+
+    Args:
+        index: the SeriesIndex the cache was built from.
+        rejected: row of `index.slices` -> reject code and detail.
+        repaired: rows of `index.slices` whose HU were repaired.
+
+    Returns:
+        Tables without label columns.
+    """
+    rows = np.array(sorted(rejected), np.int64)
+    kept = np.ones(len(index.slices), bool)
+    kept[rows] = False
+    all_slices = index.slices.drop(columns=list(LABELS), errors="ignore").assign(
+        **{REPAIRED: np.isin(np.arange(len(index.slices)), sorted(repaired))}
+    )
+    slices = all_slices[kept].reset_index(drop=True)
+    by_series = slices.groupby("series_uid", sort=False)
+    slices = slices.assign(slice_index=by_series.cumcount().astype(slices["slice_index"].dtype))
+    found = pd.DataFrame(
+        {
+            "path": all_slices["container"].to_numpy()[rows],
+            "code": [rejected[row][0] for row in rows.tolist()],
+            "detail": [rejected[row][1] for row in rows.tolist()],
+        },
+        dtype="str",
+    )
+    rejects = pd.concat([index.rejects, found], ignore_index=True) if len(rows) else index.rejects
+
+    lengths = by_series.size()
+    series = index.series.drop(columns=list(LABELS), errors="ignore").set_index("series_uid")
+    series = series.loc[lengths.index].assign(num_slices=lengths)
+    torn = _series_with_new_gaps(all_slices, kept)
+    series["verdict"] = [
+        _with_gap(verdict) if uid in torn else verdict
+        for uid, verdict in zip(series.index, series["verdict"], strict=True)
+    ]
+    return CacheTables(slices, series.reset_index()[_columns(index.series)], rejects)
+
+
+def with_labels(tables: CacheTables, slices: pd.DataFrame) -> CacheTables:
+    """Return the tables with the six label columns, the series' being derived from the slices'.
+
+    Args:
+        tables: without labels.
+        slices: `tables.slices` with the six label columns.
+    """
+    per_series = series_labels(slices).loc[tables.series["series_uid"]]
+    columns = {name: per_series[name].to_numpy(np.int8) for name in LABELS}
+    return CacheTables(slices, tables.series.assign(**columns), tables.rejects)
+
+
+def _columns(table: pd.DataFrame) -> list[str]:
+    return [name for name in table.columns if name not in LABELS]
+
+
+def _series_with_new_gaps(all_slices: pd.DataFrame, kept: np.ndarray) -> set[str]:
+    """Return the series that lost a slice which had kept ones on both sides."""
+    rows = pd.DataFrame({"uid": all_slices["series_uid"].to_numpy(), "kept": kept})
+    by_series = rows.groupby("uid", sort=False)["kept"]
+    below = by_series.cumsum()  # kept slices up to this one
+    inside = ~rows["kept"] & (below > 0) & (below < by_series.transform("sum"))
+    return set(rows.loc[inside, "uid"])
+
+
+def _with_gap(verdict: str) -> str:
+    verdicts = [name for name in verdict.split(",") if name != OK]
+    return verdict if GAP in verdicts else ",".join([GAP, *verdicts])

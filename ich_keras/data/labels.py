@@ -1,0 +1,308 @@
+"""The label table: RSNA's CSV in, six int8 columns per image out, every doubt refused.
+
+A slice that is in the index but not in the label table gets `UNLABELLED` (-1) in all six columns:
+it stays in place as a neighbour of other slices, and no split ever holds it.
+"""
+
+import dataclasses
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.csv_rows import (
+    FAULTS_SHOWN,
+    RowFaults,
+    excerpt,
+    first_few,
+    is_identifier,
+    open_csv,
+)
+from ich_keras.errors import DataError
+from ich_keras.labels import ANY, LABELS, NUM_LABELS
+
+if TYPE_CHECKING:
+    from ich_keras.ct.series import SeriesIndex
+
+UNLABELLED = -1
+
+HEADER = ["ID", "Label"]
+# 0.0 and 1.0 are what pandas writes when a column of 0 and 1 once held a hole.
+VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+
+_COLUMNS = {name: column for column, name in enumerate(LABELS)}
+_ANY_COLUMN = _COLUMNS[ANY]
+_FORMAT_HINT = (
+    "Expected RSNA's stage_2_train.csv: the header ID,Label, then rows like ID_000012eaf_any,0."
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LabelTable:
+    """The labels of a data set.
+
+    Attributes:
+        table: indexed by sop_instance_uid (str, unique, in the file's order); six int8 columns,
+            0 or 1, in the order of `LABELS`.
+        source: the file.
+        num_rows: rows of the file, without its header and empty lines.
+        num_duplicates: rows that repeated an earlier one and were merged with it.
+        num_inconsistent: images whose `any` is not the OR of the subtypes; 0 unless allowed.
+    """
+
+    table: pd.DataFrame
+    source: str
+    num_rows: int
+    num_duplicates: int = 0
+    num_inconsistent: int = 0
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        positives = ", ".join(f"{name} {count:,}" for name, count in self.num_positive.items())
+        notes = f"{self.num_rows:,} rows, {self.num_duplicates:,} duplicates merged"
+        if self.num_inconsistent:
+            notes += f", {self.num_inconsistent:,} images whose any is not the OR of the subtypes"
+        return f"LabelTable({len(self):,} images; positive: {positives}; {notes}; {self.source})"
+
+    @property
+    def num_positive(self) -> dict[str, int]:
+        """Number of positive images per label."""
+        return {name: int(self.table[name].sum()) for name in LABELS}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelJoin:
+    """How a label table and an index met.
+
+    Attributes:
+        num_labelled: slices with labels.
+        num_unlabelled: slices without; they stay in the table, and out of every split.
+        num_labels_unused: rows of the label table whose image is not there.
+        unlabelled_examples, unused_examples: the first few SOPInstanceUIDs of either kind.
+    """
+
+    num_labelled: int
+    num_unlabelled: int
+    num_labels_unused: int
+    unlabelled_examples: tuple[str, ...] = ()
+    unused_examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_labelled:,} slices with labels; {self.num_unlabelled:,} without (not used "
+            f"for training); {self.num_labels_unused:,} labels without an image"
+        )
+
+
+def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> LabelTable:
+    """Read RSNA's label file: one row per image and label, `<SOPInstanceUID>_<label>,<0 or 1>`.
+
+    The order of rows does not matter. Identical rows are merged and counted (RSNA's file has 24).
+    Everything else that is odd is refused with line numbers: a header other than `ID,Label`, other
+    columns, an unknown label, a value other than 0, 1, 0.0 or 1.0, two rows that contradict each
+    other, an image that lacks one of its six rows, `any` that is not the OR of the five subtypes.
+
+    Args:
+        path: the CSV file, UTF-8, any line ends.
+        allow_inconsistent_any: keep images whose `any` is not the OR of the subtypes as they are,
+            and count them, instead of refusing the file.
+
+    Raises:
+        UsageError: the file cannot be opened.
+        DataError: its content is refused; the message names the first lines.
+    """
+    with open_csv(path) as reader:
+        header = next(reader, None)
+        if header is None:
+            raise DataError(f"{path} is empty.", _FORMAT_HINT)
+        if header != HEADER:
+            shown = excerpt(",".join(header))
+            raise DataError(f"{path}: the header is {shown}; expected 'ID,Label'.", _FORMAT_HINT)
+        uids, found, lines, num_rows, num_duplicates = _read_rows(reader, path)
+    if num_rows == 0:
+        raise DataError(f"{path} has a header but no rows.", _FORMAT_HINT)
+    _refuse_missing(path, uids, found, lines)
+    wrong_any = found[:, _ANY_COLUMN] != found[:, :_ANY_COLUMN].max(axis=1)
+    if wrong_any.any() and not allow_inconsistent_any:
+        _refuse_wrong_any(path, uids, found, lines, np.flatnonzero(wrong_any))
+    index = pd.Index(uids, dtype="str", name="sop_instance_uid")
+    table = pd.DataFrame(found, index=index, columns=list(LABELS))
+    return LabelTable(table, str(path), num_rows, num_duplicates, int(wrong_any.sum()))
+
+
+def _read_rows(reader, path) -> tuple[list[str], np.ndarray, np.ndarray, int, int]:
+    """Return UIDs, int8 values (images, 6) with -1 where no row was seen, the rows' line numbers
+    (images, 6), and how many rows and duplicates there were.
+
+    One pass with a dict: pandas needs three times the time and five times the memory for this.
+    """
+    positions: dict[str, int] = {}
+    found = array("b")
+    lines = array("q")
+    no_values, no_lines = array("b", [UNLABELLED] * NUM_LABELS), array("q", [0] * NUM_LABELS)
+    faults = RowFaults(path)
+    num_rows = num_duplicates = 0
+    for row in reader:
+        if not row:
+            continue
+        num_rows += 1
+        if len(row) != 2:
+            faults.add(reader.line_num, f"{len(row)} fields, expected 2")
+            continue
+        name, text = row
+        uid, _, label = name.rpartition("_")
+        column = _COLUMNS.get(label)
+        value = VALUES.get(text)
+        if column is None:
+            faults.add(reader.line_num, f"{excerpt(name)} does not end in one of the six labels")
+            continue
+        if value is None:
+            faults.add(
+                reader.line_num, f"label {excerpt(text)} of {excerpt(name)}, expected 0 or 1"
+            )
+            continue
+        position = positions.get(uid)
+        if position is None:
+            if not is_identifier(uid):
+                faults.add(reader.line_num, f"{excerpt(name)} names no image")
+                continue
+            position = positions[uid] = len(positions)
+            found.extend(no_values)
+            lines.extend(no_lines)
+        cell = position * NUM_LABELS + column
+        if found[cell] == UNLABELLED:
+            found[cell] = value
+            lines[cell] = reader.line_num
+        elif found[cell] == value:
+            num_duplicates += 1
+        else:
+            earlier = f"but {found[cell]} on line {lines[cell]}"
+            faults.add(reader.line_num, f"{excerpt(name)} is {value} here, {earlier}")
+    faults.refuse(f"Correct or remove these rows. {_FORMAT_HINT}")
+    shape = (len(positions), NUM_LABELS)
+    values = np.frombuffer(found, dtype=np.int8) if found else np.empty(0, np.int8)
+    numbers = np.frombuffer(lines, dtype=np.int64) if lines else np.empty(0, np.int64)
+    return list(positions), values.reshape(shape), numbers.reshape(shape), num_rows, num_duplicates
+
+
+def _refuse_missing(path, uids: list[str], found: np.ndarray, lines: np.ndarray) -> None:
+    holes = np.flatnonzero((found == UNLABELLED).any(axis=1))
+    if not len(holes):
+        return
+    shown = []
+    for image in holes[:FAULTS_SHOWN]:
+        missing = ", ".join(np.array(LABELS)[found[image] == UNLABELLED])
+        line = lines[image][lines[image] > 0].min()
+        shown.append(f"{uids[image]} (line {line}) has no row for {missing}")
+    raise DataError(
+        f"{path}: every image needs six rows: {first_few(shown, len(holes))}.",
+        "Add the missing rows or remove the image's others.",
+    )
+
+
+def _refuse_wrong_any(path, uids, found, lines, images: np.ndarray) -> None:
+    shown = []
+    for image in images[:FAULTS_SHOWN]:
+        positive = [name for name in LABELS[:_ANY_COLUMN] if found[image, _COLUMNS[name]]]
+        subtypes = f"{', '.join(positive)} is 1" if positive else "no subtype is 1"
+        line = lines[image, _ANY_COLUMN]
+        shown.append(f"line {line}: any of {uids[image]} is {found[image, -1]}, but {subtypes}")
+    raise DataError(
+        f"{path}: any must be the OR of the five subtypes: {first_few(shown, len(images))}.",
+        "Correct the file, or keep the labels as they are with allow_inconsistent_any=True.",
+    )
+
+
+def is_labelled(slices: pd.DataFrame) -> np.ndarray:
+    """Tell for each row whether it has labels.
+
+    Returns:
+        bool (rows,).
+
+    Raises:
+        DataError: no labels were joined to this table.
+    """
+    absent = [name for name in LABELS if name not in slices.columns]
+    if absent:
+        raise DataError(
+            f"the slices have no labels (columns {', '.join(absent)} are absent).",
+            "Join a label file first.",
+        )
+    return slices[ANY].to_numpy() != UNLABELLED
+
+
+def series_labels(slices: pd.DataFrame) -> pd.DataFrame:
+    """Return the labels of whole series: positive when any of its labelled slices is.
+
+    Args:
+        slices: with the columns series_uid and the six labels (int8; -1 = no label).
+
+    Returns:
+        Indexed by series_uid in the order of first appearance; six int8 columns; -1 throughout
+        where no slice of the series has a label.
+
+    Raises:
+        DataError: no labels were joined to this table.
+    """
+    is_labelled(slices)
+    return slices.groupby("series_uid", sort=False)[list(LABELS)].max()
+
+
+def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFrame, LabelJoin]:
+    """Add the six label columns to a table of slices; rows, order and positions stay as they are.
+
+    Args:
+        slices: with the column sop_instance_uid.
+
+    Returns:
+        A new table, with six int8 columns (-1 where the image has no label), and the counts.
+
+    Raises:
+        DataError: no label belongs to any of the images.
+    """
+    uids = slices["sop_instance_uid"]
+    positions = labels.table.index.get_indexer(pd.Index(uids))
+    matched = positions >= 0
+    if not matched.any():
+        ours = first_few([excerpt(uid) for uid in uids[:2]], len(uids)) or "none"
+        theirs = first_few([excerpt(uid) for uid in labels.table.index[:2]], len(labels))
+        raise DataError(
+            f"{labels.source}: the labels match no image. Labels are for {theirs}. "
+            f"SOPInstanceUIDs of the images: {ours}.",
+            "Give the label file that belongs to these DICOM files.",
+        )
+    values = labels.table.to_numpy()[positions]
+    values[~matched] = UNLABELLED
+    used = np.zeros(len(labels), dtype=bool)
+    used[positions[matched]] = True
+    join = LabelJoin(
+        num_labelled=int(matched.sum()),
+        num_unlabelled=int((~matched).sum()),
+        num_labels_unused=int((~used).sum()),
+        unlabelled_examples=tuple(uids[~matched][:FAULTS_SHOWN]),
+        unused_examples=tuple(labels.table.index[~used][:FAULTS_SHOWN]),
+    )
+    return slices.assign(**dict(zip(LABELS, values.T, strict=True))), join
+
+
+def join_labels(index: "SeriesIndex", labels: LabelTable) -> tuple["SeriesIndex", LabelJoin]:
+    """Give an index its labels, per slice and per series.
+
+    Args:
+        index: as `index_folder` returns it.
+        labels: as `read_rsna_labels` returns it.
+
+    Returns:
+        A new index whose tables have the six int8 columns (-1 = no label), and the counts.
+
+    Raises:
+        DataError: no label belongs to any of the images.
+    """
+    slices, join = attach_labels(index.slices, labels)
+    per_series = series_labels(slices).reindex(index.series["series_uid"], fill_value=UNLABELLED)
+    columns = {name: per_series[name].to_numpy(np.int8) for name in LABELS}
+    return dataclasses.replace(index, slices=slices, series=index.series.assign(**columns)), join

@@ -1,0 +1,144 @@
+"""Writing one shard of a cache: space first, pixels in place, then the final file."""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ich_keras.data.shards import CRC32, CRC_DTYPE, HU, HU_DTYPE, layout, require_blosc2
+from ich_keras.errors import EnvironmentProblem
+
+# Datasets start on pages of their own: a slice of 256x256 is then exactly 32 pages of the map.
+PAGE = 4096
+COPIED_SLICES = 64
+
+
+def raw_shard_bytes(num_slices: int, size: int) -> int:
+    """Return the bytes an uncompressed shard needs at most, its HDF5 header included."""
+    checksums = -(-num_slices * CRC_DTYPE.itemsize // PAGE) * PAGE
+    return 2 * PAGE + checksums + num_slices * size * size * HU_DTYPE.itemsize
+
+
+def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
+    """Create an uncompressed shard whose slices are still to be written, its space reserved.
+
+    HDF5 writes only the header. The pixels are written past it at the offsets returned, by any
+    number of processes at once, with plain file writes: a full disk is then an OSError at the
+    write, where HDF5 fails at close and a memory map kills the process with SIGBUS.
+
+    Args:
+        path: the new file.
+        num_slices: number of slices.
+        size: rows and columns of a slice.
+
+    Returns:
+        The byte offsets of `crc32` and `hu` in the file.
+
+    Raises:
+        EnvironmentProblem: HDF5 could not write the file (no space, a limit on file sizes).
+        OSError: there is no space for it.
+    """
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same slices shall give the same bytes
+    offsets = []
+    try:
+        with h5py.File(path, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
+            for name, shape, dtype in layout(num_slices, size):
+                dataset = h5py.h5d.create(
+                    file.id,
+                    name.encode(),
+                    h5py.h5t.py_create(dtype),
+                    h5py.h5s.create_simple(shape),
+                    dcpl=properties,
+                )
+                offsets.append(dataset.get_offset())
+    except (OSError, RuntimeError) as error:  # h5py reports a failed close as RuntimeError
+        raise _cannot_write(path, error) from error
+    _reserve(path)
+    return offsets[0], offsets[1]
+
+
+def write_at(path: Path, offset: int, array: np.ndarray) -> None:
+    """Write an array's bytes into an existing file at an offset."""
+    with open(path, "r+b", buffering=0) as stream:
+        stream.seek(offset)
+        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        while view:  # one write may take only a part (2 GiB limit, signals, a nearly full disk)
+            view = view[stream.write(view) :]
+
+
+def copy_shard(
+    source: Path,
+    source_offset: int,
+    target: Path,
+    kept: np.ndarray,
+    crc32: np.ndarray,
+    size: int,
+    compression: str | None,
+) -> int | None:
+    """Copy the kept slices of an unfinished raw shard into a new, final shard.
+
+    Args:
+        source: the raw shard.
+        source_offset: byte at which its `hu` starts.
+        target: the new file.
+        kept: bool (slices of the source,), the slices to copy, in order.
+        crc32: uint32 (kept slices,), their checksums.
+        size: rows and columns of a slice.
+        compression: None, "gzip" or "blosc2".
+
+    Returns:
+        The byte at which `hu` starts in the new file; None when compressed.
+    """
+    rows = np.flatnonzero(kept)
+    shape = (len(kept), size, size)
+    pixels = np.memmap(source, HU_DTYPE, "r", source_offset, shape).view(np.ndarray)
+    if compression is None:
+        crc_offset, offset = create_raw_shard(target, len(rows), size)
+        slice_bytes = size * size * HU_DTYPE.itemsize
+        for start in range(0, len(rows), COPIED_SLICES):
+            block = pixels[rows[start : start + COPIED_SLICES]]
+            write_at(target, offset + start * slice_bytes, block)
+        write_at(target, crc_offset, crc32)
+        return offset
+    try:
+        with h5py.File(target, "w") as file:
+            file.create_dataset(CRC32, data=crc32.astype(CRC_DTYPE))
+            dataset = file.create_dataset(
+                HU,
+                (len(rows), size, size),
+                HU_DTYPE,
+                chunks=(1, size, size),
+                **_filters(compression),
+            )
+            for position, row in enumerate(rows):
+                dataset[position] = pixels[row]
+    except (OSError, RuntimeError) as error:
+        raise _cannot_write(target, error) from error
+    return None
+
+
+def _cannot_write(path: Path, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{path} could not be written ({error}).", "Is the disk full or a file size limit set?"
+    )
+
+
+def _reserve(path: Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+
+def _filters(compression: str) -> dict:
+    if compression == "gzip":
+        return {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    require_blosc2()
+    import hdf5plugin
+
+    return dict(hdf5plugin.Blosc2(cname="lz4", clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE))

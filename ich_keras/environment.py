@@ -1,0 +1,215 @@
+"""What surrounds the code: backend, device, versions, decoders; what `ich doctor` tells."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from ich_keras.errors import EnvironmentProblem, UsageError
+
+BACKENDS = ("torch", "jax", "tensorflow")
+DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_BACKEND = "torch"
+PACKAGES = (
+    "ich_keras",
+    "keras",
+    "torch",
+    "jax",
+    "tensorflow",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "h5py",
+    "hdf5plugin",
+    "pydicom",
+    "albumentations",
+    "opencv-python-headless",
+)
+
+
+def loaded_backend() -> str | None:
+    """Return the backend Keras is running on, or None while Keras is not imported."""
+    if "keras" not in sys.modules:
+        return None
+    return sys.modules["keras"].config.backend()
+
+
+def choose_backend(name: str | None = None) -> str:
+    """Decide Keras' backend before Keras is imported.
+
+    Args:
+        name: "torch", "jax" or "tensorflow"; None keeps KERAS_BACKEND, or torch when it is unset.
+
+    Returns:
+        The backend in force.
+
+    Raises:
+        UsageError: unknown name, or Keras is already running on another one.
+        EnvironmentProblem: the backend is not installed.
+    """
+    wanted = name or loaded_backend() or os.environ.get("KERAS_BACKEND") or DEFAULT_BACKEND
+    if wanted not in BACKENDS:
+        raise UsageError(f"backend {wanted!r}; expected one of {', '.join(BACKENDS)}.")
+    current = loaded_backend()
+    if current is not None and current != wanted:
+        raise UsageError(
+            f"Keras is already loaded with the backend {current}; {wanted} was asked for.",
+            f"Set KERAS_BACKEND={wanted} before keras is imported.",
+        )
+    if importlib.util.find_spec(wanted) is None:
+        raise EnvironmentProblem(
+            f"the backend {wanted} is not installed.", f"pip install 'ich_keras[{wanted}]'"
+        )
+    os.environ["KERAS_BACKEND"] = wanted
+    return wanted
+
+
+def choose_device(name: str = "auto") -> str:
+    """Decide where the network runs, before Keras is imported.
+
+    Args:
+        name: "auto" takes the GPU when there is a usable one; "cuda" insists on it.
+
+    Returns:
+        "cpu" or "cuda".
+
+    Raises:
+        UsageError: unknown name, or Keras already runs elsewhere.
+        EnvironmentProblem: "cuda" was asked for and is not there; the message says why.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"device {name!r}; expected one of {', '.join(DEVICES)}.")
+    backend = choose_backend()
+    if loaded_backend() is not None:
+        return _loaded_device(name, backend)
+    reason = "" if name == "cpu" else why_no_cuda(backend)
+    if name == "cuda" and reason:
+        raise EnvironmentProblem(f"--device cuda: {reason}", "Use --device cpu or auto.")
+    device = "cuda" if name != "cpu" and not reason else "cpu"
+    if device == "cpu":
+        # Each backend takes the GPU by itself when it sees one.
+        if backend == "torch":
+            os.environ["KERAS_TORCH_DEVICE"] = "cpu"
+        elif backend == "jax":
+            os.environ["JAX_PLATFORMS"] = "cpu"
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    return device
+
+
+def _loaded_device(name: str, backend: str) -> str:
+    if backend == "torch":
+        from keras.src.backend.torch.core import get_device
+
+        current = "cuda" if str(get_device()).startswith("cuda") else "cpu"
+    else:
+        current = "cuda" if not why_no_cuda(backend) else "cpu"
+    if name in ("auto", current):
+        return current
+    reason = why_no_cuda(backend) if name == "cuda" else ""
+    if reason:
+        raise EnvironmentProblem(f"--device cuda: {reason}", "Use --device cpu or auto.")
+    raise UsageError(
+        f"Keras already runs on {current}; {name} was asked for.",
+        "Choose the device before keras is imported.",
+    )
+
+
+def why_no_cuda(backend: str) -> str:
+    """Say why no CUDA device can be used; empty when one can."""
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return ""
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a build without CUDA."
+        return (
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU:"
+            " no device or no driver."
+        )
+    if backend == "jax":
+        import jax
+
+        if any(device.platform in ("gpu", "cuda") for device in jax.devices()):
+            return ""
+        return f"jax {jax.__version__} finds only {jax.devices()[0].platform} devices."
+    import tensorflow
+
+    if tensorflow.config.list_physical_devices("GPU"):
+        return ""
+    return f"tensorflow {tensorflow.__version__} finds no GPU."
+
+
+def versions() -> dict[str, str | None]:
+    """Return the installed version of every package that matters; None where it is absent."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def environment_record(device: str) -> dict:
+    """Return what is stored beside every run: versions, backend, device, machine."""
+    return {
+        "backend": choose_backend(),
+        "device": device,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "versions": versions(),
+    }
+
+
+# Compressed transfer syntaxes met in head CT (DICOM PS3.6, table A-1).
+_SYNTAXES = (
+    ("1.2.840.10008.1.2.5", "RLE Lossless"),
+    ("1.2.840.10008.1.2.4.70", "JPEG Lossless"),
+    ("1.2.840.10008.1.2.4.80", "JPEG-LS Lossless"),
+    ("1.2.840.10008.1.2.4.90", "JPEG 2000 Lossless"),
+    ("1.2.840.10008.1.2.4.201", "HTJ2K Lossless"),
+)
+
+
+def decoders() -> dict[str, bool]:
+    """Return, for each compressed transfer syntax of head CT, whether it can be decoded here."""
+    from pydicom.pixels import get_decoder
+
+    return {label: get_decoder(uid).is_available for uid, label in _SYNTAXES}
+
+
+def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
+    """Look at the installation and the machine.
+
+    Args:
+        folder: where runs and caches would be written; its free disk space is told.
+
+    Returns:
+        Rows of (what, whether it is well, detail). A row that is not well keeps the main job
+        from running; absent decoders and GPUs are told in the detail only.
+    """
+    rows = []
+    for package, version in versions().items():
+        needed = package not in ("jax", "tensorflow")
+        rows.append((package, version is not None or not needed, version or "not installed"))
+    try:
+        backend = choose_backend()
+        rows.append(("backend", True, backend))
+        reason = why_no_cuda(backend)
+        rows.append(("device", True, "cuda" if not reason else f"cpu ({reason})"))
+    except (EnvironmentProblem, UsageError) as error:
+        rows.append(("backend", False, str(error)))
+    for label, available in decoders().items():
+        detail = "yes" if available else "no: pip install 'ich_keras[codecs]'"
+        rows.append((f"decoder {label}", True, detail))
+    free = shutil.disk_usage(folder).free / 2**30
+    rows.append(("free disk", free > 2, f"{free:.1f} GiB in {Path(folder).resolve()}"))
+    rows.append(("cores", True, str(os.cpu_count())))
+    return rows

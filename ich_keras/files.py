@@ -1,0 +1,171 @@
+"""Writing that survives a crash, locks and fingerprints: the only place that renames files."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+
+PARTIAL = ".partial"
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    if os.name == "nt":  # Windows offers no handle on folders; its renames are journalled
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Move a finished file or folder into place in one step and make the move durable."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, sync it, verify it and move it into place.
+
+    For writers that want a path (h5py, Keras, pandas). The old file stays whole until the move.
+
+    Args:
+        path: where the file shall lie.
+        verify: called with the temporary path after the sync; raises to refuse the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Keras insists on its suffixes (.keras, .weights.h5): the mark stands in front of the name.
+    temporary = path.with_name(f"{PARTIAL}-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        if verify is not None:
+            verify(temporary)
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write a whole file in one step: readers see the old content or the new, never a part.
+
+    Args:
+        path: the file.
+        content: bytes, or text that is written as UTF-8.
+    """
+    with atomic_path(path) as temporary:
+        raw = content.encode("utf-8") if isinstance(content, str) else content
+        temporary.write_bytes(raw)
+
+
+def write_json(path: Path | str, content: object) -> None:
+    """Write JSON atomically; NaN and infinity are refused (they are not JSON)."""
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict:
+    """Read one of our own JSON files.
+
+    Raises:
+        StaleError: the file is absent or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StaleError(f"{path} does not exist.", "Is this the right folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StaleError(f"{path} is not valid JSON ({error}).", "The file is damaged.") from error
+
+
+def sha256_of(path: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(content: object) -> str:
+    """Return the SHA-256 of a JSON-able object, independent of the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def require_absent(path: Path | str) -> Path:
+    """Return the path when nothing is there yet (an empty folder is fine).
+
+    Raises:
+        UsageError: something is there; nothing is overwritten silently.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists() or path.is_symlink():
+        raise UsageError(
+            f"{path} already exists; nothing is overwritten.",
+            "Choose another name or remove it yourself.",
+        )
+    return path
+
+
+def require_free(folder: Path | str, needed: int) -> None:
+    """Check the free disk space before a long write.
+
+    Args:
+        folder: where will be written; it need not exist yet.
+        needed: bytes.
+
+    Raises:
+        EnvironmentProblem: less than that is free.
+    """
+    folder = Path(folder).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are needed.",
+            "Free some space, choose another folder or a smaller size.",
+        )
+
+
+@contextlib.contextmanager
+def lock(path: Path | str) -> Iterator[None]:
+    """Hold an exclusive lock on a file for the length of a block; a crash releases it.
+
+    Raises:
+        StaleError: another process holds the lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a+b")  # noqa: SIM115 (the handle must outlive this statement)
+    try:
+        try:
+            _lock_handle(stream)
+        except OSError as error:
+            raise StaleError(
+                f"{path} is locked by another process.", "Wait for it, or stop it."
+            ) from error
+        yield
+    finally:
+        stream.close()
+
+
+def _lock_handle(stream) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        stream.seek(0)
+        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

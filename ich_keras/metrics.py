@@ -1,0 +1,272 @@
+"""Metrics over a whole split, with the constant predictors a model has to beat beside them.
+
+What is undefined (no positives, nothing predicted) is None, in JSON null, in text "n/a"; it is
+never counted as 0 or 1. NumPy and scikit-learn only.
+
+Definitions, for n samples and six labels, y in {0, 1}, p a probability:
+
+- log loss: mean binary cross-entropy over samples and labels, p clipped to [1e-7, 1 - 1e-7]
+  (sigmoids in float32 saturate at exactly 1; RSNA's own clip of 1e-15 would make one such mistake
+  cost 34.5 instead of 16.1);
+- RSNA log loss: the same with `any` counted twice, divided by seven (RSNA 2019 competition);
+- a label is predicted when p >= 0.5;
+- exact match: share of samples whose six labels are all right (subset accuracy);
+- Hamming loss: share of labels that are wrong; Hamming score: mean of |y and p| / |y or p|, 1
+  where both are empty (Godbole & Sarawagi, PAKDD 2004);
+- specificity: recall of the inverted labels; macro: mean over the labels where it is defined.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.errors import DataError
+from ich_keras.labels import ANY, LABELS, NUM_LABELS
+
+CLIP = 1e-7
+THRESHOLD = 0.5
+TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
+
+_RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
+_MACRO = ("precision", "recall", "f1", "specificity")
+
+
+def binary_metrics(
+    labels: np.ndarray, probabilities: np.ndarray, prevalence: Sequence[float] | None = None
+) -> dict:
+    """Compute every metric of six independent labels, and the baselines.
+
+    Args:
+        labels: int (n, 6), 0 or 1, in the order of `LABELS`.
+        probabilities: float (n, 6), in [0, 1].
+        prevalence: of the training set, float (6,); without it the prevalence of `labels` is the
+            baseline, which is the hardest constant to beat.
+
+    Returns:
+        JSON-able: log_loss, rsna_log_loss, exact_match, hamming_loss, hamming_score; the macro
+        means precision, recall, f1, specificity, and in `defined_labels` over how many labels each
+        was taken; auroc and ap per label; `per_label` with all of it; `n` (samples, positive);
+        `baseline` (prevalence, all_negative); `skill`, which is 1 - loss / loss of the baseline:
+        1 perfect, 0 no better than the constant, None where the constant is already perfect
+        (log losses against the prevalence, the others against all-negative).
+
+    Raises:
+        DataError: no samples, another shape, a label that is not 0 or 1, or a probability that is
+            NaN or outside [0, 1]; the row is named.
+    """
+    labels = _checked_labels(labels)
+    probabilities = _checked_probabilities(probabilities, labels.shape)
+    predicted = probabilities >= THRESHOLD
+    truth = labels == 1
+    entropy = _cross_entropy(truth, probabilities)
+    per_label = {
+        name: {
+            "positive": int(truth[:, column].sum()),
+            "log_loss": float(entropy[:, column].mean()),
+            **_rates(truth[:, column], predicted[:, column]),
+            **_rankings(truth[:, column], probabilities[:, column]),
+        }
+        for column, name in enumerate(LABELS)
+    }
+    losses = {**_log_losses(entropy), **_set_metrics(truth, predicted)}
+    baseline = _baselines(truth, prevalence)
+    return {
+        **losses,
+        **{metric: _macro([row[metric] for row in per_label.values()]) for metric in _MACRO},
+        "defined_labels": {
+            metric: sum(row[metric] is not None for row in per_label.values()) for metric in _MACRO
+        },
+        "auroc": {name: row["auroc"] for name, row in per_label.items()},
+        "ap": {name: row["ap"] for name, row in per_label.items()},
+        "per_label": per_label,
+        "n": {
+            "samples": len(labels),
+            "positive": {name: row["positive"] for name, row in per_label.items()},
+        },
+        "baseline": baseline,
+        "skill": _skill(losses, baseline),
+    }
+
+
+def _checked_labels(labels: np.ndarray) -> np.ndarray:
+    labels = np.ascontiguousarray(labels)
+    if labels.ndim != 2 or labels.shape[1] != NUM_LABELS or len(labels) == 0:
+        raise DataError(f"labels have the shape {labels.shape}; expected (samples > 0, 6).")
+    wrong = ~np.isin(labels, (0, 1))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"row {row}, {LABELS[column]}: label {labels[row, column]}; expected 0 or 1 "
+            f"({int(wrong.any(axis=1).sum()):,} such rows).",
+            "Leave out what has no label.",
+        )
+    return labels
+
+
+def _checked_probabilities(probabilities: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    # Contiguous, as the labels: the order of summation, and the last digits, follow the layout.
+    probabilities = np.ascontiguousarray(probabilities, dtype=np.float64)
+    if probabilities.shape != shape:
+        raise DataError(
+            f"probabilities have the shape {probabilities.shape}, the labels {shape}; "
+            "expected the same."
+        )
+    wrong = ~((probabilities >= 0) & (probabilities <= 1))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"row {row}, {LABELS[column]}: probability {probabilities[row, column]}; expected "
+            f"0 to 1 ({int(wrong.any(axis=1).sum()):,} such rows).",
+            "Are these logits, or has the training diverged?",
+        )
+    return probabilities
+
+
+def _cross_entropy(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probabilities, CLIP, 1 - CLIP)
+    return -np.log(np.where(truth, clipped, 1 - clipped))
+
+
+def _log_losses(entropy: np.ndarray) -> dict[str, float]:
+    return {
+        "log_loss": float(entropy.mean()),
+        "rsna_log_loss": float(entropy.mean(axis=0) @ _RSNA_WEIGHTS / _RSNA_WEIGHTS.sum()),
+    }
+
+
+def _set_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    either = (truth | predicted).sum(axis=1)
+    both = (truth & predicted).sum(axis=1)
+    return {
+        "exact_match": float((truth == predicted).all(axis=1).mean()),
+        "hamming_loss": float((truth != predicted).mean()),
+        "hamming_score": float(np.where(either == 0, 1.0, both / np.maximum(either, 1)).mean()),
+    }
+
+
+def _rates(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
+    true_positive = np.count_nonzero(truth & predicted)
+    true_negative = np.count_nonzero(~truth & ~predicted)
+    false_positive = np.count_nonzero(~truth & predicted)
+    false_negative = np.count_nonzero(truth & ~predicted)
+    return {
+        "precision": _ratio(true_positive, true_positive + false_positive),
+        "recall": _ratio(true_positive, true_positive + false_negative),
+        "f1": _ratio(2 * true_positive, 2 * true_positive + false_positive + false_negative),
+        "specificity": _ratio(true_negative, true_negative + false_positive),
+    }
+
+
+def _ratio(numerator: int, denominator: int) -> float | None:
+    return None if denominator == 0 else numerator / denominator
+
+
+def _rankings(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    auroc = ap = None
+    if truth.any():
+        ap = float(average_precision_score(truth, probabilities))
+        if not truth.all():
+            auroc = float(roc_auc_score(truth, probabilities))
+    return {"auroc": auroc, "ap": ap}
+
+
+def _macro(values: list[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+def _baselines(truth: np.ndarray, prevalence: Sequence[float] | None) -> dict:
+    """Score the two constant predictors: the prevalence, and never any haemorrhage.
+
+    The log losses of all-negative are None: a hard 0 for a positive costs infinitely much, and a
+    clipped number would only tell the clip.
+    """
+    source = "evaluated set" if prevalence is None else "training set"
+    constant = truth.mean(axis=0) if prevalence is None else np.asarray(prevalence, dtype=float)
+    constant = _checked_probabilities(constant[np.newaxis], (1, NUM_LABELS))
+    repeated = np.broadcast_to(constant, truth.shape)
+    return {
+        "prevalence": {
+            "source": source,
+            "probabilities": dict(zip(LABELS, constant[0].tolist(), strict=True)),
+            **_log_losses(_cross_entropy(truth, repeated)),
+            **_set_metrics(truth, repeated >= THRESHOLD),
+        },
+        "all_negative": {
+            "log_loss": None,
+            "rsna_log_loss": None,
+            **_set_metrics(truth, np.zeros_like(truth)),
+        },
+    }
+
+
+def _skill(losses: dict, baseline: dict) -> dict[str, float | None]:
+    constant, negative = baseline["prevalence"], baseline["all_negative"]
+
+    def against(loss: float, reference: float) -> float | None:
+        # A constant that is right everywhere still pays the clip; nothing is left to improve on.
+        return None if reference < 10 * CLIP else 1 - loss / reference
+
+    return {
+        "log_loss": against(losses["log_loss"], constant["log_loss"]),
+        "rsna_log_loss": against(losses["rsna_log_loss"], constant["rsna_log_loss"]),
+        "hamming_loss": against(losses["hamming_loss"], negative["hamming_loss"]),
+        "exact_match": against(1 - losses["exact_match"], 1 - negative["exact_match"]),
+    }
+
+
+def aggregate_series(values: np.ndarray, series_uids: Sequence[str]) -> pd.DataFrame:
+    """Take the maximum per series and label: of probabilities, or of labels (any slice positive).
+
+    Args:
+        values: (slices, 6), probabilities or labels.
+        series_uids: str (slices,).
+
+    Returns:
+        Indexed by series_uid in the order of first appearance; six columns of the same dtype.
+    """
+    table = pd.DataFrame(np.asarray(values), columns=list(LABELS))
+    keys = pd.Index(series_uids, name="series_uid")
+    return table.groupby(keys, sort=False).max()
+
+
+def evaluate_table(
+    predictions: pd.DataFrame, prevalence: Mapping[str, Sequence[float]] | None = None
+) -> dict:
+    """Compute the metrics of a table of predicted slices, per slice and per series.
+
+    Args:
+        predictions: one row per slice; the columns series_uid, the six probabilities named as in
+            `LABELS`, and the six true labels named as in `TRUTH_COLUMNS`.
+        prevalence: of the training set: {"slice": (6,), "series": (6,)}; see `binary_metrics`.
+
+    Returns:
+        {"slice": metrics, "series": metrics}, each as `binary_metrics` gives them.
+
+    Raises:
+        DataError: a column is absent, or the values are refused.
+    """
+    needed = ("series_uid", *LABELS, *TRUTH_COLUMNS)
+    absent = [name for name in needed if name not in predictions.columns]
+    if absent:
+        raise DataError(f"the predictions lack the column(s) {', '.join(absent)}.")
+    prevalence = prevalence or {}
+    truth = predictions[list(TRUTH_COLUMNS)].to_numpy()
+    probabilities = predictions[list(LABELS)].to_numpy()
+    # The slices come first: their checks keep NaN from vanishing in a maximum.
+    per_slice = binary_metrics(truth, probabilities, prevalence.get("slice"))
+    series_uids = predictions["series_uid"]
+    per_series = binary_metrics(
+        aggregate_series(truth, series_uids).to_numpy(),
+        aggregate_series(probabilities, series_uids).to_numpy(),
+        prevalence.get("series"),
+    )
+    return {"slice": per_slice, "series": per_series}
+
+
+def format_metric(value: float | None, digits: int = 4) -> str:
+    """Return a metric as text; None becomes "n/a"."""
+    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,221 @@
+"""From pooled features to six probabilities, and how a classifier is compiled."""
+
+import keras
+from keras import layers, ops
+
+from ich_keras.errors import UsageError
+from ich_keras.labels import ANY, LABELS, NUM_LABELS
+from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.resnet import resnet
+from ich_keras.models.weights import load_weights
+
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+OUTPUTS = ("probabilities", "logits")
+HEAD = "fc"
+PROBABILITIES = "probabilities"
+
+# The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
+RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)
+
+
+def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | None = None):
+    """Build the network with its head: backbone, dropout, dense six, sigmoid or logits.
+
+    Args:
+        spec: the network.
+        output: "probabilities" (sigmoid; what users build and save) or "logits" (what training
+            uses, with the same weights). Both are float32 (N, 6) in the order of `LABELS`.
+        precision: "float32", "bfloat16" or "float16"; None takes Keras' global policy. The head
+            computes in float32 in any case.
+
+    Returns:
+        A functional `keras.Model` of stock layers: a saved `.keras` loads without this package.
+
+    Raises:
+        UsageError: unknown output or precision.
+    """
+    if output not in OUTPUTS:
+        raise UsageError(f"output {output!r}; expected one of {', '.join(OUTPUTS)}.")
+    if precision is not None and precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    backbone = resnet(spec, dtype=None if precision is None else PRECISIONS[precision])
+    x = backbone.output
+    if spec.dropout:
+        x = layers.Dropout(spec.dropout, dtype="float32", name="dropout")(x)
+    x = layers.Dense(NUM_LABELS, dtype="float32", name=HEAD)(x)
+    model = keras.Model(backbone.input, x, name=f"{backbone.name}_classifier")
+    return with_probabilities(model) if output == "probabilities" else model
+
+
+def with_probabilities(model: keras.Model) -> keras.Model:
+    """Return a model that shares all layers of a logits model and ends in a sigmoid."""
+    x = layers.Activation("sigmoid", dtype="float32", name=PROBABILITIES)(model.output)
+    return keras.Model(model.input, x, name=model.name)
+
+
+def build_classifier(
+    name: str,
+    weights: str | None = None,
+    input_shape: tuple[int | None, ...] | None = None,
+    output: str = "probabilities",
+    precision: str | None = None,
+) -> keras.Model:
+    """Build a preset with its six-way head.
+
+    Args:
+        name: a preset, such as "resnet18_2d".
+        weights: a `.weights.h5` file of the same network; None starts from random weights.
+        input_shape: (rows, columns, channels) or (slices, rows, columns, channels) in place of
+            the preset's.
+        output: "probabilities" or "logits".
+        precision: see `classifier`.
+
+    Returns:
+        A functional `keras.Model`: normalised windows float32 (N, *input_shape) to float32
+        (N, 6) in the order of `ich_keras.LABELS`.
+
+    Raises:
+        UsageError: an unknown name or value.
+        DataError: the weights file is not one for this network.
+    """
+    model = classifier(preset(name, input_shape), output=output, precision=precision)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def build_backbone(
+    name: str,
+    weights: str | None = None,
+    input_shape: tuple[int | None, ...] | None = None,
+) -> keras.Model:
+    """Build a preset without its head.
+
+    Args:
+        name: a preset.
+        weights: a `.weights.h5` file of the same backbone; None starts from random weights.
+        input_shape: None takes inputs of any size with the preset's rank and channels.
+
+    Returns:
+        A functional `keras.Model`: float32 (N, *input_shape) to pooled features (N, features).
+    """
+    if input_shape is None:
+        spec = preset(name)
+        input_shape = (*(None for _ in range(spec.rank)), spec.channels)
+    model = resnet(preset(name, input_shape))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def ends_in_logits(model: keras.Model) -> bool:
+    """Tell whether a classifier of ours gives logits; False means probabilities."""
+    return model.output_names != [PROBABILITIES] and model.layers[-1].name == HEAD
+
+
+def binary_cross_entropy(from_logits: bool, label_weights: tuple[float, ...] | None = None):
+    """Return the loss: binary cross-entropy, averaged over the six labels.
+
+    Args:
+        from_logits: whether the model gives logits (numerically safer) or probabilities.
+        label_weights: one weight per label; the average divides by their sum. None: all alike.
+            RSNA_WEIGHTS makes it the competition's metric.
+
+    Returns:
+        A function of (labels, outputs), both float (N, 6), that gives float (N,).
+    """
+    weights = None
+    if label_weights is not None:
+        weights = [w / sum(label_weights) for w in label_weights]
+
+    def loss(y_true, y_pred):
+        y_true = ops.cast(y_true, y_pred.dtype)
+        each = ops.binary_crossentropy(y_true, y_pred, from_logits=from_logits)
+        if weights is None:
+            return ops.mean(each, axis=-1)
+        return ops.sum(each * ops.convert_to_tensor(weights, dtype=each.dtype), axis=-1)
+
+    loss.__name__ = "bce" if label_weights is None else "rsna"
+    return loss
+
+
+LOSSES = {"bce": None, "rsna": RSNA_WEIGHTS}
+SCHEDULES = ("constant", "cosine")
+
+
+def learning_rate_schedule(
+    learning_rate: float, schedule: str, total_steps: int | None, warmup_steps: int
+):
+    """Return a constant, or a Keras schedule with a linear warm-up.
+
+    Args:
+        learning_rate: the rate after the warm-up.
+        schedule: "constant" or "cosine" (down to zero at the last step).
+        total_steps: optimiser steps of the whole training; the cosine needs it.
+        warmup_steps: steps of linear rise from zero.
+
+    Raises:
+        UsageError: unknown schedule, or a cosine without its length.
+    """
+    if schedule not in SCHEDULES:
+        raise UsageError(f"schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
+    if schedule == "constant" and not warmup_steps:
+        return learning_rate
+    if schedule == "cosine" and not total_steps:
+        raise UsageError("the cosine schedule needs total_steps, the length of the training.")
+    return keras.optimizers.schedules.CosineDecay(
+        # Keras warms up only when a target is given; without one it starts at the full rate.
+        initial_learning_rate=0.0 if warmup_steps else learning_rate,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+        decay_steps=max(1, (total_steps or warmup_steps + 1) - warmup_steps),
+        alpha=0.0 if schedule == "cosine" else 1.0,
+    )
+
+
+def compile_classifier(
+    model: keras.Model,
+    learning_rate: float = 3e-4,
+    loss: str = "bce",
+    schedule: str = "constant",
+    total_steps: int | None = None,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+) -> keras.Model:
+    """Compile a classifier for `fit`: Adam and the loss alone.
+
+    Metrics are left out on purpose: batch-wise ones are wrong for rare labels and slow; compute
+    them over a whole split with `ich_keras.evaluate`.
+
+    Args:
+        model: from `build_classifier`, with logits or probabilities.
+        learning_rate: 3e-4 from scratch, 1e-5 with pretrained weights (the thesis's values).
+        loss: "bce" or "rsna" (`any` counted twice).
+        schedule: "constant" or "cosine".
+        total_steps: optimiser steps of the whole training (for "cosine").
+        warmup_steps: steps of linear rise.
+        weight_decay: decoupled; kernels only.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an unknown name or a value out of range.
+    """
+    if loss not in LOSSES:
+        raise UsageError(f"loss {loss!r}; expected one of {', '.join(LOSSES)}.")
+    if not learning_rate > 0:
+        raise UsageError(f"learning rate {learning_rate}; expected a number above 0.")
+    if not weight_decay >= 0:
+        raise UsageError(f"weight decay {weight_decay}; expected a number of at least 0.")
+    optimizer = keras.optimizers.Adam(
+        learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
+        epsilon=1e-8,  # torch's default, which the thesis used; Keras' is 1e-7
+        weight_decay=weight_decay or None,
+    )
+    if weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    model.compile(
+        optimizer=optimizer, loss=binary_cross_entropy(ends_in_logits(model), LOSSES[loss])
+    )
+    return model

@@ -1,0 +1,140 @@
+"""report.md: what a run was, what it achieved, and what a constant would have achieved."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ich_keras.files import atomic_write, read_json
+from ich_keras.labels import LABELS
+from ich_keras.metrics import format_metric
+
+REPORT = "report.md"
+SYNTHETIC_NOTE = (
+    "**Synthetic data.** This run was trained and tested on phantoms (drawn head CT). Its numbers"
+    " show that the programs work; they say nothing about patients."
+)
+NOT_CLINICAL = "Not a medical device; not for clinical use."
+_SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
+_SUMMARY = (
+    ("log_loss", "log loss"),
+    ("rsna_log_loss", "RSNA-weighted log loss"),
+    ("exact_match", "exact match"),
+    ("hamming_loss", "Hamming loss"),
+    ("hamming_score", "Hamming score"),
+    ("precision", "precision (macro)"),
+    ("recall", "recall (macro)"),
+    ("f1", "F1 (macro)"),
+    ("specificity", "specificity (macro)"),
+)
+_COUNTED = ("patients", "series", "slices")
+_PER_LABEL = ("auroc", "ap", "log_loss", "precision", "recall", "f1", "specificity")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["--"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary_rows(metrics: dict) -> list[list[str]]:
+    """Return one row per metric: name, the model's, the baselines', the skill.
+
+    Args:
+        metrics: as `ich_keras.metrics.binary_metrics` returns them.
+    """
+    baseline, skill = metrics["baseline"], metrics["skill"]
+    return [
+        [
+            title,
+            format_metric(metrics[name]),
+            format_metric(baseline["prevalence"].get(name)),
+            format_metric(baseline["all_negative"].get(name)),
+            format_metric(skill.get(name)),
+        ]
+        for name, title in _SUMMARY
+    ]
+
+
+def _split_section(title: str, metrics: dict) -> list[str]:
+    lines = [f"## {title}", ""]
+    for level in ("slice", "series"):
+        part = metrics[level]
+        source = part["baseline"]["prevalence"]["source"]
+        lines += [
+            f"### Per {level}: {part['n']['samples']:,}",
+            "",
+            markdown_table(
+                ["metric", "model", f"prevalence of the {source}", "all negative", "skill"],
+                summary_rows(part),
+            ),
+            "",
+            markdown_table(
+                ["label", "positive", *_PER_LABEL],
+                [
+                    [
+                        label,
+                        f"{part['n']['positive'][label]:,}",
+                        *(format_metric(part["per_label"][label][m], 3) for m in _PER_LABEL),
+                    ]
+                    for label in LABELS
+                ],
+            ),
+            "",
+        ]
+    return lines
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write report.md from what lies in a run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        StaleError: the folder lacks what a finished run has.
+    """
+    run_dir = Path(run_dir)
+    config, data = read_json(run_dir / "config.json"), read_json(run_dir / "data.json")
+    environment = read_json(run_dir / "environment.json")
+    history = pd.read_csv(run_dir / "history.csv")
+    plan = data["plan"]
+    lines = [f"# Run {run_dir.name}", "", NOT_CLINICAL, ""]
+    if data["synthetic"]:
+        lines += [SYNTHETIC_NOTE, ""]
+    if plan["warning"]:
+        lines += [f"**Warning:** {plan['warning']}", ""]
+    best = history.loc[history["valid_log_loss"].idxmin()]
+    lines += [
+        f"{config['preset']}, {config['data']['size']}x{config['data']['size']} pixels,"
+        f" {'weights ' + config['weights'] if config['weights'] else 'from scratch'},"
+        f" Adam at {plan['learning_rate']:g} ({config['fit']['schedule']}),"
+        f" loss {config['fit']['loss']}, batch {config['fit']['batch_size']},"
+        f" seed {config['seed']}, on {environment['backend']} ({environment['device']}).",
+        "",
+        markdown_table(
+            ["split", "patients", "series", "slices"],
+            [
+                [name, *(f"{plan[f'num_{what}'][name]:,}" for what in _COUNTED)]
+                for name in ("train", "valid", "test")
+            ],
+        ),
+        "",
+        f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"
+        f" {best['valid_log_loss']:.4f}). A prediction is positive from 0.5."
+        " Skill is 1 - loss / loss of the constant: 1 perfect, 0 no better than a constant answer.",
+        "",
+    ]
+    for name, title in _SPLIT_TITLES.items():
+        path = run_dir / f"metrics-{name}.json"
+        if path.is_file():
+            lines += _split_section(title, read_json(path))
+    lines += [
+        "## History",
+        "",
+        markdown_table(
+            list(history.columns),
+            [[f"{value:.6g}" for value in row] for row in history.itertuples(index=False)],
+        ),
+    ]
+    atomic_write(run_dir / REPORT, "\n".join(lines) + "\n")
+    return run_dir / REPORT

@@ -1,0 +1,365 @@
+"""Training: from a cache with labels to a run folder."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.config import RunConfig
+from ich_keras.data.cache import CTCache
+from ich_keras.data.split import SPLITS, Split, make_split
+from ich_keras.environment import choose_backend, choose_device, environment_record
+from ich_keras.errors import DataError, DivergedError, UsageError
+from ich_keras.evaluation import SPLIT, evaluate
+from ich_keras.files import atomic_write, require_absent, write_json
+from ich_keras.labels import LABELS
+from ich_keras.prediction import BEST_WEIGHTS, CONFIG, Progress, probabilities
+
+HISTORY = "history.csv"
+ENVIRONMENT = "environment.json"
+DATA = "data.json"
+STATE = "state"
+MODEL = "model.keras"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training will do, before it does it.
+
+    Args:
+        num_slices: slices per split.
+        num_series: series per split.
+        num_patients: patients per split.
+        num_positive: positive training slices per label.
+        slices_per_epoch: slices an epoch shows to the network.
+        steps_per_epoch: optimiser steps an epoch.
+        total_steps: optimiser steps in all.
+        learning_rate: the rate in force.
+        warning: what is wrong with the split by name ("" for a sound one).
+    """
+
+    num_slices: dict[str, int]
+    num_series: dict[str, int]
+    num_patients: dict[str, int]
+    num_positive: dict[str, int]
+    slices_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: float
+    warning: str
+
+    def to_dict(self) -> dict:
+        """Return the plan ready for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Fitting:
+    """What the validation after each epoch has to remember."""
+
+    rows: list[dict] = field(default_factory=list)
+    best_loss: float = np.inf
+    best_epoch: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+
+def limit_series(slices: pd.DataFrame, count: int | None) -> np.ndarray:
+    """Return the rows of the first `count` series of a slice table (None: of all)."""
+    if count is None:
+        return np.arange(len(slices))
+    uids = slices["series_uid"].drop_duplicates()[:count]
+    return np.flatnonzero(slices["series_uid"].isin(uids).to_numpy())
+
+
+def split_indices(slices: pd.DataFrame, config: RunConfig) -> tuple[Split, dict[str, np.ndarray]]:
+    """Split a slice table as configured and refuse what leaks.
+
+    Returns:
+        (the split, rows of the table for "train", "valid" and "test").
+
+    Raises:
+        DataError: no labels, missing PatientID, too few patients, or a leaking split.
+    """
+    if not set(LABELS) <= set(slices):
+        raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
+    rows = limit_series(slices, config.data.limit_series)
+    chosen = slices.iloc[rows]
+    split = make_split(config.data.split, chosen, config.seed)
+    return split, {name: rows[split.indices(chosen, name)] for name in SPLITS}
+
+
+def plan_training(slices: pd.DataFrame, config: RunConfig) -> TrainingPlan:
+    """Say what `train` would do: slices, series and patients per split, steps, learning rate.
+
+    Args:
+        slices: the slice table of an index or a cache, with labels.
+        config: of the training.
+
+    Raises:
+        DataError: as `train`.
+    """
+    split, indices = split_indices(slices, config)
+    return _plan(slices, config, split, indices)
+
+
+def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) -> TrainingPlan:
+    from ich_keras.data.batches import epoch_plan
+
+    epoch = epoch_plan(
+        slices, indices["train"], config.fit.batch_size, seed=0, balance=config.data.balance
+    )
+    tables = {name: slices.iloc[rows] for name, rows in indices.items()}
+    return TrainingPlan(
+        num_slices={name: len(table) for name, table in tables.items()},
+        num_series={name: table["series_uid"].nunique() for name, table in tables.items()},
+        num_patients={name: table["patient_id"].nunique() for name, table in tables.items()},
+        num_positive={label: int(tables["train"][label].sum()) for label in LABELS},
+        slices_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
+        steps_per_epoch=epoch.num_batches,
+        total_steps=epoch.num_batches * config.fit.epochs,
+        learning_rate=config.learning_rate,
+        warning=split.warning,
+    )
+
+
+def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
+    """Measure one training step of the configured network on random input, after one to warm up.
+
+    Returns:
+        Seconds; the least of the repeats. Preparing batches and validation come on top.
+    """
+    config = _resolved(config)
+    model = _compiled_model(config, total_steps=repeats + 1)
+    random = np.random.default_rng(0)
+    shape = (config.fit.batch_size, config.data.size, config.data.size, 3)
+    inputs = random.standard_normal(shape, np.float32)
+    labels = random.integers(0, 2, (config.fit.batch_size, len(LABELS))).astype(np.float32)
+    model.train_on_batch(inputs, labels)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        model.train_on_batch(inputs, labels)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """Settle backend and device, before Keras is imported."""
+    return replace(
+        config, backend=choose_backend(config.backend), device=choose_device(config.device)
+    )
+
+
+def _compiled_model(config: RunConfig, total_steps: int):
+    from ich_keras.models.classifier import build_classifier, compile_classifier
+
+    size = config.data.size
+    model = build_classifier(
+        config.preset, weights=config.weights, input_shape=(size, size, 3), output="logits"
+    )
+    return compile_classifier(
+        model,
+        learning_rate=config.learning_rate,
+        loss=config.fit.loss,
+        schedule=config.fit.schedule,
+        total_steps=total_steps,
+        warmup_steps=config.fit.warmup_steps,
+        weight_decay=config.fit.weight_decay,
+    )
+
+
+def train(
+    config: RunConfig,
+    cache: CTCache,
+    out: Path | str,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
+    """Train a classifier; keep the best weights by validation loss; evaluate them.
+
+    Args:
+        config: everything there is to choose.
+        cache: with labels joined.
+        out: a new run folder.
+        progress: called as progress(step, done, total).
+        tell: called with one line of text per epoch.
+
+    Returns:
+        The run folder: config.json, environment.json, data.json, split.json, history.csv,
+        best.weights.h5, model.keras, state/, and for the validation and test split
+        predictions-*.csv and metrics-*.json, and report.md.
+
+    Raises:
+        UsageError: `out` exists, the cache's slices are smaller than the input, or the backend
+            cannot be changed any more.
+        DataError: no labels, missing PatientID, too few patients, or a leaking split.
+        DivergedError: a loss or weight is not finite; the last good state stays.
+    """
+    out = require_absent(out)
+    tell = tell or (lambda line: None)
+    if config.data.size > cache.size:
+        raise UsageError(
+            f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
+            " pixels.",
+            f"Train at {cache.size} or less, or build a larger cache.",
+        )
+    config = _resolved(config)
+    split, indices = split_indices(cache.slices, config)
+    plan = _plan(cache.slices, config, split, indices)
+
+    import keras
+
+    from ich_keras.data.batches import slice_batches
+
+    keras.utils.set_random_seed(config.seed)
+    size = config.data.size
+    model = _compiled_model(config, plan.total_steps)
+    loader = slice_batches(
+        cache,
+        indices["train"],
+        config.fit.batch_size,
+        size=size,
+        seed=config.seed,
+        balance=config.data.balance,
+        augment=config.data.augment,
+        workers=config.data.workers,
+    )
+    validation = slice_batches(
+        cache, indices["valid"], config.fit.batch_size, size=size, workers=config.data.workers
+    )
+
+    write_json(out / CONFIG, config.to_dict())
+    write_json(out / ENVIRONMENT, environment_record(config.device))
+    write_json(
+        out / DATA,
+        {
+            "cache": cache.fingerprint,
+            "slices": len(cache.slices),
+            "plan": plan.to_dict(),
+            "synthetic": is_synthetic(cache.slices),
+        },
+    )
+    split.save(out / SPLIT)
+
+    fitting = _Fitting()
+    model.fit(
+        loader,
+        epochs=config.fit.epochs,
+        verbose=0,
+        callbacks=[
+            _epochs(loader, config.fit.epochs, progress),
+            _validation(
+                model,
+                validation,
+                cache.slices[list(LABELS)].to_numpy()[indices["valid"]],
+                out,
+                fitting,
+                tell,
+                config.fit.epochs,
+                progress,
+            ),
+        ],
+    )
+    _finish(config, cache, out)
+    return out
+
+
+def is_synthetic(slices: pd.DataFrame) -> bool:
+    """Tell whether any slice comes from a phantom: no clinical claim may rest on it."""
+    from ich_keras.ct.phantom import PATIENT_PREFIX
+
+    return bool(slices["patient_id"].str.startswith(PATIENT_PREFIX).any())
+
+
+def _epochs(loader, num_epochs: int, progress: Progress | None):
+    """Return the callback that tells the loader its epoch and shows the progress."""
+    import keras
+
+    class Epochs(keras.callbacks.Callback):
+        # Without this mark Keras reads the logs back from the device after every step.
+        async_safe = True
+
+        def on_epoch_begin(self, epoch, logs=None):
+            loader.epoch = epoch
+            self.step = f"epoch {epoch + 1}/{num_epochs}"
+
+        def on_train_batch_end(self, batch, logs=None):
+            if progress is not None:
+                progress(self.step, batch + 1, len(loader))
+
+    return Epochs()
+
+
+def _validation(model, validation, labels, out, fitting, tell, num_epochs, progress):
+    """Return the callback that validates, keeps the best weights and saves the state."""
+    import keras
+
+    from ich_keras.checkpoints import save_state, save_weights
+    from ich_keras.metrics import binary_metrics, format_metric
+    from ich_keras.models.weights import require_finite
+
+    class Validation(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            # The rate of the step that comes next: after the last one a cosine has reached 0.
+            rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+            train_loss = float(logs["loss"])
+            if not np.isfinite(train_loss):
+                raise DivergedError(
+                    f"the training loss of epoch {epoch + 1} is {train_loss}.",
+                    "Lower --learning-rate.",
+                )
+            try:
+                require_finite(model, f"after epoch {epoch + 1}")
+                values = probabilities(model, validation, len(labels), progress, step="validating")
+            except DataError as error:
+                raise DivergedError(error.message, "Lower --learning-rate.") from error
+            metrics = binary_metrics(labels, values)
+            loss = metrics["log_loss"]
+            is_best = loss < fitting.best_loss
+            if is_best:
+                fitting.best_loss, fitting.best_epoch = loss, epoch + 1
+                save_weights(model, out / BEST_WEIGHTS)
+            fitting.rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "learning_rate": rate,
+                    "train_loss": train_loss,
+                    "valid_log_loss": loss,
+                    "valid_auroc_any": metrics["auroc"]["any"],
+                    "seconds": round(time.perf_counter() - fitting.began, 1),
+                }
+            )
+            atomic_write(out / HISTORY, pd.DataFrame(fitting.rows).to_csv(index=False))
+            save_state(
+                out / STATE,
+                model,
+                epoch + 1,
+                {
+                    "history": fitting.rows,
+                    "best_loss": fitting.best_loss,
+                    "best_epoch": fitting.best_epoch,
+                },
+            )
+            tell(
+                f"epoch {epoch + 1}/{num_epochs}: training loss {train_loss:.4f}, validation log"
+                f" loss {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
+                + (" (best so far)" if is_best else "")
+            )
+
+    return Validation()
+
+
+def _finish(config: RunConfig, cache: CTCache, out: Path) -> None:
+    """Evaluate the best weights and write the report and the `.keras` file."""
+    from ich_keras.checkpoints import save_model
+    from ich_keras.prediction import load_run
+    from ich_keras.report import write_report
+
+    _, model = load_run(out, config.device)
+    save_model(model, out / MODEL)
+    for name in ("valid", "test"):
+        evaluate(out, cache, name, model=model)
+    write_report(out)

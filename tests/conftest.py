@@ -1,0 +1,62 @@
+"""What all tests share: the backend before keras, the real data when there are any, phantoms."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Loading torchvision after tensorflow crashes the interpreter (torch 2.14, tensorflow 2.21).
+import torchvision  # noqa: F401
+
+import ich_keras  # noqa: F401 (sets torch as the default backend before any test imports keras)
+
+SHARED = Path(
+    os.environ.get("ICH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session")
+def real_rsna_slices() -> Path:
+    """Three real RSNA slices with their facts; not part of the repository."""
+    folder = SHARED / "rsna_slices"
+    if not folder.is_dir():
+        pytest.skip(f"real RSNA slices are not at {folder} (set ICH_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_ge_series() -> Path:
+    """A real GE head series of 28 slices; not part of the repository."""
+    folder = SHARED / "ge_head_series"
+    if not folder.is_dir():
+        pytest.skip(f"the real GE series is not at {folder} (set ICH_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_folder(tmp_path_factory) -> Path:
+    """A small synthetic data set in the RSNA layout: 24 series of 64x64 pixels."""
+    from ich_keras.ct.phantom_dicom import write_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    write_phantoms(folder, 24, seed=1, matrix=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_cache_folder(phantom_folder, tmp_path_factory) -> Path:
+    """Those series cached at 48x48, labels beside."""
+    from ich_keras.preparation import make_cache, prepare_index
+
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    index = prepare_index(phantom_folder / "images", phantom_folder / "stage_2_train.csv")
+    make_cache(index, folder, size=48)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_cache(phantom_cache_folder):
+    """The cache, open."""
+    from ich_keras.data.cache import CTCache
+
+    return CTCache.open(phantom_cache_folder)

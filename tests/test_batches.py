@@ -1,0 +1,156 @@
+"""Batches: the same for any number of workers, in every epoch, through `fit` and after a resume."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ich_keras.data.augment import make_augmentation, sample_seed
+from ich_keras.data.batches import EpochPlan, slice_batches
+from ich_keras.data.inputs import slice_input
+from ich_keras.errors import DataError
+from ich_keras.labels import ANY, LABELS
+
+
+def passes(loader, count):
+    return [[(x.numpy(), y.numpy()) for x, y in loader] for _ in range(count)]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for batches, others in zip(one, other, strict=True):
+        assert len(batches) == len(others)
+        for (x, y), (other_x, other_y) in zip(batches, others, strict=True):
+            np.testing.assert_array_equal(x, other_x)
+            np.testing.assert_array_equal(y, other_y)
+
+
+def test_batches_are_the_cached_slices_in_order(phantom_cache):
+    batches = passes(slice_batches(phantom_cache, batch_size=7), 1)[0]
+    inputs = np.concatenate([x for x, _ in batches])
+    labels = np.concatenate([y for _, y in batches])
+    number = len(phantom_cache.slices)
+    np.testing.assert_array_equal(inputs, slice_input(phantom_cache.slices_hu(np.arange(number))))
+    np.testing.assert_array_equal(labels, phantom_cache.slices[list(LABELS)].to_numpy(np.float32))
+    assert inputs.dtype == labels.dtype == np.float32
+
+
+def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
+    settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": True}
+    indices = np.arange(40)
+    expected = passes(slice_batches(phantom_cache, indices, **settings), 3)
+    assert not np.array_equal(expected[0][0][0], expected[1][0][0])
+    for workers in (1, 2):
+        loader = slice_batches(phantom_cache, indices, workers=workers, **settings)
+        assert_same(passes(loader, 3), expected)
+
+
+def test_a_resumed_training_sees_what_an_uninterrupted_one_saw(phantom_cache):
+    settings = {"batch_size": 8, "seed": 5, "augment": True}
+    expected = passes(slice_batches(phantom_cache, np.arange(24), **settings), 3)
+    resumed = slice_batches(phantom_cache, np.arange(24), **settings)
+    resumed.epoch = 2
+    assert_same(passes(resumed, 1), expected[2:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fit_gets_every_epoch_once_however_often_it_asks(phantom_cache, workers):
+    import keras
+
+    loader = slice_batches(
+        phantom_cache, np.arange(20), batch_size=8, seed=3, augment=True, workers=workers
+    )
+    expected = passes(slice_batches(phantom_cache, np.arange(20), 8, seed=3, augment=True), 3)
+    seen = []
+
+    # What arrives is recorded where it arrives: in the loss, one number per batch.
+    def loss(truth, prediction):
+        return keras.ops.mean(prediction - prediction) + keras.ops.mean(prediction)
+
+    inputs = keras.Input((48, 48, 3))
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs))
+
+    class Record(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(logs["loss"] * (batch + 1) - sum(seen[len(seen) - batch :]))
+
+    model.compile("sgd", loss, jit_compile=False)
+    model.fit(
+        loader, epochs=3, validation_data=loader_of(phantom_cache), verbose=0, callbacks=[Record()]
+    )
+    means = [float(x.mean()) for batches in expected for x, _ in batches]
+    np.testing.assert_allclose(seen, means, rtol=1e-3, atol=1e-5)
+
+
+def loader_of(cache):
+    return slice_batches(cache, np.arange(4), batch_size=4)
+
+
+def test_balanced_epochs_hold_one_negative_per_positive(phantom_cache):
+    loader = slice_batches(phantom_cache, batch_size=4, seed=1, balance=True)
+    positive = phantom_cache.slices[ANY].to_numpy() == 1
+    fewer = min(positive.sum(), (~positive).sum())
+    epochs = [np.concatenate(loader.plan.batches(epoch)) for epoch in range(2)]
+    for rows in epochs:
+        assert len(set(rows)) == len(rows) == 2 * fewer // 4 * 4
+        assert abs(positive[rows].mean() - 0.5) <= 4 / len(rows)
+    assert set(epochs[0]) != set(epochs[1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 60), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1)
+)
+def test_every_epoch_is_a_permutation(number, batch_size, shuffled, drop_last, seed):
+    indices = np.arange(100, 100 + number)
+    plan = EpochPlan(
+        indices, np.zeros(number, bool), batch_size, seed if shuffled else None, drop_last=drop_last
+    )
+    batches = plan.batches(0)
+    rows = np.concatenate(batches)
+    assert len(batches) == plan.num_batches >= 1
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(indices)
+    dropped = number % batch_size if drop_last and number > batch_size else 0
+    assert len(rows) == number - dropped
+
+
+def test_seeds_differ_by_seed_epoch_and_index():
+    keys = [(s, e, i) for s in range(3) for e in range(3) for i in range(20)]
+    assert len({sample_seed(*key) for key in keys}) == len(keys)
+
+
+def test_augmentation_stays_a_window_and_depends_on_the_seed_alone():
+    windows = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    augment, other = make_augmentation(), make_augmentation()
+    other(windows, 99)
+    changed = 0
+    for seed in range(12):
+        one, two = augment(windows.copy(), seed), other(windows.copy(), seed)
+        np.testing.assert_array_equal(one, two)
+        assert one.dtype == np.float32
+        assert one.shape == windows.shape
+        assert one.min() >= 0
+        assert one.max() <= 1
+        changed += not np.array_equal(one, windows)
+    assert changed > 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((8, 8, 3), np.int16), np.full((8, 8, 3), 40, np.float32)],
+    ids=["int16 HU", "float HU"],
+)
+def test_augmentation_refuses_hounsfield_units(wrong):
+    with pytest.raises(ValueError, match=r"expected windows, float32 in 0\.\.1"):
+        make_augmentation()(wrong, 0)
+
+
+def test_what_cannot_be_batched_is_refused(phantom_cache):
+    with pytest.raises(DataError, match="no slices"):
+        slice_batches(phantom_cache, np.array([], int))
+    negative = np.flatnonzero(phantom_cache.slices[ANY].to_numpy() == 0)
+    with pytest.raises(DataError, match="0 of .* slices are positive; balancing needs both"):
+        slice_batches(phantom_cache, negative, seed=0, balance=True)
+    with pytest.raises(ValueError, match="give a seed"):
+        slice_batches(phantom_cache, augment=True)

@@ -1,0 +1,257 @@
+"""The command line as users meet it: help, the whole road, one clear line for every mistake."""
+
+import json
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from ich_keras.cli import main, train_main
+from ich_keras.models.presets import PRESETS, ModelSpec
+
+
+def ich(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", [None, *sorted(main.commands)])
+def test_every_help_answers(name):
+    result = ich(*([name] if name else []), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_ich_train_is_the_train_command():
+    assert main.commands["train"] is train_main
+
+
+def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "narrow", ModelSpec((32, 32, 3), width=8))
+    data, run = tmp_path / "data", tmp_path / "run"
+    images, csv = data / "images", data / "stage_2_train.csv"
+    one = ("--workers", 0)
+    road = [
+        ("phantom", "--out", data, "--series", 24, "--seed", 2, "--matrix", 64, *one),
+        ("index", "--dicom", images, "--labels", csv, "--out", tmp_path / "index", *one),
+        ("cache", "--index", tmp_path / "index", "--out", tmp_path / "cache", "--size", 32, *one),
+        ("cache", "--out", tmp_path / "cache", "--verify"),
+        (
+            "train",
+            "--cache",
+            tmp_path / "cache",
+            "--out",
+            run,
+            "--preset",
+            "narrow",
+            "--size",
+            32,
+            "--epochs",
+            1,
+            "--balance",
+            *one,
+        ),
+        ("evaluate", "--run", run, "--cache", tmp_path / "cache", "--split", "valid"),
+        ("predict", "--run", run, "--dicom", images, "--out", tmp_path / "out", *one),
+    ]
+    for arguments in road:
+        result = ich(*arguments)
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
+    assert "Run folder" in ich_train_output(road, tmp_path)
+    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(predictions) == len(list(images.iterdir()))
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"] == {
+        "size": 32,
+        "split": "patient",
+        "balance": True,
+        "augment": True,
+        "limit_series": None,
+        "workers": 0,
+    }
+
+
+def ich_train_output(road, tmp_path):
+    dicom = [*road[1][1:5]]
+    result = ich(
+        "train",
+        *dicom,
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "second",
+        "--preset",
+        "narrow",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_the_plan_writes_nothing(phantom_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "narrow", ModelSpec((32, 32, 3), width=8))
+    result = ich(
+        "train",
+        "--dicom",
+        phantom_folder / "images",
+        "--labels",
+        phantom_folder / "stage_2_train.csv",
+        "--out",
+        tmp_path / "run",
+        "--preset",
+        "narrow",
+        "--size",
+        32,
+        "--plan",
+        "--workers",
+        0,
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "Nothing was written" in result.output
+    assert "patients" in result.output
+    assert "cache to build" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def mistakes(folder, tmp_path):
+    images, csv = folder / "images", folder / "stage_2_train.csv"
+    out = tmp_path / "run"
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "a.txt").write_text("not a DICOM file")
+    other = tmp_path / "other.csv"
+    rows = [
+        f"ID_0123456789_{n},0"
+        for n in (
+            "epidural",
+            "intraparenchymal",
+            "intraventricular",
+            "subarachnoid",
+            "subdural",
+            "any",
+        )
+    ]
+    other.write_text("\n".join(["ID,Label", *rows]) + "\n")
+    swapped = tmp_path / "swapped.csv"
+    swapped.write_text("Label,ID\n0,ID_0123456789_any\n")
+    data = ("--dicom", images, "--labels", csv, "--out", out)
+    return {
+        "nothing readable": (3, "no CT slice", "train", "--dicom", full, "--labels", csv),
+        "no such folder": (2, "none", "train", "--dicom", tmp_path / "none", "--labels", csv),
+        "labels of other images": (
+            3,
+            "match no image",
+            "train",
+            "--dicom",
+            images,
+            "--labels",
+            other,
+        ),
+        "another header": (3, "first line", "train", "--dicom", images, "--labels", swapped),
+        "no labels": (2, "--labels is missing", "train", "--dicom", images),
+        "output exists": (2, "already exists", "train", *data[:4], "--out", full),
+        "index exists": (2, "already exists", "index", "--dicom", images, "--out", full),
+        "unknown preset": (
+            2,
+            "no preset is called 'resnet19'",
+            "train",
+            *data,
+            "--preset",
+            "resnet19",
+        ),
+        "negative batch": (2, "fit.batch_size is -3", "train", *data, "--batch-size", -3),
+        "unknown split": (2, "split 'patients'", "train", *data, "--split", "patients"),
+        "unknown device": (2, "device 'tpu'", "train", *data, "--device", "tpu"),
+        "unknown backend": (2, "backend 'mxnet'", "train", *data, "--backend", "mxnet"),
+        "other backend": (
+            2,
+            "already loaded",
+            "train",
+            *data,
+            "--backend",
+            "jax" if __import__("keras").config.backend() != "jax" else "torch",
+        ),
+        "options without data": (2, "--epochs given, but no data", "train", "--epochs", 1),
+        "plan of the demo": (2, "--plan needs --dicom or --cache", "train", "--plan"),
+        "no cache": (2, "does not exist", "train", "--cache", tmp_path / "none"),
+        "cache is none": (6, "manifest", "train", "--cache", full),
+        "run is none": (
+            6,
+            "not a run folder",
+            "predict",
+            "--run",
+            full,
+            "--dicom",
+            images,
+            "--out",
+            out,
+        ),
+        "index is none": (6, "", "cache", "--index", full, "--out", out),
+        "weights by name": (
+            2,
+            "expected a file ending in",
+            "train",
+            *data,
+            "--weights",
+            "imagenet",
+        ),
+    }
+
+
+NAMES = (
+    "nothing readable",
+    "no such folder",
+    "labels of other images",
+    "another header",
+    "no labels",
+    "output exists",
+    "index exists",
+    "unknown preset",
+    "negative batch",
+    "unknown split",
+    "unknown device",
+    "unknown backend",
+    "other backend",
+    "options without data",
+    "plan of the demo",
+    "no cache",
+    "cache is none",
+    "run is none",
+    "index is none",
+    "weights by name",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mistakes_are_one_clear_line_and_write_nothing(name, phantom_folder, tmp_path, monkeypatch):
+    table = mistakes(phantom_folder, tmp_path)
+    assert set(table) == set(NAMES)
+    code, message, *arguments = table[name]
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    result = ich(*arguments)
+    assert result.exit_code == code, (result.output, result.exception)
+    line = next(line for line in result.output.splitlines() if line.startswith("Error: "))
+    assert message in line
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_doctor_looks_around(tmp_path):
+    result = ich("doctor", "--folder", tmp_path)
+    assert result.exit_code == 0, result.output
+    for word in ("keras", "backend", "device", "decoder RLE Lossless", "free disk"):
+        assert word in result.output
+
+
+def test_doctor_fails_when_something_needed_is_absent(monkeypatch):
+    from ich_keras import environment
+
+    monkeypatch.setattr(environment, "versions", lambda: {"keras": None, "jax": None})
+    result = ich("doctor")
+    assert result.exit_code == 4
+    assert "BAD  keras" in result.output

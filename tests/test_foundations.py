@@ -1,0 +1,261 @@
+"""Atomic writing, locks, errors, configuration, environment, and what importing costs."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from ich_keras import errors, files
+from ich_keras.config import RunConfig
+from ich_keras.environment import choose_backend, choose_device, decoders, versions
+from ich_keras.errors import EnvironmentProblem, RejectedFile, StaleError, UsageError
+
+
+class Crash(Exception):
+    pass
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    files.atomic_write(path, "one")
+    files.atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("moment", ["in the block", "verify", "replace"])
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "a.txt"
+    files.atomic_write(path, "old")
+
+    def crash(*_):
+        raise Crash
+
+    if moment == "replace":
+        monkeypatch.setattr(files, "replace", crash)
+    with (
+        pytest.raises(Crash),
+        files.atomic_path(path, verify=crash if moment == "verify" else None) as temporary,
+    ):
+        temporary.write_text("half of the n")
+        if moment == "in the block":
+            raise Crash
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_round_trip_and_refusals(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": None, "y": [1.5, "é"]})
+    assert files.read_json(path) == {"x": None, "y": [1.5, "é"]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(path, {"x": float("nan")})
+    assert files.read_json(path)["y"] == [1.5, "é"]
+    path.write_text('{"x": ')
+    with pytest.raises(StaleError, match="not valid JSON"):
+        files.read_json(path)
+    with pytest.raises(StaleError, match="does not exist"):
+        files.read_json(tmp_path / "b.json")
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_keys():
+    assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
+    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})
+
+
+def test_sha256_of_a_known_text(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert files.sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert files.require_absent(tmp_path / "none") == tmp_path / "none"
+    (tmp_path / "empty").mkdir()
+    files.require_absent(tmp_path / "empty")
+    for name in ("full", "full/a", "link"):
+        with pytest.raises(UsageError, match="already exists; nothing is overwritten"):
+            files.require_absent(tmp_path / name)
+
+
+def test_free_disk_is_checked(tmp_path):
+    files.require_free(tmp_path / "not" / "yet", 1)
+    with pytest.raises(EnvironmentProblem, match="are needed"):
+        files.require_free(tmp_path, 2**60)
+
+
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
+    program = (
+        "import sys, time; from ich_keras.files import lock\n"
+        "with lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(StaleError, match="locked by another process"),
+        files.lock(tmp_path / "lock"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with files.lock(tmp_path / "lock"):
+        pass
+
+
+def test_errors_carry_their_exit_codes_and_hints():
+    expected = {
+        errors.UsageError: 2,
+        errors.DataError: 3,
+        errors.EnvironmentProblem: 4,
+        errors.DivergedError: 5,
+        errors.StaleError: 6,
+    }
+    for kind, code in expected.items():
+        assert kind("what", "do").exit_code == code
+        assert str(kind("what.", "Do.")) == "what. Do."
+
+
+def test_a_rejected_file_survives_the_way_back_from_a_worker():
+    reject = RejectedFile("TRUNCATED", "8 of 16 bytes", "Copy it again.")
+    copy = pickle.loads(pickle.dumps(reject))
+    assert (copy.code, copy.detail, copy.hint) == ("TRUNCATED", "8 of 16 bytes", "Copy it again.")
+    with pytest.raises(KeyError, match="unknown reject code 'OOPS'"):
+        RejectedFile("OOPS", "")
+
+
+def test_config_round_trip():
+    config = RunConfig.from_dict({"seed": 3, "fit": {"epochs": 2, "weight_decay": 1}})
+    assert config.fit.weight_decay == 1.0
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(None, 3e-4), ("a.weights.h5", 1e-5)])
+def test_default_learning_rates_are_the_thesis_ones(weights, expected):
+    assert RunConfig(weights=weights).learning_rate == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sede": 1}, "unknown key 'sede'. Did you mean 'seed'"),
+        ({"fit": {"epoch": 1}}, "unknown key 'fit.epoch'. Did you mean 'epochs'"),
+        ({"seed": "1"}, "seed is '1'; expected int"),
+        ({"seed": True}, "seed is True; expected int"),
+        ({"data": {"limit_series": 1.5}}, "data.limit_series is 1.5; expected int or null"),
+        ({"data": 3}, "data. is 3; expected an object"),
+        ({"fit": {"batch_size": -3}}, "fit.batch_size is -3; expected at least 1"),
+        ({"fit": {"learning_rate": float("inf")}}, "learning_rate is inf"),
+        ({"fit": {"loss": "mse"}}, "fit.loss is 'mse'; expected one of bce, rsna"),
+        ({"preset": "resnet18"}, "no preset is called 'resnet18'"),
+        ([], r"the file is \[\]; expected an object"),
+    ],
+)
+def test_bad_configs_are_refused(content, message):
+    with pytest.raises(UsageError, match=message):
+        RunConfig.from_dict(content)
+
+
+def run_python(program: str, **environment) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("KERAS_BACKEND", "ICH_TRACEBACK")}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, **environment},
+    )
+
+
+HEAVY = "[m for m in ('keras', 'torch', 'albumentations', 'sklearn', 'pandas') if m in sys.modules]"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys, ich_keras",
+        "import sys; from click.testing import CliRunner; from ich_keras.cli import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(main, ['train', '--help']).exit_code == 0",
+    ],
+)
+def test_importing_and_help_are_light(program):
+    done = run_python(f"{program}\nprint({HEAVY})")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["ich_keras.data.batches", "ich_keras.data.cache", "ich_keras.ct.series"]
+)
+def test_what_worker_processes_import_leaves_keras_out(module):
+    done = run_python(f"import sys, {module}; print('keras' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_torch_is_the_backend_unless_the_environment_says_otherwise():
+    program = "import os, ich_keras; print(os.environ['KERAS_BACKEND'])"
+    assert run_python(program).stdout.strip() == "torch"
+    assert run_python(program, KERAS_BACKEND="jax").stdout.strip() == "jax"
+
+
+def test_another_backend_is_refused_once_keras_is_loaded():
+    program = "import ich_keras, keras; from ich_keras.environment import *; choose_backend('jax')"
+    assert "already loaded with the backend torch; jax was asked for" in run_python(program).stderr
+
+
+@pytest.mark.parametrize(("name", "message"), [("mxnet", "expected one of torch, jax"), (3, "3;")])
+def test_unknown_backends_are_refused(name, message):
+    with pytest.raises(UsageError, match=message):
+        choose_backend(name)
+
+
+def test_an_absent_backend_names_the_extra():
+    program = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'tensorflow' else find(n, *a)\n"
+        "from ich_keras.environment import choose_backend; choose_backend('tensorflow')"
+    )
+    done = run_python(program)
+    assert "the backend tensorflow is not installed" in done.stderr
+    assert "pip install 'ich_keras[tensorflow]'" in done.stderr
+
+
+def test_devices(monkeypatch):
+    program = "from ich_keras.environment import *; print(choose_device({!r}))"
+    assert run_python(program.format("cpu")).stdout.strip() == "cpu"
+    with pytest.raises(UsageError, match="device 'gpu'"):
+        choose_device("gpu")
+
+
+def test_cuda_says_why_it_is_not_there():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: nothing to complain about")
+    done = run_python("from ich_keras.environment import *; choose_device('cuda')")
+    assert "EnvironmentProblem: --device cuda: torch" in done.stderr
+    assert "build without CUDA" in done.stderr or "no usable GPU" in done.stderr
+
+
+def test_the_environment_is_told():
+    assert versions()["numpy"]
+    assert versions()["pydicom"]
+    assert decoders()["RLE Lossless"] is True
+
+
+def test_public_names_exist():
+    import ich_keras
+
+    for name in ich_keras.__all__:
+        if name.startswith("__"):
+            continue
+        value = getattr(ich_keras, name)
+        assert callable(value) or isinstance(value, (str, tuple)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ich_keras.nothing

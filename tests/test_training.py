@@ -1,0 +1,295 @@
+"""The road from a cache to an evaluated run, small: files, numbers, overfitting, faults, state."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from ich_keras import checkpoints, training
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
+from ich_keras.evaluation import evaluate
+from ich_keras.labels import LABELS
+from ich_keras.metrics import TRUTH_COLUMNS, binary_metrics
+from ich_keras.models.classifier import classifier, compile_classifier
+from ich_keras.models.presets import PRESETS, ModelSpec
+from ich_keras.prediction import load_run, predict_folder, probabilities
+from ich_keras.training import plan_training, train
+
+NARROW = "narrow"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_preset():
+    """A network an eighth as wide: the road is the same, the steps are short."""
+    PRESETS[NARROW] = ModelSpec(input_shape=(48, 48, 3), width=8)
+    yield
+    del PRESETS[NARROW]
+
+
+def config_of(**changes) -> RunConfig:
+    fit = {"batch_size": 16, "epochs": 2, "learning_rate": 1e-3, **changes.pop("fit", {})}
+    data = {"size": 48, "balance": True, **changes.pop("data", {})}
+    return RunConfig(preset=NARROW, data=DataConfig(**data), fit=FitConfig(**fit), **changes)
+
+
+@pytest.fixture(scope="module")
+def run(phantom_cache, tmp_path_factory, narrow_preset):
+    told = []
+    out = train(
+        config_of(), phantom_cache, tmp_path_factory.mktemp("run") / "run", tell=told.append
+    )
+    assert len(told) == 2
+    return out
+
+
+def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.json",
+        "environment.json",
+        "data.json",
+        "split.json",
+        "history.csv",
+        "best.weights.h5",
+        "model.keras",
+        "state",
+        "report.md",
+        *(
+            f"{what}-{part}.{end}"
+            for what, end in (("predictions", "csv"), ("metrics", "json"))
+            for part in ("valid", "test")
+        ),
+    }
+    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of()
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["backend"] == keras.config.backend()
+    assert environment["device"] == "cpu"
+    assert environment["versions"]["keras"] == keras.__version__
+    data = json.loads((run / "data.json").read_text())
+    assert data["synthetic"] is True
+    assert data["cache"] == phantom_cache.fingerprint
+
+
+def test_metrics_can_be_made_again_from_the_predictions(run):
+    predictions = pd.read_csv(run / "predictions-test.csv")
+    metrics = json.loads((run / "metrics-test.json").read_text())["slice"]
+    again = binary_metrics(
+        predictions[list(TRUTH_COLUMNS)].to_numpy(), predictions[list(LABELS)].to_numpy()
+    )
+    assert metrics["log_loss"] == pytest.approx(again["log_loss"], rel=1e-5)
+    assert metrics["auroc"]["any"] == pytest.approx(again["auroc"]["any"], abs=1e-12)
+    assert metrics["baseline"]["prevalence"]["source"] == "training set"
+
+
+def test_the_best_epoch_is_kept_and_scored(run):
+    history = pd.read_csv(run / "history.csv")
+    assert list(history["epoch"]) == [1, 2]
+    valid = json.loads((run / "metrics-valid.json").read_text())["slice"]
+    assert valid["log_loss"] == pytest.approx(history["valid_log_loss"].min(), rel=1e-5)
+
+
+def test_splits_share_no_patient(run, phantom_cache):
+    slices = phantom_cache.slices.set_index("sop_instance_uid")["patient_id"]
+    valid, test = (
+        set(slices[pd.read_csv(run / f"predictions-{part}.csv")["sop_instance_uid"]])
+        for part in ("valid", "test")
+    )
+    members = json.loads((run / "split.json").read_text())["members"]["train"]
+    train_patients = set(
+        phantom_cache.slices.loc[phantom_cache.slices["series_uid"].isin(members), "patient_id"]
+    )
+    assert train_patients
+    assert not valid & test
+    assert not train_patients & (valid | test)
+
+
+def test_the_report_marks_phantoms_and_shows_baselines(run):
+    report = (run / "report.md").read_text()
+    assert "**Synthetic data.**" in report
+    assert "not for clinical use" in report
+    assert "prevalence of the training set" in report
+    assert "all negative" in report
+
+
+def test_the_keras_file_gives_the_same_probabilities(run, phantom_cache):
+    _, model = load_run(run)
+    saved = keras.saving.load_model(run / "model.keras")
+    from ich_keras.data.batches import slice_batches
+
+    batches = list(slice_batches(phantom_cache, np.arange(10), batch_size=4))
+    np.testing.assert_array_equal(
+        probabilities(model, batches, 10), probabilities(saved, batches, 10)
+    )
+
+
+def test_the_same_seed_gives_the_same_run(run, phantom_cache, tmp_path):
+    again = train(config_of(data={"workers": 1}), phantom_cache, tmp_path / "run")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(run / "predictions-test.csv"), pd.read_csv(again / "predictions-test.csv")
+    )
+
+
+def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
+    result = predict_folder(run, phantom_folder / "images", tmp_path / "out")
+    written = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert list(written.columns) == [
+        "sop_instance_uid",
+        "series_instance_uid",
+        "slice_index",
+        "position_mm",
+        *LABELS,
+    ]
+    held_out = pd.read_csv(run / "predictions-test.csv").set_index("sop_instance_uid")
+    both = written.set_index("sop_instance_uid").loc[held_out.index]
+    np.testing.assert_allclose(both[list(LABELS)], held_out[list(LABELS)], atol=1e-5)
+    series = pd.read_csv(tmp_path / "out" / "series.csv").set_index("series_instance_uid")
+    highest = written.groupby("series_instance_uid")[list(LABELS)].max()
+    np.testing.assert_allclose(series.loc[highest.index, list(LABELS)], highest)
+    assert series["num_slices"].sum() == len(written) == len(result.slices)
+    assert (tmp_path / "out" / "rejects.csv").is_file()
+    with pytest.raises(UsageError, match="already exists"):
+        predict_folder(run, phantom_folder / "images", tmp_path / "out")
+
+
+def test_evaluate_repeats_the_numbers(run, phantom_cache):
+    before = (run / "metrics-test.json").read_text()
+    metrics = evaluate(run, phantom_cache, "test")
+    assert json.loads(before)["slice"]["log_loss"] == pytest.approx(
+        metrics["slice"]["log_loss"], rel=1e-6
+    )
+    with pytest.raises(UsageError, match="split 'tset'"):
+        evaluate(run, phantom_cache, "tset")
+
+
+def test_a_run_that_is_none_is_refused(tmp_path, phantom_cache):
+    with pytest.raises(StaleError, match="is not a run folder"):
+        evaluate(tmp_path, phantom_cache)
+
+
+@pytest.mark.slow
+def test_it_can_overfit_so_labels_meet_pixels(phantom_cache, tmp_path):
+    few = config_of(
+        data={"split": "none", "augment": False, "balance": False, "limit_series": 2},
+        fit={"epochs": 40, "learning_rate": 3e-3},
+    )
+    out = train(few, phantom_cache, tmp_path / "run")
+    metrics = (
+        json.loads((out / "metrics-train.json").read_text())
+        if (out / "metrics-train.json").is_file()
+        else evaluate(out, phantom_cache, "train")
+    )
+    assert metrics["slice"]["log_loss"] < 0.05
+    assert "deliberate overfitting" in (out / "report.md").read_text()
+
+
+def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path):
+    wild = config_of(fit={"learning_rate": 1e30, "epochs": 3})
+    with pytest.raises(DivergedError) as caught:
+        train(wild, phantom_cache, tmp_path / "run")
+    assert caught.value.exit_code == 5
+    for file in (tmp_path / "run").rglob("*.weights.h5"):
+        model = classifier(PRESETS[NARROW])
+        model.load_weights(file)
+        assert all(np.isfinite(np.asarray(w)).all() for w in model.get_weights())
+
+
+def test_the_plan_tells_counts_and_writes_nothing(phantom_cache):
+    plan = plan_training(phantom_cache.slices, config_of())
+    assert sum(plan.num_slices.values()) == len(phantom_cache.slices)
+    assert plan.total_steps == 2 * plan.steps_per_epoch
+    assert plan.slices_per_epoch <= 2 * plan.num_positive["any"]
+    assert plan.learning_rate == 1e-3
+
+
+def test_data_that_cannot_train_are_refused(phantom_cache, tmp_path):
+    slices = phantom_cache.slices
+    with pytest.raises(DataError, match="no labels"):
+        plan_training(slices.drop(columns="any"), config_of())
+    with pytest.raises(DataError, match="PatientID"):
+        plan_training(slices.assign(patient_id=""), config_of())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").touch()
+    with pytest.raises(UsageError, match="already exists"):
+        train(config_of(), phantom_cache, tmp_path / "run")
+
+
+def narrow_model(seed):
+    keras.utils.set_random_seed(seed)
+    model = compile_classifier(
+        classifier(PRESETS[NARROW], output="logits"), 1e-3, schedule="cosine", total_steps=8
+    )
+    random = np.random.default_rng(0)
+    images = random.normal(size=(4, 8, 48, 48, 3)).astype("float32")
+    truth = random.integers(0, 2, (4, 8, 6)).astype("float32")
+    return model, list(zip(images, truth, strict=True))
+
+
+def test_state_brings_a_training_back_exactly(tmp_path):
+    model, batches = narrow_model(0)
+    for batch in batches[:2]:
+        model.train_on_batch(*batch)
+    checkpoints.save_state(tmp_path, model, 1, {"best_loss": 0.5})
+    for batch in batches[2:]:
+        model.train_on_batch(*batch)
+
+    resumed, _ = narrow_model(1)
+    assert checkpoints.load_state(tmp_path, resumed) == {"best_loss": 0.5, "epoch": 1}
+    for batch in batches[2:]:
+        resumed.train_on_batch(*batch)
+    for one, other in zip(model.weights, resumed.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=one.path)
+
+
+def test_a_crash_before_the_pointer_moves_keeps_the_state_before(tmp_path, monkeypatch):
+    model, batches = narrow_model(0)
+    model.train_on_batch(*batches[0])
+    checkpoints.save_state(tmp_path, model, 1, {})
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    for name in ("replace", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, name, crash)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save_state(tmp_path, model, 2, {})
+        assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 1
+    for epoch in (2, 3, 4):
+        checkpoints.save_state(tmp_path, model, epoch, {})
+    assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 4
+    assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-0003", "epoch-0004"]
+
+
+def test_a_state_of_another_network_is_refused(tmp_path):
+    model, batches = narrow_model(0)
+    model.train_on_batch(*batches[0])
+    checkpoints.save_state(tmp_path, model, 1, {})
+    arrays = dict(np.load(tmp_path / "epoch-0001" / "variables.npz"))
+    del arrays[min(arrays)]
+    with open(tmp_path / "epoch-0001" / "variables.npz", "wb") as stream:
+        np.savez(stream, **arrays)
+    with pytest.raises(StaleError, match="1 variables differ, generator/0 first"):
+        checkpoints.load_state(tmp_path, narrow_model(1)[0])
+
+
+def test_training_starts_from_given_weights(run, phantom_cache, tmp_path):
+    config = config_of(
+        weights=str(run / "best.weights.h5"), fit={"epochs": 1, "learning_rate": 1e-9}
+    )
+    out = train(dataclasses.replace(config), phantom_cache, tmp_path / "run")
+    first = pd.read_csv(out / "history.csv")["valid_log_loss"][0]
+    best = pd.read_csv(run / "history.csv")["valid_log_loss"].min()
+    assert first == pytest.approx(best, rel=0.2)
+
+
+def test_slices_without_labels_are_not_trained_on(phantom_cache):
+    slices = phantom_cache.slices.copy()
+    slices.loc[:9, list(LABELS)] = -1
+    _, indices = training.split_indices(slices, config_of())
+    rows = np.concatenate(list(indices.values()))
+    assert len(rows) == len(slices) - 10
+    assert rows.min() >= 10 or not set(range(10)) & set(rows)

@@ -1,0 +1,68 @@
+"""Tiny DICOM files for tests, written by pydicom."""
+
+import io
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+AXIAL = (1, 0, 0, 0, 1, 0)
+
+
+def tiny_values(seed=0, low=0, high=3000, side=16):
+    """Random stored values; int32 (side, side)."""
+    return np.random.default_rng(seed).integers(low, high, (side, side))
+
+
+def tiny_dataset(stored=None, **tags):
+    """A CT slice of 16 x 16 signed 16-bit pixels, intercept -1024; a tag set to None is absent."""
+    stored = tiny_values() if stored is None else np.asarray(stored)
+    tags = {
+        "SOPClassUID": CTImageStorage,
+        "SOPInstanceUID": "1.2.3.1",
+        "Modality": "CT",
+        "PatientID": "patient-1",
+        "StudyInstanceUID": "1.2.3",
+        "SeriesInstanceUID": "1.2.3.4",
+        "ImagePositionPatient": [-125, -125, 10],
+        "ImageOrientationPatient": list(AXIAL),
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "Rows": stored.shape[0],
+        "Columns": stored.shape[1],
+        "PixelSpacing": [0.5, 0.5],
+        "BitsAllocated": 16,
+        "BitsStored": 16,
+        "HighBit": tags.get("BitsStored", 16) - 1,
+        "PixelRepresentation": 1,
+        "RescaleIntercept": -1024,
+        "RescaleSlope": 1,
+        "PixelData": (stored & 0xFFFF).astype("<u2").tobytes(),
+        **tags,
+    }
+    dataset = Dataset()
+    for keyword, value in tags.items():
+        if value is not None:
+            setattr(dataset, keyword, value)
+    if "PixelData" in dataset:
+        dataset["PixelData"].VR = "OW"
+    return dataset
+
+
+def to_bytes(dataset, syntax=ExplicitVRLittleEndian, compress=None):
+    """The bytes of a DICOM file with this data set."""
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID") or CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID") or "1.2.3.1"
+    if compress is not None:
+        dataset.compress(compress, generate_instance_uid=False)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def tiny_file(stored=None, syntax=ExplicitVRLittleEndian, compress=None, **tags):
+    """The bytes of a tiny CT slice; see `tiny_dataset`."""
+    return to_bytes(tiny_dataset(stored, **tags), syntax, compress)
