@@ -21,9 +21,20 @@ KEPT = 2
 
 
 def save_weights(model, path: Path) -> None:
-    """Write a model's weights atomically (Keras' own saving is not)."""
+    """Write a model's weights atomically (Keras' own saving is not), without its optimiser."""
     with atomic_path(path) as temporary:
-        model.save_weights(temporary, overwrite=True)
+        _without_optimizer(model).save_weights(temporary, overwrite=True)
+
+
+def _without_optimizer(model):
+    """Return an uncompiled twin that shares all variables.
+
+    Keras writes the slots of a compiled model's optimiser into its weights file: three times the
+    size, and a file that does not load into a model compiled otherwise.
+    """
+    import keras
+
+    return keras.Model(model.input, model.output)
 
 
 def save_model(model, path: Path) -> None:
@@ -79,7 +90,7 @@ def load_state(folder: Path, model) -> dict:
     """
     state_folder = folder / read_json(folder / POINTER)["state"]
     state = read_json(state_folder / STATE)
-    model.load_weights(state_folder / WEIGHTS)
+    _without_optimizer(model).load_weights(state_folder / WEIGHTS)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     wanted = _other_variables(model)

@@ -248,9 +248,10 @@ def train(
     model.fit(
         loader,
         epochs=config.fit.epochs,
+        shuffle=False,  # the loader does it
         verbose=0,
         callbacks=[
-            _epochs(loader, config.fit.epochs, progress),
+            _epochs(loader, config, progress),
             _validation(
                 model,
                 validation,
@@ -269,14 +270,16 @@ def train(
 
 def is_synthetic(slices: pd.DataFrame) -> bool:
     """Tell whether any slice comes from a phantom: no clinical claim may rest on it."""
-    from ich_keras.ct.phantom import PATIENT_PREFIX
+    from ich_keras.ct.phantom_dicom import PATIENT_PREFIX
 
     return bool(slices["patient_id"].str.startswith(PATIENT_PREFIX).any())
 
 
-def _epochs(loader, num_epochs: int, progress: Progress | None):
-    """Return the callback that tells the loader its epoch and shows the progress."""
+def _epochs(loader, config: RunConfig, progress: Progress | None):
+    """Return the callback that begins an epoch, for loader and network, and shows the progress."""
     import keras
+
+    from ich_keras.data.augment import sample_seed
 
     class Epochs(keras.callbacks.Callback):
         # Without this mark Keras reads the logs back from the device after every step.
@@ -284,7 +287,10 @@ def _epochs(loader, num_epochs: int, progress: Progress | None):
 
         def on_epoch_begin(self, epoch, logs=None):
             loader.epoch = epoch
-            self.step = f"epoch {epoch + 1}/{num_epochs}"
+            # On torch Keras' dropout draws from torch's global generator. Seeding it by epoch makes
+            # a resumed training equal to an uninterrupted one, with no generator state to save.
+            keras.utils.set_random_seed(sample_seed(config.seed, epoch, 0))
+            self.step = f"epoch {epoch + 1}/{config.fit.epochs}"
 
         def on_train_batch_end(self, batch, logs=None):
             if progress is not None:

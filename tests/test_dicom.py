@@ -108,7 +108,7 @@ def test_hu_by_hand(stored, tags, expected):
     result = read_slice(io.BytesIO(tiny_file(stored, **tags)))
     assert result.hu.dtype == np.int16
     assert result.hu.flags.writeable
-    assert not result.repaired
+    assert result.repaired is False
     np.testing.assert_array_equal(result.hu, expected)
 
 
@@ -206,7 +206,7 @@ def test_wrapped_air_is_unwrapped(intercept):
     hu = wrapped_head()
     content = tiny_file(hu % 4096, BitsStored=12, PixelRepresentation=0, RescaleIntercept=intercept)
     result = read_slice(io.BytesIO(content))
-    assert result.repaired
+    assert result.repaired is True
     np.testing.assert_array_equal(result.hu, hu)
 
 
@@ -216,7 +216,7 @@ def test_genuine_metal_is_left_alone():
     hu[30:36, 30:36] = 3500
     content = tiny_file(hu, BitsStored=12, PixelRepresentation=0, RescaleIntercept=0)
     result = read_slice(io.BytesIO(content))
-    assert not result.repaired
+    assert result.repaired is False
     np.testing.assert_array_equal(result.hu, hu)
 
 
@@ -231,7 +231,7 @@ def test_genuine_metal_is_left_alone():
 def test_other_encodings_are_never_unwrapped(tags):
     stored = wrapped_head() % 4096
     result = read_slice(io.BytesIO(tiny_file(stored, **tags)))
-    assert not result.repaired
+    assert result.repaired is False
     np.testing.assert_array_equal(result.hu, stored + tags["RescaleIntercept"])
 
 

@@ -44,7 +44,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment
         if moment == "in the block":
             raise Crash
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_json_round_trip_and_refusals(tmp_path):

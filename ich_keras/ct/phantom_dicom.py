@@ -44,6 +44,8 @@ from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
 from ich_keras.labels import LABELS
 
+# No patient of RSNA is called that: theirs are ID_<hex>.
+PATIENT_PREFIX = "PHANTOM_"
 IMAGES, MASKS, LABELS_CSV, MANIFEST = "images", "masks", "stage_2_train.csv", "phantoms.json"
 # Odd, so that multiplying by it modulo a power of two maps every number to another one.
 _MIXER = 0x9E3779B97F4A7C15
@@ -64,6 +66,11 @@ def hex_identifier(number: int, seed: int, digits: int) -> str:
     half = digits * 2
     mixed = (mixed >> half) | (mixed << (digits * 4 - half)) % space
     return f"ID_{mixed * _MIXER % space:0{digits}x}"
+
+
+def patient_id(spec: PhantomSpec) -> str:
+    """Return the PatientID of a phantom; its prefix marks it as synthetic in every table."""
+    return PATIENT_PREFIX + hex_identifier(spec.patient, spec.seed, 8).removeprefix("ID_")
 
 
 def sop_instance_uids(spec: PhantomSpec, num_slices: int) -> list[str]:
@@ -107,7 +114,7 @@ def phantom_dataset(phantom: Phantom, index: int, sop_instance_uid: str) -> Data
         dataset.SOPClassUID = CTImageStorage
     dataset.add(_identifier("SOPInstanceUID", sop_instance_uid))
     dataset.Modality = "CT"
-    dataset.PatientID = hex_identifier(spec.patient, spec.seed, 8)
+    dataset.PatientID = patient_id(spec)
     dataset.add(_identifier("StudyInstanceUID", hex_identifier(spec.series, spec.seed + 1, 10)))
     dataset.add(_identifier("SeriesInstanceUID", hex_identifier(spec.series, spec.seed, 10)))
     dataset.StudyID = ""
@@ -138,8 +145,6 @@ def phantom_dataset(phantom: Phantom, index: int, sop_instance_uid: str) -> Data
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return dataset
-
-
 
 
 def _identifier(keyword: str, text: str) -> DataElement:
@@ -196,12 +201,13 @@ def write_phantoms(
         (partial_out / IMAGES).mkdir(parents=True)
         (partial_out / MASKS).mkdir()
         records = []
+        every = -(-num_series // 200)
         with open(partial_out / LABELS_CSV, "w", encoding="utf-8", newline="\n") as stream:
             stream.write("ID,Label\n")
             for done, (record, rows) in enumerate(_write_all(partial_out, specs, workers), 1):
                 records.append(record)
                 stream.writelines(rows)
-                if progress is not None and (done % -(-num_series // 200) == 0 or done == num_series):
+                if progress is not None and (done % every == 0 or done == num_series):
                     progress("drawing phantoms", done, num_series)
         write_json(partial_out / MANIFEST, _manifest(records, seed))
         if out.is_dir():
@@ -255,7 +261,7 @@ def _record(phantom: Phantom, series_uid: str, labels: np.ndarray) -> dict:
     spec, scan = phantom.spec, phantom.scan
     return {
         "series_instance_uid": series_uid,
-        "patient_id": hex_identifier(spec.patient, spec.seed, 8),
+        "patient_id": patient_id(spec),
         "patient": spec.patient,
         "series": spec.series,
         "seed": spec.seed,

@@ -142,7 +142,7 @@ def is_wrapped(stored: np.ndarray, pixels: StoredPixels, intercept: float) -> bo
     if pixels.bits_stored != 12 or pixels.is_signed or intercept <= -100:
         return False
     air = np.count_nonzero((stored >= 4096 - 1000) & (stored < 4096 + AIR_BELOW_HU))
-    return air >= WRAPPED_AIR_SHARE * stored.size
+    return bool(air >= WRAPPED_AIR_SHARE * stored.size)
 
 
 def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:

@@ -9,6 +9,7 @@ from multiprocessing import get_all_start_methods
 
 import numpy as np
 import pandas as pd
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ich_keras.data.augment import make_augmentation, sample_seed
@@ -36,13 +37,15 @@ class SliceDataset(Dataset):
         self._labels = (
             None if missing else cache.slices[list(LABELS)].to_numpy(np.float32, na_value=np.nan)
         )
-        self._cache = cache
+        # Without the tables: this object travels to every worker process.
+        self._pixels = cache.pixels
+        self._num_slices = len(cache.slices)
         self._size = size
         self._seed = seed
         self._augment = None
 
     def __len__(self) -> int:
-        return len(self._cache.slices)
+        return self._num_slices
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
@@ -59,7 +62,7 @@ class SliceDataset(Dataset):
             the cache has none).
         """
         epoch, indices = key
-        windows = slice_windows(self._cache.slices_hu(indices), self._size)
+        windows = slice_windows(self._pixels.slices_hu(indices), self._size)
         if self._seed is not None:
             if self._augment is None:
                 self._augment = make_augmentation()
@@ -161,6 +164,9 @@ class SliceLoader(DataLoader):
             persistent_workers=workers > 0,
             multiprocessing_context=START_METHOD if workers > 0 else None,
             timeout=WORKER_TIMEOUT_SECONDS if workers > 0 else 0,
+            # Of its own: torch would draw a number from the global generator on every pass, and
+            # the network's dropout would depend on how often somebody looked.
+            generator=torch.Generator(),
         )
         self.plan = plan
 
