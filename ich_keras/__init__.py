@@ -30,7 +30,7 @@ _PUBLIC = {
     "index_folder": "ich_keras.ct.series",
     "SeriesIndex": "ich_keras.ct.series",
     "Window": "ich_keras.ct.window",
-    "write_phantoms": "ich_keras.ct.phantom",
+    "write_phantoms": "ich_keras.ct.phantom_dicom",
     "read_rsna_labels": "ich_keras.data.labels",
     "join_labels": "ich_keras.data.labels",
     "CTCache": "ich_keras.data.cache",

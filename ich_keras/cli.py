@@ -22,6 +22,8 @@ from ich_keras.errors import (
 )
 
 TRACEBACK = "ICH_TRACEBACK"
+# `ich index` tells spacing and tilt of every series when there are no more than these.
+DESCRIBED_SERIES = 20
 
 
 class _Failure(click.ClickException):
@@ -156,6 +158,9 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
         )
     found.save(out)
     out.with_name(f"{out.name}.journal").unlink(missing_ok=True)
+    if len(found.series) <= DESCRIBED_SERIES:
+        for series_uid in found.series["series_uid"]:
+            click.echo(f"  {found.describe(series_uid)}")
     for verdict, count in found.series["verdict"].value_counts().items():
         click.echo(f"  {count} series: {verdict}")
     for code, count in found.rejects["code"].value_counts().items():
@@ -382,6 +387,8 @@ def _show_plan(training, config) -> None:
         f"  {config.fit.epochs} epochs of {training.steps_per_epoch:,} steps,"
         f" {training.slices_per_epoch:,} slices each"
     )
+    if training.note:
+        click.echo(f"  {training.note}")
     if training.warning:
         click.echo(f"Warning: {training.warning}", err=True)
 

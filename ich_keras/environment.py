@@ -8,13 +8,13 @@ import shutil
 import sys
 from pathlib import Path
 
+from ich_keras import __version__
 from ich_keras.errors import EnvironmentProblem, UsageError
 
 BACKENDS = ("torch", "jax", "tensorflow")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_BACKEND = "torch"
 PACKAGES = (
-    "ich_keras",
     "keras",
     "torch",
     "jax",
@@ -147,7 +147,7 @@ def why_no_cuda(backend: str) -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the installed version of every package that matters; None where it is absent."""
-    found = {}
+    found: dict[str, str | None] = {"ich_keras": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -45,7 +45,7 @@ def prepare_index(
         index, join = join_labels(index, table)
         if tell is not None:
             tell(repr(table))
-            tell(repr(join))
+            tell(str(join))
     return first_series(index, limit_series)
 
 

@@ -39,6 +39,7 @@ class TrainingPlan:
         total_steps: optimiser steps in all.
         learning_rate: the rate in force.
         warning: what is wrong with the split by name ("" for a sound one).
+        note: what the split left out, counted ("" when nothing was).
     """
 
     num_slices: dict[str, int]
@@ -50,6 +51,7 @@ class TrainingPlan:
     total_steps: int
     learning_rate: float
     warning: str
+    note: str
 
     def to_dict(self) -> dict:
         """Return the plan ready for JSON."""
@@ -107,6 +109,10 @@ def plan_training(slices: pd.DataFrame, config: RunConfig) -> TrainingPlan:
 
 def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) -> TrainingPlan:
     from ich_keras.data.batches import epoch_plan
+    from ich_keras.models.weights import require_weights_file
+
+    if config.weights is not None:
+        require_weights_file(config.weights)
 
     epoch = epoch_plan(
         slices, indices["train"], config.fit.batch_size, seed=0, balance=config.data.balance
@@ -122,6 +128,7 @@ def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) 
         total_steps=epoch.num_batches * config.fit.epochs,
         learning_rate=config.learning_rate,
         warning=split.warning,
+        note=split.note,
     )
 
 

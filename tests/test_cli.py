@@ -151,7 +151,7 @@ def mistakes(folder, tmp_path):
             "--labels",
             other,
         ),
-        "another header": (3, "first line", "train", "--dicom", images, "--labels", swapped),
+        "another header": (3, "the header is", "train", "--dicom", images, "--labels", swapped),
         "no labels": (2, "--labels is missing", "train", "--dicom", images),
         "output exists": (2, "already exists", "train", *data[:4], "--out", full),
         "index exists": (2, "already exists", "index", "--dicom", images, "--out", full),

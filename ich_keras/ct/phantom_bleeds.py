@@ -18,7 +18,7 @@ from ich_keras.ct.phantom_head import Head, HeadSlice
 
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
 OEDEMA_HU = -10.0  # difference to the brain around it
-_CONTRAST_HU = 20.0  # least difference to this patient's grey matter
+_CONTRAST_HU = 22.0  # least difference to this patient's grey matter
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Bleed:
 
 def draw_bleed(subtype: str, head: Head, rng: np.random.Generator) -> Bleed:
     """Draw a bleed of one subtype in a head."""
-    lowest = max(MIN_BLEED_HU + 2, head.grey + _CONTRAST_HU)
-    hu = float(rng.uniform(lowest, MAX_BLEED_HU - 2))
+    lowest = max(MIN_BLEED_HU + 6, head.grey + _CONTRAST_HU)
+    hu = float(rng.uniform(lowest, MAX_BLEED_HU))
     return _DRAW[subtype](head, hu, int(rng.choice((-1, 1))), rng)
 
 
@@ -60,7 +60,7 @@ def _draw_epidural(head: Head, hu: float, side: int, rng: np.random.Generator) -
     # Mostly under the temporal and parietal bone, where the middle meningeal artery runs.
     direction = np.array([side * 0.85, rng.uniform(-0.55, 0.55), rng.uniform(-0.1, 0.55)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(12, 18), rng.uniform(22, 29), 0.0)
+    size = (rng.uniform(13, 20), rng.uniform(24, 31), 0.0)
     return Bleed("epidural", "convexity", hu, side, tuple(point), size)
 
 
@@ -74,13 +74,13 @@ def _epidural_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
 
 
 def _draw_subdural(head: Head, hu: float, side: int, rng: np.random.Generator) -> Bleed:
-    if rng.random() < 0.1:
+    if rng.random() < 0.06:
         size = (rng.uniform(5, 8), rng.uniform(30, 45), 0.0)
         centre = (0.0, rng.choice((-35.0, 40.0)), rng.uniform(25, 40))
         return Bleed("subdural", "falx", hu, side, centre, size)
     direction = np.array([side * 0.85, rng.uniform(-0.35, 0.35), rng.uniform(0.1, 0.5)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(6.5, 10), rng.uniform(42, 58), rng.uniform(25, 40))
+    size = (rng.uniform(7.5, 11.5), rng.uniform(46, 62), rng.uniform(28, 42))
     return Bleed("subdural", "convexity", hu, side, tuple(point), size)
 
 
@@ -103,7 +103,7 @@ def _draw_subarachnoid(head: Head, hu: float, side: int, rng: np.random.Generato
     kind = str(rng.choice(("sulci", "cisterns", "both"), p=(0.4, 0.25, 0.35)))
     direction = np.array([side * 0.8, rng.uniform(-0.8, 0.8), rng.uniform(-0.05, 0.7)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(1.3, 2.0), rng.uniform(27, 38), rng.uniform(0.5, 1.4))
+    size = (rng.uniform(1.6, 2.2), rng.uniform(27, 36), rng.uniform(0.8, 1.6))
     return Bleed("subarachnoid", kind, hu, 0, tuple(point), size)
 
 
@@ -126,7 +126,7 @@ def _subarachnoid_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
 
 def _draw_intraventricular(head: Head, hu: float, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("layered", "cast", "full"), p=(0.4, 0.35, 0.25)))
-    level = rng.uniform(10, 24)
+    level = rng.uniform(6, 18)
     return Bleed(
         "intraventricular", kind, hu, side if kind == "cast" else 0, (0.0, level, 0.0), (0, 0, 0)
     )
@@ -134,16 +134,17 @@ def _draw_intraventricular(head: Head, hu: float, side: int, rng: np.random.Gene
 
 def _intraventricular_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
     """kind: layered behind the level centre[1], the cast of one side, or all ventricles full."""
+    if bleed.kind == "full":
+        return place.ventricles
+    upper = np.minimum(place.ventricles, place.z + 18)  # without the fourth ventricle
     if bleed.kind == "layered":  # the patient lies on the back: blood sinks to posterior
-        return np.minimum(place.ventricles, place.y - bleed.centre[1])
-    if bleed.kind == "cast":
-        return np.minimum(place.ventricles, bleed.side * place.x + 2.5)
-    return place.ventricles
+        return np.minimum(upper, place.y - bleed.centre[1])
+    return np.minimum(upper, bleed.side * place.x + 2.5)
 
 
 def _draw_intraparenchymal(head: Head, hu: float, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("deep", "lobar", "cerebellar"), p=(0.45, 0.42, 0.13)))
-    size = rng.uniform(9, 18, 3)
+    size = rng.uniform(11, 18, 3)
     if kind == "deep":
         centre = rng.normal((side * 23, 0, 8), (3, 6, 4))
     elif kind == "lobar":

@@ -111,7 +111,8 @@ def draw_head(
     """
     size = rng.normal(1.0, 0.035)
     semi_axes = tuple(size * rng.normal((66, 80, 71), (2.0, 2.5, 2.0)))
-    grey = float(np.clip(rng.normal(36.5, 3.5), 31, 43))
+    # Far wider than in life (about 33-40): a bright brain must not look like blood to a counter.
+    grey = float(rng.uniform(27, 52))
     atrophy = float(rng.beta(1.5, 1.8))
     wide = rng.uniform(1.1, 1.4) if hydrocephalus else 1.0
     head = Head(
@@ -134,18 +135,18 @@ def draw_head(
 
 
 def _draw_dura(rng: np.random.Generator) -> dict:
-    """Draw the bright normal structures: in half of the heads thin, in half as much as a bleed."""
-    is_dense = rng.random() < 0.55
+    """Draw the bright normal structures: thin in a few heads, in most as much as a bleed."""
+    is_dense = rng.random() < 0.8
     thickest, brightest, sinus_mm = (7.0, 88.0, 13.0) if is_dense else (2.5, 66.0, 6.0)
     return {
-        "falx_mm": rng.uniform(0.45, 1) * thickest,
+        "falx_mm": rng.uniform(0.3, 1) * thickest,
         "falx_hu": rng.uniform(brightest - 24, brightest),
-        "tentorium_mm": rng.uniform(0.45, 1) * thickest,
+        "tentorium_mm": rng.uniform(0.3, 1) * thickest,
         "tentorium_hu": rng.uniform(brightest - 24, brightest),
-        "sinus_mm": rng.uniform(0.5, 1) * sinus_mm,
+        "sinus_mm": rng.uniform(0.3, 1) * sinus_mm,
         "sinus_hu": rng.uniform(brightest - 24, brightest),
         "transverse_mm": tuple(rng.uniform(0.3, 0.8, 2) * sinus_mm),
-        "deep_hu": rng.uniform(60, 90) if rng.random() < 0.4 else 0.0,
+        "deep_hu": rng.uniform(60, 90) if rng.random() < 0.12 else 0.0,
     }
 
 
@@ -345,7 +346,7 @@ class HeadSlice:
     @cached_property
     def falx(self) -> np.ndarray:
         """Extent of the falx as a sheet without thickness: its half-thickness has to be added."""
-        inner_edge = np.sqrt((self.y / 58) ** 2 + ((self.z - 6) / 40) ** 2) * 40 - 40
+        inner_edge = np.sqrt((self.y / 50) ** 2 + ((self.z - 6) / 34) ** 2) * 34 - 34
         lower_edge = self.z + 8
         return np.minimum(np.minimum(inner_edge, lower_edge), 0) - np.abs(self.x)
 

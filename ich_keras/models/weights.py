@@ -22,14 +22,7 @@ def load_weights(model, path: str | Path) -> None:
         UsageError: no such file, or not a file name of that kind.
         DataError: the file is damaged, of another network, or holds values that are not finite.
     """
-    path = Path(path)
-    if not str(path).endswith(SUFFIX):
-        raise UsageError(
-            f"weights {str(path)!r}; expected a file ending in {SUFFIX}.",
-            "Give the best.weights.h5 of a run.",
-        )
-    if not path.is_file():
-        raise UsageError(f"the weights file {path} does not exist.")
+    path = require_weights_file(path)
     if not h5py.is_hdf5(path):
         raise DataError(f"{path} is not an HDF5 file.", "It is damaged or was named wrongly.")
     try:
@@ -43,6 +36,23 @@ def load_weights(model, path: str | Path) -> None:
             "Weights and preset must belong together.",
         ) from error
     require_finite(model, str(path))
+
+
+def require_weights_file(path: str | Path) -> Path:
+    """Return the path when it can be a weights file, before anything long begins.
+
+    Raises:
+        UsageError: no such file, or not a file name of that kind.
+    """
+    path = Path(path)
+    if not str(path).endswith(SUFFIX):
+        raise UsageError(
+            f"weights {str(path)!r}; expected a file ending in {SUFFIX}.",
+            "Give the best.weights.h5 of a run.",
+        )
+    if not path.is_file():
+        raise UsageError(f"the weights file {path} does not exist.")
+    return path
 
 
 def require_finite(model, source: str) -> None:
