@@ -229,7 +229,13 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--weight-decay", type=float, help="Decoupled; default 0.")
 @click.option("--loss", help="bce (default) or rsna (any counted twice).")
 @click.option("--balance/--no-balance", default=None, help="One negative slice per positive one.")
-@click.option("--augment/--no-augment", default=None, help="Augment training slices (default).")
+@click.option("--augment", help="thesis (default), flip (left-right only) or none.")
+@click.option(
+    "--loader-workers",
+    type=int,
+    metavar="N",
+    help="Processes that make batches during training; default 0. The batches are the same.",
+)
 @click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
 @click.option("--seed", type=int, help="Default 0.")
 @BACKEND
@@ -371,7 +377,6 @@ def _train_on_data(
         return
     if not existing:
         cached = make_cache(index, cache_dir, size, workers, progress)
-    click.echo(f"Learning rate {training.learning_rate:g} ({config.fit.schedule}).")
     run_dir = train(config, cached, out, progress=progress, tell=click.echo)
     click.echo((run_dir / "report.md").read_text(encoding="utf-8").split("## History")[0])
     click.echo(f"Run folder: {run_dir}")

@@ -18,17 +18,18 @@ class DataConfig:
         size: rows and columns of the network's input, pixels.
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
         balance: train on as many negative slices as positive ones (new draw every epoch).
-        augment: augment the training split; validation, test and prediction never are.
+        augment: "thesis", "flip" or "none": how training slices are changed at random;
+            validation, test and prediction never are.
         limit_series: use the first so many series only; None uses all.
-        workers: processes that make batches besides the training one.
+        loader_workers: processes that make batches; 0 makes them in the training process.
     """
 
     size: int = 256
     split: str = "patient"
     balance: bool = False
-    augment: bool = True
+    augment: str = "thesis"
     limit_series: int | None = None
-    workers: int = 0
+    loader_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RunConfig:
             raise UsageError(f"no preset is called {self.preset!r}; known: {', '.join(PRESETS)}.")
         for name, value, least in (
             ("data.size", self.data.size, 16),
-            ("data.workers", self.data.workers, 0),
+            ("data.loader_workers", self.data.loader_workers, 0),
             ("fit.batch_size", self.fit.batch_size, 1),
             ("fit.epochs", self.fit.epochs, 1),
             ("fit.warmup_steps", self.fit.warmup_steps, 0),
@@ -92,6 +93,7 @@ class RunConfig:
         for name, value, known in (
             ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
             ("fit.loss", self.fit.loss, ("bce", "rsna")),
+            ("data.augment", self.data.augment, ("thesis", "flip", "none")),
         ):
             if value not in known:
                 raise UsageError(f"{name} is {value!r}; expected one of {', '.join(known)}.")

@@ -129,7 +129,8 @@ def run_demo(
     config = RunConfig(
         seed=seed,
         device=device,
-        data=DataConfig(size=settings.size, balance=True),
+        # A few hundred steps are too few to learn through rotations and changes of brightness.
+        data=DataConfig(size=settings.size, balance=True, augment="flip"),
         fit=FitConfig(
             batch_size=settings.batch_size,
             epochs=settings.epochs,

@@ -231,15 +231,19 @@ def train(
         size=size,
         seed=config.seed,
         balance=config.data.balance,
-        augment=config.data.augment,
-        workers=config.data.workers,
+        augment=None if config.data.augment == "none" else config.data.augment,
+        workers=config.data.loader_workers,
     )
     validation = slice_batches(
-        cache, indices["valid"], config.fit.batch_size, size=size, workers=config.data.workers
+        cache,
+        indices["valid"],
+        config.fit.batch_size,
+        size=size,
+        workers=config.data.loader_workers,
     )
 
     write_json(out / CONFIG, config.to_dict())
-    write_json(out / ENVIRONMENT, environment_record(config.device))
+    write_json(out / ENVIRONMENT, {**environment_record(config.device), "seed": config.seed})
     write_json(
         out / DATA,
         {
@@ -251,6 +255,8 @@ def train(
     )
     split.save(out / SPLIT)
 
+    start = f"weights {config.weights}" if config.weights else "from scratch"
+    tell(f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule}).")
     fitting = _Fitting()
     model.fit(
         loader,
@@ -271,7 +277,7 @@ def train(
             ),
         ],
     )
-    _finish(config, cache, out)
+    _finish(config, cache, out, progress)
     return out
 
 
@@ -365,7 +371,7 @@ def _validation(model, validation, labels, out, fitting, tell, num_epochs, progr
     return Validation()
 
 
-def _finish(config: RunConfig, cache: CTCache, out: Path) -> None:
+def _finish(config: RunConfig, cache: CTCache, out: Path, progress: Progress | None) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
     from ich_keras.checkpoints import save_model
     from ich_keras.prediction import load_run
@@ -374,5 +380,5 @@ def _finish(config: RunConfig, cache: CTCache, out: Path) -> None:
     _, model = load_run(out, config.device)
     save_model(model, out / MODEL)
     for name in ("valid", "test"):
-        evaluate(out, cache, name, model=model)
+        evaluate(out, cache, name, model=model, progress=progress)
     write_report(out)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ich_keras.data.augment import make_augmentation, sample_seed
 from ich_keras.data.batches import EpochPlan, slice_batches
 from ich_keras.data.inputs import slice_input
-from ich_keras.errors import DataError
+from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
 
 
@@ -36,7 +36,7 @@ def test_batches_are_the_cached_slices_in_order(phantom_cache):
 
 
 def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
-    settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": True}
+    settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": "thesis"}
     indices = np.arange(40)
     expected = passes(slice_batches(phantom_cache, indices, **settings), 3)
     assert not np.array_equal(expected[0][0][0], expected[1][0][0])
@@ -46,7 +46,7 @@ def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
 
 
 def test_a_resumed_training_sees_what_an_uninterrupted_one_saw(phantom_cache):
-    settings = {"batch_size": 8, "seed": 5, "augment": True}
+    settings = {"batch_size": 8, "seed": 5, "augment": "thesis"}
     expected = passes(slice_batches(phantom_cache, np.arange(24), **settings), 3)
     resumed = slice_batches(phantom_cache, np.arange(24), **settings)
     resumed.epoch = 2
@@ -58,9 +58,9 @@ def test_fit_gets_every_epoch_once_however_often_it_asks(phantom_cache, workers)
     import keras
 
     loader = slice_batches(
-        phantom_cache, np.arange(20), batch_size=8, seed=3, augment=True, workers=workers
+        phantom_cache, np.arange(20), batch_size=8, seed=3, augment="thesis", workers=workers
     )
-    expected = passes(slice_batches(phantom_cache, np.arange(20), 8, seed=3, augment=True), 3)
+    expected = passes(slice_batches(phantom_cache, np.arange(20), 8, seed=3, augment="thesis"), 3)
     # The network hands the mean of its input through, and the loss is that mean.
     inputs = keras.Input((48, 48, 3))
     mean = keras.layers.Dense(
@@ -140,6 +140,15 @@ def test_augmentation_refuses_hounsfield_units(wrong):
         make_augmentation()(wrong, 0)
 
 
+def test_flips_are_left_right_only():
+    windows = np.random.default_rng(0).random((16, 16, 3), np.float32)
+    flip = make_augmentation("flip")
+    seen = {flip(windows.copy(), seed).tobytes() for seed in range(12)}
+    assert seen == {windows.tobytes(), windows[:, ::-1].tobytes()}
+    with pytest.raises(UsageError, match="augmentation 'rotate'; expected one of thesis, flip"):
+        make_augmentation("rotate")
+
+
 def test_what_cannot_be_batched_is_refused(phantom_cache):
     with pytest.raises(DataError, match="no slices"):
         slice_batches(phantom_cache, np.array([], int))
@@ -147,4 +156,4 @@ def test_what_cannot_be_batched_is_refused(phantom_cache):
     with pytest.raises(DataError, match="0 of .* slices are positive; balancing needs both"):
         slice_batches(phantom_cache, negative, seed=0, balance=True)
     with pytest.raises(ValueError, match="give a seed"):
-        slice_batches(phantom_cache, augment=True)
+        slice_batches(phantom_cache, augment="thesis")

@@ -64,9 +64,9 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "size": 32,
         "split": "patient",
         "balance": True,
-        "augment": True,
+        "augment": "thesis",
         "limit_series": None,
-        "workers": 0,
+        "loader_workers": 0,
     }
 
 

@@ -42,7 +42,8 @@ def run(phantom_cache, tmp_path_factory, narrow_preset):
     out = train(
         config_of(), phantom_cache, tmp_path_factory.mktemp("run") / "run", tell=told.append
     )
-    assert len(told) == 2
+    assert len(told) == 3
+    assert told[0] == "Training from scratch, learning rate 0.001 (constant)."
     return out
 
 
@@ -127,7 +128,7 @@ def test_the_keras_file_gives_the_same_probabilities(run, phantom_cache):
 
 
 def test_the_same_seed_gives_the_same_run(run, phantom_cache, tmp_path):
-    again = train(config_of(data={"workers": 1}), phantom_cache, tmp_path / "run")
+    again = train(config_of(data={"loader_workers": 1}), phantom_cache, tmp_path / "run")
     pd.testing.assert_frame_equal(
         pd.read_csv(run / "predictions-test.csv"), pd.read_csv(again / "predictions-test.csv")
     )
@@ -173,7 +174,7 @@ def test_a_run_that_is_none_is_refused(tmp_path, phantom_cache):
 @pytest.mark.slow
 def test_it_can_overfit_so_labels_meet_pixels(phantom_cache, tmp_path):
     few = config_of(
-        data={"split": "none", "augment": False, "balance": False, "limit_series": 2},
+        data={"split": "none", "augment": "none", "balance": False, "limit_series": 2},
         fit={"epochs": 40, "learning_rate": 3e-3},
     )
     out = train(few, phantom_cache, tmp_path / "run")

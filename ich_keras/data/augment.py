@@ -9,6 +9,9 @@ import os
 
 import numpy as np
 
+from ich_keras.errors import UsageError
+
+AUGMENTATIONS = ("thesis", "flip")
 # Ranges of the thesis (albumentations' defaults of 2021).
 FLIP_PROBABILITY = 0.5
 AFFINE_PROBABILITY = 0.5
@@ -25,8 +28,12 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
-def make_augmentation():
-    """Build the thesis's augmentation: flips, shift-scale-rotate, brightness and contrast.
+def make_augmentation(name: str = "thesis"):
+    """Build an augmentation by name.
+
+    Args:
+        name: "thesis": flips left-right and up-down, shift-scale-rotate, brightness and contrast;
+            "flip": left-right flips only, for trainings of a few hundred steps.
 
     Returns:
         A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels) with
@@ -36,15 +43,20 @@ def make_augmentation():
     Source:
         The thesis's section on augmentation; `Affine` with the ranges of its
         `ShiftScaleRotate(0.0625, 0.1, 45)`, borders reflected.
+
+    Raises:
+        UsageError: unknown name.
     """
+    if name not in AUGMENTATIONS:
+        raise UsageError(f"augmentation {name!r}; expected one of {', '.join(AUGMENTATIONS)}.")
     # Otherwise albumentations asks a server for news on import.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations
     import cv2
 
-    pipeline = albumentations.Compose(
-        [
-            albumentations.HorizontalFlip(p=FLIP_PROBABILITY),
+    steps = [albumentations.HorizontalFlip(p=FLIP_PROBABILITY)]
+    if name == "thesis":
+        steps += [
             albumentations.VerticalFlip(p=FLIP_PROBABILITY),
             albumentations.Affine(
                 translate_percent=(-MAX_SHIFT, MAX_SHIFT),
@@ -60,7 +72,7 @@ def make_augmentation():
                 p=BRIGHTNESS_PROBABILITY,
             ),
         ]
-    )
+    pipeline = albumentations.Compose(steps)
 
     def augment(windows: np.ndarray, seed: int) -> np.ndarray:
         if windows.dtype != np.float32 or windows.min() < 0 or windows.max() > 1:

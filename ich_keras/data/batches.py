@@ -29,10 +29,11 @@ class SliceDataset(Dataset):
     Args:
         cache: where the HU come from.
         size: rows and columns of the inputs.
-        seed: of the augmentation; None means no augmentation.
+        augmentation: a name that `make_augmentation` knows; None changes nothing.
+        seed: of the augmentation.
     """
 
-    def __init__(self, cache: CTCache, size: int, seed: int | None):
+    def __init__(self, cache: CTCache, size: int, augmentation: str | None, seed: int | None):
         missing = [label for label in LABELS if label not in cache.slices]
         self._labels = (
             None if missing else cache.slices[list(LABELS)].to_numpy(np.float32, na_value=np.nan)
@@ -41,6 +42,7 @@ class SliceDataset(Dataset):
         self._pixels = cache.pixels
         self._num_slices = len(cache.slices)
         self._size = size
+        self._augmentation = augmentation
         self._seed = seed
         self._augment = None
 
@@ -63,9 +65,9 @@ class SliceDataset(Dataset):
         """
         epoch, indices = key
         windows = slice_windows(self._pixels.slices_hu(indices), self._size)
-        if self._seed is not None:
+        if self._augmentation is not None:
             if self._augment is None:
-                self._augment = make_augmentation()
+                self._augment = make_augmentation(self._augmentation)
             for row, index in enumerate(indices):
                 windows[row] = self._augment(
                     windows[row], sample_seed(self._seed, epoch, int(index))
@@ -226,7 +228,7 @@ def slice_batches(
     size: int | None = None,
     seed: int | None = None,
     balance: bool = False,
-    augment: bool = False,
+    augment: str | None = None,
     workers: int = 0,
 ) -> SliceLoader:
     """Make batches of single slices for a 2D network.
@@ -238,7 +240,8 @@ def slice_batches(
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
         balance: one negative slice for each positive one, drawn anew each epoch.
-        augment: change the slices at random; needs a seed.
+        augment: "thesis" or "flip" changes the slices at random (see `make_augmentation`) and
+            needs a seed; None leaves them as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
 
     Returns:
@@ -248,8 +251,8 @@ def slice_batches(
     Raises:
         DataError: no slices, or balancing without both positives and negatives.
     """
-    if augment and seed is None:
+    if augment is not None and seed is None:
         raise ValueError("augmentation draws at random: give a seed.")
     plan = epoch_plan(cache.slices, indices, batch_size, seed, balance)
-    dataset = SliceDataset(cache, size or cache.size, seed if augment else None)
+    dataset = SliceDataset(cache, size or cache.size, augment, seed)
     return SliceLoader(dataset, plan, workers)

@@ -1,0 +1,62 @@
+"""The demo, tiny: every station of the road, what it says and what it leaves behind."""
+
+import json
+
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from ich_keras.ct.phantom_dicom import PATIENT_PREFIX
+from ich_keras.data.cache import CTCache
+from ich_keras.data.split import Split
+from ich_keras.data.trivial import hu_band_counts, trivial_detector
+from ich_keras.demo import DemoSettings, run_demo
+from ich_keras.errors import UsageError
+from ich_keras.labels import LABELS
+from ich_keras.terminal import terminal_progress
+from ich_keras.training import is_synthetic
+
+TINY = DemoSettings(num_series=24, matrix=64, size=32, epochs=1)
+
+
+@pytest.mark.slow
+def test_the_demo_walks_the_whole_road(tmp_path):
+    told, steps = [], set()
+    result = run_demo(
+        tmp_path / "demo",
+        seed=4,
+        settings=TINY,
+        progress=lambda step, done, total: steps.add(step),
+        tell=told.append,
+    )
+    assert {"drawing phantoms", "indexing", "caching", "epoch 1/1", "validating"} <= steps
+    assert result.run_dir == tmp_path / "demo" / "run"
+    summary = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert summary["synthetic"] is True
+    metrics = json.loads((result.run_dir / "metrics-test.json").read_text())["slice"]
+    assert summary["auroc"] == metrics["auroc"]
+    assert any("AUROC(any): " in line for line in told)
+    assert str(result.run_dir / "report.md") in told[-1]
+
+    cache = CTCache.open(tmp_path / "demo" / "cache")
+    slices = cache.slices
+    assert is_synthetic(slices)
+    assert slices["patient_id"].str.startswith(PATIENT_PREFIX).all()
+    assert not is_synthetic(slices.assign(patient_id="ID_f15c0eee"))
+    split = Split.load(result.run_dir / "split.json")
+    train, test = (split.indices(slices, part) for part in ("train", "test"))
+    counts, truth = hu_band_counts(cache.slices_hu(range(len(slices)))), slices["any"].to_numpy()
+    values = trivial_detector(counts[train], truth[train], counts[test])
+    assert summary["trivial_auroc_any"] == pytest.approx(roc_auc_score(truth[test], values))
+    positive = slices.iloc[test].loc[lambda table: table["any"] == 1]
+    assert summary["test_patients_with"]["any"] == positive["patient_id"].nunique()
+    assert set(summary["test_patients_with"]) == set(LABELS)
+    with pytest.raises(UsageError, match="already exists"):
+        run_demo(tmp_path / "demo", settings=TINY)
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys):
+    with terminal_progress() as progress:
+        progress("caching", 1, 2000)
+        progress("caching", 2, 2000)
+        progress("caching", 2000, 2000)
+    assert capsys.readouterr().err == "caching: 2,000/2,000\n"
