@@ -13,7 +13,6 @@ InstanceNumber, SliceThickness, GantryDetectorTilt or PixelPaddingValue.
 """
 
 import io
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from ich_keras.ct.phantom import (
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
 from ich_keras.labels import LABELS
+from ich_keras.processes import process_context
 
 # No patient of RSNA is called that: theirs are ID_<hex>.
 PATIENT_PREFIX = "PHANTOM_"
@@ -225,11 +225,9 @@ def _write_all(
     if not workers:
         yield from map(write, specs)
         return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     try:
         # Processes take the place of OpenCV's threads.
-        with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+        with ProcessPoolExecutor(workers, process_context(), cv2.setNumThreads, (1,)) as pool:
             yield from pool.map(write, specs)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(

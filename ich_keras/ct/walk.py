@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from ich_keras.ct.dicom import read_header
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.errors import EnvironmentProblem, RejectedFile
+from ich_keras.processes import process_context
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,9 +76,7 @@ def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 0 or num_tasks <= 1:
         yield map
         return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(min(workers, num_tasks), mp_context=context)
+    pool = ProcessPoolExecutor(min(workers, num_tasks), mp_context=process_context())
     try:
         yield pool.map
     except BrokenProcessPool as error:

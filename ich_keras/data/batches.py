@@ -5,7 +5,6 @@ Worker processes import this module: it must not import keras.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods
 
 import numpy as np
 import pandas as pd
@@ -17,10 +16,9 @@ from ich_keras.data.cache import CTCache
 from ich_keras.data.inputs import normalise, slice_windows
 from ich_keras.errors import DataError
 from ich_keras.labels import ANY, LABELS
+from ich_keras.processes import START_METHOD
 
 WORKER_TIMEOUT_SECONDS = 600
-# Forking a process that runs threads (torch, OpenCV) can hang; Windows has no forkserver.
-START_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 
 
 class SliceDataset(Dataset):

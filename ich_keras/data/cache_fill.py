@@ -5,7 +5,6 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 """
 
 import contextlib
-import multiprocessing
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from ich_keras.data.inputs import resize_hu
 from ich_keras.data.shard_writer import write_at
 from ich_keras.data.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.errors import RejectedFile
+from ich_keras.processes import process_context
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_SLICES = 64
@@ -87,9 +87,7 @@ def mapper(workers: int) -> Iterator[Callable]:
     if workers == 0:
         yield map
         return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker)
     try:
         yield pool.map
     finally:
