@@ -17,7 +17,9 @@ from ich_keras.errors import (
     EXIT_ENVIRONMENT,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
+    DataError,
     IchError,
+    StaleError,
     UsageError,
 )
 
@@ -56,6 +58,10 @@ class Command(click.Command):
             place = f": {error.filename}" if error.filename else ""
             raise _Failure(
                 f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT
+            ) from error
+        except MemoryError as error:
+            raise _Failure(
+                "out of memory.", "Use a smaller --batch-size or --size.", EXIT_ENVIRONMENT
             ) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
@@ -145,19 +151,24 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
     from ich_keras.preparation import prepare_index
     from ich_keras.terminal import terminal_progress
 
-    require_absent(out)
-    with terminal_progress() as progress:
-        found = prepare_index(
-            _required(dicom, "--dicom"),
-            labels,
-            workers=_cores() if workers is None else workers,
-            # Beside the folder: it stays when the indexing is interrupted, and goes at its end.
-            journal=out.with_name(f"{out.name}.journal"),
-            progress=progress,
-            tell=click.echo,
-        )
+    out = require_absent(out).absolute()
+    # Beside the folder: it stays when the indexing is interrupted, and goes at its end.
+    journal = out.with_name(f"{out.name}.journal")
+    try:
+        with terminal_progress() as progress:
+            found = prepare_index(
+                _required(dicom, "--dicom"),
+                labels,
+                workers=_cores() if workers is None else workers,
+                journal=journal,
+                progress=progress,
+                tell=click.echo,
+            )
+    except DataError:
+        journal.unlink(missing_ok=True)
+        raise
     found.save(out)
-    out.with_name(f"{out.name}.journal").unlink(missing_ok=True)
+    journal.unlink(missing_ok=True)
     if len(found.series) <= DESCRIBED_SERIES:
         for series_uid in found.series["series_uid"]:
             click.echo(f"  {found.describe(series_uid)}")
@@ -239,7 +250,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
 @click.option("--seed", type=int, help="Default 0.")
 @BACKEND
-@DEVICE
+@click.option("--device", help="auto (default), cpu or cuda; cuda fails when it is not there.")
 @WORKERS
 @click.option("--plan", is_flag=True, help="Say what would be done and how long; write nothing.")
 def train_main(
@@ -267,7 +278,7 @@ def train_main(
     config = _run_config(config_file, options)
     choose_backend(config.backend)
     workers = _cores() if workers is None else workers
-    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    out = (out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
     with terminal_progress() as progress:
         if dicom is None and cache_dir is None:
             _refuse_without_data(labels, options)
@@ -292,7 +303,12 @@ def _run_config(config_file: Path | None, options: dict):
     from ich_keras.environment import choose_backend
     from ich_keras.files import read_json
 
-    content = {} if config_file is None else read_json(config_file)
+    content = {}
+    if config_file is not None:
+        try:
+            content = read_json(config_file)
+        except (StaleError, IsADirectoryError) as error:
+            raise UsageError(f"--config {config_file}: {error}") from error
     content = RunConfig.from_dict(content).to_dict()
     if config_file is None:
         content["backend"] = choose_backend(options["backend"])
@@ -345,7 +361,7 @@ def _train_on_data(
 
     from ich_keras.files import require_absent
     from ich_keras.preparation import make_cache, open_cache, prepare_index
-    from ich_keras.training import plan_training, train
+    from ich_keras.training import plan_training, require_size, train
 
     require_absent(out)
     # Beside the run, not in it: the next run on the same data uses it again.
@@ -364,6 +380,7 @@ def _train_on_data(
             cached.require(index=index.usable(), size=config.data.size)
         elif not size_is_given:
             config = replace(config, data=replace(config.data, size=cached.size))
+        require_size(config, cached)
         slices = cached.slices
     elif index is not None:
         slices = index.usable().slices

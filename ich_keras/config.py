@@ -6,6 +6,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
 from ich_keras.models.presets import PRESETS
 
@@ -63,23 +64,23 @@ class RunConfig:
     weights: str | None = None
     seed: int = 0
     backend: str = "torch"
-    device: str = "cpu"
+    device: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise UsageError(f"no preset is called {self.preset!r}; known: {', '.join(PRESETS)}.")
-        for name, value, least in (
-            ("data.size", self.data.size, 16),
-            ("data.loader_workers", self.data.loader_workers, 0),
-            ("fit.batch_size", self.fit.batch_size, 1),
-            ("fit.epochs", self.fit.epochs, 1),
-            ("fit.warmup_steps", self.fit.warmup_steps, 0),
-            ("seed", self.seed, 0),
+        for name, value, least, most in (
+            ("data.size", self.data.size, 16, 4096),
+            ("data.loader_workers", self.data.loader_workers, 0, 1024),
+            ("fit.batch_size", self.fit.batch_size, 1, 2**16),
+            ("fit.epochs", self.fit.epochs, 1, 10**6),
+            ("fit.warmup_steps", self.fit.warmup_steps, 0, 10**9),
+            ("seed", self.seed, 0, 2**32 - 1),
         ):
-            if value < least:
-                raise UsageError(f"{name} is {value}; expected at least {least}.")
+            if not least <= value <= most:
+                raise UsageError(f"{name} is {value}; expected at least {least}, at most {most}.")
         limit = self.data.limit_series
         if limit is not None and limit < 1:
             raise UsageError(f"data.limit_series is {limit}; expected at least 1.")
@@ -91,6 +92,8 @@ class RunConfig:
                 f"fit.weight_decay is {self.fit.weight_decay}; expected a number of at least 0."
             )
         for name, value, known in (
+            ("backend", self.backend, BACKENDS),
+            ("device", self.device, DEVICES),
             ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
             ("fit.loss", self.fit.loss, ("bce", "rsna")),
             ("data.augment", self.data.augment, ("thesis", "flip", "none")),
@@ -121,7 +124,9 @@ class RunConfig:
 
 def _from_dict(cls, content, place: str):
     if not isinstance(content, dict):
-        raise UsageError(f"config: {place or 'the file'} is {content!r}; expected an object.")
+        raise UsageError(
+            f"config: {place.rstrip('.') or 'the file'} is {content!r}; expected an object."
+        )
     known = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -141,7 +146,7 @@ def _checked(expected, value, place: str):
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if type(value) in options:
         return value
-    if float in options and type(value) is int:
+    if float in options and type(value) is int and abs(value) < 2**53:
         return float(value)
     names = " or ".join("null" if t is type(None) else t.__name__ for t in options)
     raise UsageError(f"config: {place} is {value!r}; expected {names}.")

@@ -5,10 +5,11 @@ from pathlib import Path
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache import CTCache
 from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics import TRUTH_COLUMNS, evaluate_table
@@ -59,13 +60,21 @@ def evaluate(
     from ich_keras.data.batches import slice_batches
 
     indices = members.indices(cache.slices, split)
+    train_indices = members.indices(cache.slices, "train")
+    for part, rows in ((split, indices), ("train", train_indices)):
+        if len(rows) == 0:
+            raise DataError(
+                f"no slice of the {part} split has a label in {cache.path}.",
+                "The test split is scored, the training split gives the baseline's prevalence:"
+                " give the labels of both.",
+            )
     slices = cache.slices.iloc[indices]
     batches = slice_batches(cache, indices, config.fit.batch_size, size=config.data.size)
     values = probabilities(model, batches, len(indices), progress, step=f"evaluating {split}")
 
     table = probability_table(slices, values)
     table[list(TRUTH_COLUMNS)] = slices[list(LABELS)].to_numpy()
-    train = cache.slices.iloc[members.indices(cache.slices, "train")]
+    train = cache.slices.iloc[train_indices]
     prevalence = {
         "slice": train[list(LABELS)].mean().to_list(),
         "series": series_labels(train).mean().to_list(),
@@ -73,7 +82,7 @@ def evaluate(
     metrics = evaluate_table(
         table.rename(columns={"series_instance_uid": "series_uid"}), prevalence
     )
-    atomic_write(run_dir / f"predictions-{split}.csv", table.to_csv(index=False))
+    atomic_write(run_dir / f"predictions-{split}.csv", csv_text(table))
     write_json(run_dir / f"metrics-{split}.json", metrics)
     return metrics
 

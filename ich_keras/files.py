@@ -83,7 +83,7 @@ def read_json(path: Path | str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StaleError(f"{path} does not exist.", "Is this the right folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StaleError(f"{path} is not valid JSON ({error}).", "The file is damaged.") from error
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
+from ich_keras.ct.tables import csv_text
 from ich_keras.data.inputs import resize_hu, slice_input
 from ich_keras.environment import choose_backend, choose_device
 from ich_keras.errors import DataError, RejectedFile, StaleError
@@ -59,12 +60,7 @@ def load_run(run_dir: Path | str, device: str | None = None):
     Raises:
         StaleError: the folder is not a finished run.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / CONFIG).is_file() or not (run_dir / BEST_WEIGHTS).is_file():
-        raise StaleError(
-            f"{run_dir} is not a run folder: {CONFIG} or {BEST_WEIGHTS} is absent.",
-            "Give the folder that ich-train printed.",
-        )
+    run_dir = require_run(run_dir)
     config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     choose_backend()
     choose_device(device or "auto")
@@ -75,6 +71,21 @@ def load_run(run_dir: Path | str, device: str | None = None):
         config.preset, weights=str(run_dir / BEST_WEIGHTS), input_shape=(size, size, 3)
     )
     return config, model
+
+
+def require_run(run_dir: Path | str) -> Path:
+    """Return the path when it is a run folder, before anything long begins.
+
+    Raises:
+        StaleError: it is none.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG).is_file() or not (run_dir / BEST_WEIGHTS).is_file():
+        raise StaleError(
+            f"{run_dir} is not a run folder: {CONFIG} or {BEST_WEIGHTS} is absent.",
+            "Give the folder that ich-train printed.",
+        )
+    return run_dir
 
 
 def probabilities(
@@ -212,11 +223,12 @@ def predict_folder(
     """
     if out is not None:
         out = require_absent(out)
+    run_dir = require_run(run_dir)
     index = index_folder(dicom_dir, workers=workers, progress=progress)
     config, model = load_run(run_dir, device)
     result = predict_index(model, config.data.size, index, batch_size, progress)
     if out is not None:
-        atomic_write(out / "predictions.csv", result.slices.to_csv(index=False))
-        atomic_write(out / "series.csv", result.series.to_csv(index=False))
-        atomic_write(out / "rejects.csv", result.rejects.to_csv(index=False))
+        atomic_write(out / "predictions.csv", csv_text(result.slices))
+        atomic_write(out / "series.csv", csv_text(result.series))
+        atomic_write(out / "rejects.csv", csv_text(result.rejects))
     return result

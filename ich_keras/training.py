@@ -1,5 +1,6 @@
 """Training: from a cache with labels to a run folder."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -132,6 +133,20 @@ def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) 
     )
 
 
+def require_size(config: RunConfig, cache: CTCache) -> None:
+    """Refuse an input larger than the cached slices.
+
+    Raises:
+        UsageError: enlarging would only blur.
+    """
+    if config.data.size > cache.size:
+        raise UsageError(
+            f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
+            " pixels.",
+            f"Train at {cache.size} or less, or build a larger cache.",
+        )
+
+
 def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
     """Measure one training step of the configured network on random input, after one to warm up.
 
@@ -207,12 +222,7 @@ def train(
     """
     out = require_absent(out)
     tell = tell or (lambda line: None)
-    if config.data.size > cache.size:
-        raise UsageError(
-            f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
-            " pixels.",
-            f"Train at {cache.size} or less, or build a larger cache.",
-        )
+    require_size(config, cache)
     config = _resolved(config)
     split, indices = split_indices(cache.slices, config)
     plan = _plan(cache.slices, config, split, indices)
@@ -242,41 +252,46 @@ def train(
         workers=config.data.loader_workers,
     )
 
-    write_json(out / CONFIG, config.to_dict())
-    write_json(out / ENVIRONMENT, {**environment_record(config.device), "seed": config.seed})
-    write_json(
-        out / DATA,
-        {
-            "cache": cache.fingerprint,
-            "slices": len(cache.slices),
-            "plan": plan.to_dict(),
-            "synthetic": is_synthetic(cache.slices),
-        },
-    )
-    split.save(out / SPLIT)
+    try:
+        write_json(out / CONFIG, config.to_dict())
+        write_json(out / ENVIRONMENT, {**environment_record(config.device), "seed": config.seed})
+        write_json(
+            out / DATA,
+            {
+                "cache": cache.fingerprint,
+                "slices": len(cache.slices),
+                "plan": plan.to_dict(),
+                "synthetic": is_synthetic(cache.slices),
+            },
+        )
+        split.save(out / SPLIT)
 
-    start = f"weights {config.weights}" if config.weights else "from scratch"
-    tell(f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule}).")
-    fitting = _Fitting()
-    model.fit(
-        loader,
-        epochs=config.fit.epochs,
-        shuffle=False,  # the loader does it
-        verbose=0,
-        callbacks=[
-            _epochs(loader, config, progress),
-            _validation(
-                model,
-                validation,
-                cache.slices[list(LABELS)].to_numpy()[indices["valid"]],
-                out,
-                fitting,
-                tell,
-                config.fit.epochs,
-                progress,
-            ),
-        ],
-    )
+        start = f"weights {config.weights}" if config.weights else "from scratch"
+        tell(f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule}).")
+        fitting = _Fitting()
+        model.fit(
+            loader,
+            epochs=config.fit.epochs,
+            shuffle=False,  # the loader does it
+            verbose=0,
+            callbacks=[
+                _epochs(loader, config, progress),
+                _validation(
+                    model,
+                    validation,
+                    cache.slices[list(LABELS)].to_numpy()[indices["valid"]],
+                    out,
+                    fitting,
+                    tell,
+                    config.fit.epochs,
+                    progress,
+                ),
+            ],
+        )
+    finally:
+        # Without one finished epoch the folder holds nothing worth its name.
+        if not (out / STATE).is_dir():
+            shutil.rmtree(out, ignore_errors=True)
     _finish(config, cache, out, progress)
     return out
 

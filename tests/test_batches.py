@@ -35,6 +35,8 @@ def test_batches_are_the_cached_slices_in_order(phantom_cache):
     assert inputs.dtype == labels.dtype == np.float32
 
 
+# torch warns of more workers than cores; the batches must be the same even then.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
     settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": "thesis"}
     indices = np.arange(40)

@@ -153,6 +153,9 @@ def mistakes(folder, tmp_path):
         ),
         "another header": (3, "the header is", "train", "--dicom", images, "--labels", swapped),
         "no labels": (2, "--labels is missing", "train", "--dicom", images),
+        "seed too large": (2, "seed is 5000000000", "train", *data, "--seed", 5000000000),
+        "size too large": (2, "data.size is 100000", "train", *data, "--size", 100000),
+        "no such config": (2, "none.json", "train", *data, "--config", tmp_path / "none.json"),
         "output exists": (2, "already exists", "train", *data[:4], "--out", full),
         "index exists": (2, "already exists", "index", "--dicom", images, "--out", full),
         "unknown preset": (
@@ -165,7 +168,7 @@ def mistakes(folder, tmp_path):
         ),
         "negative batch": (2, "fit.batch_size is -3", "train", *data, "--batch-size", -3),
         "unknown split": (2, "split 'patients'", "train", *data, "--split", "patients"),
-        "unknown device": (2, "device 'tpu'", "train", *data, "--device", "tpu"),
+        "unknown device": (2, "device is 'tpu'", "train", *data, "--device", "tpu"),
         "unknown backend": (2, "backend 'mxnet'", "train", *data, "--backend", "mxnet"),
         "other backend": (
             2,
@@ -209,6 +212,9 @@ NAMES = (
     "another header",
     "no labels",
     "output exists",
+    "seed too large",
+    "size too large",
+    "no such config",
     "index exists",
     "unknown preset",
     "negative batch",

@@ -150,7 +150,7 @@ def test_default_learning_rates_are_the_thesis_ones(weights, expected):
         ({"seed": "1"}, "seed is '1'; expected int"),
         ({"seed": True}, "seed is True; expected int"),
         ({"data": {"limit_series": 1.5}}, "data.limit_series is 1.5; expected int or null"),
-        ({"data": 3}, "data. is 3; expected an object"),
+        ({"data": 3}, "data is 3; expected an object"),
         ({"fit": {"batch_size": -3}}, "fit.batch_size is -3; expected at least 1"),
         ({"fit": {"learning_rate": float("inf")}}, "learning_rate is inf"),
         ({"fit": {"loss": "mse"}}, "fit.loss is 'mse'; expected one of bce, rsna"),

@@ -639,3 +639,14 @@ def test_describe_an_unknown_series(tmp_path):
     )
     with pytest.raises(UsageError, match=r"no series 9\.9"):
         index.describe("9.9")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"schema": 1}', '{"schema": 1, "tables": {"slices": 1}}']
+)
+def test_an_edited_index_is_refused(tmp_path, content):
+    write_series(tmp_path / "dicom", range(3))
+    index_folder(tmp_path / "dicom").save(tmp_path / "index")
+    (tmp_path / "index" / "index.json").write_text(content)
+    with pytest.raises(StaleError, match="damaged|schema None"):
+        SeriesIndex.load(tmp_path / "index")

@@ -339,3 +339,25 @@ def test_wrong_arguments():
     for fractions in ((0.7, 0.3), (0.7, 0.2, 0.2), (1, 0, 0), (0.7, 0.15, float("nan"))):
         with pytest.raises(UsageError, match="fractions"):
             split_by_patient(slices, 0, fractions)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": None},
+        {"members": {"train": 1, "valid": [], "test": []}},
+        {"members": {"train": [1], "valid": [], "test": []}},
+        {"key": "patient"},
+        {"key": 5},
+        {"seed": "x"},
+        {"name": 3},
+    ],
+)
+def test_an_edited_split_file_is_refused(tmp_path, change):
+    import json
+
+    split_none(slice_table(6)).save(tmp_path / "split.json")
+    content = json.loads((tmp_path / "split.json").read_text())
+    (tmp_path / "split.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(DataError, match=r"split|fields"):
+        Split.load(tmp_path / "split.json")

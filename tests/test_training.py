@@ -65,7 +65,9 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
             for part in ("valid", "test")
         ),
     }
-    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of()
+    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of(
+        device="cpu"
+    )
     environment = json.loads((run / "environment.json").read_text())
     assert environment["backend"] == keras.config.backend()
     assert environment["device"] == "cpu"
@@ -296,3 +298,16 @@ def test_slices_without_labels_are_not_trained_on(phantom_cache):
     rows = np.concatenate(list(indices.values()))
     assert len(rows) == len(slices) - 10
     assert rows.min() >= 10 or not set(range(10)) & set(rows)
+
+
+def test_predictions_do_not_run_in_a_spreadsheet(tmp_path):
+    from ich_keras.ct.tables import csv_text
+
+    table = pd.DataFrame({"sop_instance_uid": ["=1+1|cmd", "1.2.3"], "any": [0.5, -0.25]})
+    assert csv_text(table) == "sop_instance_uid,any\n'=1+1|cmd,0.5\n1.2.3,-0.25\n"
+
+
+def test_a_training_that_fails_in_its_first_epoch_leaves_nothing(phantom_cache, tmp_path):
+    with pytest.raises(DivergedError):
+        train(config_of(fit={"learning_rate": 1e30, "epochs": 1}), phantom_cache, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

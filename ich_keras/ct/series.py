@@ -139,12 +139,20 @@ class SeriesIndex:
         """
         folder = Path(folder)
         manifest = read_json(folder / "index.json")
-        if manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        if found != SCHEMA:
             raise StaleError(
-                f"{folder} is an index of schema {manifest.get('schema')}; expected {SCHEMA}.",
+                f"{folder} is an index of schema {found}; expected {SCHEMA}.",
                 "Make the index again.",
             )
-        records = manifest["tables"]
+        records = manifest.get("tables")
+        fields = {"columns": dict, "sha256": str}
+        if not isinstance(records, dict) or not all(
+            isinstance(records.get(name), dict)
+            and all(isinstance(records[name].get(key), kind) for key, kind in fields.items())
+            for name in _TABLES
+        ):
+            raise StaleError(f"{folder / 'index.json'} is damaged.", "Make the index again.")
         return cls(**{name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES})
 
 

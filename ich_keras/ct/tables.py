@@ -105,6 +105,12 @@ def read_table(path: Path, record: dict) -> pd.DataFrame:
     )
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV for people: texts that a spreadsheet would run get an apostrophe."""
+    texts = [column for column, dtype in table.dtypes.items() if _plain(dtype) == TEXT]
+    return table.assign(**{name: table[name].map(_guarded) for name in texts}).to_csv(index=False)
+
+
 def _plain(dtype: object) -> str:
     """Name a dtype so that every version of pandas knows it."""
     if pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):

@@ -111,11 +111,29 @@ class Split:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
             raise DataError(f"{path} is not a split file of schema {_SCHEMA}.", "Make it anew.")
-        if set(content) != names | {"schema"} or set(content["members"]) != set(SPLITS):
+        if set(content) != names | {"schema"} or not (
+            isinstance(content["members"], dict) and set(content["members"]) == set(SPLITS)
+        ):
             raise DataError(f"{path} lacks fields of a split, or has others.", "Make it anew.")
         del content["schema"]
+        _check_content(content, path)
         content["members"] = {part: tuple(content["members"][part]) for part in SPLITS}
         return cls(**content)
+
+
+def _check_content(content: dict, path: Path | str) -> None:
+    texts = ("name", "warning", "note")
+    is_ours = (
+        content["key"] in ("series_uid", "sop_instance_uid")
+        and all(isinstance(content[field], str) for field in texts)
+        and (content["seed"] is None or type(content["seed"]) is int)
+        and all(
+            isinstance(uids, list) and all(isinstance(uid, str) for uid in uids)
+            for uids in content["members"].values()
+        )
+    )
+    if not is_ours:
+        raise DataError(f"{path} holds values of the wrong kind for a split.", "Make it anew.")
 
 
 def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:

@@ -30,9 +30,10 @@ def load_weights(model, path: str | Path) -> None:
             # "Skipping nested container": Keras would leave those layers at random and go on.
             warnings.simplefilter("error", UserWarning)
             model.load_weights(path)
-    except (ValueError, OSError, KeyError, UserWarning) as error:
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, UserWarning) as error:
+        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"{path} does not fit the network {model.name}: {str(error).splitlines()[0]}",
+            f"{path} is damaged or does not fit the network {model.name}: {reason}",
             "Weights and preset must belong together.",
         ) from error
     require_finite(model, str(path))
