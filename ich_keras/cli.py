@@ -278,7 +278,7 @@ def train_main(
     config = _run_config(config_file, options)
     choose_backend(config.backend)
     workers = _cores() if workers is None else workers
-    out = (out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     with terminal_progress() as progress:
         if dicom is None and cache_dir is None:
             _refuse_without_data(labels, options)
@@ -365,7 +365,7 @@ def _train_on_data(
 
     require_absent(out)
     # Beside the run, not in it: the next run on the same data uses it again.
-    cache_dir = cache_dir or out.with_name(f"{out.name}-cache")
+    cache_dir = cache_dir or out.absolute().with_name(f"{out.absolute().name}-cache")
     if dicom is not None and labels is None:
         raise UsageError("--labels is missing.", "Training needs --labels stage_2_train.csv.")
     index = None

@@ -65,7 +65,7 @@ def evaluate(
         if len(rows) == 0:
             raise DataError(
                 f"no slice of the {part} split has a label in {cache.path}.",
-                "The test split is scored, the training split gives the baseline's prevalence:"
+                f"The {split} split is scored, the training split gives the baseline's prevalence:"
                 " give the labels of both.",
             )
     slices = cache.slices.iloc[indices]
