@@ -12,29 +12,13 @@ import numpy as np
 
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_path, read_json, replace, write_json
+from ich_keras.models.weights import load_weights, save_weights
 
 POINTER = "latest.json"
 WEIGHTS = "model.weights.h5"
 VARIABLES = "variables.npz"
 STATE = "state.json"
 KEPT = 2
-
-
-def save_weights(model, path: Path) -> None:
-    """Write a model's weights atomically (Keras' own saving is not), without its optimiser."""
-    with atomic_path(path) as temporary:
-        _without_optimizer(model).save_weights(temporary, overwrite=True)
-
-
-def _without_optimizer(model):
-    """Return an uncompiled twin that shares all variables.
-
-    Keras writes the slots of a compiled model's optimiser into its weights file: three times the
-    size, and a file that does not load into a model compiled otherwise.
-    """
-    import keras
-
-    return keras.Model(model.input, model.output)
 
 
 def save_model(model, path: Path) -> None:
@@ -90,7 +74,7 @@ def load_state(folder: Path, model) -> dict:
     """
     state_folder = folder / read_json(folder / POINTER)["state"]
     state = read_json(state_folder / STATE)
-    _without_optimizer(model).load_weights(state_folder / WEIGHTS)
+    load_weights(model, state_folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     wanted = _other_variables(model)

@@ -5,82 +5,17 @@ command runs: `--help` answers at once, and `--backend` acts before Keras is loa
 """
 
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
 import click
 
 from ich_keras import __version__
-from ich_keras.errors import (
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    DataError,
-    IchError,
-    StaleError,
-    UsageError,
-)
+from ich_keras.errors import EXIT_ENVIRONMENT, DataError, StaleError, UsageError
+from ich_keras.terminal import Group, catch_termination
 
-TRACEBACK = "ICH_TRACEBACK"
 # `ich index` tells spacing and tilt of every series when there are no more than these.
 DESCRIBED_SERIES = 20
-
-
-class _Failure(click.ClickException):
-    """One line that says what is wrong, a second one that says what to do."""
-
-    def __init__(self, message: str, hint: str, exit_code: int):
-        super().__init__(message)
-        self.hint = hint
-        self.exit_code = exit_code
-
-    def show(self, file=None) -> None:
-        click.echo(f"Error: {self.message}", err=True)
-        if self.hint:
-            click.echo(f"Hint: {self.hint}", err=True)
-
-
-class Command(click.Command):
-    """A command that turns our errors into a line and an exit code."""
-
-    def invoke(self, ctx: click.Context):
-        try:
-            return super().invoke(ctx)
-        except IchError as error:
-            if os.environ.get(TRACEBACK):
-                raise
-            raise _Failure(error.message, error.hint, error.exit_code) from error
-        except OSError as error:
-            if os.environ.get(TRACEBACK) or error.errno is None:
-                raise
-            place = f": {error.filename}" if error.filename else ""
-            raise _Failure(
-                f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT
-            ) from error
-        except MemoryError as error:
-            raise _Failure(
-                "out of memory.", "Use a smaller --batch-size or --size.", EXIT_ENVIRONMENT
-            ) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(EXIT_INTERRUPTED)
-
-
-class Group(click.Group):
-    """A group whose commands are ours."""
-
-    command_class = Command
-
-
-def _terminate(number, frame) -> None:
-    sys.exit(EXIT_TERMINATED)
-
-
-def _catch_termination() -> None:
-    # As an exception, so that temporary files are removed on the way out.
-    signal.signal(signal.SIGTERM, _terminate)
 
 
 def _cores() -> int:
@@ -112,7 +47,7 @@ def main() -> None:
 
     Not a medical device; not for clinical use.
     """
-    _catch_termination()
+    catch_termination()
 
 
 @main.command()
@@ -227,7 +162,14 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
 @click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
 @click.option("--preset", help="Network; default resnet18_2d.")
-@click.option("--weights", help="Start from a .weights.h5 file; default: from scratch.")
+@click.option(
+    "--weights",
+    help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18, ...);"
+    " default: from scratch.",
+)
+@click.option("--download", is_flag=True, help="Fetch and convert the weights named first.")
+@click.option("--norm", help="batch (default), frozen (needs weights) or group.")
+@click.option("--intensity", help="windows, wide or head-z-score; default: what fits the weights.")
 @click.option(
     "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
 )
@@ -235,6 +177,12 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--epochs", type=int, help="Default 6.")
 @click.option("--batch-size", type=int, help="Default 32.")
 @click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
+@click.option(
+    "--backbone-factor", type=float, metavar="X", help="Backbone at X times the rate; default 1."
+)
+@click.option(
+    "--freeze", help="Keep all up to stem, layer1, ... layer4 as it is; default: nothing."
+)
 @click.option("--schedule", help="constant (default) or cosine.")
 @click.option("--warmup-steps", type=int, help="Steps of linear rise; default 0.")
 @click.option("--weight-decay", type=float, help="Decoupled; default 0.")
@@ -261,6 +209,7 @@ def train_main(
     config_file: Path | None,
     workers: int | None,
     plan: bool,
+    download: bool,
     **options,
 ) -> None:
     """Train a classifier, keep its best weights, evaluate them.
@@ -270,7 +219,7 @@ def train_main(
 
     Not a medical device; not for clinical use.
     """
-    _catch_termination()
+    catch_termination()
     from ich_keras.environment import choose_backend, choose_device
     from ich_keras.terminal import terminal_progress
 
@@ -286,6 +235,11 @@ def train_main(
             return
         device = choose_device(config.device)
         click.echo(f"Backend {config.backend}, device {device}.")
+        if download:
+            # The one place that looks up at weights_convert, and only when asked to.
+            from weights_convert.fetching import ensure_weights
+
+            ensure_weights(_required(config.weights, "--weights"), config.preset, progress)
         _train_on_data(
             dicom, labels, cache_dir, out, config, size_is_given, workers, plan, progress
         )
@@ -485,6 +439,19 @@ def predict(run_dir, dicom, out, batch_size, workers, backend, device) -> None:
         )
     click.echo(repr(result))
     click.echo(f"Predictions: {out}")
+
+
+@main.command()
+@click.option("--preset", "names", multiple=True, help="Only this one; may be repeated.")
+def presets(names: tuple[str, ...]) -> None:
+    """List the networks: input, depth, operations, parameters, memory, weights."""
+    from ich_keras.environment import choose_backend
+    from ich_keras.models.presets import PRESETS
+
+    choose_backend()
+    from ich_keras.models.cost import preset_table
+
+    click.echo(preset_table(names or tuple(PRESETS)))
 
 
 @main.command()

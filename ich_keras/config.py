@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import PRESETS
+from ich_keras.models.presets import FREEZABLE, NORMS, PRESETS
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class DataConfig:
         augment: "thesis", "flip" or "none": how training slices are changed at random;
             validation, test and prediction never are.
         limit_series: use the first so many series only; None uses all.
+        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
+            channel); None takes what the weights were made for, or else what fits the preset.
         loader_workers: processes that make batches; 0 makes them in the training process.
     """
 
@@ -30,6 +32,7 @@ class DataConfig:
     balance: bool = False
     augment: str = "thesis"
     limit_series: int | None = None
+    intensity: str | None = None
     loader_workers: int = 0
 
 
@@ -45,6 +48,9 @@ class FitConfig:
         warmup_steps: steps of linear rise of the learning rate.
         weight_decay: decoupled, kernels only.
         loss: "bce" or "rsna" (`any` counted twice).
+        freeze: keep the network up to and including "stem", "layer1", ... "layer4" as it is;
+            None trains all.
+        backbone_factor: the backbone's multiple of the learning rate.
     """
 
     batch_size: int = 32
@@ -54,14 +60,28 @@ class FitConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     loss: str = "bce"
+    freeze: str | None = None
+    backbone_factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training: network, weights, seed, backend and device, data and fit."""
+    """One training: network, weights, seed, backend and device, data and fit.
+
+    Args:
+        preset: the network.
+        weights: a `.weights.h5` file or the name of converted weights; None starts from scratch.
+        norm: "batch", "frozen" or "group"; see `ModelSpec`.
+        seed: of everything random.
+        backend: Keras'.
+        device: "auto", "cpu" or "cuda".
+        data: which slices.
+        fit: how they are fitted.
+    """
 
     preset: str = "resnet18_2d"
     weights: str | None = None
+    norm: str = "batch"
     seed: int = 0
     backend: str = "torch"
     device: str = "auto"
@@ -91,15 +111,32 @@ class RunConfig:
             raise UsageError(
                 f"fit.weight_decay is {self.fit.weight_decay}; expected a number of at least 0."
             )
+        if not 0 < self.fit.backbone_factor <= 1:
+            raise UsageError(
+                f"fit.backbone_factor is {self.fit.backbone_factor}; expected above 0, at most 1."
+            )
+        if self.fit.freeze is not None and self.weights is None:
+            raise UsageError(
+                "fit.freeze without weights would keep random numbers.", "Add --weights."
+            )
+        if self.norm == "frozen" and self.weights is None:
+            raise UsageError(
+                "norm 'frozen' without weights would keep statistics that fit nothing.",
+                "Add --weights, or take norm 'group'.",
+            )
         for name, value, known in (
             ("backend", self.backend, BACKENDS),
+            ("norm", self.norm, NORMS),
             ("device", self.device, DEVICES),
             ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
             ("fit.loss", self.fit.loss, ("bce", "rsna")),
             ("data.augment", self.data.augment, ("thesis", "flip", "none")),
+            ("data.intensity", self.data.intensity, (None, "windows", "wide", "head-z-score")),
+            ("fit.freeze", self.fit.freeze, (None, *FREEZABLE)),
         ):
             if value not in known:
-                raise UsageError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
+                names = ", ".join(option for option in known if option is not None)
+                raise UsageError(f"{name} is {value!r}; expected one of {names}.")
 
     @property
     def learning_rate(self) -> float:

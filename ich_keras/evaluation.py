@@ -13,7 +13,14 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics import TRUTH_COLUMNS, evaluate_table
-from ich_keras.prediction import CONFIG, Progress, load_run, probabilities, probability_table
+from ich_keras.prediction import (
+    CONFIG,
+    Progress,
+    load_run,
+    probabilities,
+    probability_table,
+    run_intensity,
+)
 
 SPLIT = "split.json"
 
@@ -69,7 +76,13 @@ def evaluate(
                 " give the labels of both.",
             )
     slices = cache.slices.iloc[indices]
-    batches = slice_batches(cache, indices, config.fit.batch_size, size=config.data.size)
+    batches = slice_batches(
+        cache,
+        indices,
+        config.fit.batch_size,
+        size=config.data.size,
+        intensity=run_intensity(config),
+    )
     values = probabilities(model, batches, len(indices), progress, step=f"evaluating {split}")
 
     table = probability_table(slices, values)

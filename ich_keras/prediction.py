@@ -11,11 +11,12 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
-from ich_keras.data.inputs import resize_hu, slice_input
+from ich_keras.data.inputs import intensity_of, resize_hu, slice_input
 from ich_keras.environment import choose_backend, choose_device
-from ich_keras.errors import DataError, RejectedFile, StaleError
+from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, require_absent
 from ich_keras.labels import LABELS, NUM_LABELS
+from ich_keras.models.presets import PRESETS, ModelSpec, preset
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,13 +65,34 @@ def load_run(run_dir: Path | str, device: str | None = None):
     config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     choose_backend()
     choose_device(device or "auto")
-    from ich_keras.models.classifier import build_classifier
+    from ich_keras.models.classifier import classifier
+    from ich_keras.models.weights import load_weights
 
-    size = config.data.size
-    model = build_classifier(
-        config.preset, weights=str(run_dir / BEST_WEIGHTS), input_shape=(size, size, 3)
-    )
+    spec = network(config)
+    model = classifier(spec)
+    load_weights(model, run_dir / BEST_WEIGHTS, spec, needs_head=True)
     return config, model
+
+
+def network(config: RunConfig) -> ModelSpec:
+    """Return the network of a run, for inputs of its size and intensity.
+
+    Raises:
+        UsageError: the preset takes volumes, which runs do not make yet.
+    """
+    if PRESETS[config.preset].spec.rank != 2:
+        raise UsageError(
+            f"preset {config.preset} takes volumes; runs are made of single slices.",
+            "Take a 2D preset (`ich presets`), or build and fit it in Python:"
+            f" build_classifier({config.preset!r}).",
+        )
+    size, channels = config.data.size, intensity_of(run_intensity(config)).channels
+    return preset(config.preset, (size, size, channels), config.norm)
+
+
+def run_intensity(config: RunConfig) -> str:
+    """Return the intensity of a run; runs older than the choice have the three windows."""
+    return config.data.intensity or "windows"
 
 
 def require_run(run_dir: Path | str) -> Path:
@@ -144,7 +166,12 @@ def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
 
 
 def predict_index(
-    model, size: int, index: SeriesIndex, batch_size: int = 32, progress: Progress | None = None
+    model,
+    size: int,
+    index: SeriesIndex,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    intensity: str = "windows",
 ) -> FolderPrediction:
     """Predict every slice of an index, reading the DICOM files as it goes.
 
@@ -154,6 +181,7 @@ def predict_index(
         index: localizers and other planes are taken out first.
         batch_size: slices a step.
         progress: called as progress("predicting", done, total).
+        intensity: of the run.
     """
     index = index.usable()
     kept, rejects = [], []
@@ -169,10 +197,10 @@ def predict_index(
             waiting.append(resize_hu(hu, size))
             kept.append(row.Index)
             if len(waiting) == batch_size:
-                yield slice_input(np.stack(waiting))
+                yield slice_input(np.stack(waiting), intensity=intensity)
                 waiting.clear()
         if waiting:
-            yield slice_input(np.stack(waiting))
+            yield slice_input(np.stack(waiting), intensity=intensity)
 
     values = probabilities(model, batches(), len(index.slices), progress)
     rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
@@ -226,7 +254,9 @@ def predict_folder(
     run_dir = require_run(run_dir)
     index = index_folder(dicom_dir, workers=workers, progress=progress)
     config, model = load_run(run_dir, device)
-    result = predict_index(model, config.data.size, index, batch_size, progress)
+    result = predict_index(
+        model, config.data.size, index, batch_size, progress, run_intensity(config)
+    )
     if out is not None:
         atomic_write(out / "predictions.csv", csv_text(result.slices))
         atomic_write(out / "series.csv", csv_text(result.series))

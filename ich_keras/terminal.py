@@ -1,13 +1,74 @@
-"""Progress on the terminal: one bar per step, or a line now and then where there is none."""
+"""How commands speak: errors as one line and a hint, progress as one bar per step."""
 
 import contextlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 
 import click
 
+from ich_keras.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_TERMINATED, IchError
+
+TRACEBACK = "ICH_TRACEBACK"
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class _Failure(click.ClickException):
+    """One line that says what is wrong, a second one that says what to do."""
+
+    def __init__(self, message: str, hint: str, exit_code: int):
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        click.echo(f"Error: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"Hint: {self.hint}", err=True)
+
+
+class Command(click.Command):
+    """A command that turns our errors into a line and an exit code."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except IchError as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            raise _Failure(error.message, error.hint, error.exit_code) from error
+        except OSError as error:
+            if os.environ.get(TRACEBACK) or error.errno is None:
+                raise
+            place = f": {error.filename}" if error.filename else ""
+            raise _Failure(
+                f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT
+            ) from error
+        except MemoryError as error:
+            raise _Failure(
+                "out of memory.", "Use a smaller --batch-size or --size.", EXIT_ENVIRONMENT
+            ) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+class Group(click.Group):
+    """A group whose commands are ours."""
+
+    command_class = Command
+
+
+def _terminate(number, frame) -> None:
+    sys.exit(EXIT_TERMINATED)
+
+
+def catch_termination() -> None:
+    """Turn SIGTERM into an orderly exit."""
+    # As an exception, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
 
 
 @contextlib.contextmanager

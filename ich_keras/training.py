@@ -11,17 +11,20 @@ import pandas as pd
 
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
+from ich_keras.data.inputs import INTENSITIES
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import DataError, DivergedError, UsageError
 from ich_keras.evaluation import SPLIT, evaluate
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.labels import LABELS
-from ich_keras.prediction import BEST_WEIGHTS, CONFIG, Progress, probabilities
+from ich_keras.models.presets import PRESETS
+from ich_keras.prediction import BEST_WEIGHTS, CONFIG, Progress, network, probabilities
 
 HISTORY = "history.csv"
 ENVIRONMENT = "environment.json"
 DATA = "data.json"
+WEIGHTS = "weights.json"
 STATE = "state"
 MODEL = "model.keras"
 
@@ -110,10 +113,10 @@ def plan_training(slices: pd.DataFrame, config: RunConfig) -> TrainingPlan:
 
 def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) -> TrainingPlan:
     from ich_keras.data.batches import epoch_plan
-    from ich_keras.models.weights import require_weights_file
+    from ich_keras.models.presets import require_trainable
 
-    if config.weights is not None:
-        require_weights_file(config.weights)
+    config = _with_intensity(config)
+    require_trainable(network(config), config.fit.batch_size)
 
     epoch = epoch_plan(
         slices, indices["train"], config.fit.batch_size, seed=0, balance=config.data.balance
@@ -154,9 +157,9 @@ def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
         Seconds; the least of the repeats. Preparing batches and validation come on top.
     """
     config = _resolved(config)
-    model = _compiled_model(config, total_steps=repeats + 1)
+    model, _ = _compiled_model(config, total_steps=repeats + 1)
     random = np.random.default_rng(0)
-    shape = (config.fit.batch_size, config.data.size, config.data.size, 3)
+    shape = (config.fit.batch_size, *network(config).input_shape)
     inputs = random.standard_normal(shape, np.float32)
     labels = random.integers(0, 2, (config.fit.batch_size, len(LABELS))).astype(np.float32)
     model.train_on_batch(inputs, labels)
@@ -169,20 +172,43 @@ def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
 
 
 def _resolved(config: RunConfig) -> RunConfig:
-    """Settle backend and device, before Keras is imported."""
-    return replace(
+    """Settle backend and device, before Keras is imported, and what enters the network."""
+    config = replace(
         config, backend=choose_backend(config.backend), device=choose_device(config.device)
     )
+    return _with_intensity(config)
+
+
+def _with_intensity(config: RunConfig) -> RunConfig:
+    """Settle the intensity: as given, as the weights were made for, or as the preset's channels
+    ask. A weights file that does not exist is refused here, before anything long begins."""
+    from ich_keras.models.weights import find_weights, read_record
+
+    record = {}
+    if config.weights is not None:
+        record = read_record(find_weights(config.weights, config.preset))
+    if config.data.intensity is not None:
+        return config
+    intensity = record.get("intensity")
+    if intensity is None:
+        channels = PRESETS[config.preset].spec.channels
+        intensity = next(n for n, i in INTENSITIES.items() if i.channels == channels)
+    return replace(config, data=replace(config.data, intensity=intensity))
 
 
 def _compiled_model(config: RunConfig, total_steps: int):
-    from ich_keras.models.classifier import build_classifier, compile_classifier
+    """Return the network, ready for `fit`, and the account of the weights it started from."""
+    from ich_keras.models.classifier import classifier, compile_classifier, freeze
+    from ich_keras.models.weights import find_weights, load_weights
 
-    size = config.data.size
-    model = build_classifier(
-        config.preset, weights=config.weights, input_shape=(size, size, 3), output="logits"
-    )
-    return compile_classifier(
+    spec = network(config)
+    model = classifier(spec, output="logits")
+    loaded = None
+    if config.weights is not None:
+        loaded = load_weights(model, find_weights(config.weights, config.preset), spec)
+    if config.fit.freeze is not None:
+        freeze(model, config.fit.freeze)
+    compile_classifier(
         model,
         learning_rate=config.learning_rate,
         loss=config.fit.loss,
@@ -190,7 +216,9 @@ def _compiled_model(config: RunConfig, total_steps: int):
         total_steps=total_steps,
         warmup_steps=config.fit.warmup_steps,
         weight_decay=config.fit.weight_decay,
+        backbone_factor=config.fit.backbone_factor,
     )
+    return model, loaded
 
 
 def train(
@@ -233,7 +261,7 @@ def train(
 
     keras.utils.set_random_seed(config.seed)
     size = config.data.size
-    model = _compiled_model(config, plan.total_steps)
+    model, loaded = _compiled_model(config, plan.total_steps)
     loader = slice_batches(
         cache,
         indices["train"],
@@ -243,6 +271,7 @@ def train(
         balance=config.data.balance,
         augment=None if config.data.augment == "none" else config.data.augment,
         workers=config.data.loader_workers,
+        intensity=config.data.intensity,
     )
     validation = slice_batches(
         cache,
@@ -250,6 +279,7 @@ def train(
         config.fit.batch_size,
         size=size,
         workers=config.data.loader_workers,
+        intensity=config.data.intensity,
     )
 
     try:
@@ -265,9 +295,10 @@ def train(
             },
         )
         split.save(out / SPLIT)
-
-        start = f"weights {config.weights}" if config.weights else "from scratch"
-        tell(f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule}).")
+        if loaded is not None:
+            write_json(out / WEIGHTS, {**asdict(loaded), "path": str(loaded.path)})
+            tell(f"Weights: {loaded}.")
+        tell(_beginning(config, plan))
         fitting = _Fitting()
         model.fit(
             loader,
@@ -283,7 +314,7 @@ def train(
                     out,
                     fitting,
                     tell,
-                    config.fit.epochs,
+                    config,
                     progress,
                 ),
             ],
@@ -294,6 +325,16 @@ def train(
             shutil.rmtree(out, ignore_errors=True)
     _finish(config, cache, out, progress)
     return out
+
+
+def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
+    start = f"weights {config.weights}" if config.weights else "from scratch"
+    line = f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule})"
+    if config.fit.backbone_factor != 1:
+        line += f", backbone at {config.fit.backbone_factor:g} of it"
+    if config.fit.freeze is not None:
+        line += f", frozen up to {config.fit.freeze}"
+    return line + "."
 
 
 def is_synthetic(slices: pd.DataFrame) -> bool:
@@ -327,13 +368,19 @@ def _epochs(loader, config: RunConfig, progress: Progress | None):
     return Epochs()
 
 
-def _validation(model, validation, labels, out, fitting, tell, num_epochs, progress):
+def _validation(model, validation, labels, out, fitting, tell, config, progress):
     """Return the callback that validates, keeps the best weights and saves the state."""
     import keras
 
-    from ich_keras.checkpoints import save_state, save_weights
+    from ich_keras.checkpoints import save_state
     from ich_keras.metrics import binary_metrics, format_metric
-    from ich_keras.models.weights import require_finite
+    from ich_keras.models.weights import require_finite, save_weights
+
+    record = {
+        "network": network(config).to_dict(),
+        "preset": config.preset,
+        "intensity": config.data.intensity,
+    }
 
     class Validation(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -355,7 +402,7 @@ def _validation(model, validation, labels, out, fitting, tell, num_epochs, progr
             is_best = loss < fitting.best_loss
             if is_best:
                 fitting.best_loss, fitting.best_epoch = loss, epoch + 1
-                save_weights(model, out / BEST_WEIGHTS)
+                save_weights(model, out / BEST_WEIGHTS, record)
             fitting.rows.append(
                 {
                     "epoch": epoch + 1,
@@ -378,8 +425,8 @@ def _validation(model, validation, labels, out, fitting, tell, num_epochs, progr
                 },
             )
             tell(
-                f"epoch {epoch + 1}/{num_epochs}: training loss {train_loss:.4f}, validation log"
-                f" loss {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
+                f"epoch {epoch + 1}/{config.fit.epochs}: training loss {train_loss:.4f}, validation"
+                f" log loss {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
                 + (" (best so far)" if is_best else "")
             )
 

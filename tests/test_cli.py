@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from ich_keras.cli import main, train_main
-from ich_keras.models.presets import PRESETS, ModelSpec
+from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 
 
 def ich(*arguments):
@@ -26,7 +26,7 @@ def test_ich_train_is_the_train_command():
 
 
 def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "narrow", ModelSpec((32, 32, 3), width=8))
+    monkeypatch.setitem(PRESETS, "narrow", Preset(ModelSpec((32, 32, 3), width=8), "narrow"))
     data, run = tmp_path / "data", tmp_path / "run"
     images, csv = data / "images", data / "stage_2_train.csv"
     one = ("--workers", 0)
@@ -93,7 +93,7 @@ def ich_train_output(road, tmp_path):
 
 
 def test_the_plan_writes_nothing(phantom_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "narrow", ModelSpec((32, 32, 3), width=8))
+    monkeypatch.setitem(PRESETS, "narrow", Preset(ModelSpec((32, 32, 3), width=8), "narrow"))
     result = ich(
         "train",
         "--dicom",

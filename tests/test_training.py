@@ -15,7 +15,7 @@ from ich_keras.evaluation import evaluate
 from ich_keras.labels import LABELS
 from ich_keras.metrics import TRUTH_COLUMNS, binary_metrics
 from ich_keras.models.classifier import classifier, compile_classifier
-from ich_keras.models.presets import PRESETS, ModelSpec
+from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 from ich_keras.prediction import load_run, predict_folder, probabilities
 from ich_keras.training import plan_training, train
 
@@ -25,7 +25,7 @@ NARROW = "narrow"
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
     """A network an eighth as wide: the road is the same, the steps are short."""
-    PRESETS[NARROW] = ModelSpec(input_shape=(48, 48, 3), width=8)
+    PRESETS[NARROW] = Preset(ModelSpec(input_shape=(48, 48, 3), width=8), "narrow")
     yield
     del PRESETS[NARROW]
 
@@ -66,7 +66,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         ),
     }
     assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of(
-        device="cpu"
+        device="cpu", data={"intensity": "windows"}
     )
     environment = json.loads((run / "environment.json").read_text())
     assert environment["backend"] == keras.config.backend()
@@ -195,7 +195,7 @@ def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path)
         train(wild, phantom_cache, tmp_path / "run")
     assert caught.value.exit_code == 5
     for file in (tmp_path / "run").rglob("*.weights.h5"):
-        model = classifier(PRESETS[NARROW])
+        model = classifier(PRESETS[NARROW].spec)
         model.load_weights(file)
         assert all(np.isfinite(np.asarray(w)).all() for w in model.get_weights())
 
@@ -223,7 +223,7 @@ def test_data_that_cannot_train_are_refused(phantom_cache, tmp_path):
 def narrow_model(seed):
     keras.utils.set_random_seed(seed)
     model = compile_classifier(
-        classifier(PRESETS[NARROW], output="logits"), 1e-3, schedule="cosine", total_steps=8
+        classifier(PRESETS[NARROW].spec, output="logits"), 1e-3, schedule="cosine", total_steps=8
     )
     random = np.random.default_rng(0)
     images = random.normal(size=(4, 8, 48, 48, 3)).astype("float32")

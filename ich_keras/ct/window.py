@@ -70,3 +70,5 @@ BRAIN = Window(level=40, width=80)
 SUBDURAL = Window(level=80, width=200)
 SOFT_TISSUE = Window(level=40, width=380)
 WINDOWS = (BRAIN, SUBDURAL, SOFT_TISSUE)
+# The thesis's input of its 3D networks: -1000 to 400 HU, from air to bone.
+WIDE = Window(level=-300, width=1400)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ich_keras.data.augment import make_augmentation, sample_seed
 from ich_keras.data.cache import CTCache
-from ich_keras.data.inputs import normalise, slice_windows
+from ich_keras.data.inputs import intensity_of, slice_windows
 from ich_keras.errors import DataError
 from ich_keras.labels import ANY, LABELS
 from ich_keras.processes import START_METHOD
@@ -29,9 +29,19 @@ class SliceDataset(Dataset):
         size: rows and columns of the inputs.
         augmentation: a name that `make_augmentation` knows; None changes nothing.
         seed: of the augmentation.
+        intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES`.
     """
 
-    def __init__(self, cache: CTCache, size: int, augmentation: str | None, seed: int | None):
+    def __init__(
+        self,
+        cache: CTCache,
+        size: int,
+        augmentation: str | None,
+        seed: int | None,
+        intensity: str = "windows",
+    ):
+        intensity_of(intensity)
+        self._intensity = intensity
         missing = [label for label in LABELS if label not in cache.slices]
         self._labels = (
             None if missing else cache.slices[list(LABELS)].to_numpy(np.float32, na_value=np.nan)
@@ -58,11 +68,12 @@ class SliceDataset(Dataset):
             key: (epoch, int (n,) rows of the cache's slice table).
 
         Returns:
-            float32 (n, size, size, 3) normalised windows, and float32 (n, 6) labels (NaN where
-            the cache has none).
+            float32 (n, size, size, channels) inputs, and float32 (n, 6) labels (NaN where the
+            cache has none).
         """
         epoch, indices = key
-        windows = slice_windows(self._pixels.slices_hu(indices), self._size)
+        intensity = intensity_of(self._intensity)
+        windows = slice_windows(self._pixels.slices_hu(indices), self._size, intensity.windows)
         if self._augmentation is not None:
             if self._augment is None:
                 self._augment = make_augmentation(self._augmentation)
@@ -74,7 +85,7 @@ class SliceDataset(Dataset):
             labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
         else:
             labels = self._labels[indices]
-        return normalise(windows), labels
+        return intensity.normalise(windows), labels
 
 
 @dataclass(frozen=True)
@@ -228,6 +239,7 @@ def slice_batches(
     balance: bool = False,
     augment: str | None = None,
     workers: int = 0,
+    intensity: str = "windows",
 ) -> SliceLoader:
     """Make batches of single slices for a 2D network.
 
@@ -241,10 +253,11 @@ def slice_batches(
         augment: "thesis" or "flip" changes the slices at random (see `make_augmentation`) and
             needs a seed; None leaves them as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
+        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one).
 
     Returns:
-        A torch DataLoader of (float32 (n, size, size, 3), float32 (n, 6)) for `fit`, `evaluate`
-        and `predict` on every backend.
+        A torch DataLoader of (float32 (n, size, size, channels), float32 (n, 6)) for `fit`,
+        `evaluate` and `predict` on every backend.
 
     Raises:
         DataError: no slices, or balancing without both positives and negatives.
@@ -252,5 +265,5 @@ def slice_batches(
     if augment is not None and seed is None:
         raise ValueError("augmentation draws at random: give a seed.")
     plan = epoch_plan(cache.slices, indices, batch_size, seed, balance)
-    dataset = SliceDataset(cache, size or cache.size, augment, seed)
+    dataset = SliceDataset(cache, size or cache.size, augment, seed, intensity)
     return SliceLoader(dataset, plan, workers)

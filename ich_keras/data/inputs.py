@@ -8,18 +8,18 @@ its order use a cache at 512 and a smaller input size: `slice_windows` then wind
 resizes linearly.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from ich_keras.ct.window import BRAIN, SOFT_TISSUE, SUBDURAL, Window
+from ich_keras.ct.window import WIDE, WINDOWS, Window
 from ich_keras.errors import UsageError
 
 # Names the rule of `resize_hu`; part of a cache's fingerprint: change it when the rule changes.
 RESAMPLING = "pad-square-air/area-down/linear-up/1"
 AIR_HU = -1024
-WINDOWS = (BRAIN, SUBDURAL, SOFT_TISSUE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Normalisation:
 THESIS_NORMALISATION = Normalisation(
     "thesis", mean=(0.1738, 0.1433, 0.1970), std=(0.3161, 0.2850, 0.3111)
 )
+# Source: the thesis's 3D networks: (HU + 1000) / 1400, cut to 0..1, minus 0.25.
+THESIS_WIDE_NORMALISATION = Normalisation("thesis wide", mean=(0.25,), std=(1.0,))
+HEAD_ABOVE_HU = -500  # what is denser than this is head (or holder), not air
 
 
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
@@ -105,15 +108,85 @@ def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALI
     return (windows - mean) / std
 
 
-def slice_input(hu: np.ndarray, size: int | None = None) -> np.ndarray:
+def head_z_score(grey: np.ndarray) -> np.ndarray:
+    """Shift and scale each slice by the mean and standard deviation of its head.
+
+    MedicalNet's networks were trained on volumes normalised so, over the voxels that are not
+    background. It fills the background with noise of mean 0; here it is that mean, so that the
+    same image always gives the same answer.
+
+    Args:
+        grey: float32 (..., rows, columns, 1), the window `WIDE`.
+
+    Returns:
+        float32 of the same shape; 0 outside the head, and everywhere in a slice without head.
+
+    Source:
+        Chen et al., Med3D (2019), section 3.2: z-score over the volume's foreground.
+    """
+    axes = (-3, -2, -1)
+    head = grey > (HEAD_ABOVE_HU - WIDE.low) / WIDE.width
+    count = np.maximum(head.sum(axes, keepdims=True), 1)
+    mean = (grey * head).sum(axes, keepdims=True, dtype=np.float64) / count
+    variance = (((grey - mean) ** 2) * head).sum(axes, keepdims=True) / count
+    # A head of one single value has no spread: it is its own mean.
+    spread = np.where(variance > 0, np.sqrt(variance), 1.0)
+    return ((grey - mean) / spread * head).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """From HU to the numbers that enter a network, by name.
+
+    Args:
+        windows: one channel each; what augmentation sees, 0..1.
+        normalise: from those to the network's input.
+        title: one line: what it is.
+    """
+
+    windows: tuple[Window, ...]
+    normalise: Callable[[np.ndarray], np.ndarray]
+    title: str
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return len(self.windows)
+
+
+INTENSITIES = {
+    "windows": Intensity(WINDOWS, normalise, "brain, subdural, soft tissue; the thesis's mean/std"),
+    "wide": Intensity(
+        (WIDE,),
+        lambda grey: normalise(grey, THESIS_WIDE_NORMALISATION),
+        "(HU + 1000) / 1400 - 0.25, the thesis's 3D input",
+    ),
+    "head-z-score": Intensity((WIDE,), head_z_score, "z-score over the head, MedicalNet's"),
+}
+
+
+def intensity_of(name: str) -> Intensity:
+    """Look an intensity up by name.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name not in INTENSITIES:
+        raise UsageError(f"intensity {name!r}; expected one of {', '.join(INTENSITIES)}.")
+    return INTENSITIES[name]
+
+
+def slice_input(hu: np.ndarray, size: int | None = None, intensity: str = "windows") -> np.ndarray:
     """Turn HU slices into the input of a 2D network, without augmentation.
 
     Args:
         hu: int16 (rows, columns) or (n, rows, columns), HU.
         size: rows and columns of the network's input; None keeps those of `hu`.
+        intensity: a key of `INTENSITIES`.
 
     Returns:
-        float32 (..., rows, columns, 3): brain, subdural and soft-tissue window, normalised with
-        the thesis's mean and standard deviation.
+        float32 (..., rows, columns, channels): for "windows" the brain, subdural and soft-tissue
+        window, normalised with the thesis's mean and standard deviation.
     """
-    return normalise(slice_windows(hu, size))
+    chosen = intensity_of(intensity)
+    return chosen.normalise(slice_windows(hu, size, chosen.windows))

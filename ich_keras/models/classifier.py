@@ -5,13 +5,12 @@ from keras import layers, ops
 
 from ich_keras.errors import UsageError
 from ich_keras.labels import ANY, LABELS, NUM_LABELS
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.presets import FREEZABLE, ModelSpec, preset
 from ich_keras.models.resnet import resnet
-from ich_keras.models.weights import load_weights
+from ich_keras.models.weights import HEAD, find_weights, load_weights
 
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 OUTPUTS = ("probabilities", "logits")
-HEAD = "fc"
 PROBABILITIES = "probabilities"
 
 # The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
@@ -59,16 +58,21 @@ def build_classifier(
     input_shape: tuple[int | None, ...] | None = None,
     output: str = "probabilities",
     precision: str | None = None,
+    norm: str = "batch",
 ) -> keras.Model:
     """Build a preset with its six-way head.
 
     Args:
         name: a preset, such as "resnet18_2d".
-        weights: a `.weights.h5` file of the same network; None starts from random weights.
+        weights: a `.weights.h5` file of the same network, with or without a head; or the name of
+            converted weights ("imagenet", "torchvision_resnet18", ...; see `find_weights`). None
+            starts from random weights.
         input_shape: (rows, columns, channels) or (slices, rows, columns, channels) in place of
             the preset's.
         output: "probabilities" or "logits".
         precision: see `classifier`.
+        norm: "batch"; "frozen" (the statistics of the weights) or "group" for batches of one
+            volume.
 
     Returns:
         A functional `keras.Model`: normalised windows float32 (N, *input_shape) to float32
@@ -78,9 +82,10 @@ def build_classifier(
         UsageError: an unknown name or value.
         DataError: the weights file is not one for this network.
     """
-    model = classifier(preset(name, input_shape), output=output, precision=precision)
+    spec = preset(name, input_shape, norm)
+    model = classifier(spec, output=output, precision=precision)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, find_weights(weights, name), spec)
     return model
 
 
@@ -93,19 +98,45 @@ def build_backbone(
 
     Args:
         name: a preset.
-        weights: a `.weights.h5` file of the same backbone; None starts from random weights.
+        weights: as in `build_classifier`; a head in the file is not used.
         input_shape: None takes inputs of any size with the preset's rank and channels.
 
     Returns:
         A functional `keras.Model`: float32 (N, *input_shape) to pooled features (N, features).
     """
-    if input_shape is None:
-        spec = preset(name)
-        input_shape = (*(None for _ in range(spec.rank)), spec.channels)
-    model = resnet(preset(name, input_shape))
+    spec = preset(name).with_any_size() if input_shape is None else preset(name, input_shape)
+    model = resnet(spec)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, find_weights(weights, name), spec)
     return model
+
+
+def freeze(model: keras.Model, up_to: str) -> int:
+    """Keep the first part of a network as it is while the rest is trained.
+
+    Frozen batch normalisation uses its stored statistics, also in training.
+
+    Args:
+        model: of ours; compile it afterwards.
+        up_to: of `FREEZABLE`: "stem", or "layer1" to "layer4" ("layer4" leaves only the head).
+
+    Returns:
+        The number of layers with weights that are frozen.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if up_to not in FREEZABLE:
+        raise UsageError(f"freeze {up_to!r}; expected one of {', '.join(FREEZABLE)}.")
+    later = FREEZABLE[FREEZABLE.index(up_to) + 1 :]
+    frozen = [
+        layer
+        for layer in model.layers
+        if layer.weights and layer.name != HEAD and not layer.name.startswith(later)
+    ]
+    for layer in frozen:
+        layer.trainable = False
+    return len(frozen)
 
 
 def ends_in_logits(model: keras.Model) -> bool:
@@ -137,6 +168,41 @@ def binary_cross_entropy(from_logits: bool, label_weights: tuple[float, ...] | N
 
     loss.__name__ = "bce" if label_weights is None else "rsna"
     return loss
+
+
+def slower_adam(full_rate: set[int], factor: float, **settings) -> keras.optimizers.Optimizer:
+    """Return Keras' Adam of the running backend with a lower rate for most variables.
+
+    Scaling gradients would do nothing under Adam; the rate itself has to differ.
+
+    Args:
+        full_rate: `id` of each variable that learns at the full rate.
+        factor: of the learning rate of all others, weight decay included.
+        settings: of `keras.optimizers.Adam`.
+    """
+    # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
+    base = type(keras.optimizers.Adam())
+
+    class SlowerAdam(base):
+        def _backend_update_step(self, grads, trainable_variables, learning_rate):
+            pairs = list(zip(grads, trainable_variables, strict=True))
+            for is_full, rate in ((True, learning_rate), (False, learning_rate * factor)):
+                group = [pair for pair in pairs if (id(pair[1]) in full_rate) == is_full]
+                if group:
+                    super()._backend_update_step(*map(list, zip(*group, strict=True)), rate)
+
+        def _apply_weight_decay(self, variables):
+            if self.weight_decay is None:
+                return
+            decay = self.weight_decay
+            for is_full, value in ((True, decay), (False, decay * factor)):
+                self.weight_decay = value
+                group = [v for v in variables if (id(v) in full_rate) == is_full]
+                if group:
+                    super()._apply_weight_decay(group)
+            self.weight_decay = decay
+
+    return SlowerAdam(**settings)
 
 
 LOSSES = {"bce": None, "rsna": RSNA_WEIGHTS}
@@ -181,6 +247,7 @@ def compile_classifier(
     total_steps: int | None = None,
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
+    backbone_factor: float = 1.0,
 ) -> keras.Model:
     """Compile a classifier for `fit`: Adam and the loss alone.
 
@@ -195,6 +262,8 @@ def compile_classifier(
         total_steps: optimiser steps of the whole training (for "cosine").
         warmup_steps: steps of linear rise.
         weight_decay: decoupled; kernels only.
+        backbone_factor: the backbone learns at this multiple of the learning rate, the head at
+            the full one; below 1 for pretrained weights under a new head.
 
     Returns:
         The same model.
@@ -208,11 +277,23 @@ def compile_classifier(
         raise UsageError(f"learning rate {learning_rate}; expected a number above 0.")
     if not weight_decay >= 0:
         raise UsageError(f"weight decay {weight_decay}; expected a number of at least 0.")
-    optimizer = keras.optimizers.Adam(
-        learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
-        epsilon=1e-8,  # torch's default, which the thesis used; Keras' is 1e-7
-        weight_decay=weight_decay or None,
-    )
+    if not 0 < backbone_factor <= 1:
+        raise UsageError(f"backbone factor {backbone_factor}; expected above 0, at most 1.")
+    settings = {
+        "learning_rate": learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
+        "epsilon": 1e-8,  # torch's default, which the thesis used; Keras' is 1e-7
+        "weight_decay": weight_decay or None,
+    }
+    if backbone_factor == 1:
+        optimizer = keras.optimizers.Adam(**settings)
+    else:
+        head = {
+            id(variable)
+            for layer in model.layers
+            if layer.name == HEAD
+            for variable in layer.weights
+        }
+        optimizer = slower_adam(head, backbone_factor, **settings)
     if weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     model.compile(

@@ -5,17 +5,24 @@ refuses dots in names), so `layer2.0.downsample.1` is `layer2_0_downsample_1`. T
 not prettier.
 
 Source: He et al., Deep Residual Learning for Image Recognition (2016); torchvision's variant with
-the stride on the 3x3 convolution of a bottleneck; Chen et al., Med3D (2019) for the dilated one.
+the stride on the 3x3 convolution of a bottleneck; Chen et al., Med3D (2019) for the dilated one;
+Tran et al., A Closer Look at Spatiotemporal Convolutions (2018) for the video networks.
 """
+
+import math
+import re
 
 import keras
 from keras import layers, ops
 
-from ich_keras.models.presets import STAGE_BLOCKS, ModelSpec
+from ich_keras.errors import UsageError
+from ich_keras.models.presets import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec
 
 # torch's defaults; its momentum 0.1 weighs the new value, Keras' 0.9 the old one.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
-BOTTLENECK_EXPANSION = 4
+MAX_NORM_GROUPS = 32  # Wu and He, Group Normalization (2018)
+# torchvision writes 45 in R(2+1)D's stem, not its formula for the blocks.
+FACTORISED_STEM_CHANNELS, FACTORISED_STEM_WIDTH = 45, 64
 
 
 class _Graph:
@@ -29,6 +36,12 @@ class _Graph:
         self.pad_layer = getattr(layers, f"ZeroPadding{suffix}")
         self.max_pool_layer = getattr(layers, f"MaxPooling{suffix}")
 
+    def names(self, prefix: str, number: int | str) -> tuple[str, str]:
+        """Return torch's names of a block's convolution and of its normalisation."""
+        if self.spec.naming == "video":
+            return f"{prefix}_conv{number}_0", f"{prefix}_conv{number}_1"
+        return f"{prefix}_conv{number}", f"{prefix}_bn{number}"
+
     def pad(self, x, width: tuple[int, ...], name: str):
         # torch pads both ends alike; Keras' "same" pads an even input at stride 2 on one end only
         # and so reads other pixels.
@@ -36,10 +49,11 @@ class _Graph:
             return x
         return self.pad_layer(tuple((w, w) for w in width), dtype=self.dtype, name=name)(x)
 
-    def conv(self, x, filters: int, kernel: int, name: str, stride=1, dilation=1):
+    def conv(self, x, filters: int, kernel, name: str, stride=1, dilation=1):
         """Convolve with symmetric padding of dilation * (kernel // 2), without bias."""
-        stride, dilation = self.spec.per_axis(stride), self.spec.per_axis(dilation)
-        x = self.pad(x, tuple(d * (kernel // 2) for d in dilation), f"{name}_pad")
+        kernel, stride, dilation = (self.spec.per_axis(v) for v in (kernel, stride, dilation))
+        width = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
+        x = self.pad(x, width, f"{name}_pad")
         return self.conv_layer(
             filters,
             kernel,
@@ -53,11 +67,60 @@ class _Graph:
             name=name,
         )(x)
 
+    def main_conv(self, x, filters: int, stage: int, name: str, middle: int, stride=1):
+        """Convolve with the stage's kernel, whole or split into rows-and-columns and slices."""
+        kernel, dilation = self.spec.kernels[stage], self.spec.dilations[stage]
+        if not self.spec.factorised:
+            return self.conv(x, filters, kernel, name, stride, dilation)
+        names = (f"{name}_0", f"{name}_1", f"{name}_3")
+        return self.factorised_conv(x, filters, kernel, names, middle, stride, dilation)
+
+    def factorised_conv(self, x, filters, kernel, names, middle, stride=1, dilation=1):
+        kernel, stride, dilation = (self.spec.per_axis(v) for v in (kernel, stride, dilation))
+        within = [(1, *values[1:]) for values in (kernel, stride, dilation)]
+        across = [(values[0], 1, 1) for values in (kernel, stride, dilation)]
+        spatial, norm, temporal = names
+        x = self.conv(x, middle, within[0], spatial, within[1], within[2])
+        x = self.relu(self.norm(x, norm), f"{norm}_relu")
+        return self.conv(x, filters, across[0], temporal, across[1], across[2])
+
     def norm(self, x, name: str):
-        return layers.BatchNormalization(**BATCH_NORM, dtype=self.dtype, name=name)(x)
+        if self.spec.norm == "group":
+            return layers.GroupNormalization(
+                math.gcd(MAX_NORM_GROUPS, x.shape[-1]),
+                axis=-1,
+                epsilon=BATCH_NORM["epsilon"],
+                dtype=self.dtype,
+                name=name,
+            )(x)
+        is_trainable = self.spec.norm != "frozen"
+        return layers.BatchNormalization(
+            **BATCH_NORM, trainable=is_trainable, dtype=self.dtype, name=name
+        )(x)
 
     def relu(self, x, name: str):
         return layers.ReLU(dtype=self.dtype, name=name)(x)
+
+
+def _stem(graph: _Graph, x):
+    spec = graph.spec
+    if spec.naming == "image":
+        x = graph.conv(x, spec.width, spec.stem_kernel, "conv1", spec.stem_stride)
+        x = graph.relu(graph.norm(x, "bn1"), "relu")
+    elif spec.factorised:
+        middle = max(1, FACTORISED_STEM_CHANNELS * spec.width // FACTORISED_STEM_WIDTH)
+        names = ("stem_0", "stem_1", "stem_3")
+        x = graph.factorised_conv(x, spec.width, spec.stem_kernel, names, middle, spec.stem_stride)
+        x = graph.relu(graph.norm(x, "stem_4"), "relu")
+    else:
+        x = graph.conv(x, spec.width, spec.stem_kernel, "stem_0", spec.stem_stride)
+        x = graph.relu(graph.norm(x, "stem_1"), "relu")
+    if spec.pool_kernel is None:
+        return x
+    # Zeros stand in for torch's -inf: after a ReLU they never win against a real value.
+    kernel, stride = spec.per_axis(spec.pool_kernel), spec.per_axis(spec.pool_stride)
+    x = graph.pad(x, tuple(k // 2 for k in kernel), "maxpool_pad")
+    return graph.max_pool_layer(kernel, strides=stride, dtype=graph.dtype, name="maxpool")(x)
 
 
 def _shortcut(graph: _Graph, x, filters: int, stride, prefix: str):
@@ -69,29 +132,40 @@ def _shortcut(graph: _Graph, x, filters: int, stride, prefix: str):
         x = graph.conv(x, filters, 1, f"{prefix}_downsample_0", stride=stride)
         return graph.norm(x, f"{prefix}_downsample_1")
     # Shortcut A as graph operations, not a layer of our own: those load without our package.
+    if graph.spec.detach_shortcut:
+        x = ops.stop_gradient(x)
     x = x[(slice(None), *(slice(None, None, s) for s in strides), slice(None))]
     return ops.pad(x, [(0, 0)] * (graph.spec.rank + 1) + [(0, missing)])
 
 
-def _basic_block(graph: _Graph, x, channels: int, stride, dilation, prefix: str):
+def _middle_channels(before: int, after: int) -> int:
+    # As many parameters as the unsplit 3x3x3 kernel (Tran et al. 2018, section 3.5).
+    return before * after * 27 // (before * 9 + 3 * after)
+
+
+def _basic_block(graph: _Graph, x, channels: int, stage: int, stride, prefix: str):
     shortcut = _shortcut(graph, x, channels, stride, prefix)
-    x = graph.conv(x, channels, 3, f"{prefix}_conv1", stride=stride, dilation=dilation)
-    x = graph.relu(graph.norm(x, f"{prefix}_bn1"), f"{prefix}_relu1")
-    x = graph.conv(x, channels, 3, f"{prefix}_conv2", dilation=dilation)
-    x = graph.norm(x, f"{prefix}_bn2")
+    middle = _middle_channels(x.shape[-1], channels)
+    (conv1, norm1), (conv2, norm2) = graph.names(prefix, 1), graph.names(prefix, 2)
+    x = graph.main_conv(x, channels, stage, conv1, middle, stride)
+    x = graph.relu(graph.norm(x, norm1), f"{prefix}_relu1")
+    x = graph.main_conv(x, channels, stage, conv2, middle)
+    x = graph.norm(x, norm2)
     x = layers.Add(dtype=graph.dtype, name=f"{prefix}_add")([x, shortcut])
     return graph.relu(x, f"{prefix}_relu2")
 
 
-def _bottleneck_block(graph: _Graph, x, channels: int, stride, dilation, prefix: str):
+def _bottleneck_block(graph: _Graph, x, channels: int, stage: int, stride, prefix: str):
     wide = channels * BOTTLENECK_EXPANSION
     shortcut = _shortcut(graph, x, wide, stride, prefix)
-    x = graph.conv(x, channels, 1, f"{prefix}_conv1")
-    x = graph.relu(graph.norm(x, f"{prefix}_bn1"), f"{prefix}_relu1")
-    x = graph.conv(x, channels, 3, f"{prefix}_conv2", stride=stride, dilation=dilation)
-    x = graph.relu(graph.norm(x, f"{prefix}_bn2"), f"{prefix}_relu2")
-    x = graph.conv(x, wide, 1, f"{prefix}_conv3")
-    x = graph.norm(x, f"{prefix}_bn3")
+    middle = _middle_channels(x.shape[-1], channels)
+    (conv1, norm1), (conv2, norm2), (conv3, norm3) = (graph.names(prefix, n) for n in (1, 2, 3))
+    x = graph.conv(x, channels, 1, conv1)
+    x = graph.relu(graph.norm(x, norm1), f"{prefix}_relu1")
+    x = graph.main_conv(x, channels, stage, conv2, middle, stride)
+    x = graph.relu(graph.norm(x, norm2), f"{prefix}_relu2")
+    x = graph.conv(x, wide, 1, conv3)
+    x = graph.norm(x, norm3)
     x = layers.Add(dtype=graph.dtype, name=f"{prefix}_add")([x, shortcut])
     return graph.relu(x, f"{prefix}_relu3")
 
@@ -105,31 +179,56 @@ def resnet(spec: ModelSpec, dtype=None) -> keras.Model:
 
     Returns:
         A functional model: input (N, *spec.input_shape) channels-last, output (N, features),
-        512 features for depths below 50, 2048 from there on (at width 64). The stages' outputs are
-        reachable by the names of their last layers (`layer1_1_relu2` and so on).
+        512 features for depths below 50, 2048 from there on (at width 64). `feature_model` taps
+        what lies between.
 
     Source:
         He et al. 2016, table 1.
     """
     graph = _Graph(spec, dtype)
     image = keras.Input(spec.input_shape, name="image", dtype="float32")
-    x = graph.conv(image, spec.width, 7, "conv1", stride=spec.stem_stride)
-    x = graph.relu(graph.norm(x, "bn1"), "relu")
-    # Zeros stand in for torch's -inf: after a ReLU they never win against a real value.
-    x = graph.pad(x, (1,) * spec.rank, "maxpool_pad")
-    x = graph.max_pool_layer(3, strides=2, dtype=dtype, name="maxpool")(x)
+    x = _stem(graph, image)
     block = _bottleneck_block if spec.is_bottleneck else _basic_block
-    stages = zip(STAGE_BLOCKS[spec.depth], spec.strides, spec.dilations, strict=True)
-    for stage, (num_blocks, stride, dilation) in enumerate(stages):
+    for stage, num_blocks in enumerate(STAGE_BLOCKS[spec.depth]):
         for position in range(num_blocks):
             x = block(
                 graph,
                 x,
                 spec.width * 2**stage,
-                stride if position == 0 else 1,
-                dilation,
+                stage,
+                spec.strides[stage] if position == 0 else 1,
                 f"layer{stage + 1}_{position}",
             )
     pool_layer = getattr(layers, f"GlobalAveragePooling{spec.rank}D")
     x = pool_layer(dtype=dtype, name="avgpool")(x)
     return keras.Model(image, x, name=f"resnet{spec.depth}_{spec.rank}d")
+
+
+def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> keras.Model:
+    """Tap a network of ours between its stages.
+
+    Args:
+        model: from `resnet`, `build_backbone` or `build_classifier`; its layers are shared.
+        names: of `FEATURES`: "stem" (after its ReLU), "maxpool", "layer1" to "layer4", "avgpool";
+            for a classifier also "fc" (the logits).
+
+    Returns:
+        A functional model with the same input that returns a dictionary: name -> features
+        channels-last (N, ..., channels), pooled ones (N, channels).
+
+    Raises:
+        UsageError: a name the network does not have.
+    """
+    last = {}
+    for layer in model.layers:
+        stage = re.match(r"layer\d+(?=_)", layer.name)
+        name = "stem" if layer.name == "relu" else stage[0] if stage else layer.name
+        if name in (*FEATURES, "fc"):
+            last[name] = layer.output
+    unknown = [name for name in names if name not in last]
+    if unknown or not names:
+        raise UsageError(
+            f"{model.name} has no feature called {', '.join(map(repr, unknown)) or '(none given)'};"
+            f" it has {', '.join(last)}."
+        )
+    return keras.Model(model.input, {name: last[name] for name in names}, name=model.name)

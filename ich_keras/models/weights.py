@@ -1,42 +1,159 @@
-"""Where weights come from: files of ours, checked before and after they are loaded."""
+"""Weights files: read without trusting them, loaded by layer name, written with their history.
 
-import warnings
+A file is Keras' own `.weights.h5`: `model.load_weights` takes it, too. Keras finds variables by
+their place; here they are found by the layer names that the file holds beside them, so that an
+error can name what is missing, surplus or of another shape. The attribute `ich_keras` carries a
+JSON record: where the weights come from, for which network, with which label order.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ich_keras.errors import DataError, UsageError
+from ich_keras.files import atomic_path
+from ich_keras.labels import LABELS
+from ich_keras.models.presets import PRESETS, ModelSpec
 
 SUFFIX = ".weights.h5"
+RECORD = "ich_keras"
+HEAD = "fc"
+FOLDER_VARIABLE = "ICH_KERAS_WEIGHTS"
+# What people call the sources of a preset -> how the names of those sources begin.
+FAMILIES = {
+    "imagenet": "torchvision_resnet",
+    "kinetics": "torchvision_",
+    "medicalnet": "medicalnet_",
+}
+_MAX_RECORD_BYTES = 2**16  # HDF5's own limit of an attribute
+_MAX_NESTING = 8
+_SHOWN_NAMES = 12
+# Not weights: the optimiser of a compiled model, and the state of random generators.
+_SKIPPED_GROUPS = ("optimizer", "seed_generator")
 
 
-def load_weights(model, path: str | Path) -> None:
-    """Load a `.weights.h5` file into a model of the same network.
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a `.weights.h5` file holds.
 
     Args:
-        model: a `keras.Model`.
-        path: the file, as written by a run (`best.weights.h5`) or by `model.save_weights`.
+        path: the file.
+        layers: layer name -> its variables in Keras' order, finite floats.
+        record: the JSON record; empty when the file has none (Keras wrote it).
+    """
+
+    path: Path
+    layers: dict[str, list[np.ndarray]]
+    record: dict
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """The network the weights belong to, when the record tells."""
+        network = self.record.get("network")
+        return None if network is None else ModelSpec.from_dict(network)
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """An account of what was loaded into a model.
+
+    Args:
+        path: the file.
+        loaded: layers that were filled from it.
+        fresh: layers of the model that kept their random weights.
+        ignored: layers of the file that the model does not have.
+        record: see `WeightsFile`.
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    record: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        source = self.record.get("source")
+        parts = [f"{len(self.loaded)} layers from {self.path}"]
+        if source is not None:
+            parts.append(f"source {source} ({self.record.get('licence', 'licence not recorded')})")
+        if self.record.get("changes"):
+            parts.append(f"changed: {', '.join(self.record['changes'])}")
+        parts.append(f"new: {', '.join(self.fresh) if self.fresh else 'none'}")
+        if self.ignored:
+            parts.append(f"not used: {', '.join(self.ignored)}")
+        return "; ".join(parts)
+
+
+def weights_folder() -> Path:
+    """Return where converted weights lie: $ICH_KERAS_WEIGHTS, or the user's cache folder."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "ich_keras" / "weights"
+
+
+def source_of(name: str, preset_name: str) -> str:
+    """Return the source that a family name ("imagenet", "kinetics", "medicalnet") means for a
+    preset; any other name is one already.
 
     Raises:
-        UsageError: no such file, or not a file name of that kind.
-        DataError: the file is damaged, of another network, or holds values that are not finite.
+        UsageError: the preset has no weights of that family.
     """
-    path = require_weights_file(path)
-    if not h5py.is_hdf5(path):
-        raise DataError(f"{path} is not an HDF5 file.", "It is damaged or was named wrongly.")
-    try:
-        with warnings.catch_warnings():
-            # "Skipping nested container": Keras would leave those layers at random and go on.
-            warnings.simplefilter("error", UserWarning)
-            model.load_weights(path)
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, UserWarning) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"{path} is damaged or does not fit the network {model.name}: {reason}",
-            "Weights and preset must belong together.",
-        ) from error
-    require_finite(model, str(path))
+    if name not in FAMILIES:
+        return name
+    fitting = [s for s in PRESETS[preset_name].sources if s.startswith(FAMILIES[name])]
+    # "torchvision_" begins the image networks' names as well.
+    if name == "kinetics":
+        fitting = [s for s in fitting if not s.startswith(FAMILIES["imagenet"])]
+    if not fitting:
+        raise UsageError(
+            f"there are no {name} weights for {preset_name};"
+            f" known: {', '.join(PRESETS[preset_name].sources) or 'none'}."
+        )
+    return fitting[0]
+
+
+def find_weights(name: str | Path, preset_name: str) -> Path:
+    """Find a weights file by path, by source or by family.
+
+    Args:
+        name: a path ending in `.weights.h5`; or the name of a source once it was converted
+            ("torchvision_resnet18"); or "imagenet", "kinetics", "medicalnet" for the source that
+            belongs to the preset.
+        preset_name: a key of `PRESETS`.
+
+    Returns:
+        The file, not opened yet.
+
+    Raises:
+        UsageError: no such file; the hint says what to run.
+    """
+    if str(name).endswith(SUFFIX) or os.sep in str(name):
+        return require_weights_file(name)
+    source, via = source_of(str(name), preset_name), ""
+    if preset_name in PRESETS and source in PRESETS[preset_name].sources:
+        via = PRESETS[preset_name].via
+    path = weights_folder() / f"{source}{SUFFIX}"
+    if via:
+        raise UsageError(
+            f"{preset_name} takes {source} with its shape changed on purpose.",
+            f"weights-convert {via} --weights {path} --preset {preset_name} --out FILE{SUFFIX},"
+            f" then --weights FILE{SUFFIX}.",
+        )
+    if path.is_file():
+        return path
+    raise UsageError(
+        f"weights {str(name)!r}: {path} does not exist; expected a file ending in {SUFFIX}, or the"
+        " name of a source that was converted.",
+        f"weights-convert convert --source {source} --checkpoint FILE.pth puts it there"
+        " (`weights-convert list` says where the checkpoint comes from); with a network, add"
+        " --download.",
+    )
 
 
 def require_weights_file(path: str | Path) -> Path:
@@ -49,11 +166,250 @@ def require_weights_file(path: str | Path) -> Path:
     if not str(path).endswith(SUFFIX):
         raise UsageError(
             f"weights {str(path)!r}; expected a file ending in {SUFFIX}.",
-            "Give the best.weights.h5 of a run.",
+            "Give the best.weights.h5 of a run, or convert a checkpoint with weights-convert.",
         )
     if not path.is_file():
         raise UsageError(f"the weights file {path} does not exist.")
     return path
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """Read a `.weights.h5` file that may come from anywhere.
+
+    Links, external and virtual data sets (which would read other files), data sets that declare
+    more than they hold, and values that are not finite are refused.
+
+    Raises:
+        UsageError: no such file, or not a file name of that kind.
+        DataError: the file is damaged, or holds what a weights file must not.
+    """
+    path = require_weights_file(path)
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path} is not an HDF5 file.", "It is damaged or was named wrongly.")
+    try:
+        with h5py.File(path, "r") as file:
+            layers: dict[str, list[np.ndarray]] = {}
+            _walk(path, file, layers, 0)
+            record = _read_record(path, file)
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} is damaged: {reason}", "Make or fetch it again.") from error
+    if not layers:
+        raise DataError(f"{path} holds no weights.", "Expected a .weights.h5 file of Keras 3.")
+    return WeightsFile(path, layers, record)
+
+
+def read_record(path: str | Path) -> dict:
+    """Read the record of a weights file alone; empty when it has none.
+
+    Raises:
+        UsageError, DataError: as `read_weights`.
+    """
+    path = require_weights_file(path)
+    try:
+        with h5py.File(path, "r") as file:
+            return _read_record(path, file)
+    except OSError as error:
+        raise DataError(
+            f"{path} is not an HDF5 file.", "It is damaged or was named wrongly."
+        ) from error
+
+
+def _walk(path: Path, group: h5py.Group, layers: dict, nesting: int) -> None:
+    if nesting > _MAX_NESTING:
+        raise DataError(f"{path}: groups nest deeper than {_MAX_NESTING}; refused.")
+    for name in group:
+        if name in _SKIPPED_GROUPS:
+            continue
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise DataError(
+                f"{path}: {group.name}/{name} is a {type(link).__name__}; refused, because it"
+                " reads from elsewhere."
+            )
+        child = group[name]
+        if isinstance(child, h5py.Dataset):
+            raise DataError(f"{path}: the data set {child.name} lies outside a layer's `vars`.")
+        if name != "vars":
+            _walk(path, child, layers, nesting + 1)
+        elif len(child):
+            layer = child.attrs.get("name")
+            if not isinstance(layer, str) or layer in layers:
+                raise DataError(
+                    f"{path}: {child.name} names no layer of its own ({layer!r}).",
+                    "Expected a file that Keras 3.15 or newer wrote.",
+                )
+            layers[layer] = [_read_array(path, child, str(n)) for n in range(len(child))]
+
+
+def _read_array(path: Path, group: h5py.Group, name: str) -> np.ndarray:
+    place = f"{path}: {group.name}/{name}"
+    link = group.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise DataError(f"{place} is absent or a link ({type(link).__name__}); refused.")
+    dataset = group[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{place} is not a data set.")
+    if dataset.is_virtual or dataset.external:
+        raise DataError(f"{place} is a virtual or external data set, which reads other files.")
+    if dataset.dtype.kind != "f":
+        raise DataError(f"{place} is {dataset.dtype}; expected floats.")
+    # Keras stores them plain: less on disk than in memory is a bomb.
+    declared, stored = dataset.nbytes, dataset.id.get_storage_size()
+    if stored < declared:
+        raise DataError(f"{place} declares {declared:,} bytes and holds {stored:,}; refused.")
+    array = dataset[()]
+    if not np.isfinite(array).all():
+        raise DataError(f"{place} ({group.attrs.get('name')}) holds values that are not finite.")
+    return array
+
+
+def _read_record(path: Path, file: h5py.File) -> dict:
+    text = file.attrs.get(RECORD)
+    if text is None:
+        return {}
+    try:
+        record = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: its record is not JSON ({error}).", "It is damaged.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: its record is {type(record).__name__}; expected an object.")
+    return record
+
+
+def own_variables(layer) -> list:
+    """Return a layer's variables in the order in which Keras saves them."""
+    store: dict = {}
+    layer.save_own_variables(store)
+    return [store[str(n)] for n in range(len(store))]
+
+
+def load_weights(
+    model, path: str | Path, spec: ModelSpec | None = None, needs_head: bool = False
+) -> LoadedWeights:
+    """Load a `.weights.h5` file into a model of the same network.
+
+    The head may be missing from the file (then it stays random), or from the model (then the
+    file's is not used); every other layer must be in both.
+
+    Args:
+        model: a `keras.Model` from `resnet` or `classifier`.
+        path: as written by a run (`best.weights.h5`), by `weights-convert`, or by
+            `model.save_weights`.
+        spec: of the model; weights made for other strides or dilations are then refused, although
+            their shapes fit.
+        needs_head: the file must hold the head, too.
+
+    Returns:
+        What was loaded, what stayed new, what was not used.
+
+    Raises:
+        UsageError: no such file, or not a file name of that kind.
+        DataError: the file is damaged, of another network, has another label order, or holds
+            values that are not finite.
+    """
+    file = read_weights(path)
+    _require_same_network(file, spec)
+    targets = {layer.name: own_variables(layer) for layer in model.layers}
+    targets = {name: variables for name, variables in targets.items() if variables}
+    missing = [name for name in targets if name not in file.layers]
+    surplus = [name for name in file.layers if name not in targets]
+    _require_same_shapes(file, targets)
+    may_lack = set() if needs_head else {HEAD}
+    if set(missing) - may_lack or set(surplus) - {HEAD}:
+        raise DataError(
+            f"{file.path} does not fit the network {model.name}: missing in the file:"
+            f" {listed(missing)}; not in the network: {listed(surplus)}.",
+            "Weights and preset must belong together.",
+        )
+    if HEAD in targets and HEAD in file.layers:
+        _require_same_labels(file)
+    loaded = [name for name in targets if name in file.layers]
+    for name in loaded:
+        for variable, array in zip(targets[name], file.layers[name], strict=True):
+            variable.assign(array)
+    return LoadedWeights(file.path, tuple(loaded), tuple(missing), tuple(surplus), file.record)
+
+
+def listed(names) -> str:
+    """Join names for an error message; long lists are cut and counted."""
+    names = list(names)
+    if not names:
+        return "nothing"
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    more = len(names) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _require_same_network(file: WeightsFile, spec: ModelSpec | None) -> None:
+    made_for = file.spec
+    if spec is None or made_for is None:
+        return
+    differences = made_for.differences(spec)
+    if not differences:
+        return
+    said = "; ".join(
+        f"{k} {there} (file), {here} (network)" for k, (there, here) in differences.items()
+    )
+    channels_only = set(differences) == {"channels"}
+    raise DataError(
+        f"{file.path} was made for another network: {said}.",
+        f"weights-convert channels --weights {file.path} --channels {spec.channels} --out FILE"
+        " changes the input channels on purpose."
+        if channels_only
+        else "Weights and preset must belong together, even where the shapes fit.",
+    )
+
+
+def _require_same_shapes(file: WeightsFile, targets: dict) -> None:
+    for name, variables in targets.items():
+        if name not in file.layers:
+            continue
+        there = [array.shape for array in file.layers[name]]
+        here = [tuple(variable.shape) for variable in variables]
+        if there != here:
+            raise DataError(
+                f"{file.path} does not fit the network: {name} has {there} in the file, {here} in"
+                " the network.",
+                "Weights and preset must belong together, and so must the input channels.",
+            )
+
+
+def _require_same_labels(file: WeightsFile) -> None:
+    labels = file.record.get("labels", list(LABELS))
+    if list(labels) != list(LABELS):
+        raise DataError(
+            f"{file.path}: its head gives {', '.join(map(str, labels))}; expected the order"
+            f" {', '.join(LABELS)}.",
+            "Its probabilities would be read under wrong names.",
+        )
+
+
+def save_weights(model, path: str | Path, record: dict | None = None) -> None:
+    """Write a model's weights atomically (Keras' own saving is not), without its optimiser.
+
+    Args:
+        model: a `keras.Model`, compiled or not.
+        path: ends in `.weights.h5`.
+        record: JSON-able; the label order is added.
+    """
+    import keras
+
+    # Keras writes the slots of a compiled model's optimiser into its weights file: three times
+    # the size. The twin shares all variables and has no optimiser.
+    twin = keras.Model(model.input, model.output)
+    text = json.dumps({"labels": list(LABELS), **(record or {})}, allow_nan=False)
+    if len(text) >= _MAX_RECORD_BYTES:
+        raise ValueError(f"the record has {len(text)} bytes; HDF5 takes {_MAX_RECORD_BYTES}.")
+    with atomic_path(path, verify=_require_record) as temporary:
+        twin.save_weights(temporary, overwrite=True)
+        with h5py.File(temporary, "r+") as file:
+            file.attrs[RECORD] = text
+
+
+def _require_record(path: Path) -> None:
+    with h5py.File(path, "r") as file:
+        _read_record(path, file)
 
 
 def require_finite(model, source: str) -> None:

@@ -1,0 +1,87 @@
+"""What a network costs, counted on its graph: parameters, operations, memory of a training step."""
+
+import math
+from dataclasses import dataclass
+
+import keras
+
+from ich_keras.models.classifier import build_classifier
+from ich_keras.models.presets import PRESETS, preset
+
+BYTES_PER_VALUE = 4  # float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one sample.
+
+    Args:
+        parameters: trainable numbers.
+        multiply_adds: of the convolutions and the head, forward; a training step takes about
+            three times as many (forward, gradient of the inputs, gradient of the weights).
+        activation_bytes: float32 values that a training step must keep between its forward and
+            backward pass: the inputs of every convolution, normalisation, pooling and dense layer,
+            each tensor once. Two-byte types keep half.
+    """
+
+    parameters: int
+    multiply_adds: int
+    activation_bytes: int
+
+
+def cost(model: keras.Model) -> Cost:
+    """Count what a network costs per sample.
+
+    Args:
+        model: of ours, built for inputs of a known size.
+    """
+    multiply_adds, kept = 0, {}
+    for layer in model.layers:
+        kernel = getattr(layer, "kernel", None)
+        if kernel is not None:
+            positions = math.prod(layer.output.shape[1:-1])
+            multiply_adds += positions * math.prod(kernel.shape)
+        if layer.weights or "pool" in layer.name:
+            source = _before_padding(layer.input)
+            if source._keras_history.operation.__class__.__name__ != "InputLayer":
+                kept[id(source)] = math.prod(source.shape[1:])
+    return Cost(
+        parameters=sum(math.prod(variable.shape) for variable in model.trainable_variables),
+        multiply_adds=multiply_adds,
+        activation_bytes=sum(kept.values()) * BYTES_PER_VALUE,
+    )
+
+
+def _before_padding(tensor):
+    """Look through a padding layer: a good implementation pads inside the convolution."""
+    layer = tensor._keras_history.operation
+    return layer.input if "ZeroPadding" in layer.__class__.__name__ else tensor
+
+
+def preset_table(names: tuple[str, ...]) -> str:
+    """Return a Markdown table of presets and their costs.
+
+    Args:
+        names: keys of `PRESETS`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    lines = [
+        "| preset | what | input | parameters | GMAC | activations MiB | weights |",
+        "|--|--|--|--|--|--|--|",
+    ]
+    for name in names:
+        spec = preset(name)
+        found = cost(build_classifier(name))
+        chosen = PRESETS[name]
+        weights = ", ".join(f"`{source}`" for source in chosen.sources) or "none"
+        if chosen.via:
+            weights += f" ({chosen.via})"
+        lines.append(
+            f"| `{name}` | {chosen.title} | {'x'.join(map(str, spec.input_shape))}"
+            f" | {found.parameters:,} | {found.multiply_adds / 1e9:,.1f}"
+            f" | {found.activation_bytes / 2**20:,.0f} | {weights} |"
+        )
+        keras.backend.clear_session()
+    return "\n".join(lines)

@@ -1,0 +1,273 @@
+"""Reading a torch checkpoint or safetensors file without trusting it.
+
+A `.pth` file is a pickle, and a pickle can run anything. torch's restricted reader
+(`weights_only=True`) is used and nothing else; what it returns is then checked tensor by tensor:
+dense, of a plain float type, no larger than the bytes it brought, finite.
+"""
+
+import pickle
+import re
+import struct
+import tarfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ich_keras.errors import DataError, UsageError
+from ich_keras.files import sha256_of
+from ich_keras.models.weights import listed
+from weights_convert.mapping import COUNTER
+
+MAX_BYTES = 4 * 2**30  # the largest source has 0.2 GiB
+MAX_TENSORS = 10_000
+MAX_AXES = 5
+WRAPPERS = ("state_dict", "model_state_dict")
+PREFIX = "module."  # of torch's DataParallel
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_HTML = (b"<!doctype", b"<html", b"<?xml")
+_TAR_MAGIC = slice(257, 262)
+_SAVE_STATE_DICT = "Save model.state_dict() instead of the model, and give that file."
+# What torch and the formats' readers raise on damaged files.
+_READ_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    EOFError,
+    OSError,
+    ImportError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Args:
+        path: the file.
+        sha256: of its bytes, 64 hexadecimal digits.
+        kind: "zip", "legacy" (torch's two formats) or "safetensors".
+        tensors: torch's name, without `module.` -> float32 array with torch's axes, finite.
+            Counters of batches (int64) are left out.
+        ignored: entries beside the tensors that are not weights (epoch, optimiser, counters).
+    """
+
+    path: Path
+    sha256: str
+    kind: str
+    tensors: dict[str, np.ndarray]
+    ignored: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: array.shape for name, array in self.tensors.items()}
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint of weights.
+
+    Args:
+        path: `.pth` or `.pt` in torch's zip or legacy format, or `.safetensors`; the content
+            decides, not the name. A state dict, plain or wrapped as {"state_dict": ...}; names
+            with or without the prefix "module.".
+
+    Raises:
+        UsageError: no such file.
+        DataError: the file is damaged, no checkpoint, would run code, or holds a tensor that is
+            not dense, not float, not finite or larger than its bytes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; expected a checkpoint file.")
+    if not path.is_file():
+        raise UsageError(f"the checkpoint {path} does not exist.")
+    kind = _kind(path)
+    content = _load_safetensors(path) if kind == "safetensors" else _load_torch(path, kind)
+    state, ignored = _state_dict(path, content)
+    counters = [name for name in state if name.endswith(COUNTER)]
+    tensors = {
+        name: _array(path, name, value) for name, value in state.items() if name not in counters
+    }
+    if not tensors:
+        raise DataError(f"{path} holds no weights.", "Expected a state dict of tensors.")
+    return Checkpoint(path, sha256_of(path), kind, tensors, (*ignored, *counters))
+
+
+def _kind(path: Path) -> str:
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path} is empty.", "The download was cut off; fetch it again.")
+    if size > MAX_BYTES:
+        raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}.")
+    with open(path, "rb") as stream:
+        head = stream.read(512)
+    if head.lstrip().lower().startswith(_HTML):
+        raise DataError(
+            f"{path} is a web page, not a checkpoint.",
+            "The address asked for a login or a confirmation; download it in a browser.",
+        )
+    if head.startswith(b"\x89HDF"):
+        raise DataError(
+            f"{path} is an HDF5 file, not a torch checkpoint.",
+            "A .weights.h5 file needs no conversion: give it to --weights.",
+        )
+    if head.startswith(b"PK"):
+        _require_plain_zip(path, size)
+        return "zip"
+    if head[_TAR_MAGIC] == b"ustar":
+        raise DataError(
+            f"{path} is in torch's tar format (before version 0.4), which cannot be read safely.",
+            "Load and save it again with a torch of your own, on a machine that may be harmed.",
+        )
+    if head[:1] == b"\x80":
+        return "legacy"
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
+        return "safetensors"
+    raise DataError(
+        f"{path} is no checkpoint: it begins with {head[:8]!r}.",
+        "Expected torch's zip or legacy format, or safetensors.",
+    )
+
+
+def _require_plain_zip(path: Path, size: int) -> None:
+    """torch stores a checkpoint's members as they are: a compressed one may be a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        raise DataError(
+            f"{path} is a damaged zip archive: {error}.",
+            "The download was cut off; fetch it again.",
+        ) from error
+    names = [member.filename for member in members]
+    if "model.weights.h5" in names or "config.json" in names:
+        raise DataError(
+            f"{path} is a .keras file, not a torch checkpoint.",
+            "Load it with keras.saving.load_model.",
+        )
+    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
+        raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+        sum(member.file_size for member in members) > size
+    ):
+        raise DataError(f"{path} unpacks to more than its size; refused.")
+    if not any(name.endswith("data.pkl") for name in names):
+        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
+
+
+def _load_torch(path: Path, kind: str):
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            # On reading layouts that are refused right after (sparse, quantized).
+            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        _refuse_pickle(path, str(error), error)
+    except (*_READ_ERRORS, tarfile.TarError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{path} is damaged (torch's {kind} format): {reason[:200]}",
+            "The file was cut off or changed; fetch it again.",
+        ) from error
+
+
+def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
+    forbidden = _FORBIDDEN.search(text)
+    if forbidden is None:
+        # torch's own words in a sentence or two; its advice to allow more is not passed on.
+        reason = text.partition("\n")[0].partition("Please file")[0]
+        raise DataError(
+            f"{path} cannot be read as weights: {reason[:200].strip()}",
+            "Expected a state dict of tensors; nothing in the file was run.",
+        ) from error
+    name = forbidden[1]
+    if ".nn." in name or name.startswith(("torchvision.", "monai.", "models.", "__main__.")):
+        raise DataError(
+            f"{path} holds a whole pickled model ({name}), not its weights; nothing was run.",
+            _SAVE_STATE_DICT,
+        ) from error
+    raise DataError(
+        f"{path} asks to run {name} when it is read; refused, nothing was run.",
+        "Do not open this file with a plain torch.load.",
+    ) from error
+
+
+def _load_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, *_READ_ERRORS) as error:
+        raise DataError(f"{path} is a damaged safetensors file: {error}") from error
+
+
+def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds a {type(content).__name__}; expected a state dict.", _SAVE_STATE_DICT
+        )
+    ignored: tuple[str, ...] = ()
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            ignored = tuple(str(key) for key in content if key != wrapper)
+            content = content[wrapper]
+            break
+    if len(content) > MAX_TENSORS:
+        raise DataError(f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.")
+    odd = [key for key in content if not (isinstance(key, str) and _NAME.fullmatch(key))]
+    if odd:
+        raise DataError(f"{path}: {odd[0]!r:.100} is no name of a tensor.")
+    prefixed = [key for key in content if key.startswith(PREFIX)]
+    if prefixed and len(prefixed) != len(content):
+        bare = [key for key in content if key not in prefixed]
+        raise DataError(
+            f"{path}: some names begin with {PREFIX!r} and some do not: {listed(bare)}."
+        )
+    return {key.removeprefix(PREFIX): value for key, value in content.items()}, ignored
+
+
+def _array(path: Path, name: str, tensor) -> np.ndarray:
+    import torch
+
+    place = f"{path}: {name}"
+    if not isinstance(tensor, torch.Tensor):
+        raise DataError(f"{place} is a {type(tensor).__name__}; expected a tensor.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout}, {tensor.device.type}"
+        raise DataError(f"{place} is not a dense tensor with data ({kind}).")
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise DataError(f"{place} is {tensor.dtype}; expected float16, bfloat16, 32 or 64.")
+    if tensor.ndim > MAX_AXES:
+        raise DataError(f"{place} has {tensor.ndim} axes; expected at most {MAX_AXES}.")
+    claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed != held:
+        # Stride 0 lets 1.5 KB claim gigabytes; a view would hide what else the file holds.
+        raise DataError(
+            f"{place} claims {claimed:,} bytes and its storage holds {held:,}; refused."
+        )
+    array = tensor.detach().to(torch.float32).contiguous().numpy().copy()
+    if not np.isfinite(array).all():
+        raise DataError(f"{place} holds values that are not finite.")
+    if tensor.dtype == torch.float64 and not torch.equal(
+        tensor.detach(), torch.from_numpy(array).double()
+    ):
+        raise DataError(
+            f"{place} is float64 and would be rounded.", "Convert it to float32 yourself first."
+        )
+    return array

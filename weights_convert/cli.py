@@ -1,0 +1,192 @@
+"""The command line: `weights-convert`. Every command calls one public function and prints."""
+
+from pathlib import Path
+
+import click
+
+from ich_keras import __version__
+from ich_keras.terminal import Group
+
+FILE = click.Path(path_type=Path)
+SOURCE = click.option("--source", metavar="NAME", help="Published weights; see `list`.")
+PRESET = click.option("--preset", "preset_name", metavar="PRESET", help="For a file of your own.")
+CHECKPOINT = click.option(
+    "--checkpoint", type=FILE, required=True, metavar="FILE", help=".pth, .pt or .safetensors."
+)
+WEIGHTS = click.option(
+    "--weights", type=FILE, required=True, metavar="FILE", help="A .weights.h5 file."
+)
+CHANNELS = click.option(
+    "--channels",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Change the input channels; default: keep them.",
+)
+NEW_WEIGHTS = click.option(
+    "--out", type=FILE, required=True, metavar="FILE", help="New .weights.h5 file."
+)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="weights-convert")
+def main() -> None:
+    """Carry pretrained torch weights into the networks of ich_keras, exactly.
+
+    Nothing is downloaded, unless `ich-train --download` asks for it.
+    """
+
+
+@main.command(name="list")
+def list_sources() -> None:
+    """List the sources: network, file, address, licence, checksum, citation."""
+    from weights_convert.sources import SOURCES
+
+    for source in SOURCES.values():
+        digits = source.published_sha256
+        click.echo(source.name)
+        click.echo(f"  for       {source.preset} ({source.channels} input channels)")
+        click.echo(f"  file      {source.url}")
+        click.echo(f"  sha256    {f'begins with {digits}' if digits else 'none published'}")
+        click.echo(f"  licence   {source.licence}; data: {source.data_terms}")
+        click.echo(f"  trained   on {source.original_input}; here: {source.intensity}")
+        click.echo(f"  cite      {source.citation}")
+
+
+@main.command()
+@CHECKPOINT
+def inspect(checkpoint: Path) -> None:
+    """Say what a checkpoint holds, without trusting it."""
+    from weights_convert.conversion import inspect as inspect_checkpoint
+    from weights_convert.structure import describe
+
+    read, structure = inspect_checkpoint(checkpoint)
+    click.echo(f"{read.path}: {read.kind} format, sha256 {read.sha256}")
+    click.echo(describe(structure))
+    numbers = sum(array.size for array in read.tensors.values())
+    click.echo(f"{len(read.tensors)} tensors, {numbers:,} numbers")
+    counted = [name for name in read.ignored if not name.endswith("num_batches_tracked")]
+    click.echo(
+        f"not weights: {', '.join(counted) or 'nothing'}"
+        f" and {len(read.ignored) - len(counted)} counters of batches"
+    )
+
+
+@main.command()
+@SOURCE
+@PRESET
+@CHECKPOINT
+@click.option(
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    help="New .weights.h5 file; default: where --weights NAME finds it.",
+)
+@CHANNELS
+@click.option("--keep-head", is_flag=True, help="Keep a head of six outputs.")
+def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
+    """Convert a checkpoint into a .weights.h5 file, once both networks agree."""
+    from weights_convert.conversion import convert as convert_checkpoint
+
+    made = convert_checkpoint(checkpoint, source, preset_name, out, channels, keep_head)
+    click.echo(str(made.parity))
+    click.echo(f"source: {made.record['source']}; sha256 {made.record['sha256']}")
+    if made.record.get("is_published_file") is False:
+        click.echo("Note: this is not the published file; its licence is not known.")
+    if made.record.get("published_sha256") == "":
+        click.echo("Note: no checksum is published for it; the one above is recorded.")
+    click.echo(f"left out: {_summary(made.dropped)}")
+    for change in made.record["changes"]:
+        click.echo(f"changed: {change}")
+    click.echo(f"Weights: {made.path}")
+
+
+def _summary(names: tuple[str, ...]) -> str:
+    counters = sum(name.endswith("num_batches_tracked") for name in names)
+    others = [name for name in names if not name.endswith("num_batches_tracked")]
+    return f"{', '.join(others) or 'nothing'} and {counters} counters of batches"
+
+
+@main.command()
+@SOURCE
+@PRESET
+@CHECKPOINT
+def verify(source, preset_name, checkpoint) -> None:
+    """Compare torch and Keras on a checkpoint's weights; write nothing."""
+    from weights_convert.conversion import verify as verify_checkpoint
+
+    parity = verify_checkpoint(checkpoint, source, preset_name)
+    click.echo(str(parity))
+    click.echo(f"The networks agree: {parity.worst:.2e} relative at worst.")
+
+
+@main.command()
+@click.option("--source", "names", multiple=True, metavar="NAME", help="Only this one; repeatable.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+def selfcheck(names, dtype) -> None:
+    """Compare every network with its oracle (torchvision, or plain torch) on random weights."""
+    from weights_convert.selfcheck import check_all
+
+    for line in check_all(names, dtype):
+        click.echo(line)
+
+
+@main.command()
+@WEIGHTS
+@click.option("--preset", "preset_name", required=True, help="A 3D network of the same depth.")
+@click.option(
+    "--method",
+    type=click.Choice(["mean", "centre"]),
+    default="mean",
+    show_default=True,
+    help="Spread each kernel over the slices, or keep it in one.",
+)
+@CHANNELS
+@NEW_WEIGHTS
+def inflate(weights, preset_name, method, channels, out) -> None:
+    """Make 3D weights from 2D ones."""
+    from weights_convert.conversion import inflate as inflate_weights
+
+    click.echo(f"Weights: {inflate_weights(weights, preset_name, out, method, channels)}")
+
+
+@main.command()
+@WEIGHTS
+@click.option("--preset", "preset_name", required=True, help="A 2D network of the same depth.")
+@CHANNELS
+@NEW_WEIGHTS
+def collapse(weights, preset_name, channels, out) -> None:
+    """Make 2D weights from 3D ones: sum the kernels over the slices."""
+    from weights_convert.conversion import collapse as collapse_weights
+
+    click.echo(f"Weights: {collapse_weights(weights, preset_name, out, channels)}")
+
+
+@main.command()
+@WEIGHTS
+@click.option(
+    "--channels",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="N",
+    help="Input channels wanted.",
+)
+@NEW_WEIGHTS
+def channels(weights, channels, out) -> None:
+    """Change the number of input channels."""
+    from weights_convert.conversion import change_channels
+
+    click.echo(f"Weights: {change_channels(weights, out, channels)}")
+
+
+@main.command()
+@WEIGHTS
+@click.option(
+    "--out", type=FILE, required=True, metavar="FILE", help="New .pth, .pt or .safetensors file."
+)
+def export(weights, out) -> None:
+    """Write weights as a torch state dict, bit by bit."""
+    from weights_convert.conversion import export as export_weights
+
+    click.echo(f"State dict: {export_weights(weights, out)}")

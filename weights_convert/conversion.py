@@ -1,0 +1,459 @@
+"""From a torch checkpoint to a `.weights.h5` file and back, tensor by tensor."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ich_keras import __version__
+from ich_keras.errors import DataError, UsageError
+from ich_keras.files import atomic_path, require_absent
+from ich_keras.labels import NUM_LABELS
+from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.weights import (
+    HEAD,
+    SUFFIX,
+    WeightsFile,
+    listed,
+    own_variables,
+    read_weights,
+    save_weights,
+    weights_folder,
+)
+from weights_convert.checkpoint import Checkpoint, read_checkpoint
+from weights_convert.mapping import (
+    COUNTER,
+    MAPPING_VERSION,
+    require_bijection,
+    split_off,
+    to_keras,
+    to_torch,
+    torch_name,
+)
+from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of
+from weights_convert.reference import reference
+from weights_convert.shapes import to_2d, to_3d, with_channels
+from weights_convert.sources import Source, source_named
+from weights_convert.structure import require_structure, structure_of
+
+# How a layer's variables follow each other in a weights file, by their number.
+_TORCH_SUFFIXES = {
+    1: ("weight",),
+    2: ("weight", "bias"),
+    4: ("weight", "bias", "running_mean", "running_var"),
+}
+_HEAD_PREFIX = f"{HEAD}."
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote.
+
+    Args:
+        path: the `.weights.h5` file.
+        parity: torch against Keras, before anything was written.
+        record: what the file says about itself.
+        dropped: tensors of the checkpoint that are not part of the backbone.
+    """
+
+    path: Path
+    parity: Parity
+    record: dict
+    dropped: tuple[str, ...]
+
+
+def variables_by_name(model) -> dict:
+    """Return torch's name -> Keras variable, for every weight of a model."""
+    return {
+        torch_name(layer.name, variable.name): variable
+        for layer in model.layers
+        for variable in own_variables(layer)
+    }
+
+
+def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state dict") -> None:
+    """Carry a torch state dict into a Keras model: a bijection, or an error.
+
+    Args:
+        model: from `resnet` or `classifier`.
+        state: torch's names and axes, arrays or tensors; counters of batches are left out.
+        place: where it comes from, for the error.
+
+    Raises:
+        DataError: naming what is missing, surplus or of another shape; nothing is assigned then.
+    """
+    tensors, _ = split_off({name: np.asarray(value) for name, value in state.items()}, ())
+    variables = variables_by_name(model)
+    wanted = {
+        name: to_torch(np.empty(variable.shape, np.bool_)).shape
+        for name, variable in variables.items()
+    }
+    require_bijection(wanted, tensors, place)
+    for name, variable in variables.items():
+        variable.assign(to_keras(tensors[name]))
+
+
+def state_of(model) -> OrderedDict[str, np.ndarray]:
+    """Return a Keras model's weights as a torch state dict, bit by bit.
+
+    Returns:
+        torch's name -> array with torch's axes, in the order of the network. torch's counters of
+        batches (`num_batches_tracked`) are not among them.
+    """
+    import keras
+
+    return OrderedDict(
+        (name, np.ascontiguousarray(to_torch(keras.ops.convert_to_numpy(variable))))
+        for name, variable in variables_by_name(model).items()
+    )
+
+
+def _build(spec: ModelSpec, has_head: bool):
+    from ich_keras.models.classifier import classifier
+    from ich_keras.models.resnet import resnet
+
+    spec = replace(spec.with_any_size(), dropout=0.0)
+    return classifier(spec, output="logits") if has_head else resnet(spec)
+
+
+def _settle(source: str | None, preset_name: str | None) -> tuple[Source | None, str]:
+    if (source is None) == (preset_name is None):
+        raise UsageError(
+            "expected either a source or a preset.",
+            "A source for published weights (`weights-convert list`), a preset for your own.",
+        )
+    if source is not None:
+        found = source_named(source)
+        return found, found.preset
+    return None, preset_name
+
+
+def _matched(
+    checkpoint: Checkpoint, source: Source | None, preset_name: str, keep_head: bool
+) -> tuple[ModelSpec, dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the network of a checkpoint, its tensors and the names of those left out."""
+    place = str(checkpoint.path)
+    structure = structure_of(checkpoint.shapes, place)
+    spec = preset(preset_name).with_any_size()
+    channels = structure["channels"] if source is None else source.channels
+    spec = replace(spec, input_shape=(*spec.input_shape[:-1], channels))
+    require_structure(structure, spec, place, source.name if source else f"preset {preset_name}")
+    dropped = source.dropped if source else (_HEAD_PREFIX,)
+    if keep_head:
+        if structure["head"] != NUM_LABELS:
+            raise DataError(
+                f"{place} has {'no head' if structure['head'] is None else structure['head']};"
+                f" expected one of {NUM_LABELS} outputs to keep.",
+                "Convert without the head; a new one is trained.",
+            )
+        dropped = tuple(prefix for prefix in dropped if prefix != _HEAD_PREFIX)
+    tensors, left_out = split_off(checkpoint.tensors, dropped)
+    return spec, tensors, tuple(left_out)
+
+
+def _checked(
+    spec: ModelSpec, tensors: dict[str, np.ndarray], place: str, keep_head: bool, batch_size: int
+):
+    """Return (Keras model with the tensors, parity with the torch reference)."""
+    import torch
+
+    model = _build(spec, keep_head)
+    load_state(model, tensors, place)
+    module = reference(spec, NUM_LABELS if keep_head else None)
+    module.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in tensors.items()}
+        # The one thing a checkpoint may lack: nothing reads it.
+        | {n: t for n, t in module.state_dict().items() if n.endswith(COUNTER)}
+    )
+    parity = compare(module, model, sizes_of(spec), spec.channels, batch_size)
+    parity.require(TOLERANCE, place)
+    return model, parity
+
+
+def convert(
+    checkpoint: Path | str,
+    source: str | None = None,
+    preset_name: str | None = None,
+    out: Path | str | None = None,
+    channels: int | None = None,
+    keep_head: bool = False,
+) -> Conversion:
+    """Convert a torch checkpoint into weights for `build_classifier` and `build_backbone`.
+
+    The tensors and the network's variables must match one to one; the Keras network and a plain
+    torch one must then agree on random inputs of several sizes; only then a file is written.
+
+    Args:
+        checkpoint: a file, see `read_checkpoint`.
+        source: which published weights it holds, a key of `SOURCES`.
+        preset_name: for a checkpoint of your own: the network it belongs to.
+        out: ends in `.weights.h5`; None writes <source>.weights.h5 into the weights folder, where
+            `weights=<source>` finds it.
+        channels: change the number of input channels; None keeps it.
+        keep_head: keep a head of six outputs (in the order of `ich_keras.LABELS`).
+
+    Raises:
+        UsageError: unknown names, or `out` exists.
+        DataError: the file is refused, belongs to another network, or the networks disagree.
+    """
+    known, preset_name = _settle(source, preset_name)
+    if out is None and known is None:
+        raise UsageError("out is missing.", f"Give a file name ending in {SUFFIX}.")
+    out = _require_out(weights_folder() / f"{known.name}{SUFFIX}" if out is None else out)
+    read = read_checkpoint(checkpoint)
+    spec, tensors, left_out = _matched(read, known, preset_name, keep_head)
+    model, parity = _checked(spec, tensors, str(read.path), keep_head, batch_size=1)
+    record = {
+        **_provenance(read, known),
+        "mapping_version": MAPPING_VERSION,
+        "written_by": f"ich_keras {__version__}",
+        "preset": preset_name,
+        "network": spec.to_dict(),
+        "parity": parity.to_dict(),
+        "dropped": [name for name in left_out if not name.endswith(COUNTER)],
+        "changes": [],
+    }
+    if channels is not None and channels != spec.channels:
+        model, record = _rechannelled(tensors, spec, record, channels, keep_head)
+    save_weights(model, out, record)
+    return Conversion(out, parity, record, left_out)
+
+
+def _provenance(read: Checkpoint, source: Source | None) -> dict:
+    record = {"file": read.path.name, "sha256": read.sha256}
+    if source is None:
+        return {**record, "source": "own checkpoint"}
+    is_published = None
+    if source.published_sha256:
+        is_published = read.sha256.startswith(source.published_sha256)
+    record |= {"published_sha256": source.published_sha256, "is_published_file": is_published}
+    if is_published is False:
+        # The right format, but other numbers: neither its licence nor its citation is known.
+        return {**record, "source": f"another file in the format of {source.name}"}
+    return {
+        **record,
+        "source": source.name,
+        "url": source.url,
+        "licence": source.licence,
+        "data_terms": source.data_terms,
+        "citation": source.citation,
+        "intensity": source.intensity,
+        "original_input": source.original_input,
+    }
+
+
+def verify(
+    checkpoint: Path | str, source: str | None = None, preset_name: str | None = None
+) -> Parity:
+    """Compare torch and Keras on a checkpoint's weights, and write nothing.
+
+    Args:
+        checkpoint: a file.
+        source: which published weights it holds.
+        preset_name: for a checkpoint of your own: its network.
+
+    Returns:
+        The worst difference of each feature over several input sizes, three images at a time.
+
+    Raises:
+        UsageError, DataError: as `convert`.
+    """
+    known, preset_name = _settle(source, preset_name)
+    read = read_checkpoint(checkpoint)
+    spec, tensors, _ = _matched(read, known, preset_name, keep_head=False)
+    return _checked(spec, tensors, str(read.path), keep_head=False, batch_size=3)[1]
+
+
+def _state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
+    """Return a weights file as a torch state dict."""
+    state = {}
+    for layer, arrays in file.layers.items():
+        if len(arrays) not in _TORCH_SUFFIXES:
+            raise DataError(f"{file.path}: {layer} has {len(arrays)} variables; refused.")
+        for suffix, array in zip(_TORCH_SUFFIXES[len(arrays)], arrays, strict=True):
+            state[f"{layer.replace('_', '.')}.{suffix}"] = to_torch(array)
+    return state
+
+
+def _spec_of_file(file: WeightsFile) -> ModelSpec:
+    if file.spec is None:
+        raise DataError(
+            f"{file.path} does not say which network it belongs to.",
+            "Expected a file that weights-convert or a run wrote.",
+        )
+    return file.spec
+
+
+def _rechannelled(state, spec: ModelSpec, record: dict, channels: int, has_head: bool):
+    """Return (model, record) with another number of input channels."""
+    changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
+    model = _build(changed, has_head)
+    load_state(model, with_channels(state, channels))
+    change = f"input channels {spec.channels} -> {channels}"
+    return model, {
+        **record,
+        "network": changed.to_dict(),
+        "changes": [*record.get("changes", []), change],
+    }
+
+
+def _require_out(out: Path | str) -> Path:
+    if not str(out).endswith(SUFFIX):
+        raise UsageError(f"out {str(out)!r}; expected a file name ending in {SUFFIX}.")
+    return require_absent(out)
+
+
+def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path:
+    """Change the input channels of converted or trained weights; see `shapes.with_channels`.
+
+    Args:
+        weights: a `.weights.h5` file that knows its network.
+        out: a new one.
+        channels: wanted.
+    """
+    out = _require_out(out)
+    file = read_weights(weights)
+    spec, state = _spec_of_file(file), _state_of_file(file)
+    model, record = _rechannelled(state, spec, file.record, channels, HEAD in file.layers)
+    save_weights(model, out, record)
+    return out
+
+
+def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, change: str, reshape):
+    """Read weights, change their kernels, write them for a preset of another rank."""
+    out = _require_out(out)
+    file = read_weights(weights)
+    spec, state = _spec_of_file(file), _state_of_file(file)
+    target = preset(preset_name).with_any_size()
+    if spec.rank == rank or target.rank != rank:
+        raise UsageError(
+            f"{file.path} is {spec.rank}D and {preset_name} is {target.rank}D;"
+            f" expected weights that are {5 - rank}D and a preset that is {rank}D.",
+        )
+    target = replace(target, input_shape=(*(None,) * rank, spec.channels), width=spec.width)
+    has_head = HEAD in file.layers
+    model = _build(target, has_head)
+    wanted = {
+        name: to_torch(np.empty(variable.shape, np.bool_)).shape
+        for name, variable in variables_by_name(model).items()
+    }
+    absent = [name for name in wanted if name not in state]
+    if absent or len(wanted) != len(state):
+        surplus = [name for name in state if name not in wanted]
+        raise DataError(
+            f"{file.path} does not fit {preset_name}: missing {listed(absent)};"
+            f" surplus {listed(surplus)}.",
+            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+        )
+    state = reshape(state, wanted)
+    record = {
+        **file.record,
+        "preset": preset_name,
+        "network": target.to_dict(),
+        "changes": [*file.record.get("changes", []), change],
+    }
+    if channels is not None and channels != spec.channels:
+        model, record = _rechannelled(state, target, record, channels, has_head)
+    else:
+        load_state(model, state, str(file.path))
+    save_weights(model, out, record)
+    return out
+
+
+def inflate(
+    weights: Path | str,
+    preset_name: str,
+    out: Path | str,
+    method: str = "mean",
+    channels: int | None = None,
+) -> Path:
+    """Make 3D weights from 2D ones; see `shapes.to_3d`.
+
+    Args:
+        weights: a `.weights.h5` file of a 2D network.
+        preset_name: of a 3D network with the same depth and shortcut ("resnet18_3d").
+        out: a new `.weights.h5` file.
+        method: "mean" or "centre".
+        channels: change the input channels as well; None keeps them.
+
+    Raises:
+        UsageError: unknown names, wrong ranks, or `out` exists.
+        DataError: the weights do not fit.
+    """
+
+    def reshape(state, wanted):
+        depths = {name: shape[2] for name, shape in wanted.items() if len(shape) == 5}
+        return to_3d(state, depths, method)
+
+    return _reshape(weights, preset_name, out, 3, channels, f"inflated ({method})", reshape)
+
+
+def collapse(
+    weights: Path | str, preset_name: str, out: Path | str, channels: int | None = None
+) -> Path:
+    """Make 2D weights from 3D ones; see `shapes.to_2d`.
+
+    Args:
+        weights: a `.weights.h5` file of a 3D network.
+        preset_name: of a 2D network with the same depth and shortcut ("resnet18_2d_medicalnet").
+        out: a new `.weights.h5` file.
+        channels: change the input channels as well; None keeps them.
+
+    Raises:
+        UsageError: unknown names, wrong ranks, or `out` exists.
+        DataError: the weights do not fit.
+    """
+    return _reshape(
+        weights, preset_name, out, 2, channels, "collapsed over slices", lambda s, _: to_2d(s)
+    )
+
+
+def export(weights: Path | str, out: Path | str) -> Path:
+    """Write weights as a torch state dict, bit by bit, and read it back to check.
+
+    Args:
+        weights: a `.weights.h5` file.
+        out: a new file; `.pth` for torch, `.safetensors` for that format. torchvision's networks
+            load it with `load_state_dict` (with `num_classes=6`, or `strict=False` without head).
+
+    Raises:
+        UsageError: another suffix, or `out` exists.
+        DataError: the weights are refused.
+    """
+    import torch
+
+    out = require_absent(out)
+    if out.suffix not in (".pth", ".pt", ".safetensors"):
+        raise UsageError(f"out {str(out)!r}; expected a name ending in .pth, .pt or .safetensors.")
+    file = read_weights(weights)
+    state = OrderedDict()
+    for name, array in _state_of_file(file).items():
+        state[name] = torch.from_numpy(np.array(array, order="C"))
+        if name.endswith("running_var"):
+            state[name.replace("running_var", COUNTER)] = torch.tensor(0)
+
+    def require_equal(written: Path) -> None:
+        again = read_checkpoint(written).tensors
+        if any(not np.array_equal(again[n], a) for n, a in _state_of_file(file).items()):
+            raise DataError(f"{written} does not hold what was written.", "Is the disk full?")
+
+    with atomic_path(out, verify=require_equal) as temporary:
+        if out.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(state, temporary)
+    return out
+
+
+def inspect(checkpoint: Path | str) -> tuple[Checkpoint, dict]:
+    """Read a checkpoint and tell which network it holds.
+
+    Returns:
+        (the checkpoint, its structure; see `structure_of`).
+    """
+    read = read_checkpoint(checkpoint)
+    return read, structure_of(read.shapes, str(read.path))

@@ -1,0 +1,106 @@
+"""Downloading a published checkpoint, only when asked to, and checking what came."""
+
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from ich_keras.errors import DataError, EnvironmentProblem
+from ich_keras.files import atomic_path, sha256_of
+from ich_keras.models.weights import SUFFIX, find_weights, source_of, weights_folder
+from weights_convert.checkpoint import MAX_BYTES
+from weights_convert.conversion import convert
+from weights_convert.sources import Source, source_named
+
+Progress = Callable[[str, int, int], None]
+
+CHECKPOINTS = "checkpoints"  # below the weights folder
+TIMEOUT_SECONDS = 60
+_CHUNK_BYTES = 2**20
+
+
+def require_published(source: Source, sha256: str, place: str) -> None:
+    """Refuse a file whose SHA-256 is not the published one (where one is published).
+
+    Raises:
+        DataError: naming both.
+    """
+    if not sha256.startswith(source.published_sha256):
+        raise DataError(
+            f"{place} has the SHA-256 {sha256[:16]}...; {source.name} was published with"
+            f" {source.published_sha256}...",
+            "It is damaged or another file: fetch it again.",
+        )
+
+
+def fetch(source_name: str, folder: Path | str | None = None, progress: Progress | None = None):
+    """Download a source's checkpoint, unless it is there already.
+
+    Args:
+        source_name: a key of `SOURCES`.
+        folder: where to put it; None takes `checkpoints` below the weights folder.
+        progress: called as progress("downloading", bytes so far, bytes in all).
+
+    Returns:
+        The file. Its SHA-256 begins as published; where none is published (MedicalNet) it can
+        only be recorded.
+
+    Raises:
+        EnvironmentProblem: no network, or the server refuses.
+        DataError: what came is not what was published, or too large.
+    """
+    source = source_named(source_name)
+    path = Path(folder or weights_folder() / CHECKPOINTS) / source.file_name
+    if path.is_file():
+        require_published(source, sha256_of(path), str(path))
+        return path
+    digest, done = hashlib.sha256(), 0
+    try:
+        request = urllib.request.Request(source.url, headers={"User-Agent": "ich_keras"})
+        with (
+            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response,
+            atomic_path(path) as temporary,
+            open(temporary, "wb") as stream,
+        ):
+            if not response.geturl().startswith("https://"):
+                raise DataError(f"{source.url} led to {response.geturl()}, which is not https.")
+            total = int(response.headers.get("Content-Length") or 0)
+            while chunk := response.read(_CHUNK_BYTES):
+                done += len(chunk)
+                if done > MAX_BYTES:
+                    raise DataError(f"{source.url} sends more than {MAX_BYTES:,} bytes; stopped.")
+                digest.update(chunk)
+                stream.write(chunk)
+                if progress is not None:
+                    progress("downloading", done, max(done, total))
+            if total and done != total:
+                raise EnvironmentProblem(
+                    f"{source.url} broke off after {done:,} of {total:,} bytes.", "Try again."
+                )
+            require_published(source, digest.hexdigest(), source.url)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise EnvironmentProblem(
+            f"{source.url} could not be downloaded: {error}.",
+            "Download it elsewhere and run weights-convert convert --source"
+            f" {source.name} --checkpoint FILE.",
+        ) from error
+    return path
+
+
+def ensure_weights(name: str, preset_name: str, progress: Progress | None = None) -> Path:
+    """Find converted weights by name; fetch and convert them when they are not there.
+
+    Args:
+        name: a source, or "imagenet", "kinetics", "medicalnet".
+        preset_name: the network they are for.
+        progress: as in `fetch`.
+
+    Raises:
+        UsageError: unknown names, or weights that need a change of shape first.
+        EnvironmentProblem, DataError: as `fetch` and `convert`.
+    """
+    source = source_named(source_of(name, preset_name))
+    if not (weights_folder() / f"{source.name}{SUFFIX}").is_file():
+        convert(fetch(source.name, progress=progress), source.name)
+    return find_weights(name, preset_name)

@@ -1,0 +1,239 @@
+"""The networks in plain torch, for verification only.
+
+Written from the publications, apart from the Keras builder, so that each can show the other's
+faults: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for MedicalNet,
+Tran et al. (2018) for video. The tests hold them against torchvision's own code, bit by bit.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ich_keras.models.presets import STAGE_BLOCKS, ModelSpec
+
+
+def _layers(rank: int):
+    return (nn.Conv2d, nn.BatchNorm2d) if rank == 2 else (nn.Conv3d, nn.BatchNorm3d)
+
+
+def _padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))
+
+
+class ZeroPadShortcut(nn.Module):
+    """Shortcut A: every stride-th position, new channels zero. It has no parameters."""
+
+    def __init__(self, stride: tuple[int, ...], channels: int, is_detached: bool):
+        super().__init__()
+        self.stride, self.channels, self.is_detached = stride, channels, is_detached
+
+    def forward(self, x):
+        if self.is_detached:  # MedicalNet/models/resnet.py takes `out.data` here
+            x = x.detach()
+        pool = functional.avg_pool2d if len(self.stride) == 2 else functional.avg_pool3d
+        x = pool(x, kernel_size=1, stride=self.stride)
+        zeros = x.new_zeros(x.shape[0], self.channels - x.shape[1], *x.shape[2:])
+        return torch.cat([x, zeros], dim=1)
+
+
+class ImageBlock(nn.Module):
+    """A basic or bottleneck block with torchvision's names (conv1, bn1, ..., downsample)."""
+
+    def __init__(self, rank, channels_in, channels, kernel, stride, dilation, bottleneck, shortcut):
+        super().__init__()
+        conv, norm = _layers(rank)
+        ones, padding = (1,) * rank, _padding(kernel, dilation)
+        main = partial(conv, kernel_size=kernel, padding=padding, dilation=dilation, bias=False)
+        if bottleneck:
+            self.conv1 = conv(channels_in, channels, ones, bias=False)
+            self.conv2 = main(channels, channels, stride=stride)
+            self.conv3 = conv(channels, 4 * channels, ones, bias=False)
+            self.bn3 = norm(4 * channels)
+        else:
+            self.conv1 = main(channels_in, channels, stride=stride)
+            self.conv2 = main(channels, channels)
+        self.bn1, self.bn2 = norm(channels), norm(channels)
+        if shortcut is not None:
+            self.downsample = shortcut
+
+    def forward(self, x):
+        shortcut = self.downsample(x) if hasattr(self, "downsample") else x
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        if hasattr(self, "conv3"):
+            x = self.bn3(self.conv3(functional.relu(x)))
+        return functional.relu(x + shortcut)
+
+
+class ImageNet(nn.Module):
+    """An image or volume ResNet with torchvision's and MedicalNet's names."""
+
+    def __init__(self, spec: ModelSpec, outputs: int | None = None):
+        super().__init__()
+        conv, norm = _layers(spec.rank)
+        kernel = spec.per_axis(spec.stem_kernel)
+        self.conv1 = conv(
+            spec.channels,
+            spec.width,
+            kernel,
+            stride=spec.per_axis(spec.stem_stride),
+            padding=tuple(k // 2 for k in kernel),
+            bias=False,
+        )
+        self.bn1 = norm(spec.width)
+        pool = nn.MaxPool2d if spec.rank == 2 else nn.MaxPool3d
+        pool_kernel = spec.per_axis(spec.pool_kernel)
+        self.maxpool = pool(
+            pool_kernel,
+            stride=spec.per_axis(spec.pool_stride),
+            padding=tuple(k // 2 for k in pool_kernel),
+        )
+        channels = spec.width
+        for stage, blocks in enumerate(STAGE_BLOCKS[spec.depth]):
+            layer = nn.Sequential()
+            for position in range(blocks):
+                layer.append(_image_block(spec, channels, stage, position == 0))
+                channels = spec.width * 2**stage * (4 if spec.is_bottleneck else 1)
+            self.add_module(f"layer{stage + 1}", layer)
+        if outputs is not None:
+            self.fc = nn.Linear(channels, outputs)
+
+    def forward(self, x) -> dict[str, torch.Tensor]:
+        """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
+        found = {"stem": functional.relu(self.bn1(self.conv1(x)))}
+        found["maxpool"] = self.maxpool(found["stem"])
+        return _later_features(self, found, found["maxpool"])
+
+
+def _image_block(spec: ModelSpec, channels_in: int, stage: int, is_first: bool) -> ImageBlock:
+    channels = spec.width * 2**stage
+    wide = channels * (4 if spec.is_bottleneck else 1)
+    stride = spec.per_axis(spec.strides[stage] if is_first else 1)
+    shortcut = None
+    if max(stride) > 1 or channels_in != wide:
+        if spec.shortcut == "A":
+            shortcut = ZeroPadShortcut(stride, wide, spec.detach_shortcut)
+        else:
+            conv, norm = _layers(spec.rank)
+            shortcut = nn.Sequential(
+                conv(channels_in, wide, 1, stride=stride, bias=False), norm(wide)
+            )
+    return ImageBlock(
+        spec.rank,
+        channels_in,
+        channels,
+        spec.per_axis(spec.kernels[stage]),
+        stride,
+        spec.per_axis(spec.dilations[stage]),
+        spec.is_bottleneck,
+        shortcut,
+    )
+
+
+def _later_features(net: nn.Module, found: dict, x) -> dict[str, torch.Tensor]:
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        x = getattr(net, stage)(x)
+        found[stage] = x
+    found["avgpool"] = x.flatten(2).mean(2)
+    if hasattr(net, "fc"):
+        found["fc"] = net.fc(found["avgpool"])
+    return found
+
+
+def _video_conv(spec, channels_in, channels, middle, kernel, stride) -> nn.Module:
+    if not spec.factorised:
+        return nn.Conv3d(
+            channels_in,
+            channels,
+            kernel,
+            stride=stride,
+            padding=tuple(k // 2 for k in kernel),
+            bias=False,
+        )
+    within, across = (1, *kernel[1:]), (kernel[0], 1, 1)
+    return nn.Sequential(
+        nn.Conv3d(
+            channels_in,
+            middle,
+            within,
+            stride=(1, *stride[1:]),
+            padding=tuple(k // 2 for k in within),
+            bias=False,
+        ),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(),
+        nn.Conv3d(
+            middle,
+            channels,
+            across,
+            stride=(stride[0], 1, 1),
+            padding=(kernel[0] // 2, 0, 0),
+            bias=False,
+        ),
+    )
+
+
+class VideoBlock(nn.Module):
+    """A basic block with the names of torchvision's video networks (conv1.0, conv1.1, ...)."""
+
+    def __init__(self, spec: ModelSpec, channels_in: int, stage: int, is_first: bool):
+        super().__init__()
+        channels = spec.width * 2**stage
+        kernel = spec.per_axis(spec.kernels[stage])
+        stride = spec.per_axis(spec.strides[stage] if is_first else 1)
+        middle = (channels_in * channels * 27) // (channels_in * 9 + 3 * channels)
+        first = _video_conv(spec, channels_in, channels, middle, kernel, stride)
+        second = _video_conv(spec, channels, channels, middle, kernel, (1, 1, 1))
+        self.conv1 = nn.Sequential(first, nn.BatchNorm3d(channels), nn.ReLU())
+        self.conv2 = nn.Sequential(second, nn.BatchNorm3d(channels))
+        if max(stride) > 1 or channels_in != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(channels_in, channels, 1, stride=stride, bias=False),
+                nn.BatchNorm3d(channels),
+            )
+
+    def forward(self, x):
+        shortcut = self.downsample(x) if hasattr(self, "downsample") else x
+        return functional.relu(self.conv2(self.conv1(x)) + shortcut)
+
+
+class VideoNet(nn.Module):
+    """A video ResNet of basic blocks with torchvision's names."""
+
+    def __init__(self, spec: ModelSpec, outputs: int | None = None):
+        super().__init__()
+        kernel, stride = spec.per_axis(spec.stem_kernel), spec.per_axis(spec.stem_stride)
+        middle = max(1, 45 * spec.width // 64)  # torchvision: R2Plus1dStem
+        conv = _video_conv(spec, spec.channels, spec.width, middle, kernel, stride)
+        parts = list(conv) if spec.factorised else [conv]
+        self.stem = nn.Sequential(*parts, nn.BatchNorm3d(spec.width), nn.ReLU())
+        channels = spec.width
+        for stage, blocks in enumerate(STAGE_BLOCKS[spec.depth]):
+            layer = nn.Sequential()
+            for position in range(blocks):
+                layer.append(VideoBlock(spec, channels, stage, position == 0))
+                channels = spec.width * 2**stage
+            self.add_module(f"layer{stage + 1}", layer)
+        if outputs is not None:
+            self.fc = nn.Linear(channels, outputs)
+
+    def forward(self, x) -> dict[str, torch.Tensor]:
+        """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
+        found = {"stem": self.stem(x)}
+        return _later_features(self, found, found["stem"])
+
+
+def reference(spec: ModelSpec, outputs: int | None = None) -> nn.Module:
+    """Build a network in plain torch.
+
+    Args:
+        spec: the network; its input may have any size.
+        outputs: of a head `fc`; None leaves it out.
+
+    Returns:
+        A module in evaluation mode: float (N, channels, *spatial) to a dictionary of features.
+    """
+    build = VideoNet if spec.naming == "video" else ImageNet
+    return build(spec, outputs).eval()

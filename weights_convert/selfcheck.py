@@ -1,0 +1,272 @@
+"""The parity of every network without any checkpoint: random weights against an oracle.
+
+Kernels are random, and so are the statistics of the normalisations: with fresh ones (mean 0,
+variance 1) a swapped mean and variance would go unseen.
+"""
+
+import contextlib
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+
+from ich_keras.errors import UsageError
+from ich_keras.labels import NUM_LABELS
+from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.weights import HEAD
+from weights_convert.conversion import load_state, state_of, variables_by_name
+from weights_convert.mapping import COUNTER, to_torch
+from weights_convert.parity import Parity, compare, full_precision
+from weights_convert.reference import reference
+from weights_convert.sources import SOURCES, Source, source_named
+
+IMAGE_SIZES = ((64, 64), (65, 63), (96, 71))
+VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
+# The step is this long, so that the gradient can be read off the weights without rounding it away.
+LEARNING_RATE = 2.0**12
+STEP = 1e-3  # the largest learning rate that anybody trains these networks with
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def randomise(module, seed: int) -> None:
+    """Give a torch network random kernels and random statistics, in place.
+
+    gamma lies in [0.5, 1.5], the variance in [0.5, 2], mean and shift are normal with 0.1; kernels
+    are He-normal.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if name.endswith(COUNTER):
+            continue
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0, generator=generator)
+        elif tensor.ndim > 1:
+            tensor.normal_(0.0, (2.0 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith("weight"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            tensor.normal_(0.0, 0.1, generator=generator)
+
+
+def torchvision_oracle(source: Source, outputs: int):
+    """Return torchvision's own network, made to give features by name; None without torchvision."""
+    if not source.name.startswith("torchvision_") or not importlib.util.find_spec("torchvision"):
+        return None
+    import torch
+    import torchvision
+
+    name = source.name.removeprefix("torchvision_")
+    zoo = torchvision.models if hasattr(torchvision.models, name) else torchvision.models.video
+    net = getattr(zoo, name)(num_classes=outputs).eval()
+
+    class Oracle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+            self.taps = {"relu": "stem", "stem": "stem", "maxpool": "maxpool", "avgpool": "avgpool"}
+            self.taps |= {f"layer{n}": f"layer{n}" for n in range(1, 5)}
+
+        def forward(self, x):
+            found = {}
+            hooks = [
+                module.register_forward_hook(
+                    lambda _, __, y, key=self.taps[child]: found.setdefault(
+                        key, y.flatten(1) if key == "avgpool" else y.clone()
+                    )
+                )
+                for child, module in self.net.named_children()
+                if child in self.taps
+            ]
+            try:
+                found[HEAD] = self.net(x)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return found
+
+    return Oracle()
+
+
+def oracle_of(source: Source, spec: ModelSpec):
+    """Return (torch network with a six-way head that gives features, its state dict's owner)."""
+    made = torchvision_oracle(source, NUM_LABELS)
+    if made is not None:
+        return made, made.net
+    made = reference(spec, NUM_LABELS)
+    return made, made
+
+
+def keras_network(spec: ModelSpec, dtype: str = "float32"):
+    """Build a classifier with logits and without dropout for inputs of any size."""
+    import keras
+
+    from ich_keras.models.resnet import resnet
+
+    spec = replace(spec.with_any_size(), dropout=0.0)
+    backbone = resnet(spec, dtype=dtype)
+    x = keras.layers.Dense(NUM_LABELS, dtype=dtype, name=HEAD)(backbone.output)
+    return keras.Model(backbone.input, x, name=backbone.name)
+
+
+@contextlib.contextmanager
+def keep_float64():
+    """Let Keras compute in float64 where its rules would fall back to float32.
+
+    Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
+    rounds whatever the layers' dtype is. The table behind that rule is changed for the block.
+    """
+    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
+
+    before = table["float64"]
+    table["float64"] = "float64"
+    try:
+        yield
+    finally:
+        table["float64"] = before
+
+
+def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gradients of a Keras model on torch, by torch's names."""
+    import torch
+
+    output = model(torch.from_numpy(images), training=True)
+    (output * torch.from_numpy(direction).to(output.dtype)).mean().backward()
+    return {
+        name: to_torch(variable.value.grad.numpy())
+        for name, variable in variables_by_name(model).items()
+        if variable.trainable
+    }
+
+
+def _step_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gradients that one step of stochastic gradient descent reveals, any backend."""
+    import keras
+
+    model.compile(
+        optimizer=keras.optimizers.SGD(LEARNING_RATE),
+        loss=lambda truth, output: keras.ops.mean(truth * output, axis=-1),
+    )
+    before = state_of(model)
+    model.train_on_batch(images, direction)
+    after = state_of(model)
+    return {n: (before[n].astype(np.float64) - after[n]) / LEARNING_RATE for n in before}
+
+
+def _oracle_gradients(module, images: np.ndarray, direction: np.ndarray, layout) -> list:
+    """Return the gradients of the oracle's parameters, computed in a memory layout."""
+    import torch
+
+    dtype = next(module.parameters()).dtype
+    module.zero_grad()
+    module.train()
+    inputs = torch.from_numpy(np.moveaxis(images, -1, 1)).to(dtype)
+    output = module(inputs.contiguous(memory_format=layout))[HEAD]
+    (output * torch.from_numpy(direction).to(dtype)).mean().backward()
+    module.eval()
+    return [p.grad.numpy().astype(np.float64) for p in module.parameters()]
+
+
+def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Compare the gradients of one training step, with batch statistics.
+
+    The loss is the head's output times random numbers, so that every weight matters. In float32 a
+    gradient is not a smooth thing: an activation that rounding moves across a ReLU's corner
+    switches its whole path on or off. The last row shows how far the oracle is from itself when
+    only the order of its sums changes; in float64 there is next to nothing left of either.
+
+    Args:
+        module: the oracle.
+        state_owner: the module whose parameters are named as torch names them.
+        model: the Keras network with the same weights; it may take a step.
+        images: float32 (N, *spatial, channels).
+
+    Returns:
+        "gradient": the largest absolute difference, and the largest relative one of any tensor
+        (length of the difference over length of the gradient). "step": the same for the weights
+        after a step of `STEP` along it. "oracle": as "gradient", the oracle against itself.
+    """
+    import keras
+    import torch
+
+    direction = np.random.default_rng(1).standard_normal((len(images), NUM_LABELS))
+    direction = direction.astype(np.float32)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    if images.ndim == 5:
+        layouts = (torch.contiguous_format, torch.channels_last_3d)
+    expected, again = (_oracle_gradients(module, images, direction, layout) for layout in layouts)
+    weights = state_of(model)
+    is_torch = keras.config.backend() == "torch"
+    found = (_torch_gradients if is_torch else _step_gradients)(model, images, direction)
+    rows = {"gradient": (0.0, 0.0), "step": (0.0, 0.0), "oracle": (0.0, 0.0)}
+    names = [name for name, _ in state_owner.named_parameters()]
+    for name, gradient, other in zip(names, expected, again, strict=True):
+        weight = weights[name].astype(np.float64)
+        for row, value, truth in (
+            ("gradient", found[name], gradient),
+            ("step", weight - STEP * found[name], weight - STEP * gradient),
+            ("oracle", other, gradient),
+        ):
+            off = value - truth
+            relative = np.linalg.norm(off) / max(np.linalg.norm(truth), _TINY)
+            rows[row] = tuple(map(max, rows[row], (float(np.abs(off).max()), float(relative))))
+    return rows
+
+
+def check(
+    source_name: str,
+    dtype: str = "float32",
+    sizes: tuple[tuple[int, ...], ...] | None = None,
+    seed: int = 0,
+) -> Parity:
+    """Compare a source's Keras network with its oracle on random weights and inputs.
+
+    Args:
+        source_name: a key of `SOURCES`.
+        dtype: "float32" or "float64".
+        sizes: of the inputs; None takes even, odd and mixed ones (depths 1, 5, 16, 60 in 3D).
+        seed: of weights and inputs.
+
+    Returns:
+        One row per feature, the logits ("fc"), and the rows of `gradient_rows`.
+    """
+    import torch
+
+    if dtype not in ("float32", "float64"):
+        raise UsageError(f"dtype {dtype!r}; expected 'float32' or 'float64'.")
+    source = source_named(source_name)
+    spec = preset(source.preset).with_any_size()
+    module, state_owner = oracle_of(source, spec)
+    randomise(state_owner, seed)
+    module.to(getattr(torch, dtype))
+    sizes = sizes or (IMAGE_SIZES if spec.rank == 2 else VOLUME_SIZES)
+    # Large enough for the normalisations of the last stage to have statistics worth the name.
+    size = (96, 96) if spec.rank == 2 else (16, 64, 64)
+    images = np.random.default_rng(seed).standard_normal((2, *size, spec.channels))
+    with keep_float64() if dtype == "float64" else contextlib.nullcontext(), full_precision():
+        model = keras_network(spec, dtype)
+        load_state(model, {name: t.numpy() for name, t in state_owner.state_dict().items()})
+        rows = dict(compare(module, model, sizes, spec.channels, batch_size=1, seed=seed).rows)
+        rows |= gradient_rows(module, state_owner, model, images.astype(np.float32))
+    return Parity(rows)
+
+
+def check_all(names: tuple[str, ...] = (), dtype: str = "float32"):
+    """Check several sources and yield a Markdown table, a line at a time.
+
+    Args:
+        names: keys of `SOURCES`; () takes one of each network.
+        dtype: "float32" or "float64".
+    """
+    # The two MedicalNet releases of a depth are the same network.
+    names = names or tuple(name for name in SOURCES if not name.endswith("_23datasets"))
+    header = None
+    for name in names:
+        rows = check(name, dtype).rows
+        if header is None:
+            header = ["stem", "maxpool", *(n for n in rows if n not in ("stem", "maxpool"))]
+            yield f"| {dtype} | " + " | ".join(header) + " |"
+            yield "|--" * (len(header) + 1) + "|"
+        cells = [f"{rows[n][0]:.0e} / {rows[n][1]:.0e}" if n in rows else "-" for n in header]
+        yield f"| {name} | " + " | ".join(cells) + " |"

@@ -1,0 +1,121 @@
+"""Changing the shape of weights on purpose: input channels, 2D -> 3D, 3D -> 2D.
+
+Pure functions on state dicts: torch's names and axes, float32 arrays in, new arrays out.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ich_keras.errors import DataError, UsageError
+
+METHODS = ("mean", "centre")
+FIRST_CONVOLUTIONS = ("conv1.weight", "stem.0.weight")
+
+
+def first_convolution(state: Mapping[str, np.ndarray]) -> str:
+    """Return the name of the convolution that reads the input.
+
+    Raises:
+        DataError: there is none.
+    """
+    for name in FIRST_CONVOLUTIONS:
+        if name in state:
+            return name
+    raise DataError(f"none of {', '.join(FIRST_CONVOLUTIONS)} is among the tensors.")
+
+
+def with_channels(state: Mapping[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
+    """Change the number of input channels.
+
+    Many to one sums over the inputs: an image repeated in all channels gets the same answer as the
+    single one. One to many repeats and divides; n to m repeats cyclically and scales with n / m,
+    which keeps the answer to a repeated image where m is a multiple of n or n one of m.
+
+    Args:
+        state: a network's tensors.
+        channels: wanted.
+
+    Returns:
+        New tensors; only the first convolution differs.
+
+    Raises:
+        UsageError: fewer than one channel.
+    """
+    if channels < 1:
+        raise UsageError(f"channels {channels}; expected at least 1.")
+    name = first_convolution(state)
+    kernel = state[name]
+    before = kernel.shape[1]
+    if channels == before:
+        return dict(state)
+    if channels == 1:
+        changed = kernel.sum(axis=1, keepdims=True, dtype=np.float64)
+    else:
+        picked = np.arange(channels) % before
+        changed = kernel[:, picked].astype(np.float64) * (before / channels)
+    return {**state, name: changed.astype(np.float32)}
+
+
+def to_3d(
+    state: Mapping[str, np.ndarray], depths: Mapping[str, int], method: str = "mean"
+) -> dict[str, np.ndarray]:
+    """Inflate a 2D network's kernels along the slices.
+
+    Args:
+        state: tensors of a 2D network.
+        depths: name of each convolution -> number of slices of its 3D kernel.
+        method: "mean" puts 1/D of the kernel into each of D slices, "centre" all of it into the
+            middle one. Both give a volume that is constant along the slices the 2D answer; "mean"
+            only where no padding is seen.
+
+    Returns:
+        Tensors of the 3D network.
+
+    Raises:
+        UsageError: unknown method.
+        DataError: a kernel that is not 2D.
+
+    Source:
+        Carreira and Zisserman, Quo Vadis, Action Recognition? (2017), section 2.4, for "mean".
+    """
+    if method not in METHODS:
+        raise UsageError(f"method {method!r}; expected one of {', '.join(METHODS)}.")
+    inflated = {}
+    for name, array in state.items():
+        if name not in depths:
+            inflated[name] = array
+            continue
+        if array.ndim != 4:
+            raise DataError(f"{name} has shape {array.shape}; expected a 2D kernel (4 axes).")
+        depth = depths[name]
+        volume = np.zeros((*array.shape[:2], depth, *array.shape[2:]), np.float32)
+        if method == "mean":
+            volume[:] = (array.astype(np.float64) / depth)[:, :, None]
+        else:
+            volume[:, :, depth // 2] = array
+        inflated[name] = volume
+    return inflated
+
+
+def to_2d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Collapse a 3D network's kernels: sum over the slices.
+
+    The 2D network then answers an image as the 3D one answers that image repeated along the
+    slices (where no padding is seen).
+
+    Args:
+        state: tensors of a 3D network.
+
+    Returns:
+        Tensors of the 2D network.
+
+    Raises:
+        DataError: there is no 3D kernel.
+    """
+    if not any(array.ndim == 5 for array in state.values()):
+        raise DataError("no tensor is a 3D kernel (5 axes): there is nothing to collapse.")
+    return {
+        name: array.sum(axis=2, dtype=np.float64).astype(np.float32) if array.ndim == 5 else array
+        for name, array in state.items()
+    }

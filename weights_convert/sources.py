@@ -1,0 +1,124 @@
+"""The pretrained weights that can be carried over: one record each, facts with their origin."""
+
+from dataclasses import dataclass
+
+from ich_keras.errors import UsageError
+
+# torchvision/models/resnet.py and torchvision/models/video/resnet.py: the weight enumerations.
+# The eight hexadecimal digits in a file name are the beginning of its SHA-256.
+_PYTORCH = "https://download.pytorch.org/models/"
+# The authors' own repositories (https://github.com/Tencent/MedicalNet links to them).
+_MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{depth}/resolve/main/"
+
+_IMAGENET_CITATION = (
+    "He et al., Deep Residual Learning for Image Recognition, CVPR 2016;"
+    " Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015"
+)
+_KINETICS_CITATION = (
+    "Tran et al., A Closer Look at Spatiotemporal Convolutions for Action Recognition, CVPR 2018;"
+    " Kay et al., The Kinetics Human Action Video Dataset, 2017"
+)
+_MEDICALNET_CITATION = (
+    "Chen et al., Med3D: Transfer Learning for 3D Medical Image Analysis, arXiv:1904.00625, 2019"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published checkpoint.
+
+    Args:
+        name: what it is called here.
+        preset: the network it belongs to, a key of `ich_keras.models.presets.PRESETS`.
+        channels: input channels of the checkpoint.
+        file_name: as published.
+        url: where it lies.
+        published_sha256: the beginning of the file's SHA-256 as its publisher states it; "" when
+            none is published.
+        licence: of the weights.
+        data_terms: what the training data's owners ask for.
+        citation: what to cite.
+        intensity: what enters the network here, a key of `ich_keras.data.inputs.INTENSITIES`.
+        original_input: what entered it when it was trained.
+        dropped: prefixes of tensors that are not part of the backbone.
+    """
+
+    name: str
+    preset: str
+    channels: int
+    file_name: str
+    url: str
+    published_sha256: str
+    licence: str
+    data_terms: str
+    citation: str
+    intensity: str
+    original_input: str
+    dropped: tuple[str, ...]
+
+
+def _torchvision(name: str, preset: str, digits: str) -> Source:
+    is_video = "resnet" not in name
+    file_name = f"{name}-{digits}.pth"
+    return Source(
+        name=f"torchvision_{name}",
+        preset=preset,
+        channels=3,
+        file_name=file_name,
+        url=_PYTORCH + file_name,
+        published_sha256=digits,
+        licence="BSD-3-Clause (torchvision)",
+        data_terms="Kinetics-400: CC BY 4.0 annotations, videos under YouTube's terms"
+        if is_video
+        else "ImageNet: non-commercial research and education",
+        citation=_KINETICS_CITATION if is_video else _IMAGENET_CITATION,
+        intensity="windows",
+        original_input="RGB 112x112, mean (0.43216, 0.394666, 0.37645),"
+        " std (0.22803, 0.22145, 0.216989)"
+        if is_video
+        else "RGB 224x224, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)",
+        dropped=("fc.",),
+    )
+
+
+def _medicalnet(depth: int, is_23: bool) -> Source:
+    file_name = f"resnet_{depth}{'_23dataset' if is_23 else ''}.pth"
+    return Source(
+        name=f"medicalnet_resnet{depth}{'_23datasets' if is_23 else ''}",
+        preset=f"resnet{depth}_3d_medicalnet",
+        channels=1,
+        file_name=file_name,
+        url=_MEDICALNET.format(depth=depth) + file_name,
+        published_sha256="",
+        licence="MIT (MedicalNet)",
+        data_terms="3DSeg-8"
+        + (" and further public sets, 23 in all" if is_23 else ": eight public segmentation sets"),
+        citation=_MEDICALNET_CITATION,
+        intensity="head-z-score",
+        original_input="volumes, z-score over the voxels above 0, background noise N(0, 1)",
+        # A training checkpoint of MedicalNet holds its segmentation head; a fine-tuned one an fc.
+        dropped=("conv_seg.", "fc."),
+    )
+
+
+_ALL = (
+    _torchvision("resnet18", "resnet18_2d", "f37072fd"),
+    _torchvision("resnet34", "resnet34_2d", "b627a593"),
+    _torchvision("resnet50", "resnet50_2d", "0676ba61"),
+    _torchvision("r3d_18", "r3d_18", "b3b3357e"),
+    _torchvision("mc3_18", "mc3_18", "a90a0ba3"),
+    _torchvision("r2plus1d_18", "r2plus1d_18", "91a641e6"),
+    *(_medicalnet(depth, is_23) for depth in (10, 18, 34, 50) for is_23 in (False, True)),
+)
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
+
+
+def source_named(name: str) -> Source:
+    """Look a source up by name.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name not in SOURCES:
+        raise UsageError(f"no source is called {name!r}; known: {', '.join(SOURCES)}.")
+    return SOURCES[name]
