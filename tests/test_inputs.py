@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ich_keras.data.inputs import (
     AIR_HU,
+    INTENSITIES,
     THESIS_NORMALISATION,
     normalise,
     resize_hu,
@@ -87,3 +88,45 @@ def test_a_smaller_input_windows_first_and_resizes_after():
 def test_resizing_windows_needs_squares():
     with pytest.raises(UsageError, match="4x6 pixels; expected square"):
         slice_windows(np.zeros((4, 6), np.int16), size=2)
+
+
+def test_the_wide_range_is_the_thesis_formula():
+    hu = np.array([[-2048, -1000, -300, 0, 60, 400, 3000]], np.int16)
+    expected = np.clip((hu + 1000) / 1400, 0, 1) - 0.25
+    np.testing.assert_allclose(slice_input(hu, intensity="wide")[..., 0], expected, atol=1e-6)
+
+
+def test_z_score_over_the_head_by_hand():
+    # The head: 0, 40 and 80 HU, mean 40, standard deviation sqrt(3200 / 3); air beside it.
+    hu = np.array([[[-1024, 0], [40, 80]], [[-1024, -1024], [-1024, -1024]]], np.int16)
+    found = slice_input(hu, intensity="head-z-score")
+    assert found.shape == (2, 2, 2, 1)
+    assert found.dtype == np.float32
+    expected = np.array([[0, -40], [0, 40]]) / np.sqrt(3200 / 3)
+    np.testing.assert_allclose(found[0, ..., 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(found[1], 0)  # no head in it
+    one = slice_input(np.full((2, 2), 40, np.int16), intensity="head-z-score")
+    np.testing.assert_array_equal(one, 0)  # no spread
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_z_score_has_mean_0_and_spread_1_over_the_head(seed):
+    random = np.random.default_rng(seed)
+    hu = random.integers(-400, 400, (3, 16, 16)).astype(np.int16)
+    hu[:, :4] = -1000
+    found = slice_input(hu, intensity="head-z-score")[:, 4:]
+    np.testing.assert_allclose(found.mean((1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(found.std((1, 2, 3)), 1, atol=1e-4)
+
+
+def test_intensities_have_names_that_configurations_know():
+    from ich_keras.config import DataConfig, RunConfig
+
+    for name, intensity in INTENSITIES.items():
+        RunConfig(data=DataConfig(intensity=name))
+        assert slice_input(np.zeros((4, 4), np.int16), intensity=name).shape[-1] == (
+            intensity.channels
+        )
+    with pytest.raises(UsageError, match="intensity 'bone'; expected one of windows, wide"):
+        slice_input(np.zeros((4, 4), np.int16), intensity="bone")

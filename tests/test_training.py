@@ -311,3 +311,100 @@ def test_a_training_that_fails_in_its_first_epoch_leaves_nothing(phantom_cache, 
     with pytest.raises(DivergedError):
         train(config_of(fit={"learning_rate": 1e30, "epochs": 1}), phantom_cache, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """A converted backbone of the narrow network, found by name."""
+    from ich_keras.models.resnet import resnet
+    from ich_keras.models.weights import FOLDER_VARIABLE, save_weights
+
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "weights"))
+    model = resnet(PRESETS[NARROW].spec)
+    path = tmp_path / "weights" / "own.weights.h5"
+    record = {
+        "source": "own checkpoint",
+        "network": PRESETS[NARROW].spec.to_dict(),
+        "intensity": "windows",
+    }
+    save_weights(model, path, record)
+    return path, model
+
+
+def test_fine_tuning_tells_what_was_loaded_and_keeps_it_frozen(converted, phantom_cache, tmp_path):
+    path, backbone = converted
+    told = []
+    config = config_of(weights="own", fit={"epochs": 1, "freeze": "layer4"})
+    out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
+    assert told[0].startswith(f"Weights: 40 layers from {path}; source own checkpoint")
+    assert told[0].endswith("new: fc.")
+    assert told[1].endswith("(constant), frozen up to layer4.")
+    account = json.loads((out / "weights.json").read_text())
+    assert account["fresh"] == ["fc"]
+    assert account["record"]["source"] == "own checkpoint"
+    _, trained = load_run(out)
+    for layer in backbone.layers:
+        for one, other in zip(
+            layer.get_weights(), trained.get_layer(layer.name).get_weights(), strict=True
+        ):
+            np.testing.assert_array_equal(one, other, err_msg=layer.name)
+
+
+def test_the_backbone_factor_reaches_the_optimiser(converted, phantom_cache, tmp_path):
+    _, backbone = converted
+    told = []
+    config = config_of(
+        weights="own", fit={"epochs": 1, "learning_rate": 1e-3, "backbone_factor": 1e-9}
+    )
+    out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
+    assert told[1].endswith("backbone at 1e-09 of it.")
+    _, trained = load_run(out)
+    np.testing.assert_allclose(
+        trained.get_layer("conv1").get_weights()[0],
+        backbone.get_layer("conv1").get_weights()[0],
+        atol=1e-7,
+    )
+
+
+def test_one_channel_networks_train_and_predict(phantom_cache, phantom_folder, tmp_path):
+    PRESETS["grey"] = Preset(ModelSpec((48, 48, 1), width=8), "narrow, one channel")
+    try:
+        config = dataclasses.replace(config_of(fit={"epochs": 1}), preset="grey")
+        out = train(config, phantom_cache, tmp_path / "run")
+        saved = json.loads((out / "config.json").read_text())
+        assert saved["data"]["intensity"] == "wide"
+        assert load_run(out)[1].input_shape == (None, 48, 48, 1)
+        result = predict_folder(out, phantom_folder / "images")
+        held_out = pd.read_csv(out / "predictions-test.csv").set_index("sop_instance_uid")
+        both = result.slices.set_index("sop_instance_uid").loc[held_out.index]
+        np.testing.assert_allclose(both[list(LABELS)], held_out[list(LABELS)], atol=1e-5)
+    finally:
+        del PRESETS["grey"]
+
+
+def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cache, monkeypatch):
+    from ich_keras.models.weights import save_weights
+
+    path, model = converted
+    record = {"network": PRESETS[NARROW].spec.to_dict(), "intensity": "head-z-score"}
+    save_weights(model, path, record)
+    assert training._with_intensity(config_of(weights="own")).data.intensity == "head-z-score"
+    given = config_of(weights="own", data={"intensity": "windows"})
+    assert training._with_intensity(given).data.intensity == "windows"
+    assert training._with_intensity(config_of()).data.intensity == "windows"
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
+    slices = phantom_cache.slices
+    with pytest.raises(UsageError, match="takes volumes; runs are made of single slices"):
+        plan_training(slices, dataclasses.replace(config_of(), preset="resnet18_3d"))
+    with pytest.raises(UsageError, match="weights 'imagenet'.*does not exist|no imagenet weights"):
+        plan_training(slices, config_of(weights="imagenet"))
+    with pytest.raises(UsageError, match="one value per channel"):
+        plan_training(slices, config_of(data={"size": 32}, fit={"batch_size": 1}))
+    with pytest.raises(UsageError, match="freeze without weights"):
+        config_of(fit={"freeze": "layer4"})
+    with pytest.raises(UsageError, match="norm 'frozen' without weights"):
+        config_of(norm="frozen")
+    with pytest.raises(UsageError, match="fit.freeze is 'layer7'; expected one of stem"):
+        config_of(weights="a.weights.h5", fit={"freeze": "layer7"})

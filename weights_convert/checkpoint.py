@@ -97,11 +97,15 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     content = _load_safetensors(path) if kind == "safetensors" else _load_torch(path, kind)
     state, ignored = _state_dict(path, content)
     counters = [name for name in state if name.endswith(COUNTER)]
-    tensors = {
-        name: _array(path, name, value) for name, value in state.items() if name not in counters
-    }
-    if not tensors:
+    weights = {name: value for name, value in state.items() if name not in counters}
+    if not weights:
         raise DataError(f"{path} holds no weights.", "Expected a state dict of tensors.")
+    claimed = sum(_require_plain(path, name, value) for name, value in weights.items())
+    size = path.stat().st_size
+    if claimed > size:
+        # Many names for one storage, or a legacy file that never fills its storages.
+        raise DataError(f"{path} has {size:,} bytes, its tensors claim {claimed:,}; refused.")
+    tensors = {name: _array(path, name, value) for name, value in weights.items()}
     return Checkpoint(path, sha256_of(path), kind, tensors, (*ignored, *counters))
 
 
@@ -146,7 +150,7 @@ def _require_plain_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+    except _READ_ERRORS as error:
         raise DataError(
             f"{path} is a damaged zip archive: {error}.",
             "The download was cut off; fetch it again.",
@@ -225,14 +229,14 @@ def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
     ignored: tuple[str, ...] = ()
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), dict):
-            ignored = tuple(str(key) for key in content if key != wrapper)
+            ignored = tuple(_shown(key) for key in content if key != wrapper)
             content = content[wrapper]
             break
     if len(content) > MAX_TENSORS:
         raise DataError(f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.")
-    odd = [key for key in content if not (isinstance(key, str) and _NAME.fullmatch(key))]
+    odd = [key for key in content if not _is_name(key)]
     if odd:
-        raise DataError(f"{path}: {odd[0]!r:.100} is no name of a tensor.")
+        raise DataError(f"{path}: {_shown(odd[0])} is no name of a tensor.")
     prefixed = [key for key in content if key.startswith(PREFIX)]
     if prefixed and len(prefixed) != len(content):
         bare = [key for key in content if key not in prefixed]
@@ -242,12 +246,26 @@ def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
     return {key.removeprefix(PREFIX): value for key, value in content.items()}, ignored
 
 
-def _array(path: Path, name: str, tensor) -> np.ndarray:
+def _is_name(key) -> bool:
+    return isinstance(key, str) and bool(_NAME.fullmatch(key.removeprefix(PREFIX)))
+
+
+def _shown(key) -> str:
+    """Show a key that may be anything: no control characters, not long, not nested."""
+    if _is_name(key):
+        return key
+    return f"{key!r:.100}" if isinstance(key, str) else f"<{type(key).__name__}>"
+
+
+def _require_plain(path: Path, name: str, tensor) -> int:
+    """Refuse a tensor that is more than its own bytes; return how many these are."""
     import torch
 
     place = f"{path}: {name}"
     if not isinstance(tensor, torch.Tensor):
         raise DataError(f"{place} is a {type(tensor).__name__}; expected a tensor.")
+    if tensor.is_nested or tensor.is_neg():
+        raise DataError(f"{place} is not a dense tensor with data (nested or negated).")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         kind = "quantized" if tensor.is_quantized else f"{tensor.layout}, {tensor.device.type}"
         raise DataError(f"{place} is not a dense tensor with data ({kind}).")
@@ -261,9 +279,16 @@ def _array(path: Path, name: str, tensor) -> np.ndarray:
         raise DataError(
             f"{place} claims {claimed:,} bytes and its storage holds {held:,}; refused."
         )
-    array = tensor.detach().to(torch.float32).contiguous().numpy().copy()
-    if not np.isfinite(array).all():
+    return claimed
+
+
+def _array(path: Path, name: str, tensor) -> np.ndarray:
+    import torch
+
+    place = f"{path}: {name}"
+    if not torch.isfinite(tensor).all():
         raise DataError(f"{place} holds values that are not finite.")
+    array = tensor.detach().to(torch.float32).contiguous().numpy().copy()
     if tensor.dtype == torch.float64 and not torch.equal(
         tensor.detach(), torch.from_numpy(array).double()
     ):

@@ -94,16 +94,10 @@ def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
         click.echo("Note: this is not the published file; its licence is not known.")
     if made.record.get("published_sha256") == "":
         click.echo("Note: no checksum is published for it; the one above is recorded.")
-    click.echo(f"left out: {_summary(made.dropped)}")
+    click.echo(f"left out: {', '.join(made.dropped) or 'nothing'}")
     for change in made.record["changes"]:
         click.echo(f"changed: {change}")
     click.echo(f"Weights: {made.path}")
-
-
-def _summary(names: tuple[str, ...]) -> str:
-    counters = sum(name.endswith("num_batches_tracked") for name in names)
-    others = [name for name in names if not name.endswith("num_batches_tracked")]
-    return f"{', '.join(others) or 'nothing'} and {counters} counters of batches"
 
 
 @main.command()

@@ -212,7 +212,7 @@ def convert(
         "preset": preset_name,
         "network": spec.to_dict(),
         "parity": parity.to_dict(),
-        "dropped": [name for name in left_out if not name.endswith(COUNTER)],
+        "dropped": list(left_out),
         "changes": [],
     }
     if channels is not None and channels != spec.channels:

@@ -69,6 +69,14 @@ def difference(value: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     return absolute, absolute / scale if scale else absolute
 
 
+def worse(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Return the larger of each pair's entries; what is not a number stays so.
+
+    Python's `max(0.0, nan)` is 0.0: networks that overflow would pass for equal.
+    """
+    return float(np.maximum(one[0], other[0])), float(np.maximum(one[1], other[1]))
+
+
 def sizes_of(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
     """Return input sizes worth comparing at: (rows, columns) or (slices, rows, columns)."""
     return IMAGE_SIZES if spec.rank == 2 else VOLUME_SIZES
@@ -146,5 +154,5 @@ def compare(
             expected, found = torch_features(module, images), keras_features(model, images)
             for name in found:
                 pair = difference(found[name], expected[name])
-                rows[name] = tuple(map(max, rows.get(name, (0.0, 0.0)), pair))
+                rows[name] = worse(rows.get(name, (0.0, 0.0)), pair)
     return Parity(rows)

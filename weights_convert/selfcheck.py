@@ -16,7 +16,7 @@ from ich_keras.models.presets import ModelSpec, preset
 from ich_keras.models.weights import HEAD
 from weights_convert.conversion import load_state, state_of, variables_by_name
 from weights_convert.mapping import COUNTER, to_torch
-from weights_convert.parity import Parity, compare, full_precision
+from weights_convert.parity import Parity, compare, full_precision, worse
 from weights_convert.reference import reference
 from weights_convert.sources import SOURCES, Source, source_named
 
@@ -210,7 +210,7 @@ def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, t
         ):
             off = value - truth
             relative = np.linalg.norm(off) / max(np.linalg.norm(truth), _TINY)
-            rows[row] = tuple(map(max, rows[row], (float(np.abs(off).max()), float(relative))))
+            rows[row] = worse(rows[row], (float(np.abs(off).max()), float(relative)))
     return rows
 
 

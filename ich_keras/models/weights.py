@@ -6,8 +6,10 @@ error can name what is missing, surplus or of another shape. The attribute `ich_
 JSON record: where the weights come from, for which network, with which label order.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,8 @@ FAMILIES = {
 _MAX_RECORD_BYTES = 2**16  # HDF5's own limit of an attribute
 _MAX_NESTING = 8
 _SHOWN_NAMES = 12
+# What h5py raises on damaged files.
+_READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError)
 # Not weights: the optimiser of a compiled model, and the state of random generators.
 _SKIPPED_GROUPS = ("optimizer", "seed_generator")
 
@@ -54,7 +58,10 @@ class WeightsFile:
     def spec(self) -> ModelSpec | None:
         """The network the weights belong to, when the record tells."""
         network = self.record.get("network")
-        return None if network is None else ModelSpec.from_dict(network)
+        try:
+            return None if network is None else ModelSpec.from_dict(network)
+        except UsageError as error:
+            raise DataError(f"{self.path}: its record is damaged: {error.message}") from error
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class LoadedWeights:
         if source is not None:
             parts.append(f"source {source} ({self.record.get('licence', 'licence not recorded')})")
         if self.record.get("changes"):
-            parts.append(f"changed: {', '.join(self.record['changes'])}")
+            parts.append(f"changed: {', '.join(map(str, self.record['changes']))}")
         parts.append(f"new: {', '.join(self.fresh) if self.fresh else 'none'}")
         if self.ignored:
             parts.append(f"not used: {', '.join(self.ignored)}")
@@ -184,16 +191,10 @@ def read_weights(path: str | Path) -> WeightsFile:
         DataError: the file is damaged, or holds what a weights file must not.
     """
     path = require_weights_file(path)
-    if not h5py.is_hdf5(path):
-        raise DataError(f"{path} is not an HDF5 file.", "It is damaged or was named wrongly.")
-    try:
-        with h5py.File(path, "r") as file:
-            layers: dict[str, list[np.ndarray]] = {}
-            _walk(path, file, layers, 0)
-            record = _read_record(path, file)
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path} is damaged: {reason}", "Make or fetch it again.") from error
+    layers: dict[str, list[np.ndarray]] = {}
+    with _opened(path) as file:
+        _walk(path, file, layers, set(), 0)
+        record = _read_record(path, file)
     if not layers:
         raise DataError(f"{path} holds no weights.", "Expected a .weights.h5 file of Keras 3.")
     return WeightsFile(path, layers, record)
@@ -206,16 +207,30 @@ def read_record(path: str | Path) -> dict:
         UsageError, DataError: as `read_weights`.
     """
     path = require_weights_file(path)
+    with _opened(path) as file:
+        return _read_record(path, file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path} is not an HDF5 file.", "It is damaged or was named wrongly.")
     try:
         with h5py.File(path, "r") as file:
-            return _read_record(path, file)
-    except OSError as error:
-        raise DataError(
-            f"{path} is not an HDF5 file.", "It is damaged or was named wrongly."
-        ) from error
+            yield file
+    except _READ_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} is damaged: {reason}", "Make or fetch it again.") from error
 
 
-def _walk(path: Path, group: h5py.Group, layers: dict, nesting: int) -> None:
+def _require_first(path: Path, thing: h5py.Group | h5py.Dataset, seen: set) -> None:
+    """A few bytes of hard links would stand for any number of groups and arrays."""
+    if thing.id in seen:
+        raise DataError(f"{path}: {thing.name} is a second name of what was read before; refused.")
+    seen.add(thing.id)
+
+
+def _walk(path: Path, group: h5py.Group, layers: dict, seen: set, nesting: int) -> None:
     if nesting > _MAX_NESTING:
         raise DataError(f"{path}: groups nest deeper than {_MAX_NESTING}; refused.")
     for name in group:
@@ -230,8 +245,9 @@ def _walk(path: Path, group: h5py.Group, layers: dict, nesting: int) -> None:
         child = group[name]
         if isinstance(child, h5py.Dataset):
             raise DataError(f"{path}: the data set {child.name} lies outside a layer's `vars`.")
+        _require_first(path, child, seen)
         if name != "vars":
-            _walk(path, child, layers, nesting + 1)
+            _walk(path, child, layers, seen, nesting + 1)
         elif len(child):
             layer = child.attrs.get("name")
             if not isinstance(layer, str) or layer in layers:
@@ -239,10 +255,10 @@ def _walk(path: Path, group: h5py.Group, layers: dict, nesting: int) -> None:
                     f"{path}: {child.name} names no layer of its own ({layer!r}).",
                     "Expected a file that Keras 3.15 or newer wrote.",
                 )
-            layers[layer] = [_read_array(path, child, str(n)) for n in range(len(child))]
+            layers[layer] = [_read_array(path, child, str(n), seen) for n in range(len(child))]
 
 
-def _read_array(path: Path, group: h5py.Group, name: str) -> np.ndarray:
+def _read_array(path: Path, group: h5py.Group, name: str, seen: set) -> np.ndarray:
     place = f"{path}: {group.name}/{name}"
     link = group.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
@@ -250,18 +266,26 @@ def _read_array(path: Path, group: h5py.Group, name: str) -> np.ndarray:
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset):
         raise DataError(f"{place} is not a data set.")
+    _require_first(path, dataset, seen)
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{place} is a virtual or external data set, which reads other files.")
     if dataset.dtype.kind != "f":
         raise DataError(f"{place} is {dataset.dtype}; expected floats.")
-    # Keras stores them plain: less on disk than in memory is a bomb.
+    # Keras stores them plain: less on disk than in memory is a bomb, and so is a packed chunk,
+    # which may be larger than its data set.
+    if dataset.id.get_create_plist().get_nfilters():
+        raise DataError(f"{place} is compressed; refused.")
     declared, stored = dataset.nbytes, dataset.id.get_storage_size()
     if stored < declared:
         raise DataError(f"{place} declares {declared:,} bytes and holds {stored:,}; refused.")
     array = dataset[()]
     if not np.isfinite(array).all():
         raise DataError(f"{place} ({group.attrs.get('name')}) holds values that are not finite.")
-    return array
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32, copy=False)
+    if not np.array_equal(single, array):
+        raise DataError(f"{place} is {array.dtype} and would be rounded.")
+    return single
 
 
 def _read_record(path: Path, file: h5py.File) -> dict:
@@ -270,10 +294,13 @@ def _read_record(path: Path, file: h5py.File) -> dict:
         return {}
     try:
         record = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: its record is not JSON ({error}).", "It is damaged.") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}: its record is {type(record).__name__}; expected an object.")
+    for name in ("labels", "changes"):
+        if not isinstance(record.get(name, []), list):
+            raise DataError(f"{path}: {name} of its record is no list.", "It is damaged.")
     return record
 
 

@@ -1,0 +1,89 @@
+"""Golden outputs of the networks, made once by torchvision or plain torch, for every backend.
+
+Weights and inputs are not stored: they follow from names by a rule that no library version changes
+(raw numbers of PCG64). `python tests/golden_networks.py` makes the files again, with torch.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "golden"
+# Preset -> shape of one input without channels. Even, odd and mixed; thin and thick.
+NETWORKS = {
+    "resnet18_2d": (65, 64),
+    "resnet50_2d": (64, 47),
+    "resnet18_2d_medicalnet": (48, 33),
+    "resnet10_3d_medicalnet": (9, 32, 33),
+    "resnet18_3d_medicalnet": (8, 33, 32),
+    "resnet18_3d": (12, 33, 32),
+    "resnet18_3d_slab": (5, 40, 33),
+    "r3d_18": (7, 32, 31),
+    "mc3_18": (6, 32, 31),
+    "r2plus1d_18": (5, 32, 31),
+}
+BATCH = 2
+
+
+def uniform(name: str, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
+    """Return float32 numbers in [low, high) that depend on the name alone."""
+    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
+    unit = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (low + (high - low) * unit).astype(np.float32).reshape(shape)
+
+
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a torch tensor by its name: He-uniform kernels, statistics away from 0 and 1."""
+    if name.endswith("running_var"):
+        return uniform(name, shape, 0.5, 2.0)
+    if len(shape) > 1:
+        bound = (6.0 / np.prod(shape[1:])) ** 0.5
+        return uniform(name, shape, -bound, bound)
+    if name.endswith("weight"):
+        return uniform(name, shape, 0.5, 1.5)
+    return uniform(name, shape, -0.3, 0.3)
+
+
+def images(preset_name: str, channels: int) -> np.ndarray:
+    """Return the inputs of a network, float32 (BATCH, *spatial, channels)."""
+    shape = (BATCH, *NETWORKS[preset_name], channels)
+    return uniform(f"images of {preset_name}", shape, -2.0, 2.0)
+
+
+def make() -> None:
+    """Write the golden files with torchvision, or with plain torch where it has no such network."""
+    import torch
+
+    from ich_keras.labels import NUM_LABELS
+    from ich_keras.models.presets import PRESETS
+    from weights_convert.parity import torch_features
+    from weights_convert.reference import reference
+    from weights_convert.selfcheck import oracle_of
+    from weights_convert.sources import SOURCES
+
+    for name in NETWORKS:
+        spec = PRESETS[name].spec.with_any_size()
+        source = next((s for s in SOURCES.values() if s.preset == name), None)
+        if source is None:
+            module = owner = reference(spec, NUM_LABELS)
+        else:
+            module, owner = oracle_of(source, spec)
+        with torch.no_grad():
+            for key, value in owner.state_dict().items():
+                if not key.endswith("num_batches_tracked"):
+                    value.copy_(torch.from_numpy(tensor(key, tuple(value.shape))))
+        module.double()
+        found = torch_features(module, images(name, spec.channels).astype(np.float64))
+        stages = {k: np.abs(v).mean() for k, v in found.items() if v.ndim > 2}
+        np.savez_compressed(
+            FOLDER / f"{name}.npz",
+            avgpool=found["avgpool"].astype(np.float64),
+            fc=found["fc"],
+            stage_names=np.array(list(stages)),
+            stage_means=np.array(list(stages.values())),
+        )
+
+
+if __name__ == "__main__":
+    make()
