@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ich_keras.errors import UsageError
+from ich_keras.models.presets import LICENCES
 
 # torchvision/models/resnet.py and torchvision/models/video/resnet.py: the weight enumerations.
 # The eight hexadecimal digits in a file name are the beginning of its SHA-256.
@@ -67,7 +68,7 @@ def _torchvision(name: str, preset: str, digits: str) -> Source:
         file_name=file_name,
         url=_PYTORCH + file_name,
         published_sha256=digits,
-        licence="BSD-3-Clause (torchvision)",
+        licence=f"{LICENCES['torchvision_']} (torchvision)",
         data_terms="Kinetics-400: CC BY 4.0 annotations, videos under YouTube's terms"
         if is_video
         else "ImageNet: non-commercial research and education",
@@ -90,7 +91,7 @@ def _medicalnet(depth: int, is_23: bool) -> Source:
         file_name=file_name,
         url=_MEDICALNET.format(depth=depth) + file_name,
         published_sha256="",
-        licence="MIT (MedicalNet)",
+        licence=f"{LICENCES['medicalnet_']} (MedicalNet)",
         data_terms="3DSeg-8"
         + (" and further public sets, 23 in all" if is_23 else ": eight public segmentation sets"),
         citation=_MEDICALNET_CITATION,

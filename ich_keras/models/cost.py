@@ -9,6 +9,17 @@ from ich_keras.models.classifier import build_classifier
 from ich_keras.models.presets import PRESETS, preset
 
 BYTES_PER_VALUE = 4  # float32
+_COLUMNS = (
+    "preset",
+    "what",
+    "input",
+    "depth",
+    "GMAC",
+    "parameters",
+    "activations, MiB",
+    "weights",
+    "licence",
+)
 
 
 @dataclass(frozen=True)
@@ -67,21 +78,23 @@ def preset_table(names: tuple[str, ...]) -> str:
     Raises:
         UsageError: an unknown name.
     """
-    lines = [
-        "| preset | what | input | parameters | GMAC | activations MiB | weights |",
-        "|--|--|--|--|--|--|--|",
-    ]
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|--" * len(_COLUMNS) + "|"]
     for name in names:
-        spec = preset(name)
-        found = cost(build_classifier(name))
-        chosen = PRESETS[name]
+        spec, found, chosen = preset(name), cost(build_classifier(name)), PRESETS[name]
         weights = ", ".join(f"`{source}`" for source in chosen.sources) or "none"
         if chosen.via:
             weights += f" ({chosen.via})"
-        lines.append(
-            f"| `{name}` | {chosen.title} | {'x'.join(map(str, spec.input_shape))}"
-            f" | {found.parameters:,} | {found.multiply_adds / 1e9:,.1f}"
-            f" | {found.activation_bytes / 2**20:,.0f} | {weights} |"
+        cells = (
+            f"`{name}`",
+            chosen.title,
+            "x".join(map(str, spec.input_shape)),
+            f"{spec.depth}",
+            f"{found.multiply_adds / 1e9:,.1f}",
+            f"{found.parameters:,}",
+            f"{found.activation_bytes / 2**20:,.0f}",
+            weights,
+            chosen.licence or "-",
         )
+        lines.append(f"| {' | '.join(cells)} |")
         keras.backend.clear_session()
     return "\n".join(lines)

@@ -280,6 +280,19 @@ class Preset:
     sources: tuple[str, ...] = ()
     via: str = ""
 
+    @property
+    def licence(self) -> str:
+        """Licence of the weights; "" without any."""
+        found = (
+            text
+            for begin, text in LICENCES.items()
+            if self.sources[:1] and self.sources[0].startswith(begin)
+        )
+        return next(found, "")
+
+
+# Licence of the weights, by how the names of sources begin.
+LICENCES = {"torchvision_": "BSD-3-Clause", "medicalnet_": "MIT"}
 
 SLICE_SHAPE = (256, 256, 3)  # three windows of one slice (thesis, its 2D network)
 SERIES_SHAPE = (60, 256, 256, 1)  # a whole series, one channel (thesis, its 3D network)

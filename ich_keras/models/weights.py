@@ -249,8 +249,8 @@ def _walk(path: Path, group: h5py.Group, layers: dict, seen: set, nesting: int) 
         if name != "vars":
             _walk(path, child, layers, seen, nesting + 1)
         elif len(child):
-            layer = child.attrs.get("name")
-            if not isinstance(layer, str) or layer in layers:
+            layer = _text(child, "name")
+            if layer is None or layer in layers:
                 raise DataError(
                     f"{path}: {child.name} names no layer of its own ({layer!r}).",
                     "Expected a file that Keras 3.15 or newer wrote.",
@@ -288,10 +288,23 @@ def _read_array(path: Path, group: h5py.Group, name: str, seen: set) -> np.ndarr
     return single
 
 
+def _text(thing: h5py.Group, name: str) -> str | None:
+    """Return an attribute that is one text; other kinds are not read, HDF5 may crash on them."""
+    if name not in thing.attrs:
+        return None
+    attribute = thing.attrs.get_id(name)
+    if attribute.shape != () or not isinstance(attribute.get_type(), h5py.h5t.TypeStringID):
+        return None
+    text = thing.attrs[name]
+    return text if isinstance(text, str) else text.decode("utf-8")
+
+
 def _read_record(path: Path, file: h5py.File) -> dict:
-    text = file.attrs.get(RECORD)
-    if text is None:
+    if RECORD not in file.attrs:
         return {}
+    text = _text(file, RECORD)
+    if text is None:
+        raise DataError(f"{path}: its record is no text; expected JSON.", "It is damaged.")
     try:
         record = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
