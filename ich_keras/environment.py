@@ -28,6 +28,7 @@ PACKAGES = (
     "pydicom",
     "albumentations",
     "opencv-python-headless",
+    "safetensors",
 )
 
 

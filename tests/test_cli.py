@@ -261,3 +261,32 @@ def test_doctor_fails_when_something_needed_is_absent(monkeypatch):
     result = ich("doctor")
     assert result.exit_code == 4
     assert "BAD  keras" in result.output
+
+
+def test_presets_tells_what_networks_cost():
+    result = ich("presets", "--preset", "resnet10_2d")
+    assert result.exit_code == 0, result.output
+    assert "| `resnet10_2d` | ResNet-10 on slices | 256x256x3 | 10 |" in result.output
+    result = ich("presets", "--preset", "resnet11_2d")
+    assert result.exit_code == 2
+    assert "no preset is called 'resnet11_2d'" in result.output
+
+
+def test_only_download_fetches(phantom_cache_folder, tmp_path, monkeypatch):
+    from weights_convert import fetching
+
+    asked = []
+    monkeypatch.setenv("ICH_KERAS_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr(fetching, "ensure_weights", lambda *arguments: asked.append(arguments[:2]))
+    common = ("train", "--cache", phantom_cache_folder, "--out", tmp_path / "run", "--workers", 0)
+    without = ich(*common, "--weights", "imagenet")
+    assert without.exit_code == 2
+    assert "torchvision_resnet18.weights.h5 does not exist" in without.output
+    assert "--download" in without.output
+    assert asked == []
+    ich(*common, "--weights", "imagenet", "--download")  # the stand-in fetches nothing
+    assert asked == [("imagenet", "resnet18_2d")]
+    nothing = ich(*common, "--download")
+    assert nothing.exit_code == 2
+    assert "--weights is missing" in nothing.output
+    assert not (tmp_path / "run").exists()

@@ -792,3 +792,10 @@ def test_the_classifier_keeps_a_new_head(narrow, tmp_path):
     assert account.fresh == ("fc",)
     assert len(account.loaded) == 40
     np.testing.assert_array_equal(model.get_layer("fc").get_weights()[0], head[0])
+
+
+@pytest.mark.parametrize("name", [None, *sorted(main.commands)])
+def test_every_help_answers(name):
+    done = run(*([name] if name else []), "--help")
+    assert done.exit_code == 0
+    assert "Usage:" in done.output

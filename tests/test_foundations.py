@@ -184,6 +184,10 @@ HEAVY = "[m for m in ('keras', 'torch', 'albumentations', 'sklearn', 'pandas') i
         "import sys; from click.testing import CliRunner; from ich_keras.cli import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
         "assert CliRunner().invoke(main, ['train', '--help']).exit_code == 0",
+        "import sys, weights_convert",
+        "import sys; from click.testing import CliRunner; from weights_convert.cli import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(main, ['list']).exit_code == 0",
     ],
 )
 def test_importing_and_help_are_light(program):

@@ -198,15 +198,16 @@ def test_frozen_statistics_stay_and_take_batches_of_one():
 
 
 def test_group_normalisation_does_not_look_at_the_batch():
-    model = classifier(replace(NARROW, norm="group"), output="logits")
+    # Large enough for several positions in the last stage: a group of two values is all rounding.
+    wide = replace(NARROW, input_shape=(64, 64, 3))
+    model = classifier(replace(wide, norm="group"), output="logits")
     images, _ = random_batch(model, 4)
     together = keras.ops.convert_to_numpy(model(images, training=True))
     alone = np.concatenate(
         [keras.ops.convert_to_numpy(model(image[None], training=True)) for image in images]
     )
-    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
-    batch = classifier(NARROW, output="logits")
-    batch.set_weights([np.array(w) for w in batch.get_weights()])
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
+    batch = classifier(wide, output="logits")
     with_mates = keras.ops.convert_to_numpy(batch(images, training=True))[0]
     one = keras.ops.convert_to_numpy(batch(images[:2], training=True))[0]
     assert np.abs(with_mates - one).max() > 1e-3

@@ -27,7 +27,7 @@ MAX_AXES = 5
 WRAPPERS = ("state_dict", "model_state_dict")
 PREFIX = "module."  # of torch's DataParallel
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
-_FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_FORBIDDEN = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
 _HTML = (b"<!doctype", b"<html", b"<?xml")
 _TAR_MAGIC = slice(257, 262)
 _SAVE_STATE_DICT = "Save model.state_dict() instead of the model, and give that file."
@@ -152,7 +152,7 @@ def _require_plain_zip(path: Path, size: int) -> None:
             members = archive.infolist()
     except _READ_ERRORS as error:
         raise DataError(
-            f"{path} is a damaged zip archive: {error}.",
+            f"{path} is a damaged zip archive: {_printable(str(error))}.",
             "The download was cut off; fetch it again.",
         ) from error
     names = [member.filename for member in members]
@@ -175,17 +175,18 @@ def _load_torch(path: Path, kind: str):
     import torch
 
     try:
-        with warnings.catch_warnings():
+        # A stream: given a path, torch would go by its suffix.
+        with warnings.catch_warnings(), open(path, "rb") as stream:
             # On reading layouts that are refused right after (sparse, quantized).
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", FutureWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         _refuse_pickle(path, str(error), error)
     except (*_READ_ERRORS, tarfile.TarError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"{path} is damaged (torch's {kind} format): {reason[:200]}",
+            f"{path} is damaged (torch's {kind} format): {_printable(reason)}",
             "The file was cut off or changed; fetch it again.",
         ) from error
 
@@ -193,13 +194,14 @@ def _load_torch(path: Path, kind: str):
 def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
     forbidden = _FORBIDDEN.search(text)
     if forbidden is None:
-        # torch's own words in a sentence or two; its advice to allow more is not passed on.
-        reason = text.partition("\n")[0].partition("Please file")[0]
+        # torch's own words in a sentence; its advice to allow more, all around, is not passed on.
+        paragraphs = text.removeprefix("Weights only load failed. ").split("\n\n")
+        reason = paragraphs[min(1, len(paragraphs) - 1)].strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"{path} cannot be read as weights: {reason[:200].strip()}",
+            f"{path} cannot be read as weights: {_printable(reason)}.",
             "Expected a state dict of tensors; nothing in the file was run.",
         ) from error
-    name = forbidden[1]
+    name = _printable(forbidden[1])
     if ".nn." in name or name.startswith(("torchvision.", "monai.", "models.", "__main__.")):
         raise DataError(
             f"{path} holds a whole pickled model ({name}), not its weights; nothing was run.",
@@ -211,6 +213,11 @@ def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
     ) from error
 
 
+def _printable(text: str) -> str:
+    """Make foreign words fit for a line on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
 def _load_safetensors(path: Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -218,7 +225,9 @@ def _load_safetensors(path: Path) -> dict:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, *_READ_ERRORS) as error:
-        raise DataError(f"{path} is a damaged safetensors file: {error}") from error
+        raise DataError(
+            f"{path} is a damaged safetensors file: {_printable(str(error))}"
+        ) from error
 
 
 def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
