@@ -21,24 +21,17 @@ from ich_keras.models.presets import PRESETS, ModelSpec, Preset, preset
 from ich_keras.models.resnet import feature_model, resnet
 from ich_keras.models.weights import FOLDER_VARIABLE, read_record, read_weights
 from weights_convert import conversion, fetching, selfcheck
+from weights_convert import state as state_module
 from weights_convert.cli import main
-from weights_convert.conversion import (
-    change_channels,
-    collapse,
-    convert,
-    export,
-    inflate,
-    inspect,
-    load_state,
-    state_of,
-    verify,
-)
+from weights_convert.conversion import convert, export, inspect, verify
 from weights_convert.mapping import layer_name, to_keras, to_torch, torch_name
 from weights_convert.parity import difference, torch_features
 from weights_convert.reference import reference
+from weights_convert.reshaping import change_channels, collapse, inflate
 from weights_convert.selfcheck import oracle_of, randomise
 from weights_convert.shapes import to_2d, to_3d, with_channels
 from weights_convert.sources import SOURCES, source_named
+from weights_convert.state import load_state, state_of
 from weights_convert.structure import structure_of
 
 QUICK = (
@@ -248,7 +241,7 @@ def test_a_detached_shortcut_trains_as_medicalnet_does():
 MUTATIONS = {
     "same padding": lambda patch: patch.setattr(resnet_module._Graph, "pad", _pad_as_keras_does),
     "mean and variance swapped": lambda patch: patch.setattr(
-        conversion, "torch_name", _swapped_statistics
+        state_module, "torch_name", _swapped_statistics
     ),
     "epsilon 1e-3": lambda patch: patch.setitem(resnet_module.BATCH_NORM, "epsilon", 1e-3),
     "no dilation": lambda patch: patch.setitem(
@@ -256,7 +249,7 @@ MUTATIONS = {
         "resnet10_3d_medicalnet",
         Preset(_without("dilations", (1, 1, 1, 1)), "", ("medicalnet_resnet10",)),
     ),
-    "kernel axes swapped": lambda patch: patch.setattr(conversion, "to_keras", _swapped_axes),
+    "kernel axes swapped": lambda patch: patch.setattr(state_module, "to_keras", _swapped_axes),
     "zeros in front of the channels": lambda patch: patch.setattr(
         resnet_module.ops, "pad", _prepend
     ),

@@ -20,8 +20,7 @@ from ich_keras.models.classifier import (
 from ich_keras.models.cost import cost, preset_table
 from ich_keras.models.presets import PRESETS, ModelSpec, preset, require_trainable
 from ich_keras.models.resnet import feature_model, resnet
-from weights_convert.conversion import load_state, variables_by_name
-from weights_convert.mapping import to_torch
+from weights_convert.state import load_state, shapes_by_name
 
 NARROW = ModelSpec((32, 32, 3), width=8, dropout=0.0)
 SLAB = replace(PRESETS["resnet18_3d_slab"].spec, input_shape=(5, 32, 32, 1), width=8, dropout=0.0)
@@ -55,10 +54,7 @@ def random_batch(model, size=4, seed=0):
 def test_golden_outputs(name):
     spec = replace(preset(name).with_any_size(), dropout=0.0)
     model = classifier(spec, output="logits")
-    shapes = {
-        key: to_torch(np.empty(variable.shape, bool)).shape
-        for key, variable in variables_by_name(model).items()
-    }
+    shapes = shapes_by_name(model)
     load_state(model, {key: golden_networks.tensor(key, shape) for key, shape in shapes.items()})
     golden = np.load(golden_networks.FOLDER / f"{name}.npz", allow_pickle=False)
     names = [*map(str, golden["stage_names"]), "avgpool", "fc"]

@@ -12,7 +12,10 @@ Map of rooms:
     shapes        changing shapes on purpose: input channels, 2D -> 3D, 3D -> 2D (pure)
     reference     the networks in plain torch, for verification only
     parity        both networks on the same input
+    state         state dicts of Keras models and of weights files
+    reshaping     weights files of another shape, on purpose
     conversion    checkpoint -> `.weights.h5`, and back
+    selfcheck     the parity of every network, without a checkpoint
     cli           the command `weights-convert`
 Modules are nouns so that the verbs (`weights_convert.convert`) can be functions.
 """
@@ -24,13 +27,13 @@ _PUBLIC = {
     "SOURCES": "weights_convert.sources",
     "read_checkpoint": "weights_convert.checkpoint",
     "structure_of": "weights_convert.structure",
-    "load_state": "weights_convert.conversion",
-    "state_of": "weights_convert.conversion",
+    "load_state": "weights_convert.state",
+    "state_of": "weights_convert.state",
     "convert": "weights_convert.conversion",
     "verify": "weights_convert.conversion",
-    "inflate": "weights_convert.conversion",
-    "collapse": "weights_convert.conversion",
-    "change_channels": "weights_convert.conversion",
+    "inflate": "weights_convert.reshaping",
+    "collapse": "weights_convert.reshaping",
+    "change_channels": "weights_convert.reshaping",
     "export": "weights_convert.conversion",
     "fetch": "weights_convert.fetching",
 }

@@ -140,7 +140,7 @@ def selfcheck(names, dtype) -> None:
 @NEW_WEIGHTS
 def inflate(weights, preset_name, method, channels, out) -> None:
     """Make 3D weights from 2D ones."""
-    from weights_convert.conversion import inflate as inflate_weights
+    from weights_convert.reshaping import inflate as inflate_weights
 
     click.echo(f"Weights: {inflate_weights(weights, preset_name, out, method, channels)}")
 
@@ -152,7 +152,7 @@ def inflate(weights, preset_name, method, channels, out) -> None:
 @NEW_WEIGHTS
 def collapse(weights, preset_name, channels, out) -> None:
     """Make 2D weights from 3D ones: sum the kernels over the slices."""
-    from weights_convert.conversion import collapse as collapse_weights
+    from weights_convert.reshaping import collapse as collapse_weights
 
     click.echo(f"Weights: {collapse_weights(weights, preset_name, out, channels)}")
 
@@ -169,7 +169,7 @@ def collapse(weights, preset_name, channels, out) -> None:
 @NEW_WEIGHTS
 def channels(weights, channels, out) -> None:
     """Change the number of input channels."""
-    from weights_convert.conversion import change_channels
+    from weights_convert.reshaping import change_channels
 
     click.echo(f"Weights: {change_channels(weights, out, channels)}")
 

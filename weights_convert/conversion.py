@@ -1,7 +1,6 @@
 """From a torch checkpoint to a `.weights.h5` file and back, tensor by tensor."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,38 +11,16 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_path, require_absent
 from ich_keras.labels import NUM_LABELS
 from ich_keras.models.presets import ModelSpec, preset
-from ich_keras.models.weights import (
-    HEAD,
-    SUFFIX,
-    WeightsFile,
-    listed,
-    own_variables,
-    read_weights,
-    save_weights,
-    weights_folder,
-)
+from ich_keras.models.weights import HEAD, SUFFIX, read_weights, save_weights, weights_folder
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
-from weights_convert.mapping import (
-    COUNTER,
-    MAPPING_VERSION,
-    require_bijection,
-    split_off,
-    to_keras,
-    to_torch,
-    torch_name,
-)
+from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
 from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of
 from weights_convert.reference import reference
-from weights_convert.shapes import to_2d, to_3d, with_channels
+from weights_convert.reshaping import rechannelled, require_out
 from weights_convert.sources import Source, source_named
+from weights_convert.state import build, load_state, state_of_file
 from weights_convert.structure import require_structure, structure_of
 
-# How a layer's variables follow each other in a weights file, by their number.
-_TORCH_SUFFIXES = {
-    1: ("weight",),
-    2: ("weight", "bias"),
-    4: ("weight", "bias", "running_mean", "running_var"),
-}
 _HEAD_PREFIX = f"{HEAD}."
 
 
@@ -62,60 +39,6 @@ class Conversion:
     parity: Parity
     record: dict
     dropped: tuple[str, ...]
-
-
-def variables_by_name(model) -> dict:
-    """Return torch's name -> Keras variable, for every weight of a model."""
-    return {
-        torch_name(layer.name, variable.name): variable
-        for layer in model.layers
-        for variable in own_variables(layer)
-    }
-
-
-def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state dict") -> None:
-    """Carry a torch state dict into a Keras model: a bijection, or an error.
-
-    Args:
-        model: from `resnet` or `classifier`.
-        state: torch's names and axes, arrays or tensors; counters of batches are left out.
-        place: where it comes from, for the error.
-
-    Raises:
-        DataError: naming what is missing, surplus or of another shape; nothing is assigned then.
-    """
-    tensors, _ = split_off({name: np.asarray(value) for name, value in state.items()}, ())
-    variables = variables_by_name(model)
-    wanted = {
-        name: to_torch(np.empty(variable.shape, np.bool_)).shape
-        for name, variable in variables.items()
-    }
-    require_bijection(wanted, tensors, place)
-    for name, variable in variables.items():
-        variable.assign(to_keras(tensors[name]))
-
-
-def state_of(model) -> OrderedDict[str, np.ndarray]:
-    """Return a Keras model's weights as a torch state dict, bit by bit.
-
-    Returns:
-        torch's name -> array with torch's axes, in the order of the network. torch's counters of
-        batches (`num_batches_tracked`) are not among them.
-    """
-    import keras
-
-    return OrderedDict(
-        (name, np.ascontiguousarray(to_torch(keras.ops.convert_to_numpy(variable))))
-        for name, variable in variables_by_name(model).items()
-    )
-
-
-def _build(spec: ModelSpec, has_head: bool):
-    from ich_keras.models.classifier import classifier
-    from ich_keras.models.resnet import resnet
-
-    spec = replace(spec.with_any_size(), dropout=0.0)
-    return classifier(spec, output="logits") if has_head else resnet(spec)
 
 
 def _settle(source: str | None, preset_name: str | None) -> tuple[Source | None, str]:
@@ -159,7 +82,7 @@ def _checked(
     """Return (Keras model with the tensors, parity with the torch reference)."""
     import torch
 
-    model = _build(spec, keep_head)
+    model = build(spec, keep_head)
     load_state(model, tensors, place)
     module = reference(spec, NUM_LABELS if keep_head else None)
     module.load_state_dict(
@@ -201,7 +124,7 @@ def convert(
     known, preset_name = _settle(source, preset_name)
     if out is None and known is None:
         raise UsageError("out is missing.", f"Give a file name ending in {SUFFIX}.")
-    out = _require_out(weights_folder() / f"{known.name}{SUFFIX}" if out is None else out)
+    out = require_out(weights_folder() / f"{known.name}{SUFFIX}" if out is None else out)
     read = read_checkpoint(checkpoint)
     spec, tensors, left_out = _matched(read, known, preset_name, keep_head)
     model, parity = _checked(spec, tensors, str(read.path), keep_head, batch_size=1)
@@ -216,7 +139,7 @@ def convert(
         "changes": [],
     }
     if channels is not None and channels != spec.channels:
-        model, record = _rechannelled(tensors, spec, record, channels, keep_head)
+        model, record = rechannelled(tensors, spec, record, channels, keep_head)
     save_weights(model, out, record)
     return Conversion(out, parity, record, left_out)
 
@@ -266,150 +189,6 @@ def verify(
     return _checked(spec, tensors, str(read.path), keep_head=False, batch_size=3)[1]
 
 
-def _state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
-    """Return a weights file as a torch state dict."""
-    state = {}
-    for layer, arrays in file.layers.items():
-        if len(arrays) not in _TORCH_SUFFIXES:
-            raise DataError(f"{file.path}: {layer} has {len(arrays)} variables; refused.")
-        for suffix, array in zip(_TORCH_SUFFIXES[len(arrays)], arrays, strict=True):
-            state[f"{layer.replace('_', '.')}.{suffix}"] = to_torch(array)
-    return state
-
-
-def _spec_of_file(file: WeightsFile) -> ModelSpec:
-    if file.spec is None:
-        raise DataError(
-            f"{file.path} does not say which network it belongs to.",
-            "Expected a file that weights-convert or a run wrote.",
-        )
-    return file.spec
-
-
-def _rechannelled(state, spec: ModelSpec, record: dict, channels: int, has_head: bool):
-    """Return (model, record) with another number of input channels."""
-    changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
-    model = _build(changed, has_head)
-    load_state(model, with_channels(state, channels))
-    change = f"input channels {spec.channels} -> {channels}"
-    return model, {
-        **record,
-        "network": changed.to_dict(),
-        "changes": [*record.get("changes", []), change],
-    }
-
-
-def _require_out(out: Path | str) -> Path:
-    if not str(out).endswith(SUFFIX):
-        raise UsageError(f"out {str(out)!r}; expected a file name ending in {SUFFIX}.")
-    return require_absent(out)
-
-
-def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path:
-    """Change the input channels of converted or trained weights; see `shapes.with_channels`.
-
-    Args:
-        weights: a `.weights.h5` file that knows its network.
-        out: a new one.
-        channels: wanted.
-    """
-    out = _require_out(out)
-    file = read_weights(weights)
-    spec, state = _spec_of_file(file), _state_of_file(file)
-    model, record = _rechannelled(state, spec, file.record, channels, HEAD in file.layers)
-    save_weights(model, out, record)
-    return out
-
-
-def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, change: str, reshape):
-    """Read weights, change their kernels, write them for a preset of another rank."""
-    out = _require_out(out)
-    file = read_weights(weights)
-    spec, state = _spec_of_file(file), _state_of_file(file)
-    target = preset(preset_name).with_any_size()
-    if spec.rank == rank or target.rank != rank:
-        raise UsageError(
-            f"{file.path} is {spec.rank}D and {preset_name} is {target.rank}D;"
-            f" expected weights that are {5 - rank}D and a preset that is {rank}D.",
-        )
-    target = replace(target, input_shape=(*(None,) * rank, spec.channels), width=spec.width)
-    has_head = HEAD in file.layers
-    model = _build(target, has_head)
-    wanted = {
-        name: to_torch(np.empty(variable.shape, np.bool_)).shape
-        for name, variable in variables_by_name(model).items()
-    }
-    absent = [name for name in wanted if name not in state]
-    if absent or len(wanted) != len(state):
-        surplus = [name for name in state if name not in wanted]
-        raise DataError(
-            f"{file.path} does not fit {preset_name}: missing {listed(absent)};"
-            f" surplus {listed(surplus)}.",
-            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
-        )
-    state = reshape(state, wanted)
-    record = {
-        **file.record,
-        "preset": preset_name,
-        "network": target.to_dict(),
-        "changes": [*file.record.get("changes", []), change],
-    }
-    if channels is not None and channels != spec.channels:
-        model, record = _rechannelled(state, target, record, channels, has_head)
-    else:
-        load_state(model, state, str(file.path))
-    save_weights(model, out, record)
-    return out
-
-
-def inflate(
-    weights: Path | str,
-    preset_name: str,
-    out: Path | str,
-    method: str = "mean",
-    channels: int | None = None,
-) -> Path:
-    """Make 3D weights from 2D ones; see `shapes.to_3d`.
-
-    Args:
-        weights: a `.weights.h5` file of a 2D network.
-        preset_name: of a 3D network with the same depth and shortcut ("resnet18_3d").
-        out: a new `.weights.h5` file.
-        method: "mean" or "centre".
-        channels: change the input channels as well; None keeps them.
-
-    Raises:
-        UsageError: unknown names, wrong ranks, or `out` exists.
-        DataError: the weights do not fit.
-    """
-
-    def reshape(state, wanted):
-        depths = {name: shape[2] for name, shape in wanted.items() if len(shape) == 5}
-        return to_3d(state, depths, method)
-
-    return _reshape(weights, preset_name, out, 3, channels, f"inflated ({method})", reshape)
-
-
-def collapse(
-    weights: Path | str, preset_name: str, out: Path | str, channels: int | None = None
-) -> Path:
-    """Make 2D weights from 3D ones; see `shapes.to_2d`.
-
-    Args:
-        weights: a `.weights.h5` file of a 3D network.
-        preset_name: of a 2D network with the same depth and shortcut ("resnet18_2d_medicalnet").
-        out: a new `.weights.h5` file.
-        channels: change the input channels as well; None keeps them.
-
-    Raises:
-        UsageError: unknown names, wrong ranks, or `out` exists.
-        DataError: the weights do not fit.
-    """
-    return _reshape(
-        weights, preset_name, out, 2, channels, "collapsed over slices", lambda s, _: to_2d(s)
-    )
-
-
 def export(weights: Path | str, out: Path | str) -> Path:
     """Write weights as a torch state dict, bit by bit, and read it back to check.
 
@@ -429,14 +208,14 @@ def export(weights: Path | str, out: Path | str) -> Path:
         raise UsageError(f"out {str(out)!r}; expected a name ending in .pth, .pt or .safetensors.")
     file = read_weights(weights)
     state = OrderedDict()
-    for name, array in _state_of_file(file).items():
+    for name, array in state_of_file(file).items():
         state[name] = torch.from_numpy(np.array(array, order="C"))
         if name.endswith("running_var"):
             state[name.replace("running_var", COUNTER)] = torch.tensor(0)
 
     def require_equal(written: Path) -> None:
         again = read_checkpoint(written).tensors
-        if any(not np.array_equal(again[n], a) for n, a in _state_of_file(file).items()):
+        if any(not np.array_equal(again[n], a) for n, a in state_of_file(file).items()):
             raise DataError(f"{written} does not hold what was written.", "Is the disk full?")
 
     with atomic_path(out, verify=require_equal) as temporary:

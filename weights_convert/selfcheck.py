@@ -15,11 +15,11 @@ from ich_keras.errors import UsageError
 from ich_keras.labels import NUM_LABELS
 from ich_keras.models.presets import ModelSpec, preset
 from ich_keras.models.weights import HEAD
-from weights_convert.conversion import load_state, state_of, variables_by_name
 from weights_convert.mapping import COUNTER, to_torch
 from weights_convert.parity import Parity, compare, full_precision, worse
 from weights_convert.reference import reference
 from weights_convert.sources import SOURCES, Source, source_named
+from weights_convert.state import load_state, state_of, variables_by_name
 
 IMAGE_SIZES = ((64, 64), (65, 63), (96, 71))
 VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
