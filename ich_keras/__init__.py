@@ -37,6 +37,7 @@ _PUBLIC = {
     "build_cache": "ich_keras.data.cache",
     "slice_input": "ich_keras.data.inputs",
     "slice_batches": "ich_keras.data.batches",
+    "classifier": "ich_keras.models.classifier",
     "build_classifier": "ich_keras.models.classifier",
     "build_backbone": "ich_keras.models.classifier",
     "compile_classifier": "ich_keras.models.classifier",

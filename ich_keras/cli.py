@@ -40,7 +40,11 @@ DEVICE = click.option(
 )
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+# Of the group, and of `ich-train`, which runs without it.
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=Group, context_settings=HELP)
 @click.version_option(__version__, prog_name="ich")
 def main() -> None:
     """Detect intracranial haemorrhage and its five subtypes on head CT.
@@ -149,7 +153,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
     click.echo(f"{'Verified' if verify else 'Cache'}: {out}")
 
 
-@main.command(name="train")
+@main.command(name="train", context_settings=HELP)
 @DICOM
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option(
@@ -363,6 +367,8 @@ def _show_plan(training, config) -> None:
         f"  {config.fit.epochs} epochs of {training.steps_per_epoch:,} steps,"
         f" {training.slices_per_epoch:,} slices each"
     )
+    if training.weights:
+        click.echo(f"  weights: {training.weights}")
     if training.note:
         click.echo(f"  {training.note}")
     if training.warning:

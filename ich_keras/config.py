@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import FREEZABLE, NORMS, PRESETS
+from ich_keras.models.presets import FREEZABLE, NORMS, require_preset
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class RunConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise UsageError(f"no preset is called {self.preset!r}; known: {', '.join(PRESETS)}.")
+        require_preset(self.preset)
         for name, value, least, most in (
             ("data.size", self.data.size, 16, 4096),
             ("data.loader_workers", self.data.loader_workers, 0, 1024),
@@ -118,6 +117,11 @@ class RunConfig:
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
                 "fit.freeze without weights would keep random numbers.", "Add --weights."
+            )
+        if self.fit.backbone_factor != 1 and self.weights is None:
+            raise UsageError(
+                "fit.backbone_factor without weights: backbone and head are equally new.",
+                "Add --weights, or leave it at 1.",
             )
         if self.norm == "frozen" and self.weights is None:
             raise UsageError(

@@ -103,6 +103,8 @@ def write_report(run_dir: Path | str) -> Path:
         lines += [SYNTHETIC_NOTE, ""]
     if plan["warning"]:
         lines += [f"**Warning:** {plan['warning']}", ""]
+    if plan.get("weights"):
+        lines += [f"Started from {plan['weights']}.", ""]
     if plan["note"]:
         lines += [plan["note"], ""]
     best = history.loc[history["valid_log_loss"].idxmin()]

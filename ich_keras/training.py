@@ -44,6 +44,7 @@ class TrainingPlan:
         learning_rate: the rate in force.
         warning: what is wrong with the split by name ("" for a sound one).
         note: what the split left out, counted ("" when nothing was).
+        weights: the file training starts from, and its source ("" from scratch).
     """
 
     num_slices: dict[str, int]
@@ -56,6 +57,7 @@ class TrainingPlan:
     learning_rate: float
     warning: str
     note: str
+    weights: str = ""
 
     def to_dict(self) -> dict:
         """Return the plan ready for JSON."""
@@ -133,7 +135,17 @@ def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) 
         learning_rate=config.learning_rate,
         warning=split.warning,
         note=split.note,
+        weights=_weights_line(config),
     )
+
+
+def _weights_line(config: RunConfig) -> str:
+    from ich_keras.models.weights import find_weights, origin, read_record
+
+    if config.weights is None:
+        return ""
+    path = find_weights(config.weights, config.preset)
+    return f"{path} ({origin(read_record(path))})"
 
 
 def require_size(config: RunConfig, cache: CTCache) -> None:
@@ -328,7 +340,7 @@ def train(
 
 
 def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
-    start = f"weights {config.weights}" if config.weights else "from scratch"
+    start = f"from weights {config.weights}" if config.weights else "from scratch"
     line = f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule})"
     if config.fit.backbone_factor != 1:
         line += f", backbone at {config.fit.backbone_factor:g} of it"

@@ -66,6 +66,7 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "balance": True,
         "augment": "thesis",
         "limit_series": None,
+        "intensity": "windows",
         "loader_workers": 0,
     }
 
@@ -196,7 +197,7 @@ def mistakes(folder, tmp_path):
         "index is none": (6, "", "cache", "--index", full, "--out", out),
         "weights by name": (
             2,
-            "expected a file ending in",
+            "torchvision_resnet18.weights.h5 does not exist",
             "train",
             *data,
             "--weights",

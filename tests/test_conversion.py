@@ -3,6 +3,7 @@
 import json
 import urllib.error
 from collections import OrderedDict
+from dataclasses import replace
 
 import h5py
 import keras
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from ich_keras.errors import DataError, EnvironmentProblem, UsageError
+from ich_keras.files import sha256_of
 from ich_keras.labels import LABELS
 from ich_keras.models import resnet as resnet_module
 from ich_keras.models.classifier import build_backbone, build_classifier, classifier
@@ -97,13 +99,22 @@ def published(source_name: str, folder, seed: int = 0):
     return path, network
 
 
+def declare_published(monkeypatch, source_name, path):
+    """Let a source's published checksum be that of the file made here."""
+    source = source_named(source_name)
+    if source.published_sha256:
+        digits = sha256_of(path)[:8]
+        monkeypatch.setitem(SOURCES, source_name, replace(source, published_sha256=digits))
+
+
 @pytest.mark.parametrize(
     "source_name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)]
 )
 def test_a_published_checkpoint_becomes_a_network_with_its_numbers(
-    source_name, tmp_path, weights_folder
+    source_name, tmp_path, weights_folder, monkeypatch
 ):
     path, network = published(source_name, tmp_path)
+    declare_published(monkeypatch, source_name, path)
     made = convert(path, source_name)
     assert made.path == weights_folder / f"{source_name}.weights.h5"
     assert made.parity.worst < 1e-5
@@ -143,9 +154,12 @@ def test_the_record_tells_where_weights_come_from(tmp_path):
     assert max(written["parity"].values()) < 1e-5
 
 
-def test_a_file_that_is_not_the_published_one_gets_no_licence(tmp_path):
+def test_a_file_that_is_not_the_published_one_gets_no_licence_and_no_name(tmp_path):
     path, _ = published("torchvision_resnet18", tmp_path)
-    record = convert(path, "torchvision_resnet18").record
+    with pytest.raises(DataError, match="was published with f37072fd.*it is another file"):
+        convert(path, "torchvision_resnet18")
+    assert not (tmp_path / "weights").exists()
+    record = convert(path, "torchvision_resnet18", out=tmp_path / "a.weights.h5").record
     assert record["is_published_file"] is False
     assert record["source"] == "another file in the format of torchvision_resnet18"
     assert "licence" not in record
@@ -296,7 +310,7 @@ def test_a_network_that_computes_otherwise_is_refused(mutation, tmp_path, monkey
         conversion, "reference", lambda spec, outputs: reference(true_spec, outputs)
     )
     MUTATIONS[mutation](monkeypatch)
-    with pytest.raises(DataError, match="the networks disagree from \\w+ on"):
+    with pytest.raises(DataError, match="the networks (disagree from|overflow at) \\w+"):
         convert(path, name)
     assert not (tmp_path / "weights").exists()
 
@@ -310,8 +324,8 @@ def test_what_does_not_match_one_to_one_is_named(tmp_path):
         change(changed)
         torch.save(changed, tmp_path / "changed.pth")
         with pytest.raises(DataError, match=message):
-            convert(tmp_path / "changed.pth", "torchvision_resnet18")
-        assert not (tmp_path / "weights").exists()
+            convert(tmp_path / "changed.pth", "torchvision_resnet18", out=tmp_path / "a.weights.h5")
+        assert not (tmp_path / "a.weights.h5").exists()
 
     refused(lambda s: s.pop("bn1.running_mean"), "missing bn1.running_mean; surplus nothing")
     refused(
@@ -325,6 +339,14 @@ def test_what_does_not_match_one_to_one_is_named(tmp_path):
     refused(
         lambda s: s.update({"layer2.0.conv1.weight": transposed}),
         "of another shape layer2.0.conv1.weight",
+    )
+    refused(
+        lambda s: s.update({"bn1.running_var": -torch.ones(64)}),
+        "bn1.running_var is a variance and holds -1; expected 0 or more",
+    )
+    refused(
+        lambda s: s.update({"conv1.weight": torch.full((64, 3, 7, 7), 1e38)}),
+        "the networks overflow at stem",
     )
     refused(lambda s: s.pop("conv1.weight"), "holds no ResNet: conv1.weight is absent")
 
@@ -344,7 +366,7 @@ def test_what_does_not_match_one_to_one_is_named(tmp_path):
 def test_a_file_of_another_network_names_both(file_of, given_as, message, tmp_path):
     path, _ = published(file_of, tmp_path)
     with pytest.raises(DataError, match=message):
-        convert(path, given_as)
+        convert(path, given_as, out=tmp_path / "a.weights.h5")
 
 
 def test_structure_is_read_from_tensors():
@@ -462,8 +484,9 @@ def test_fewer_channels_answer_the_repeated_image_alike():
     )
     five = with_channels(state, 5)["conv1.weight"]
     np.testing.assert_allclose(five, state["conv1.weight"][:, [0, 1, 2, 0, 1]] * 3 / 5, rtol=1e-6)
-    with pytest.raises(UsageError, match="channels 0"):
-        with_channels(state, 0)
+    for odd in (0, 10**8, 1.5, "3"):
+        with pytest.raises(UsageError, match="expected a whole number, 1 to 1024"):
+            with_channels(state, odd)
 
 
 def features(spec, state, images, names):
@@ -562,19 +585,31 @@ def test_files_are_inflated_collapsed_and_rechannelled(narrow, tmp_path):
     assert build_backbone("resnet18_2d", weights=grey, input_shape=(None, None, 1))
     with pytest.raises(DataError, match="channels 3 .file., 1 .network."):
         build_backbone("resnet18_2d", weights=flat.path, input_shape=(None, None, 1))
-    with pytest.raises(
-        DataError, match="strides.*in force|was made for another network: .*strides"
-    ):
+    with pytest.raises(DataError, match="was made for another network: .*strides"):
         build_backbone("resnet18_3d", weights=deep)
     with pytest.raises(UsageError, match="expected weights that are 2D and a preset that is 3D"):
         inflate(deep, "resnet18_3d", tmp_path / "x.weights.h5")
-    with pytest.raises(DataError, match="does not fit resnet18_3d_medicalnet: .*downsample"):
+    with pytest.raises(
+        DataError, match="does not fit resnet18_3d_medicalnet: shortcut B .file., A"
+    ):
         inflate(flat.path, "resnet18_3d_medicalnet", tmp_path / "x.weights.h5")
     with pytest.raises(UsageError, match="method 'edge'"):
         inflate(flat.path, "resnet18_3d", tmp_path / "x.weights.h5", method="edge")
     with pytest.raises(UsageError, match="already exists"):
         collapse(deep, "resnet18_2d", back)
     assert not (tmp_path / "x.weights.h5").exists()
+
+
+def test_a_state_dict_with_nan_is_refused_and_changes_nothing(narrow):
+    spec = preset("resnet18_2d").with_any_size()
+    model = resnet(spec)
+    before = [np.array(w) for w in model.get_weights()]
+    state = {n: t.numpy().copy() for n, t in random_network(spec).state_dict().items()}
+    state["layer1.0.bn1.bias"][3] = np.nan
+    with pytest.raises(DataError, match="layer1.0.bn1.bias hold values that are not finite"):
+        load_state(model, state)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_head_is_kept_only_when_asked_and_of_six(narrow, tmp_path):
@@ -693,6 +728,9 @@ def test_the_command_line_from_checkpoint_to_weights_and_back(narrow, tmp_path):
     told = run("inspect", "--checkpoint", tmp_path / "a.pth").output
     assert "zip format" in told
     assert "2D ResNet-18, shortcut B, 3 input channels, width 8, image names, head of 1000" in told
+    assert "fits: resnet18_2d\nmissing for that: nothing\n" in told
+    assert "beside the backbone: fc.weight, fc.bias\n" in told
+    assert "not weights: nothing; 20 batch counters" in told
     told = run("verify", "--preset", "resnet18_2d", "--checkpoint", tmp_path / "a.pth").output
     assert "The networks agree" in told
     made = run(
@@ -754,9 +792,11 @@ def test_verify_writes_nothing(narrow, tmp_path):
     save_file(dict(random_network(preset("r2plus1d_18")).state_dict()), tmp_path / "a.safetensors")
     parity = verify(tmp_path / "a.safetensors", preset_name="r2plus1d_18")
     assert parity.worst < 1e-5
-    read, structure = inspect(tmp_path / "a.safetensors")
-    assert read.kind == "safetensors"
-    assert structure["factorised"]
+    found = inspect(tmp_path / "a.safetensors")
+    assert found.read.kind == "safetensors"
+    assert found.structure["factorised"]
+    assert found.presets == ("r2plus1d_18",)
+    assert found.missing == found.surplus == ()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
 
 

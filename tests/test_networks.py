@@ -155,6 +155,7 @@ def test_features_have_the_sizes_that_the_specification_tells():
         assert outputs["avgpool"].shape == (1, spec.num_features)
     with pytest.raises(UsageError, match="no feature called 'layer5'; it has stem, maxpool"):
         feature_model(resnet(NARROW), ("layer5",))
+    assert list(feature_model(resnet(NARROW), "layer2").output) == ["layer2"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -252,6 +253,7 @@ def test_too_few_slices_are_refused_with_the_way_out():
         preset("resnet18_3d", (5, 64, 64, 1))
     with pytest.raises(UsageError, match="1 slices are too few.*stem still strides"):
         preset("resnet18_3d_medicalnet", (1, 64, 64, 1))
+    preset("resnet18_3d", (9, 64, 64, 1))  # one slice is left for the last stage only
     shapes = preset("resnet18_3d_medicalnet", (5, 64, 64, 1)).spatial_shapes()
     assert [shape[0] for shape in shapes.values()] == [3, 2, 2, 1, 1, 1]  # the thesis's slabs
     slab = preset("resnet18_3d_slab").spatial_shapes()
@@ -279,7 +281,13 @@ def test_batch_normalisation_of_single_values_is_refused():
         ({"strides": (1, (1, 2, 2), 2, 2)}, "has 3 axes; the network has 2"),
         ({"detach_shortcut": True}, "detach_shortcut is about shortcut 'A'"),
         ({"factorised": True}, "factorised kernels need slices"),
-        ({"width": 0}, "width 0; expected at least 1"),
+        ({"width": 0}, "width 0; expected a whole number of at least 1"),
+        ({"width": 2.5}, "width 2.5; expected a whole number"),
+        ({"input_shape": (64.5, 64, 3)}, "expected whole numbers or None"),
+        ({"input_shape": (True, 64, 3)}, "expected whole numbers or None"),
+        ({"input_shape": (64, 64, 10**8)}, "channels, must be known, from 1 to 1024"),
+        ({"input_shape": None}, "input_shape None; expected .rows, columns, channels."),
+        ({"input_shape": 64}, "input_shape 64; expected .rows, columns, channels."),
     ],
 )
 def test_specifications_that_cannot_be(changes, message):

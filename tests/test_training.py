@@ -336,9 +336,10 @@ def test_fine_tuning_tells_what_was_loaded_and_keeps_it_frozen(converted, phanto
     told = []
     config = config_of(weights="own", fit={"epochs": 1, "freeze": "layer4"})
     out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
-    assert told[0].startswith(f"Weights: 40 layers from {path}; source own checkpoint")
+    assert told[0].startswith(f"Weights: 40 layers from {path}; source own checkpoint (no licence")
     assert told[0].endswith("new: fc.")
     assert told[1].endswith("(constant), frozen up to layer4.")
+    assert f"Started from {path} (source own checkpoint (no" in (out / "report.md").read_text()
     account = json.loads((out / "weights.json").read_text())
     assert account["fresh"] == ["fc"]
     assert account["record"]["source"] == "own checkpoint"
@@ -398,8 +399,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
     slices = phantom_cache.slices
     with pytest.raises(UsageError, match="takes volumes; runs are made of single slices"):
         plan_training(slices, dataclasses.replace(config_of(), preset="resnet18_3d"))
-    with pytest.raises(UsageError, match="weights 'imagenet'.*does not exist|no imagenet weights"):
+    with pytest.raises(UsageError, match="no imagenet weights for narrow"):
         plan_training(slices, config_of(weights="imagenet"))
+    with pytest.raises(UsageError, match="backbone_factor without weights"):
+        config_of(fit={"backbone_factor": 0.1})
     with pytest.raises(UsageError, match="one value per channel"):
         plan_training(slices, config_of(data={"size": 32}, fit={"batch_size": 1}))
     with pytest.raises(UsageError, match="freeze without weights"):

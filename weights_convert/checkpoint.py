@@ -298,6 +298,8 @@ def _array(path: Path, name: str, tensor) -> np.ndarray:
     if not torch.isfinite(tensor).all():
         raise DataError(f"{place} holds values that are not finite.")
     array = tensor.detach().to(torch.float32).contiguous().numpy().copy()
+    if name.endswith("running_var") and array.min(initial=0) < 0:
+        raise DataError(f"{place} is a variance and holds {array.min():.3g}; expected 0 or more.")
     if tensor.dtype == torch.float64 and not torch.equal(
         tensor.detach(), torch.from_numpy(array).double()
     ):

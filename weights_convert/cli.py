@@ -18,7 +18,7 @@ WEIGHTS = click.option(
 )
 CHANNELS = click.option(
     "--channels",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1024),
     metavar="N",
     help="Change the input channels; default: keep them.",
 )
@@ -32,7 +32,7 @@ NEW_WEIGHTS = click.option(
 def main() -> None:
     """Carry pretrained torch weights into the networks of ich_keras, exactly.
 
-    Nothing is downloaded, unless `ich-train --download` asks for it.
+    Nothing is downloaded here: `list` says where files lie; `ich-train --download` fetches.
     """
 
 
@@ -56,19 +56,21 @@ def list_sources() -> None:
 @CHECKPOINT
 def inspect(checkpoint: Path) -> None:
     """Say what a checkpoint holds, without trusting it."""
+    from ich_keras.models.weights import listed
     from weights_convert.conversion import inspect as inspect_checkpoint
     from weights_convert.structure import describe
 
-    read, structure = inspect_checkpoint(checkpoint)
+    found = inspect_checkpoint(checkpoint)
+    read = found.read
     click.echo(f"{read.path}: {read.kind} format, sha256 {read.sha256}")
-    click.echo(describe(structure))
+    click.echo(describe(found.structure))
     numbers = sum(array.size for array in read.tensors.values())
     click.echo(f"{len(read.tensors)} tensors, {numbers:,} numbers")
-    counted = [name for name in read.ignored if not name.endswith("num_batches_tracked")]
-    click.echo(
-        f"not weights: {', '.join(counted) or 'nothing'}"
-        f" and {len(read.ignored) - len(counted)} counters of batches"
-    )
+    click.echo(f"fits: {', '.join(found.presets) or 'no preset'}")
+    click.echo(f"missing for that: {listed(found.missing)}")
+    click.echo(f"beside the backbone: {listed(found.surplus)}")
+    others = [name for name in read.ignored if not name.endswith("num_batches_tracked")]
+    click.echo(f"not weights: {listed(others)}; {len(read.ignored) - len(others)} batch counters")
 
 
 @main.command()
@@ -79,7 +81,7 @@ def inspect(checkpoint: Path) -> None:
     "--out",
     type=FILE,
     metavar="FILE",
-    help="New .weights.h5 file; default: where --weights NAME finds it.",
+    help="New .weights.h5 file; with --source default: where --weights NAME finds it.",
 )
 @CHANNELS
 @click.option("--keep-head", is_flag=True, help="Keep a head of six outputs.")
@@ -93,7 +95,7 @@ def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
     if made.record.get("is_published_file") is False:
         click.echo("Note: this is not the published file; its licence is not known.")
     if made.record.get("published_sha256") == "":
-        click.echo("Note: no checksum is published for it; the one above is recorded.")
+        click.echo("Note: no checksum is published: that it is this source is your word.")
     click.echo(f"left out: {', '.join(made.dropped) or 'nothing'}")
     for change in made.record["changes"]:
         click.echo(f"changed: {change}")
@@ -161,7 +163,7 @@ def collapse(weights, preset_name, channels, out) -> None:
 @WEIGHTS
 @click.option(
     "--channels",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1024),
     required=True,
     metavar="N",
     help="Input channels wanted.",

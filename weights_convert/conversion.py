@@ -10,7 +10,7 @@ from ich_keras import __version__
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_path, require_absent
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.presets import PRESETS, ModelSpec, preset
 from ich_keras.models.weights import HEAD, SUFFIX, read_weights, save_weights, weights_folder
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
 from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
@@ -19,7 +19,7 @@ from weights_convert.reference import reference
 from weights_convert.reshaping import rechannelled, require_out
 from weights_convert.sources import Source, source_named
 from weights_convert.state import build, load_state, state_of_file
-from weights_convert.structure import require_structure, structure_of
+from weights_convert.structure import fitting_presets, require_structure, structure_of
 
 _HEAD_PREFIX = f"{HEAD}."
 
@@ -119,17 +119,29 @@ def convert(
 
     Raises:
         UsageError: unknown names, or `out` exists.
-        DataError: the file is refused, belongs to another network, or the networks disagree.
+        DataError: the file is refused, is not the published one (and `out` is None), belongs to
+            another network, or the networks disagree.
     """
     known, preset_name = _settle(source, preset_name)
     if out is None and known is None:
-        raise UsageError("out is missing.", f"Give a file name ending in {SUFFIX}.")
-    out = require_out(weights_folder() / f"{known.name}{SUFFIX}" if out is None else out)
+        raise UsageError(
+            "out is missing; only published weights have a place of their own.",
+            f"Give a file name ending in {SUFFIX}.",
+        )
+    has_default_place = out is None
+    out = require_out(weights_folder() / f"{known.name}{SUFFIX}" if has_default_place else out)
     read = read_checkpoint(checkpoint)
+    provenance = _provenance(read, known)
+    if has_default_place and provenance.get("is_published_file") is False:
+        raise DataError(
+            f"{read.path} has the SHA-256 {read.sha256[:16]}...; {known.name} was published with"
+            f" {known.published_sha256}...: it is another file.",
+            f"Fetch {known.url}; for weights of your own give --preset {preset_name} and --out.",
+        )
     spec, tensors, left_out = _matched(read, known, preset_name, keep_head)
     model, parity = _checked(spec, tensors, str(read.path), keep_head, batch_size=1)
     record = {
-        **_provenance(read, known),
+        **provenance,
         "mapping_version": MAPPING_VERSION,
         "written_by": f"ich_keras {__version__}",
         "preset": preset_name,
@@ -220,19 +232,46 @@ def export(weights: Path | str, out: Path | str) -> Path:
 
     with atomic_path(out, verify=require_equal) as temporary:
         if out.suffix == ".safetensors":
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file(state, temporary, metadata={"format": "pt"})
+            # Not save_file: it makes a file that only its owner may read.
+            temporary.write_bytes(save(state, metadata={"format": "pt"}))
         else:
             torch.save(state, temporary)
     return out
 
 
-def inspect(checkpoint: Path | str) -> tuple[Checkpoint, dict]:
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds.
+
+    Args:
+        read: the checkpoint.
+        structure: see `structure_of`.
+        presets: networks that it fits, as far as tensors tell (strides and dilations do not).
+        missing: tensors that those networks have and the checkpoint has not.
+        surplus: tensors that it has beside them, heads included.
+    """
+
+    read: Checkpoint
+    structure: dict
+    presets: tuple[str, ...]
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+def inspect(checkpoint: Path | str) -> Inspection:
     """Read a checkpoint and tell which network it holds.
 
-    Returns:
-        (the checkpoint, its structure; see `structure_of`).
+    Raises:
+        UsageError, DataError: as `read_checkpoint` and `structure_of`.
     """
     read = read_checkpoint(checkpoint)
-    return read, structure_of(read.shapes, str(read.path))
+    structure = structure_of(read.shapes, str(read.path))
+    names = fitting_presets(structure)
+    missing, surplus = (), ()
+    if names:
+        wanted = reference(PRESETS[names[0]].spec).state_dict()
+        missing = tuple(n for n in wanted if n not in read.tensors and not n.endswith(COUNTER))
+        surplus = tuple(n for n in read.tensors if n not in wanted)
+    return Inspection(read, structure, names, missing, surplus)

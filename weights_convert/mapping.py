@@ -87,5 +87,5 @@ def require_bijection(
         raise DataError(
             f"{place} does not match the network tensor by tensor: missing {listed(missing)};"
             f" surplus {listed(surplus)}; of another shape {listed(shapes)}.",
-            "Nothing was written. `weights-convert inspect --checkpoint FILE` shows what it holds.",
+            "Nothing was changed or written.",
         )

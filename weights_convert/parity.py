@@ -43,6 +43,11 @@ class Parity:
             DataError: naming the first feature, in the order of the computation, that is off.
         """
         for name, (absolute, relative) in self.rows.items():
+            if not np.isfinite(relative):
+                raise DataError(
+                    f"{place}: the networks overflow at {name} on these weights.",
+                    "Nothing was written. The values are far from those of a trained network.",
+                )
             if not relative <= tolerance:
                 raise DataError(
                     f"{place}: the networks disagree from {name} on: {absolute:.3g} absolute,"
@@ -61,9 +66,14 @@ class Parity:
 
 
 def difference(value: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """Return (largest absolute difference, the same over the largest absolute expected value)."""
+    """Return (largest absolute difference, the same over the largest absolute expected value).
+
+    NaN for both when either holds a value that is not finite.
+    """
     if value.shape != expected.shape:
         raise ValueError(f"shapes {value.shape} and {expected.shape} cannot be compared")
+    if not (np.isfinite(value).all() and np.isfinite(expected).all()):
+        return np.nan, np.nan
     absolute = float(np.abs(value.astype(np.float64) - expected).max())
     scale = float(np.abs(expected).max())
     return absolute, absolute / scale if scale else absolute

@@ -10,6 +10,8 @@ from ich_keras.models.weights import HEAD, SUFFIX, listed, read_weights, save_we
 from weights_convert.shapes import to_2d, to_3d, with_channels
 from weights_convert.state import build, load_state, shapes_by_name, spec_of_file, state_of_file
 
+_SAME_IN_2D_AND_3D = ("depth", "shortcut", "naming", "factorised")
+
 
 def require_out(out: Path | str) -> Path:
     """Return the path when a weights file can be written there.
@@ -24,9 +26,10 @@ def require_out(out: Path | str) -> Path:
 
 def rechannelled(state, spec: ModelSpec, record: dict, channels: int, has_head: bool):
     """Return (model, record) with another number of input channels."""
+    state = with_channels(state, channels)
     changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
     model = build(changed, has_head)
-    load_state(model, with_channels(state, channels))
+    load_state(model, state)
     change = f"input channels {spec.channels} -> {channels}"
     return model, {
         **record,
@@ -63,6 +66,15 @@ def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, ch
             f" expected weights that are {5 - rank}D and a preset that is {rank}D.",
         )
     target = replace(target, input_shape=(*(None,) * rank, spec.channels), width=spec.width)
+    other = {n: p for n, p in spec.differences(target).items() if n in _SAME_IN_2D_AND_3D}
+    if other:
+        said = "; ".join(
+            f"{n} {there} (file), {here} (preset)" for n, (there, here) in other.items()
+        )
+        raise DataError(
+            f"{file.path} does not fit {preset_name}: {said}.",
+            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+        )
     has_head = HEAD in file.layers
     model = build(target, has_head)
     wanted = shapes_by_name(model)

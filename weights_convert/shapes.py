@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ich_keras.errors import DataError, UsageError
+from ich_keras.models.presets import MAX_CHANNELS
 
 METHODS = ("mean", "centre")
 FIRST_CONVOLUTIONS = ("conv1.weight", "stem.0.weight")
@@ -42,8 +43,8 @@ def with_channels(state: Mapping[str, np.ndarray], channels: int) -> dict[str, n
     Raises:
         UsageError: fewer than one channel.
     """
-    if channels < 1:
-        raise UsageError(f"channels {channels}; expected at least 1.")
+    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS:
+        raise UsageError(f"channels {channels!r}; expected a whole number, 1 to {MAX_CHANNELS}.")
     name = first_convolution(state)
     kernel = state[name]
     before = kernel.shape[1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ich_keras.errors import DataError
 from ich_keras.models.presets import ModelSpec
-from ich_keras.models.weights import WeightsFile, own_variables
+from ich_keras.models.weights import WeightsFile, listed, own_variables
 from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
 
 # How a layer's variables follow each other in a weights file, by their number.
@@ -45,11 +45,15 @@ def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state d
         place: where it comes from, for the error.
 
     Raises:
-        DataError: naming what is missing, surplus or of another shape; nothing is assigned then.
+        DataError: naming what is missing, surplus, of another shape or not finite; nothing is
+            assigned then.
     """
     tensors, _ = split_off({name: np.asarray(value) for name, value in state.items()}, ())
     variables = variables_by_name(model)
     require_bijection(shapes_by_name(model), tensors, place)
+    odd = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if odd:
+        raise DataError(f"{place}: {listed(odd)} hold values that are not finite.")
     for name, variable in variables.items():
         variable.assign(to_keras(tensors[name]))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import NUM_STAGES, STAGE_BLOCKS, ModelSpec
+from ich_keras.models.presets import NUM_STAGES, PRESETS, STAGE_BLOCKS, ModelSpec
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
 
@@ -111,6 +111,27 @@ def describe(structure: dict) -> str:
     )
 
 
+def _differing(structure: dict, spec: ModelSpec) -> dict[str, tuple]:
+    """Return what a network has otherwise than a structure: name -> (there, expected)."""
+    expected = {
+        "stem_kernel": spec.per_axis(spec.stem_kernel),
+        "kernels": tuple(spec.per_axis(kernel) for kernel in spec.kernels),
+        **{n: getattr(spec, n) for n in ("naming", "rank", "depth", "shortcut", "channels")},
+        "width": spec.width,
+        "factorised": spec.factorised,
+    }
+    return {n: (structure[n], v) for n, v in expected.items() if structure[n] != v}
+
+
+def fitting_presets(structure: dict) -> tuple[str, ...]:
+    """Return the presets whose tensors have this structure, whatever their input channels."""
+    return tuple(
+        name
+        for name, chosen in PRESETS.items()
+        if not set(_differing(structure, chosen.spec)) - {"channels"}
+    )
+
+
 def require_structure(structure: dict, spec: ModelSpec, place: str, wanted: str) -> None:
     """Refuse tensors of another network than the one asked for.
 
@@ -123,16 +144,9 @@ def require_structure(structure: dict, spec: ModelSpec, place: str, wanted: str)
     Raises:
         DataError: naming both.
     """
-    expected = {
-        "stem_kernel": spec.per_axis(spec.stem_kernel),
-        "kernels": tuple(spec.per_axis(kernel) for kernel in spec.kernels),
-        **{n: getattr(spec, n) for n in ("naming", "rank", "depth", "shortcut", "channels")},
-        "width": spec.width,
-        "factorised": spec.factorised,
-    }
-    differing = [name for name, value in expected.items() if structure[name] != value]
+    differing = _differing(structure, spec)
     if differing:
-        said = "; ".join(f"{n} {structure[n]}, expected {expected[n]}" for n in differing)
+        said = "; ".join(f"{n} {there}, expected {here}" for n, (there, here) in differing.items())
         raise DataError(
             f"{place} holds a {describe(structure)}; {wanted} is another network: {said}.",
             "Give the source or preset that the file belongs to.",

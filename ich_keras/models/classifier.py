@@ -114,7 +114,8 @@ def build_backbone(
 def freeze(model: keras.Model, up_to: str) -> int:
     """Keep the first part of a network as it is while the rest is trained.
 
-    Frozen batch normalisation uses its stored statistics, also in training.
+    Frozen batch normalisation uses its stored statistics, also in training. What was frozen before
+    stays frozen.
 
     Args:
         model: of ours; compile it afterwards.

@@ -1,5 +1,6 @@
 """ModelSpec, and the presets: which network is meant by a name."""
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -16,6 +17,7 @@ STAGE_BLOCKS = {
 }
 NUM_STAGES = 4
 BOTTLENECK_EXPANSION = 4
+MAX_CHANNELS = 1024  # of an input; a typing error must not ask for terabytes
 SHORTCUTS = ("A", "B")
 NORMS = ("batch", "frozen", "group")
 NAMINGS = ("image", "video")
@@ -103,21 +105,25 @@ class ModelSpec:
             raise UsageError("detach_shortcut is about shortcut 'A'; this network has 'B'.")
         if self.factorised and self.rank != 3:
             raise UsageError("factorised kernels need slices: a 3D input.")
-        if self.width < 1:
-            raise UsageError(f"width {self.width}; expected at least 1 channel.")
+        if type(self.width) is not int or self.width < 1:
+            raise UsageError(f"width {self.width}; expected a whole number of at least 1.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout {self.dropout}; expected a rate of at least 0, below 1.")
         self._check_slices()
 
     def _check_input(self) -> None:
-        if self.rank not in (2, 3):
+        if not isinstance(self.input_shape, tuple) or self.rank not in (2, 3):
             raise UsageError(
-                f"input_shape {self.input_shape} has {len(self.input_shape)} axes; expected"
+                f"input_shape {self.input_shape!r}; expected"
                 " (rows, columns, channels) or (slices, rows, columns, channels)."
             )
-        if self.channels is None or self.channels < 1:
+        odd = [n for n in self.input_shape if n is not None and type(n) is not int]
+        if odd:
+            raise UsageError(f"input_shape {self.input_shape}; expected whole numbers or None.")
+        if self.channels is None or not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(
-                f"input_shape {self.input_shape}: the last axis, the channels, must be known."
+                f"input_shape {self.input_shape}: the last axis, the channels, must be known, from"
+                f" 1 to {MAX_CHANNELS}."
             )
         if any(length is not None and length < 1 for length in self.input_shape):
             raise UsageError(f"input_shape {self.input_shape}; expected lengths of at least 1.")
@@ -130,11 +136,14 @@ class ModelSpec:
             raise UsageError(f"{name} {value}; expected odd numbers, which pad both ends alike.")
 
     def _check_slices(self) -> None:
-        """Refuse a stride along slices where one slice is left: the input is too thin for it."""
+        """Refuse a stride along slices where one slice is left: the input is too thin for it.
+
+        The last stage may stride over one slice: three stages have seen its neighbours by then.
+        """
         if self.rank == 2 or self.input_shape[0] is None:
             return
         before, seen = self.input_shape[0], [str(self.input_shape[0])]
-        for name, stride in self._strides():
+        for name, stride in self._strides()[:-1]:
             if before == 1 and stride[0] > 1:
                 raise UsageError(
                     f"{self.input_shape[0]} slices are too few for this network: their number goes"
@@ -375,6 +384,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def require_preset(name: str) -> None:
+    """Refuse a name that is no preset's.
+
+    Raises:
+        UsageError: with the nearest name, or all of them.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.8)
+        hint = f"Did you mean {near[0]!r}?" if near else "`ich presets` lists them."
+        raise UsageError(f"no preset is called {name!r}; known: {', '.join(PRESETS)}.", hint)
+
+
 def preset(
     name: str, input_shape: tuple[int | None, ...] | None = None, norm: str = "batch"
 ) -> ModelSpec:
@@ -388,11 +409,12 @@ def preset(
     Raises:
         UsageError: unknown name, or an input of another rank.
     """
-    if name not in PRESETS:
-        raise UsageError(f"no preset is called {name!r}; known: {', '.join(PRESETS)}.")
+    require_preset(name)
     spec = replace(PRESETS[name].spec, norm=norm)
     if input_shape is None:
         return spec
+    if not isinstance(input_shape, (tuple, list)):
+        raise UsageError(f"input_shape {input_shape!r}; expected lengths like {spec.input_shape}.")
     if len(input_shape) != len(spec.input_shape):
         raise UsageError(
             f"preset {name} takes {len(spec.input_shape)} axes like {spec.input_shape};"

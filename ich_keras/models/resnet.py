@@ -209,8 +209,8 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
 
     Args:
         model: from `resnet`, `build_backbone` or `build_classifier`; its layers are shared.
-        names: of `FEATURES`: "stem" (after its ReLU), "maxpool", "layer1" to "layer4", "avgpool";
-            for a classifier also "fc" (the logits).
+        names: one or several of `FEATURES`: "stem" (after its ReLU), "maxpool", "layer1" to
+            "layer4", "avgpool"; for a classifier also "fc" (the logits).
 
     Returns:
         A functional model with the same input that returns a dictionary: name -> features
@@ -219,6 +219,7 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
     Raises:
         UsageError: a name the network does not have.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
     last = {}
     for layer in model.layers:
         stage = re.match(r"layer\d+(?=_)", layer.name)

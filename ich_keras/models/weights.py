@@ -7,6 +7,7 @@ JSON record: where the weights come from, for which network, with which label or
 """
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -83,16 +84,22 @@ class LoadedWeights:
     record: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
-        source = self.record.get("source")
-        parts = [f"{len(self.loaded)} layers from {self.path}"]
-        if source is not None:
-            parts.append(f"source {source} ({self.record.get('licence', 'licence not recorded')})")
-        if self.record.get("changes"):
-            parts.append(f"changed: {', '.join(map(str, self.record['changes']))}")
+        parts = [f"{len(self.loaded)} layers from {self.path}", origin(self.record)]
         parts.append(f"new: {', '.join(self.fresh) if self.fresh else 'none'}")
         if self.ignored:
             parts.append(f"not used: {', '.join(self.ignored)}")
         return "; ".join(parts)
+
+
+def origin(record: dict) -> str:
+    """Say in one line where weights come from, as far as their record tells."""
+    if "network" not in record:
+        return "no record: source unknown, strides and dilations not checked"
+    said = (
+        f"source {record.get('source', 'a run')} ({record.get('licence', 'no licence recorded')})"
+    )
+    changes = record.get("changes")
+    return f"{said}, changed: {', '.join(map(str, changes))}" if changes else said
 
 
 def weights_folder() -> Path:
@@ -122,7 +129,8 @@ def source_of(name: str, preset_name: str) -> str:
             f"there are no {name} weights for {preset_name};"
             f" known: {', '.join(PRESETS[preset_name].sources) or 'none'}."
         )
-    return fitting[0]
+    # Of several releases the one that is there.
+    return next((source for source in fitting if _place(source).is_file()), fitting[0])
 
 
 def find_weights(name: str | Path, preset_name: str) -> Path:
@@ -142,24 +150,47 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
     """
     if str(name).endswith(SUFFIX) or os.sep in str(name):
         return require_weights_file(name)
+    _require_known_name(str(name))
     source, via = source_of(str(name), preset_name), ""
-    if preset_name in PRESETS and source in PRESETS[preset_name].sources:
+    if source in PRESETS[preset_name].sources:
         via = PRESETS[preset_name].via
-    path = weights_folder() / f"{source}{SUFFIX}"
+    path = _place(source)
+    if path.is_file() and not via:
+        return path
+    to_convert = (
+        f"weights-convert convert --source {source} --checkpoint FILE.pth puts it there"
+        " (`weights-convert list` says where the checkpoint comes from)"
+    )
     if via:
         raise UsageError(
             f"{preset_name} takes {source} with its shape changed on purpose.",
-            f"weights-convert {via} --weights {path} --preset {preset_name} --out FILE{SUFFIX},"
+            ("" if path.is_file() else f"{to_convert}, then ")
+            + f"weights-convert {via} --weights {path} --preset {preset_name} --out FILE{SUFFIX},"
             f" then --weights FILE{SUFFIX}.",
         )
-    if path.is_file():
-        return path
     raise UsageError(
-        f"weights {str(name)!r}: {path} does not exist; expected a file ending in {SUFFIX}, or the"
-        " name of a source that was converted.",
-        f"weights-convert convert --source {source} --checkpoint FILE.pth puts it there"
-        " (`weights-convert list` says where the checkpoint comes from); with a network, add"
-        " --download.",
+        f"weights {str(name)!r}: {path} does not exist.",
+        f"{to_convert}; with a network, add --download.",
+    )
+
+
+def _place(source: str) -> Path:
+    return weights_folder() / f"{source}{SUFFIX}"
+
+
+def _require_known_name(name: str) -> None:
+    known = {*FAMILIES, *(s for chosen in PRESETS.values() for s in chosen.sources)}
+    if name in known or (name and _place(name).is_file()):
+        return
+    if (Path(name) / f"best{SUFFIX}").is_file() and name:
+        hint = f"For the weights of that run give {Path(name) / f'best{SUFFIX}'}."
+    else:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"Did you mean {near[0]!r}?" if near else "`weights-convert list` tells the sources."
+    raise UsageError(
+        f"weights {name!r}; expected a file ending in {SUFFIX}, or the name of a source that was"
+        " converted.",
+        hint,
     )
 
 
@@ -391,13 +422,18 @@ def _require_same_network(file: WeightsFile, spec: ModelSpec | None) -> None:
     said = "; ".join(
         f"{k} {there} (file), {here} (network)" for k, (there, here) in differences.items()
     )
-    channels_only = set(differences) == {"channels"}
+    hints = {
+        "channels": f"weights-convert channels --weights {file.path} --channels {spec.channels}"
+        f" --out FILE{SUFFIX} changes the input channels on purpose.",
+        "norm": "Group normalisation fits no weights of batch normalisation: take norm 'frozen', or"
+        " train it from scratch.",
+    }
     raise DataError(
         f"{file.path} was made for another network: {said}.",
-        f"weights-convert channels --weights {file.path} --channels {spec.channels} --out FILE"
-        " changes the input channels on purpose."
-        if channels_only
-        else "Weights and preset must belong together, even where the shapes fit.",
+        hints.get(
+            "".join(differences),
+            "Weights and preset must belong together, even where the shapes fit.",
+        ),
     )
 
 
