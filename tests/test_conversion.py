@@ -1,5 +1,6 @@
 """From checkpoints in the published formats to networks that agree, and back, bit by bit."""
 
+import gc
 import json
 import urllib.error
 from collections import OrderedDict
@@ -50,7 +51,9 @@ LATER = tuple(name for name in SOURCES if name not in QUICK)
 def weights_folder(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-    return folder
+    yield folder
+    keras.backend.clear_session()
+    gc.collect()  # networks of 180 MiB hold themselves in cycles
 
 
 @pytest.fixture
