@@ -588,3 +588,15 @@ def test_damage_is_refused_or_leaves_plain_numbers(damaged_path, kind, edits):
         assert np.isfinite(array).all()
         assert array.shape == whole.get(name, array.shape)
     assert sum(array.nbytes for array in read.tensors.values()) <= len(content)
+
+
+def test_one_changed_bit_of_a_tensor_is_seen(tmp_path):
+    tensor = torch.arange(64, dtype=torch.float32)
+    path = tmp_path / "a.pth"
+    torch.save({"conv1.weight": tensor}, path)
+    content = bytearray(path.read_bytes())
+    place = bytes(content).index(tensor.numpy().tobytes()) + 10
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="does not have the checksum that the archive tells"):
+        read_checkpoint(path)

@@ -24,7 +24,7 @@ from weights_convert.mapping import COUNTER
 MAX_BYTES = 4 * 2**30  # the largest source has 0.2 GiB
 MAX_TENSORS = 10_000
 MAX_AXES = 5
-WRAPPERS = ("state_dict", "model_state_dict")
+WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIX = "module."  # of torch's DataParallel
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
@@ -163,12 +163,30 @@ def _require_plain_zip(path: Path, size: int) -> None:
         )
     if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
         raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
+    if not any(name.endswith("data.pkl") for name in names):
+        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
         sum(member.file_size for member in members) > size
     ):
         raise DataError(f"{path} unpacks to more than its size; refused.")
-    if not any(name.endswith("data.pkl") for name in names):
-        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
+    _require_checksums(path)
+
+
+def _require_checksums(path: Path) -> None:
+    """torch itself reads on when the bits of a stored tensor have changed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except _READ_ERRORS as error:
+        raise DataError(
+            f"{path} is a damaged zip archive: {_printable(str(error))}.",
+            "The download was cut off; fetch it again.",
+        ) from error
+    if damaged is not None:
+        raise DataError(
+            f"{path}: {_printable(damaged)} does not have the checksum that the archive tells.",
+            "The file is damaged; fetch it again.",
+        )
 
 
 def _load_torch(path: Path, kind: str):
@@ -209,7 +227,8 @@ def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
         ) from error
     raise DataError(
         f"{path} asks to run {name} when it is read; refused, nothing was run.",
-        "Do not open this file with a plain torch.load.",
+        "If you trust where it comes from: save model.state_dict() alone, and give that file. If"
+        " not, do not open it with a plain torch.load.",
     ) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_path
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS, ModelSpec
+from ich_keras.models.presets import PRESETS, ModelSpec, require_preset
 
 SUFFIX = ".weights.h5"
 RECORD = "ich_keras"
@@ -94,7 +94,7 @@ class LoadedWeights:
 def origin(record: dict) -> str:
     """Say in one line where weights come from, as far as their record tells."""
     if "network" not in record:
-        return "no record: source unknown, strides and dilations not checked"
+        return "its network is not recorded: source unknown, strides and dilations not checked"
     said = (
         f"source {record.get('source', 'a run')} ({record.get('licence', 'no licence recorded')})"
     )
@@ -118,6 +118,7 @@ def source_of(name: str, preset_name: str) -> str:
     Raises:
         UsageError: the preset has no weights of that family.
     """
+    require_preset(preset_name)
     if name not in FAMILIES:
         return name
     fitting = [s for s in PRESETS[preset_name].sources if s.startswith(FAMILIES[name])]
