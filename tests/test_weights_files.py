@@ -596,9 +596,8 @@ def test_the_account_of_what_was_loaded(good_file, tmp_path):
     )
     account = str(LoadedWeights(tmp_path, ("conv1",)))
     assert account == (
-        f"1 layers from {tmp_path}; its network is not recorded: source unknown, strides and dilations"
-        " not checked;"
-        " new: none"
+        f"1 layers from {tmp_path}; its network is not recorded: source unknown, strides and"
+        " dilations not checked; new: none"
     )
 
 
