@@ -20,15 +20,15 @@ from ich_keras.files import sha256_of
 from ich_keras.labels import LABELS
 from ich_keras.models import resnet as resnet_module
 from ich_keras.models.classifier import build_backbone, build_classifier, classifier
-from ich_keras.models.presets import PRESETS, ModelSpec, Preset, preset
+from ich_keras.models.presets import PRESETS, STAGE_BLOCKS, ModelSpec, Preset, preset
 from ich_keras.models.resnet import feature_model, resnet
 from ich_keras.models.weights import FOLDER_VARIABLE, read_record, read_weights
 from weights_convert import conversion, fetching, selfcheck
 from weights_convert import state as state_module
 from weights_convert.cli import main
 from weights_convert.conversion import convert, export, inspect, verify
-from weights_convert.mapping import layer_name, to_keras, to_torch, torch_name
-from weights_convert.parity import difference, torch_features
+from weights_convert.mapping import to_keras, to_torch, torch_name
+from weights_convert.parity import compare, difference, torch_features
 from weights_convert.reference import reference
 from weights_convert.reshaping import change_channels, collapse, inflate
 from weights_convert.selfcheck import oracle_of, randomise
@@ -180,6 +180,8 @@ def test_sources_are_torchvisions_own_words():
     for name, weights in found.items():
         assert SOURCES[name].url == weights.url
         assert f"-{SOURCES[name].published_sha256}.pth" in weights.url
+        for numbers in (weights.transforms().mean, weights.transforms().std):
+            assert f"({', '.join(map(str, numbers))})" in SOURCES[name].original_input
     for source in SOURCES.values():
         assert PRESETS[source.preset].spec.channels == source.channels
         assert source.name in PRESETS[source.preset].sources
@@ -217,15 +219,18 @@ def test_parity_on_this_backend(source_name):
         source_name,
         sizes=((33, 48), (64, 64)) if "resnet" in source_name else ((1, 33, 40), (5, 32, 32)),
     )
-    features = {
-        n: r for n, (_, r) in parity.rows.items() if n not in ("gradient", "step", "oracle")
-    }
-    assert max(features.values()) < 1e-5
-    assert parity.rows["step"][1] < 1e-3
+    rows = {name: relative for name, (_, relative) in parity.rows.items()}
+    # In float32 single switched ReLUs move it by per cents; a wrong gradient is off by its length.
+    assert rows.pop("gradient") < 0.05
+    rows.pop("oracle")
+    assert max(rows.values()) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="float64 in Keras needs torch")
+@pytest.mark.skipif(
+    keras.config.backend() != "torch",
+    reason="jax computes in float32; elsewhere a gradient is read off a float32 step",
+)
 @pytest.mark.parametrize("source_name", [n for n in SOURCES if not n.endswith("_23datasets")])
 def test_parity_in_float64_gradients_included(source_name):
     rank = preset(SOURCES[source_name].preset).rank
@@ -235,23 +240,38 @@ def test_parity_in_float64_gradients_included(source_name):
         assert relative < 1e-10, name
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="gradients are read from torch")
 def test_a_detached_shortcut_trains_as_medicalnet_does():
     def gradients(detach_keras, detach_torch):
         spec = ModelSpec((None, None, None, 1), shortcut="A", width=8, dropout=0.0)
-        module = random_network(
-            ModelSpec.from_dict({**spec.to_dict(), "detach_shortcut": detach_torch}), 6
-        ).double()
-        spec = ModelSpec.from_dict({**spec.to_dict(), "detach_shortcut": detach_keras})
-        with selfcheck.keep_float64():
-            model = selfcheck.keras_network(spec, "float64")
-            load_state(model, {n: t.numpy() for n, t in module.state_dict().items()})
-            images = np.random.default_rng(0).standard_normal((2, 6, 24, 24, 1), np.float32)
-            return selfcheck.gradient_rows(module, module, model, images)["gradient"][1]
+        module = random_network(replace(spec, detach_shortcut=detach_torch), 6)
+        model = selfcheck.keras_network(replace(spec, detach_shortcut=detach_keras))
+        load_state(model, {n: t.numpy() for n, t in module.state_dict().items()})
+        images = np.random.default_rng(0).standard_normal((2, 16, 32, 32, 1), np.float32)
+        return selfcheck.gradient_rows(module, module, model, images)["gradient"][1]
 
-    assert gradients(True, True) < 1e-10
-    assert gradients(False, False) < 1e-10
-    assert gradients(False, True) > 1e-2
+    assert gradients(True, True) < 0.05
+    assert gradients(False, False) < 0.05
+    assert gradients(False, True) > 0.2
+    assert gradients(True, False) > 0.2
+
+
+@pytest.mark.parametrize("depth", STAGE_BLOCKS)
+@pytest.mark.parametrize("shape", [(None, None, 3), (None, None, None, 1)])
+def test_every_depth_in_2d_and_3d_equals_plain_torch(depth, shape):
+    spec = ModelSpec(shape, depth=depth, width=4, dropout=0.0)
+    module = random_network(spec, 6)
+    model = selfcheck.keras_network(spec)
+    load_state(model, {n: t.numpy() for n, t in module.state_dict().items()})
+    sizes = ((33, 40),) if spec.rank == 2 else ((5, 33, 24),)
+    assert compare(module, model, sizes, spec.channels).worst < 1e-5
+
+
+@pytest.mark.parametrize("depth", [101, 152])
+def test_deep_networks_have_torchvisions_tensors(depth):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=6).state_dict()
+        ours = reference(ModelSpec((None, None, 3), depth=depth), 6).state_dict()
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
 
 
 # Each of these breaks the network in one of the ways that shapes do not show.
@@ -399,7 +419,6 @@ def test_names_and_axes_there_and_back():
     assert torch_name("layer1_0_downsample_1", "moving_variance") == (
         "layer1.0.downsample.1.running_var"
     )
-    assert layer_name("layer1.0.conv1.0.3.weight") == "layer1_0_conv1_0_3"
     for shape in ((4, 3, 7, 7), (4, 3, 5, 7, 7), (6, 512), (8,)):
         array = np.random.default_rng(0).standard_normal(shape)
         np.testing.assert_array_equal(to_torch(to_keras(array)), array)

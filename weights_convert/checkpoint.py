@@ -146,36 +146,11 @@ def _kind(path: Path) -> str:
 
 
 def _require_plain_zip(path: Path, size: int) -> None:
-    """torch stores a checkpoint's members as they are: a compressed one may be a bomb."""
+    """Refuse an archive that is no plain one of torch's, or whose bits have changed."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except _READ_ERRORS as error:
-        raise DataError(
-            f"{path} is a damaged zip archive: {_printable(str(error))}.",
-            "The download was cut off; fetch it again.",
-        ) from error
-    names = [member.filename for member in members]
-    if "model.weights.h5" in names or "config.json" in names:
-        raise DataError(
-            f"{path} is a .keras file, not a torch checkpoint.",
-            "Load it with keras.saving.load_model.",
-        )
-    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
-        raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
-    if not any(name.endswith("data.pkl") for name in names):
-        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
-        sum(member.file_size for member in members) > size
-    ):
-        raise DataError(f"{path} unpacks to more than its size; refused.")
-    _require_checksums(path)
-
-
-def _require_checksums(path: Path) -> None:
-    """torch itself reads on when the bits of a stored tensor have changed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
+            _require_members(path, size, archive.infolist())
+            # torch itself reads on when the bits of a stored tensor have changed.
             damaged = archive.testzip()
     except _READ_ERRORS as error:
         raise DataError(
@@ -187,6 +162,24 @@ def _require_checksums(path: Path) -> None:
             f"{path}: {_printable(damaged)} does not have the checksum that the archive tells.",
             "The file is damaged; fetch it again.",
         )
+
+
+def _require_members(path: Path, size: int, members: list[zipfile.ZipInfo]) -> None:
+    names = [member.filename for member in members]
+    if "model.weights.h5" in names or "config.json" in names:
+        raise DataError(
+            f"{path} is a .keras file, not a torch checkpoint.",
+            "Load it with keras.saving.load_model.",
+        )
+    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
+        raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
+    if not any(name.endswith("data.pkl") for name in names):
+        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
+    # torch stores a checkpoint's members as they are: a compressed one may be a bomb.
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+        sum(member.file_size for member in members) > size
+    ):
+        raise DataError(f"{path} unpacks to more than its size; refused.")
 
 
 def _load_torch(path: Path, kind: str):

@@ -31,11 +31,6 @@ def torch_name(layer: str, variable: str) -> str:
     return f"{layer.replace('_', '.')}.{VARIABLES[variable]}"
 
 
-def layer_name(tensor: str) -> str:
-    """Return the Keras layer of a torch tensor: "layer1.0.bn1.weight" -> layer1_0_bn1."""
-    return tensor.rpartition(".")[0].replace(".", "_")
-
-
 def to_keras(array: np.ndarray) -> np.ndarray:
     """Move torch's axes (out, in, ...) of a kernel to Keras' (..., in, out); vectors stay."""
     return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array

@@ -16,16 +16,14 @@ from ich_keras.labels import NUM_LABELS
 from ich_keras.models.presets import ModelSpec, preset
 from ich_keras.models.weights import HEAD
 from weights_convert.mapping import COUNTER, to_torch
-from weights_convert.parity import Parity, compare, full_precision, worse
+from weights_convert.parity import IMAGE_SIZES, Parity, compare, full_precision, worse
 from weights_convert.reference import reference
 from weights_convert.sources import SOURCES, Source, source_named
 from weights_convert.state import load_state, state_of, variables_by_name
 
-IMAGE_SIZES = ((64, 64), (65, 63), (96, 71))
 VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
 # The step is this long, so that the gradient can be read off the weights without rounding it away.
 LEARNING_RATE = 2.0**12
-STEP = 1e-3  # the largest learning rate that anybody trains these networks with
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -184,9 +182,8 @@ def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, t
 
     Returns:
         "gradient": the largest absolute difference, and the largest relative one of any tensor
-        (length of the difference over length of the gradient). "step": the same for the weights
-        after a step of `STEP` along it. "oracle": as "gradient", the oracle against itself in
-        float64.
+        (length of the difference over length of the gradient). "oracle": the same, the oracle
+        against itself in float64.
     """
     import keras
 
@@ -194,16 +191,13 @@ def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, t
     direction = direction.astype(np.float32)
     expected = _oracle_gradients(module, images, direction)
     again = _oracle_gradients(copy.deepcopy(module).double(), images, direction)
-    weights = state_of(model)
     is_torch = keras.config.backend() == "torch"
     found = (_torch_gradients if is_torch else _step_gradients)(model, images, direction)
-    rows = {"gradient": (0.0, 0.0), "step": (0.0, 0.0), "oracle": (0.0, 0.0)}
+    rows = {"gradient": (0.0, 0.0), "oracle": (0.0, 0.0)}
     names = [name for name, _ in state_owner.named_parameters()]
     for name, gradient, other in zip(names, expected, again, strict=True):
-        weight = weights[name].astype(np.float64)
         for row, value, truth in (
             ("gradient", found[name], gradient),
-            ("step", weight - STEP * found[name], weight - STEP * gradient),
             ("oracle", gradient, other),
         ):
             off = value - truth

@@ -8,7 +8,8 @@ from ich_keras.models.presets import LICENCES
 # torchvision/models/resnet.py and torchvision/models/video/resnet.py: the weight enumerations.
 # The eight hexadecimal digits in a file name are the beginning of its SHA-256.
 _PYTORCH = "https://download.pytorch.org/models/"
-# The authors' own repositories (https://github.com/Tencent/MedicalNet links to them).
+# The organisation TencentMedicalNet on Hugging Face; MedicalNet's README offers the files on Google
+# Drive (https://github.com/Tencent/MedicalNet).
 _MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{depth}/resolve/main/"
 
 _IMAGENET_CITATION = (
@@ -92,8 +93,7 @@ def _medicalnet(depth: int, is_23: bool) -> Source:
         url=_MEDICALNET.format(depth=depth) + file_name,
         published_sha256="",
         licence=f"{LICENCES['medicalnet_']} (MedicalNet)",
-        data_terms="3DSeg-8"
-        + (" and further public sets, 23 in all" if is_23 else ": eight public segmentation sets"),
+        data_terms="23 data sets, not listed by MedicalNet" if is_23 else "3DSeg-8, see the paper",
         citation=_MEDICALNET_CITATION,
         intensity="head-z-score",
         original_input="volumes, z-score over the voxels above 0, background noise N(0, 1)",

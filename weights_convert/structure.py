@@ -4,7 +4,13 @@ import re
 from collections.abc import Mapping
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import NUM_STAGES, PRESETS, STAGE_BLOCKS, ModelSpec
+from ich_keras.models.presets import (
+    BOTTLENECK_EXPANSION,
+    NUM_STAGES,
+    PRESETS,
+    STAGE_BLOCKS,
+    ModelSpec,
+)
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
 
@@ -48,7 +54,7 @@ def structure_of(shapes: Mapping[str, tuple[int, ...]], place: str = "the checkp
     stem_kernel = shapes[stem][2:]
     if factorised:
         stem_kernel = (shapes["stem.3.weight"][2], *stem_kernel[1:])
-    expansion = 4 if is_bottleneck else 1
+    expansion = BOTTLENECK_EXPANSION if is_bottleneck else 1
     return {
         "naming": naming,
         "rank": len(shapes[stem]) - 2,

@@ -122,7 +122,7 @@ def head_z_score(grey: np.ndarray) -> np.ndarray:
         float32 of the same shape; 0 outside the head, and everywhere in a slice without head.
 
     Source:
-        Chen et al., Med3D (2019), section 3.2: z-score over the volume's foreground.
+        MedicalNet's reader (datasets/brains18.py): z-score over the voxels above 0.
     """
     axes = (-3, -2, -1)
     head = grey > (HEAD_ABOVE_HU - WIDE.low) / WIDE.width
@@ -141,12 +141,10 @@ class Intensity:
     Args:
         windows: one channel each; what augmentation sees, 0..1.
         normalise: from those to the network's input.
-        title: one line: what it is.
     """
 
     windows: tuple[Window, ...]
     normalise: Callable[[np.ndarray], np.ndarray]
-    title: str
 
     @property
     def channels(self) -> int:
@@ -155,13 +153,9 @@ class Intensity:
 
 
 INTENSITIES = {
-    "windows": Intensity(WINDOWS, normalise, "brain, subdural, soft tissue; the thesis's mean/std"),
-    "wide": Intensity(
-        (WIDE,),
-        lambda grey: normalise(grey, THESIS_WIDE_NORMALISATION),
-        "(HU + 1000) / 1400 - 0.25, the thesis's 3D input",
-    ),
-    "head-z-score": Intensity((WIDE,), head_z_score, "z-score over the head, MedicalNet's"),
+    "windows": Intensity(WINDOWS, normalise),
+    "wide": Intensity((WIDE,), lambda grey: normalise(grey, THESIS_WIDE_NORMALISATION)),
+    "head-z-score": Intensity((WIDE,), head_z_score),
 }
 
 
