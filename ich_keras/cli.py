@@ -190,6 +190,20 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--schedule", help="constant (default) or cosine.")
 @click.option("--warmup-steps", type=int, help="Steps of linear rise; default 0.")
 @click.option("--weight-decay", type=float, help="Decoupled; default 0.")
+@click.option(
+    "--accumulate", type=int, metavar="N", help="Batches that make one optimiser step; default 1."
+)
+@click.option(
+    "--precision",
+    help="auto (default: bfloat16 where the hardware has it), float32, bfloat16 or float16.",
+)
+@click.option("--step", help="fast (default) or stock: Keras' own steps.")
+@click.option(
+    "--recompute", help="stage or block: less memory, a longer step; default: keep everything."
+)
+@click.option(
+    "--compiled/--not-compiled", default=None, help="torch.compile; default: on a GPU only."
+)
 @click.option("--loss", help="bce (default) or rsna (any counted twice).")
 @click.option("--balance/--no-balance", default=None, help="One negative slice per positive one.")
 @click.option("--augment", help="thesis (default), flip (left-right only) or none.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import FREEZABLE, NORMS, require_preset
+from ich_keras.models.presets import FREEZABLE, NORMS, PRECISIONS, RECOMPUTE, STEPS, require_preset
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class FitConfig:
         freeze: keep the network up to and including "stem", "layer1", ... "layer4" as it is;
             None trains all.
         backbone_factor: the backbone's multiple of the learning rate.
+        accumulate: batches whose gradients make one optimiser step.
+        step: "fast" or "stock" (Keras' own steps); see `ich_keras.choose_step`.
+        recompute: "stage" or "block" keeps fewer activations and computes them twice.
+        compiled: run the training function through `torch.compile`; None does so on CUDA.
     """
 
     batch_size: int = 32
@@ -62,6 +66,10 @@ class FitConfig:
     loss: str = "bce"
     freeze: str | None = None
     backbone_factor: float = 1.0
+    accumulate: int = 1
+    step: str = "fast"
+    recompute: str | None = None
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class RunConfig:
         seed: of everything random.
         backend: Keras'.
         device: "auto", "cpu" or "cuda".
+        precision: "float32", "bfloat16" or "float16" for all but the head and the loss; "auto"
+            takes bfloat16 where the hardware computes in it.
         data: which slices.
         fit: how they are fitted.
     """
@@ -85,6 +95,7 @@ class RunConfig:
     seed: int = 0
     backend: str = "torch"
     device: str = "auto"
+    precision: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
@@ -95,6 +106,7 @@ class RunConfig:
             ("data.loader_workers", self.data.loader_workers, 0, 1024),
             ("fit.batch_size", self.fit.batch_size, 1, 2**16),
             ("fit.epochs", self.fit.epochs, 1, 10**6),
+            ("fit.accumulate", self.fit.accumulate, 1, 10**6),
             ("fit.warmup_steps", self.fit.warmup_steps, 0, 10**9),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
@@ -132,6 +144,9 @@ class RunConfig:
             ("backend", self.backend, BACKENDS),
             ("norm", self.norm, NORMS),
             ("device", self.device, DEVICES),
+            ("precision", self.precision, ("auto", *PRECISIONS)),
+            ("fit.step", self.fit.step, STEPS),
+            ("fit.recompute", self.fit.recompute, (None, *RECOMPUTE)),
             ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
             ("fit.loss", self.fit.loss, ("bce", "rsna")),
             ("data.augment", self.data.augment, ("thesis", "flip", "none")),

@@ -120,6 +120,28 @@ def _loaded_device(name: str, backend: str) -> str:
     )
 
 
+def choose_precision(name: str = "auto", device: str = "cpu") -> str:
+    """Decide the precision of a network on the backend in force.
+
+    Args:
+        name: "float32", "bfloat16" or "float16"; "auto" takes bfloat16 on torch where the
+            hardware computes in it, otherwise float32.
+        device: "cpu" or "cuda", from `choose_device`.
+    """
+    if name != "auto":
+        return name
+    return "bfloat16" if choose_backend() == "torch" and has_bfloat16(device) else "float32"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Tell whether torch computes in bfloat16 here with instructions made for it."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def why_no_cuda(backend: str) -> str:
     """Say why no CUDA device can be used; empty when one can."""
     if backend == "torch":
@@ -204,7 +226,9 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
         backend = choose_backend()
         rows.append(("backend", True, backend))
         reason = why_no_cuda(backend)
-        rows.append(("device", True, "cuda" if not reason else f"cpu ({reason})"))
+        device = "cuda" if not reason else "cpu"
+        rows.append(("device", True, f"cpu ({reason})" if reason else "cuda"))
+        rows.append(("precision", True, choose_precision("auto", device)))
     except (EnvironmentProblem, UsageError) as error:
         rows.append(("backend", False, str(error)))
     for label, available in decoders().items():

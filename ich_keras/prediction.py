@@ -12,7 +12,7 @@ from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.inputs import intensity_of, resize_hu, slice_input
-from ich_keras.environment import choose_backend, choose_device
+from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, require_absent
 from ich_keras.labels import LABELS, NUM_LABELS
@@ -48,12 +48,13 @@ class FolderPrediction:
         )
 
 
-def load_run(run_dir: Path | str, device: str | None = None):
+def load_run(run_dir: Path | str, device: str | None = None, precision: str | None = None):
     """Load the network of a run with its best weights.
 
     Args:
         run_dir: a run folder.
         device: None takes "auto"; a run need not be used where it was trained.
+        precision: None takes the run's, but bfloat16 only where the hardware computes in it.
 
     Returns:
         (RunConfig, keras.Model that gives probabilities).
@@ -64,12 +65,14 @@ def load_run(run_dir: Path | str, device: str | None = None):
     run_dir = require_run(run_dir)
     config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     choose_backend()
-    choose_device(device or "auto")
+    device = choose_device(device or "auto")
+    if precision is None:
+        precision = run_precision(config, device)
     from ich_keras.models.classifier import classifier
     from ich_keras.models.weights import load_weights
 
     spec = network(config)
-    model = classifier(spec)
+    model = classifier(spec, precision=precision)
     load_weights(model, run_dir / BEST_WEIGHTS, spec, needs_head=True)
     return config, model
 
@@ -93,6 +96,14 @@ def network(config: RunConfig) -> ModelSpec:
 def run_intensity(config: RunConfig) -> str:
     """Return the intensity of a run; runs older than the choice have the three windows."""
     return config.data.intensity or "windows"
+
+
+def run_precision(config: RunConfig, device: str) -> str:
+    """Return the precision a run predicts in on this machine: its own, or float32 where that has
+    no instructions of its own. Runs older than the choice are float32."""
+    if config.precision == "bfloat16" and choose_precision("auto", device) != "bfloat16":
+        return "float32"
+    return "float32" if config.precision == "auto" else config.precision
 
 
 def require_run(run_dir: Path | str) -> Path:

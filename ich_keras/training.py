@@ -13,7 +13,12 @@ from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
 from ich_keras.data.inputs import INTENSITIES
 from ich_keras.data.split import SPLITS, Split, make_split
-from ich_keras.environment import choose_backend, choose_device, environment_record
+from ich_keras.environment import (
+    choose_backend,
+    choose_device,
+    choose_precision,
+    environment_record,
+)
 from ich_keras.errors import DataError, DivergedError, UsageError
 from ich_keras.evaluation import SPLIT, evaluate
 from ich_keras.files import atomic_write, require_absent, write_json
@@ -39,8 +44,9 @@ class TrainingPlan:
         num_patients: patients per split.
         num_positive: positive training slices per label.
         slices_per_epoch: slices an epoch shows to the network.
-        steps_per_epoch: optimiser steps an epoch.
-        total_steps: optimiser steps in all.
+        steps_per_epoch: batches an epoch.
+        total_steps: batches in all, which the schedule counts; `fit.accumulate` of them make one
+            step of the optimiser.
         learning_rate: the rate in force.
         warning: what is wrong with the split by name ("" for a sound one).
         note: what the split left out, counted ("" when nothing was).
@@ -184,11 +190,11 @@ def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
 
 
 def _resolved(config: RunConfig) -> RunConfig:
-    """Settle backend and device, before Keras is imported, and what enters the network."""
-    config = replace(
-        config, backend=choose_backend(config.backend), device=choose_device(config.device)
-    )
-    return _with_intensity(config)
+    """Settle backend, device and precision, before Keras is imported, and what enters the
+    network."""
+    backend, device = choose_backend(config.backend), choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    return _with_intensity(replace(config, backend=backend, device=device, precision=precision))
 
 
 def _with_intensity(config: RunConfig) -> RunConfig:
@@ -214,7 +220,7 @@ def _compiled_model(config: RunConfig, total_steps: int):
     from ich_keras.models.weights import find_weights, load_weights
 
     spec = network(config)
-    model = classifier(spec, output="logits")
+    model = classifier(spec, output="logits", precision=config.precision)
     loaded = None
     if config.weights is not None:
         loaded = load_weights(model, find_weights(config.weights, config.preset), spec)
@@ -229,6 +235,10 @@ def _compiled_model(config: RunConfig, total_steps: int):
         warmup_steps=config.fit.warmup_steps,
         weight_decay=config.fit.weight_decay,
         backbone_factor=config.fit.backbone_factor,
+        accumulate=config.fit.accumulate,
+        step=config.fit.step,
+        recompute=config.fit.recompute,
+        compiled=config.fit.compiled,
     )
     return model, loaded
 
@@ -346,6 +356,9 @@ def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
         line += f", backbone at {config.fit.backbone_factor:g} of it"
     if config.fit.freeze is not None:
         line += f", frozen up to {config.fit.freeze}"
+    if config.fit.accumulate > 1:
+        line += f", {config.fit.accumulate} batches a step"
+    line += f", {config.precision}"
     return line + "."
 
 
@@ -452,7 +465,8 @@ def _finish(config: RunConfig, cache: CTCache, out: Path, progress: Progress | N
     from ich_keras.report import write_report
 
     _, model = load_run(out, config.device)
-    save_model(model, out / MODEL)
+    # In float32 for whoever loads it: other machines may have no faster type.
+    save_model(load_run(out, config.device, precision="float32")[1], out / MODEL)
     for name in ("valid", "test"):
         evaluate(out, cache, name, model=model, progress=progress)
     write_report(out)

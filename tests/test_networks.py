@@ -167,7 +167,9 @@ def test_fit_save_load(name, tmp_path):
     twin.save(tmp_path / "model.keras")
     twin.save_weights(tmp_path / "model.weights.h5")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
-    np.testing.assert_array_equal(np.asarray(loaded.predict_on_batch(images)), expected)
+    # Loaded without our steps, and so without folded normalisation: equal up to rounding.
+    reloaded = np.asarray(loaded.predict_on_batch(images))
+    np.testing.assert_allclose(reloaded, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     other = classifier(TINY[name], output="logits")
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(np.asarray(other.predict_on_batch(images)), expected)

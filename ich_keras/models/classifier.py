@@ -1,20 +1,19 @@
 """From pooled features to six probabilities, and how a classifier is compiled."""
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from ich_keras.errors import UsageError
-from ich_keras.labels import ANY, LABELS, NUM_LABELS
-from ich_keras.models.presets import FREEZABLE, ModelSpec, preset
+from ich_keras.labels import NUM_LABELS
+from ich_keras.models.loss import LOSSES, BinaryCrossEntropy
+from ich_keras.models.optimizer import Adam
+from ich_keras.models.presets import FREEZABLE, PRECISIONS, ModelSpec, preset
 from ich_keras.models.resnet import resnet
+from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import HEAD, find_weights, load_weights
 
-PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 OUTPUTS = ("probabilities", "logits")
 PROBABILITIES = "probabilities"
-
-# The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
-RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)
 
 
 def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | None = None):
@@ -29,6 +28,7 @@ def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | 
 
     Returns:
         A functional `keras.Model` of stock layers: a saved `.keras` loads without this package.
+        On torch it takes the fast steps; see `choose_step`.
 
     Raises:
         UsageError: unknown output or precision.
@@ -43,13 +43,15 @@ def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | 
         x = layers.Dropout(spec.dropout, dtype="float32", name="dropout")(x)
     x = layers.Dense(NUM_LABELS, dtype="float32", name=HEAD)(x)
     model = keras.Model(backbone.input, x, name=f"{backbone.name}_classifier")
-    return with_probabilities(model) if output == "probabilities" else model
+    if output == "probabilities":
+        return with_probabilities(model)
+    return choose_step(model)
 
 
 def with_probabilities(model: keras.Model) -> keras.Model:
     """Return a model that shares all layers of a logits model and ends in a sigmoid."""
     x = layers.Activation("sigmoid", dtype="float32", name=PROBABILITIES)(model.output)
-    return keras.Model(model.input, x, name=model.name)
+    return choose_step(keras.Model(model.input, x, name=model.name))
 
 
 def build_classifier(
@@ -105,7 +107,7 @@ def build_backbone(
         A functional `keras.Model`: float32 (N, *input_shape) to pooled features (N, features).
     """
     spec = preset(name).with_any_size() if input_shape is None else preset(name, input_shape)
-    model = resnet(spec)
+    model = choose_step(resnet(spec))
     if weights is not None:
         load_weights(model, find_weights(weights, name), spec)
     return model
@@ -145,68 +147,6 @@ def ends_in_logits(model: keras.Model) -> bool:
     return model.output_names != [PROBABILITIES] and model.layers[-1].name == HEAD
 
 
-def binary_cross_entropy(from_logits: bool, label_weights: tuple[float, ...] | None = None):
-    """Return the loss: binary cross-entropy, averaged over the six labels.
-
-    Args:
-        from_logits: whether the model gives logits (numerically safer) or probabilities.
-        label_weights: one weight per label; the average divides by their sum. None: all alike.
-            RSNA_WEIGHTS makes it the competition's metric.
-
-    Returns:
-        A function of (labels, outputs), both float (N, 6), that gives float (N,).
-    """
-    weights = None
-    if label_weights is not None:
-        weights = [w / sum(label_weights) for w in label_weights]
-
-    def loss(y_true, y_pred):
-        y_true = ops.cast(y_true, y_pred.dtype)
-        each = ops.binary_crossentropy(y_true, y_pred, from_logits=from_logits)
-        if weights is None:
-            return ops.mean(each, axis=-1)
-        return ops.sum(each * ops.convert_to_tensor(weights, dtype=each.dtype), axis=-1)
-
-    loss.__name__ = "bce" if label_weights is None else "rsna"
-    return loss
-
-
-def slower_adam(full_rate: set[int], factor: float, **settings) -> keras.optimizers.Optimizer:
-    """Return Keras' Adam of the running backend with a lower rate for most variables.
-
-    Scaling gradients would do nothing under Adam; the rate itself has to differ.
-
-    Args:
-        full_rate: `id` of each variable that learns at the full rate.
-        factor: of the learning rate of all others, weight decay included.
-        settings: of `keras.optimizers.Adam`.
-    """
-    # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
-    base = type(keras.optimizers.Adam())
-
-    class SlowerAdam(base):
-        def _backend_update_step(self, grads, trainable_variables, learning_rate):
-            pairs = list(zip(grads, trainable_variables, strict=True))
-            for is_full, rate in ((True, learning_rate), (False, learning_rate * factor)):
-                group = [pair for pair in pairs if (id(pair[1]) in full_rate) == is_full]
-                if group:
-                    super()._backend_update_step(*map(list, zip(*group, strict=True)), rate)
-
-        def _apply_weight_decay(self, variables):
-            if self.weight_decay is None:
-                return
-            decay = self.weight_decay
-            for is_full, value in ((True, decay), (False, decay * factor)):
-                self.weight_decay = value
-                group = [v for v in variables if (id(v) in full_rate) == is_full]
-                if group:
-                    super()._apply_weight_decay(group)
-            self.weight_decay = decay
-
-    return SlowerAdam(**settings)
-
-
-LOSSES = {"bce": None, "rsna": RSNA_WEIGHTS}
 SCHEDULES = ("constant", "cosine")
 
 
@@ -249,6 +189,12 @@ def compile_classifier(
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
     backbone_factor: float = 1.0,
+    accumulate: int = 1,
+    step: str = "fast",
+    precision: str | None = None,
+    recompute: str | None = None,
+    compiled: bool | None = None,
+    **adam,
 ) -> keras.Model:
     """Compile a classifier for `fit`: Adam and the loss alone.
 
@@ -280,24 +226,27 @@ def compile_classifier(
         raise UsageError(f"weight decay {weight_decay}; expected a number of at least 0.")
     if not 0 < backbone_factor <= 1:
         raise UsageError(f"backbone factor {backbone_factor}; expected above 0, at most 1.")
-    settings = {
-        "learning_rate": learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
-        "epsilon": 1e-8,  # torch's default, which the thesis used; Keras' is 1e-7
-        "weight_decay": weight_decay or None,
-    }
-    if backbone_factor == 1:
-        optimizer = keras.optimizers.Adam(**settings)
-    else:
-        head = {
-            id(variable)
-            for layer in model.layers
-            if layer.name == HEAD
-            for variable in layer.weights
-        }
-        optimizer = slower_adam(head, backbone_factor, **settings)
+    if accumulate < 1:
+        raise UsageError(f"accumulate {accumulate}; expected at least 1.")
+    choose_step(model, step, precision, recompute, compiled)
+    optimizer = Adam(
+        learning_rate=learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
+        weight_decay=weight_decay or None,
+        backbone_factor=backbone_factor,
+        head_layers=(HEAD,),
+        fused=step == "fast",
+        gradient_accumulation_steps=accumulate if accumulate > 1 else None,
+        **adam,
+    )
     if weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    if (precision or built_precision(model)) == "float16":
+        # Keras does so by itself only where the global policy is mixed_float16.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(
-        optimizer=optimizer, loss=binary_cross_entropy(ends_in_logits(model), LOSSES[loss])
+        optimizer=optimizer,
+        loss=BinaryCrossEntropy(ends_in_logits(model), LOSSES[loss], name=loss),
+        # Keras reads precision from the global policy; what needs scaling is wrapped above.
+        auto_scale_loss=False,
     )
     return model

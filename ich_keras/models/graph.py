@@ -1,0 +1,238 @@
+"""A functional model read as a flat list of steps, for whoever runs it another way.
+
+Pure reading: no backend is imported and nothing is changed. Padding layers disappear into the
+convolution or pooling that follows them, which pads by itself.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import keras
+from keras import layers
+
+CONVOLUTIONS = (layers.Conv2D, layers.Conv3D)
+PADDINGS = (layers.ZeroPadding2D, layers.ZeroPadding3D)
+MAX_POOLINGS = (layers.MaxPooling2D, layers.MaxPooling3D)
+MEANS = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
+
+
+class UnknownStep(Exception):
+    """The model holds something that this reading does not cover; the text says what."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the flat list.
+
+    Args:
+        kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "mean", "add", "dropout",
+            "dense", "sigmoid", "pad", "channels" (zero channels appended), "subsample" (every
+            so-manieth position) or "detach".
+        name: of the layer or operation.
+        layer: the Keras layer or operation.
+        sources: numbers of the values it reads; 0 is the model's input.
+        target: number of the value it makes.
+        dtype: Keras' name of the type it computes in.
+        amounts: per axis: padding of "conv" (symmetric), "max_pool" (symmetric) and "pad"
+            (before, after); steps of "subsample"; channels added by "channels" (one number).
+        norm: the batch normalisation that a "conv" has taken in (`fold_norms`).
+    """
+
+    kind: str
+    name: str
+    layer: object
+    sources: tuple[int, ...]
+    target: int
+    dtype: str
+    amounts: tuple = ()
+    norm: object = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as a list of steps in an order that works.
+
+    Args:
+        steps: what to do.
+        outputs: numbers of the values that the model gives, flat.
+        readers: value number -> how many steps (and outputs) read it.
+    """
+
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+    readers: dict[int, int]
+
+    @property
+    def num_values(self) -> int:
+        """One more than the highest number of a value."""
+        return 1 + max(step.target for step in self.steps)
+
+
+def read_graph(model: keras.Model) -> Graph:
+    """Read a functional model of one input.
+
+    Args:
+        model: functional, channels-last.
+
+    Raises:
+        UnknownStep: a layer, a setting of a layer, or a structure that is not covered.
+    """
+    nodes = getattr(model, "_nodes_by_depth", None)
+    if nodes is None or len(model.inputs) != 1:
+        raise UnknownStep("the model is not a functional one with a single input")
+    numbers = {id(model.inputs[0]): 0}
+    steps: list[Step] = []
+    for depth in sorted(nodes, reverse=True):
+        for node in nodes[depth]:
+            if node.is_input:
+                continue
+            sources = tuple(numbers[id(tensor)] for tensor in node.input_tensors)
+            if len(node.outputs) != 1:
+                raise UnknownStep(f"{node.operation.name} has {len(node.outputs)} outputs")
+            numbers[id(node.outputs[0])] = len(numbers)
+            steps.append(_step(node, sources, numbers[id(node.outputs[0])]))
+    outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
+    return _with_padding_inside(steps, outputs)
+
+
+def _step(node, sources: tuple[int, ...], target: int) -> Step:
+    operation = node.operation
+    if isinstance(operation, layers.Layer):
+        kind, amounts = _layer_kind(operation)
+        dtype = operation.compute_dtype
+    else:
+        kind, amounts = _operation_kind(node)
+        dtype = node.outputs[0].dtype
+    return Step(kind, operation.name, operation, sources, target, dtype, amounts)
+
+
+def _require(is_met: bool, layer, what: str) -> None:
+    if not is_met:
+        raise UnknownStep(f"layer {layer.name} ({type(layer).__name__}) {what}")
+
+
+def _layer_kind(layer) -> tuple[str, tuple]:
+    kind = type(layer)
+    _require(getattr(layer, "activity_regularizer", None) is None, layer, "regularises outputs")
+    _require(layer.quantization_mode is None, layer, "is quantised")
+    _require("call" not in vars(layer), layer, "has a call of its own")
+    if kind in CONVOLUTIONS:
+        _require(layer.padding == "valid", layer, f"pads {layer.padding!r}")
+        _require(layer.data_format == "channels_last", layer, "is not channels-last")
+        _require(layer.activation is keras.activations.linear, layer, "has an activation")
+        _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
+        return "conv", (0,) * len(layer.kernel_size)
+    if kind is layers.Dense:
+        _require(layer.activation is keras.activations.linear, layer, "has an activation")
+        _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
+        return "dense", ()
+    if kind is layers.BatchNormalization:
+        is_last = layer.axis in (-1, len(layer.gamma.shape))
+        _require(is_last and layer.scale and layer.center, layer, "is not the usual kind")
+        return "batch_norm", ()
+    if kind is layers.GroupNormalization:
+        _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")
+        return "group_norm", ()
+    if kind is layers.ReLU:
+        is_plain = layer.max_value is None and not layer.negative_slope and not layer.threshold
+        _require(is_plain, layer, "is not a plain ReLU")
+        return "relu", ()
+    if kind in MAX_POOLINGS:
+        _require(layer.padding == "valid", layer, f"pads {layer.padding!r}")
+        _require(layer.data_format == "channels_last", layer, "is not channels-last")
+        return "max_pool", (0,) * len(layer.pool_size)
+    if kind in MEANS:
+        _require(layer.data_format == "channels_last", layer, "is not channels-last")
+        _require(not layer.keepdims, layer, "keeps dimensions")
+        return "mean", ()
+    if kind in PADDINGS:
+        _require(layer.data_format == "channels_last", layer, "is not channels-last")
+        return "pad", tuple(layer.padding)
+    if kind is layers.Dropout:
+        # With a seed Keras draws from a generator of the layer's own, not from the backend's.
+        _require(layer.seed is None and layer.noise_shape is None, layer, "has a seed or shape")
+        return "dropout", ()
+    if kind is layers.Add:
+        return "add", ()
+    if kind is layers.Activation:
+        _require(layer.activation is keras.activations.sigmoid, layer, "is not a sigmoid")
+        return "sigmoid", ()
+    raise UnknownStep(f"layer {layer.name} is a {kind.__name__}")
+
+
+def _operation_kind(node) -> tuple[str, tuple]:
+    """Read what shortcut A is made of (`ich_keras.models.resnet._shortcut`)."""
+    operation = node.operation
+    kind = type(operation).__name__ if type(operation).__module__.startswith("keras.src") else ""
+    if kind == "StopGradient":
+        return "detach", ()
+    if kind == "GetItem":
+        key = node.arguments.args[1]
+        full = slice(None)
+        plain = (
+            isinstance(key, tuple)
+            and len(key) == len(node.input_tensors[0].shape)
+            and key[0] == key[-1] == full
+            and all(isinstance(k, slice) and k.start is None and k.stop is None for k in key)
+        )
+        if plain:
+            return "subsample", tuple(k.step or 1 for k in key[1:-1])
+    if kind == "Pad" and operation.mode == "constant" and not _constant(node):
+        *before, last = (tuple(pair) for pair in operation.pad_width)
+        if set(before) == {(0, 0)} and last[0] == 0:
+            return "channels", (last[1],)
+    raise UnknownStep(f"operation {operation.name} ({type(operation).__name__})")
+
+
+def _constant(node) -> float:
+    return node.arguments.kwargs.get("constant_values") or 0.0
+
+
+def _with_padding_inside(steps: list[Step], outputs: tuple[int, ...]) -> Graph:
+    """Let convolutions pad by themselves, and max pooling too where a ReLU comes before."""
+    readers = _count_readers(steps, outputs)
+    made = {step.target: step for step in steps}
+    inside, kept = set(), []
+    for step in steps:
+        pad = made.get(step.sources[0])
+        if (
+            step.kind in ("conv", "max_pool")
+            and pad is not None
+            and pad.kind == "pad"
+            and readers[pad.target] == 1
+            and all(before == after for before, after in pad.amounts)
+            and (step.kind == "conv" or _pools_like_torch(step, pad, made.get(pad.sources[0])))
+        ):
+            inside.add(pad.target)
+            step = replace(
+                step, sources=pad.sources, amounts=tuple(before for before, _ in pad.amounts)
+            )
+        kept.append(step)
+    kept = tuple(step for step in kept if step.target not in inside)
+    return Graph(kept, outputs, _count_readers(kept, outputs))
+
+
+def _pools_like_torch(step: Step, pad: Step, before: Step | None) -> bool:
+    # torch pads with -inf, at most half the kernel; the graph with zeros: alike after a ReLU.
+    small = all(2 * p[0] <= k for p, k in zip(pad.amounts, step.layer.pool_size, strict=True))
+    return small and before is not None and before.kind == "relu"
+
+
+def fold_norms(graph: Graph) -> Graph:
+    """Let every convolution take in the batch normalisation that alone reads its result."""
+    convolutions = {step.target: step for step in graph.steps if step.kind == "conv"}
+    steps, taken = [], set()
+    for step in graph.steps:
+        conv = convolutions.get(step.sources[0])
+        if step.kind == "batch_norm" and conv and graph.readers[conv.target] == 1:
+            taken.add(conv.target)
+            step = replace(conv, target=step.target, norm=step.layer)
+        steps.append(step)
+    kept = tuple(step for step in steps if step.target not in taken)
+    return Graph(kept, graph.outputs, _count_readers(kept, graph.outputs))
+
+
+def _count_readers(steps, outputs: tuple[int, ...]) -> dict[int, int]:
+    counts = Counter(outputs)
+    counts.update(source for step in steps for source in step.sources)
+    return dict(counts)

@@ -1,0 +1,54 @@
+"""The loss: binary cross-entropy over the six labels, plain or weighted as the competition's."""
+
+import keras
+from keras import ops
+
+from ich_keras.labels import ANY, LABELS
+
+# The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
+RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)
+LOSSES = {"bce": None, "rsna": RSNA_WEIGHTS}
+
+
+@keras.saving.register_keras_serializable("ich_keras")
+class BinaryCrossEntropy(keras.losses.Loss):
+    """Binary cross-entropy, averaged over the labels of a sample, then over the batch.
+
+    Args:
+        from_logits: whether the model gives logits (numerically safer) or probabilities.
+        label_weights: one weight per label; the average divides by their sum. None: all alike.
+            RSNA_WEIGHTS makes it the competition's metric.
+        settings: of `keras.losses.Loss`.
+    """
+
+    def __init__(
+        self,
+        from_logits: bool = True,
+        label_weights: tuple[float, ...] | None = None,
+        **settings,
+    ):
+        super().__init__(**settings)
+        self.from_logits = from_logits
+        self.label_weights = None if label_weights is None else tuple(label_weights)
+
+    @property
+    def shares(self) -> list[float] | None:
+        """Return the share of each label in the average; None when all are alike."""
+        if self.label_weights is None:
+            return None
+        return [weight / sum(self.label_weights) for weight in self.label_weights]
+
+    def call(self, y_true, y_pred):
+        """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
+        y_true = ops.cast(y_true, y_pred.dtype)
+        each = ops.binary_crossentropy(y_true, y_pred, from_logits=self.from_logits)
+        if self.shares is None:
+            return ops.mean(each, axis=-1)
+        return ops.sum(each * ops.convert_to_tensor(self.shares, dtype=each.dtype), axis=-1)
+
+    def get_config(self) -> dict:
+        """Return what `from_config` needs."""
+        return super().get_config() | {
+            "from_logits": self.from_logits,
+            "label_weights": self.label_weights,
+        }

@@ -1,0 +1,94 @@
+"""Adam as torch defines it, inside Keras' own optimiser, on every backend.
+
+Schedules, clipping, EMA, accumulation, loss scaling, saving and loading stay Keras'; only the
+update itself is ours.
+"""
+
+import keras
+from keras import ops
+
+# On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
+_BASE = type(keras.optimizers.Adam())
+
+
+@keras.saving.register_keras_serializable("ich_keras")
+class Adam(_BASE):
+    """Keras' Adam with torch's place for epsilon, a fused update, and two learning rates.
+
+    Keras adds epsilon to the root of the raw second moment, torch to that of the corrected one
+    (Kingma and Ba 2015, algorithm 1). Pretrained recipes mean the latter.
+
+    Args:
+        learning_rate: a number or a Keras schedule.
+        epsilon: torch's default, which the thesis used; Keras' is 1e-7.
+        backbone_factor: multiple of the learning rate (weight decay included) for every variable
+            outside `head_layers`. Scaling gradients would do nothing under Adam: the rate itself
+            has to differ.
+        head_layers: names of the layers that learn at the full rate.
+        fused: on the torch backend, use torch's fused kernel: one pass over weights, gradients
+            and moments instead of nine.
+        settings: of `keras.optimizers.Adam`.
+    """
+
+    def __init__(
+        self,
+        learning_rate=1e-3,
+        epsilon: float = 1e-8,
+        backbone_factor: float = 1.0,
+        head_layers: tuple[str, ...] = (),
+        fused: bool = True,
+        **settings,
+    ):
+        super().__init__(learning_rate=learning_rate, epsilon=epsilon, **settings)
+        self.backbone_factor = backbone_factor
+        self.head_layers = tuple(head_layers)
+        self.fused = fused and keras.backend.backend() == "torch"
+
+    def get_config(self) -> dict:
+        """Return what `from_config` needs."""
+        return super().get_config() | {
+            "backbone_factor": self.backbone_factor,
+            "head_layers": list(self.head_layers),
+            "fused": self.fused,
+        }
+
+    def _is_head(self, variable) -> bool:
+        return self.backbone_factor == 1 or variable.path.startswith(
+            tuple(f"{layer}/" for layer in self.head_layers)
+        )
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if self.backbone_factor == 1:
+            self._update(grads, trainable_variables, learning_rate)
+            return
+        pairs = list(zip(grads, trainable_variables, strict=True))
+        for is_head, factor in ((True, 1.0), (False, self.backbone_factor)):
+            group = [pair for pair in pairs if self._is_head(pair[1]) == is_head]
+            if group:
+                rate = learning_rate * factor
+                self._update(*map(list, zip(*group, strict=True)), rate)
+
+    def _update(self, grads, variables, learning_rate):
+        if self.fused:
+            from ich_keras.models.torch_adam import fused_update
+
+            fused_update(self, grads, variables, learning_rate)
+            return
+        # Keras divides by sqrt(v) + epsilon after pulling sqrt(1 - beta_2^t) out of both.
+        epsilon, step = self.epsilon, ops.cast(self.iterations + 1, "float32")
+        self.epsilon = epsilon * ops.sqrt(1 - ops.power(self.beta_2, step))
+        try:
+            super()._backend_update_step(grads, variables, learning_rate)
+        finally:
+            self.epsilon = epsilon
+
+    def _apply_weight_decay(self, variables):
+        if self.weight_decay is None:
+            return
+        decay = self.weight_decay
+        for is_head, factor in ((True, 1.0), (False, self.backbone_factor)):
+            group = [v for v in variables if self._is_head(v) == is_head]
+            if group:
+                self.weight_decay = decay * factor
+                super()._apply_weight_decay(group)
+        self.weight_decay = decay

@@ -1,0 +1,72 @@
+"""Which steps `fit`, `evaluate` and `predict` of a model take: ours, fast, or Keras' own."""
+
+import keras
+
+from ich_keras.errors import UsageError
+from ich_keras.models.presets import PRECISIONS, RECOMPUTE, STEPS
+
+
+def built_precision(model: keras.Model) -> str:
+    """Return the precision a model of ours was built in: that of its first layer with weights."""
+    policy = next(layer.dtype_policy.name for layer in model.layers if layer.weights)
+    return next((name for name, known in PRECISIONS.items() if known == policy), policy)
+
+
+def choose_step(
+    model: keras.Model,
+    step: str = "fast",
+    precision: str | None = None,
+    recompute: str | None = None,
+    compiled: bool | None = None,
+) -> keras.Model:
+    """Choose the steps a functional model takes; may be called at any time.
+
+    On the torch backend "fast" runs the model as one flat function over its own parameters
+    (`ich_keras.models.torch_step`); everything a Keras user sees stays. On jax and tensorflow both
+    are Keras' own steps, which are compiled there.
+
+    Args:
+        model: of ours, or any functional model of the same kinds of layers.
+        step: "fast" or "stock" (Keras' own).
+        precision: "float32", "bfloat16" or "float16" for all but the head, whatever the model was
+            built in; None leaves it. Only the fast steps can change it.
+        recompute: "stage" or "block" keeps fewer activations in training and computes them again
+            in the backward pass; fast steps only.
+        compiled: run the training function through `torch.compile`; None does so on CUDA.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an unknown name, or what Keras' own steps cannot do.
+    """
+    for name, value, known in (
+        ("step", step, STEPS),
+        ("precision", precision, (None, *PRECISIONS)),
+        ("recompute", recompute, (None, *RECOMPUTE)),
+    ):
+        if value not in known:
+            names = ", ".join(option for option in known if option)
+            raise UsageError(f"{name} {value!r}; expected one of {names}.")
+    backend = keras.backend.backend()
+    if step == "fast" and backend == "torch":
+        from ich_keras.models.torch_step import StepOptions, accelerate
+
+        if accelerate(model, StepOptions(precision, recompute, compiled)):
+            return model
+        where = "this model"
+    else:
+        where = f"backend {backend}, step {step}"
+    if precision not in (None, built_precision(model)):
+        raise UsageError(
+            f"precision {precision}: the model was built in {built_precision(model)}, which only"
+            f" the fast steps of the torch backend can change ({where}).",
+            f"Build it with precision={precision!r}.",
+        )
+    if recompute is not None:
+        raise UsageError(f"recompute needs the fast steps of the torch backend ({where}).")
+    if backend == "torch":
+        from ich_keras.models.torch_step import stock
+
+        stock(model)
+    return model

@@ -1,0 +1,416 @@
+"""A Keras model as one flat list of torch operations over its own parameters.
+
+The same numbers as the layers give, up to the order of additions; only the running variance of
+batch normalisation differs, which is torch's (sum of squares over n - 1; Keras divides by n), as
+in the networks the pretrained weights come from.
+
+Why it is faster: a channels-last batch seen through `permute` is torch's own channels_last layout,
+so nothing is copied between layouts; padding happens inside the convolution; normalisation is one
+operation instead of ten; a 3D stage whose volume has become one slice deep runs as the exact 2D
+convolution with the middle slice of its kernel; and no layer is called.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import keras
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ich_keras.models.graph import Graph, Step, fold_norms, read_graph
+
+# The head and what follows it stay in float32 whatever the precision.
+FULL_PRECISION = ("dense", "dropout", "sigmoid")
+# What one part of a network computed again is: its layers share this beginning of their names.
+PARTS = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
+
+Operation = Callable[[list, Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of operations.
+
+    Args:
+        operations: (operation, number of the value it makes, numbers of values no longer needed).
+        read: numbers of the values it needs from before.
+        left: numbers of the values it leaves for later.
+        recomputed: whether it keeps nothing for the backward pass but what it reads.
+        draws: whether it has dropout, which must draw the same again.
+    """
+
+    operations: tuple[tuple[Operation, int, tuple[int, ...]], ...]
+    read: tuple[int, ...]
+    left: tuple[int, ...]
+    recomputed: bool
+    draws: bool
+
+
+class FlatFunction:
+    """The model as a function of its input and a list of tensors.
+
+    Args:
+        model: functional; `ich_keras.models.graph` says what is covered.
+        training: use batch statistics and dropout. Without it, batch normalisation is folded into
+            the convolution before it.
+        precision: "float32", "bfloat16" or "float16" for all but the head; None computes each
+            layer in the type of its own policy.
+        recompute: keep only what lies between the parts and compute each part again in the
+            backward pass: "stage" or "block"; None keeps everything.
+
+    Raises:
+        UnknownStep: the model is not covered.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        training: bool,
+        precision: str | None = None,
+        recompute: str | None = None,
+    ):
+        graph = read_graph(model)
+        if not training:
+            graph = fold_norms(graph)
+        self._training = training
+        self._precision = precision
+        self._makers: list[Callable[[], torch.Tensor]] = []
+        self._replaying = False
+        self._outputs = graph.outputs
+        self._num_values = graph.num_values
+        groups = _groups(graph.steps, recompute if training else None)
+        self._parts = [self._part(steps, graph, again) for steps, again in groups]
+
+    def _part(self, steps: Sequence[Step], graph: Graph, recomputed: bool) -> _Part:
+        made = {step.target for step in steps}
+        own = set(map(id, steps))
+        later = {s for step in graph.steps if id(step) not in own for s in step.sources}
+        left = made & (later | set(graph.outputs))
+        # Values that may be overwritten: nobody but the next step of this part reads them.
+        owned = {value for value in made - left if graph.readers[value] == 1}
+        last_reader = {source: step.target for step in steps for source in step.sources}
+        operations = tuple(
+            (
+                self._operation(step, owned),
+                step.target,
+                tuple(s for s, t in last_reader.items() if t == step.target and s in made - left),
+            )
+            for step in steps
+        )
+        return _Part(
+            operations,
+            tuple(sorted({source for step in steps for source in step.sources} - made)),
+            tuple(sorted(left)),
+            recomputed,
+            draws=any(step.kind == "dropout" for step in steps),
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what the function takes: the model's parameters, or what folding made of them."""
+        return [make() for make in self._makers]
+
+    def __call__(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the outputs.
+
+        Args:
+            x: (N, ..., channels).
+            tensors: from `tensors`.
+
+        Returns:
+            The model's outputs, flat: pooled ones (N, channels), others (N, ..., channels).
+        """
+        rank = x.dim() - 2
+        values: list = [None] * self._num_values
+        values[0] = _shallow(x.movedim(-1, 1))
+        for part in self._parts:
+            if part.recomputed and torch.is_grad_enabled():
+                made = checkpoint(
+                    self._run_apart,
+                    part,
+                    tensors,
+                    *(values[number] for number in part.read),
+                    use_reentrant=False,
+                    preserve_rng_state=part.draws,
+                    context_fn=lambda: (contextlib.nullcontext(), self._replay()),
+                )
+                for number, value in zip(part.left, made, strict=True):
+                    values[number] = value
+            else:
+                _run(part, values, tensors)
+        return [_channels_last(values[number], rank) for number in self._outputs]
+
+    def _run_apart(self, part: _Part, tensors, *inputs) -> tuple:
+        values: list = [None] * self._num_values
+        for number, value in zip(part.read, inputs, strict=True):
+            values[number] = value
+        _run(part, values, tensors)
+        return tuple(values[number] for number in part.left)
+
+    @contextlib.contextmanager
+    def _replay(self):
+        self._replaying = True
+        try:
+            yield
+        finally:
+            self._replaying = False
+
+    def _dtype(self, step: Step) -> torch.dtype:
+        is_full = self._precision is None or step.kind in FULL_PRECISION
+        return getattr(torch, step.dtype if is_full else self._precision)
+
+    def _number(self, variable) -> int:
+        """Take a variable's tensor into the list and return its place."""
+        return self._number_of(lambda: variable._value)
+
+    def _number_of(self, make: Callable[[], torch.Tensor]) -> int:
+        self._makers.append(make)
+        return len(self._makers) - 1
+
+    def _operation(self, step: Step, owned: set[int]) -> Operation:
+        return getattr(self, f"_{step.kind}")(step, owned)
+
+    def _conv(self, step: Step, owned) -> Operation:
+        layer, dtype = step.layer, self._dtype(step)
+        if step.norm is None:
+            kernel = self._number(layer.kernel)
+            bias = self._number(layer.bias) if layer.use_bias else None
+        else:
+            kernel = self._number_of(lambda: _folded_kernel(step, dtype))
+            bias = self._number_of(lambda: _folded_bias(step, dtype))
+        return _convolution(step, kernel, bias, dtype)
+
+    def _batch_norm(self, step: Step, owned) -> Operation:
+        layer, dtype, source = step.layer, self._dtype(step), step.sources[0]
+        gamma, beta = self._number(layer.gamma), self._number(layer.beta)
+        mean, variance = self._number(layer.moving_mean), self._number(layer.moving_variance)
+        by_batch = self._training and layer.trainable
+        weight_of_new, epsilon = 1 - layer.momentum, layer.epsilon
+
+        def batch_norm(values, tensors):
+            running = tensors[mean], tensors[variance]
+            if by_batch and self._replaying:
+                # Computed again for the backward pass: the statistics must not move twice.
+                running = running[0].clone(), running[1].clone()
+            return F.batch_norm(
+                _cast(values[source], dtype),
+                *running,
+                tensors[gamma],
+                tensors[beta],
+                by_batch,
+                weight_of_new,
+                epsilon,
+            )
+
+        return batch_norm
+
+    def _group_norm(self, step: Step, owned) -> Operation:
+        layer, dtype, source = step.layer, self._dtype(step), step.sources[0]
+        gamma, beta = self._number(layer.gamma), self._number(layer.beta)
+        groups, epsilon = layer.groups, layer.epsilon
+        wide = torch.promote_types(dtype, torch.float32)  # mixed types are not for every device
+
+        def group_norm(values, tensors):
+            x = _cast(values[source], wide)
+            scale, shift = _cast(tensors[gamma], wide), _cast(tensors[beta], wide)
+            return _cast(F.group_norm(x, groups, scale, shift, epsilon), dtype)
+
+        return group_norm
+
+    def _relu(self, step: Step, owned: set[int]) -> Operation:
+        source = step.sources[0]
+        # What made an owned value (normalisation, addition) does not need it for its gradient.
+        function = torch.relu_ if source in owned else torch.relu
+        return lambda values, tensors: function(values[source])
+
+    def _add(self, step: Step, owned: set[int]) -> Operation:
+        first, *others = step.sources
+        is_owned, dtype = first in owned, self._dtype(step)
+
+        def add(values, tensors):
+            total = _cast(values[first], dtype)
+            for number in others:
+                other = _cast(values[number], dtype)
+                total = total.add_(other) if is_owned else total + other
+            return total
+
+        return add
+
+    def _max_pool(self, step: Step, owned) -> Operation:
+        layer, source = step.layer, step.sources[0]
+        size, stride, padding = layer.pool_size, layer.strides, step.amounts
+        if len(size) == 2:
+            return lambda values, tensors: F.max_pool2d(values[source], size, stride, padding)
+        within = size[1:], stride[1:], padding[1:]
+        # Whether one slice in gives one slice out.
+        is_flat = 0 <= 1 + 2 * padding[0] - size[0] < stride[0]
+
+        def max_pool(values, tensors):
+            x = values[source]
+            if x.dim() == 4 and is_flat:
+                return F.max_pool2d(x, *within)
+            return _shallow(F.max_pool3d(_deep(x), size, stride, padding))
+
+        return max_pool
+
+    def _mean(self, step: Step, owned) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        return lambda values, tensors: _cast(values[source], dtype).flatten(2).mean(dim=2)
+
+    def _dropout(self, step: Step, owned) -> Operation:
+        source, dtype, rate = step.sources[0], self._dtype(step), step.layer.rate
+        if not self._training:
+            return lambda values, tensors: _cast(values[source], dtype)
+        return lambda values, tensors: F.dropout(_cast(values[source], dtype), rate, True)
+
+    def _dense(self, step: Step, owned) -> Operation:
+        layer, source, dtype = step.layer, step.sources[0], self._dtype(step)
+        kernel = self._number(layer.kernel)
+        bias = self._number(layer.bias) if layer.use_bias else None
+
+        def dense(values, tensors):
+            shift = None if bias is None else _cast(tensors[bias], dtype)
+            return F.linear(_cast(values[source], dtype), _cast(tensors[kernel], dtype).t(), shift)
+
+        return dense
+
+    def _sigmoid(self, step: Step, owned) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        return lambda values, tensors: torch.sigmoid(_cast(values[source], dtype))
+
+    def _pad(self, step: Step, owned) -> Operation:
+        source, rank = step.sources[0], len(step.amounts)
+        amounts = [n for pair in reversed(step.amounts) for n in pair]  # torch: last axis first
+
+        def pad(values, tensors):
+            x = values[source]
+            return _shallow(F.pad(_deep(x) if rank == 3 else x, amounts))
+
+        return pad
+
+    def _channels(self, step: Step, owned) -> Operation:
+        source, missing = step.sources[0], step.amounts[0]
+
+        def channels(values, tensors):
+            x = values[source]
+            return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
+
+        return channels
+
+    def _subsample(self, step: Step, owned) -> Operation:
+        source, steps = step.sources[0], step.amounts
+
+        def subsample(values, tensors):
+            x = values[source]
+            inner = steps[len(steps) - (x.dim() - 2) :]
+            return _shallow(x[(slice(None), slice(None), *(slice(None, None, s) for s in inner))])
+
+        return subsample
+
+    def _detach(self, step: Step, owned) -> Operation:
+        source = step.sources[0]
+        return lambda values, tensors: values[source].detach()
+
+
+def _run(part: _Part, values: list, tensors) -> None:
+    for operation, target, finished in part.operations:
+        values[target] = operation(values, tensors)
+        for number in finished:
+            values[number] = None
+
+
+def _groups(steps: Sequence[Step], recompute: str | None) -> list[tuple[list[Step], bool]]:
+    """Cut the steps into parts: stem, each stage or block, head (which is never recomputed)."""
+    if recompute is None:
+        return [(list(steps), False)]
+    pattern = re.compile(PARTS[recompute])
+    names = [(found := pattern.match(step.name)) and found[0] for step in steps]
+    last = {name: place for place, name in enumerate(names) if name}
+    ends = sorted(last.values())
+    first = min((place for place, name in enumerate(names) if name), default=len(steps))
+    groups, start = [], 0
+    for end in [first - 1, *ends]:
+        groups.append((list(steps[start : end + 1]), True))
+        start = end + 1
+    groups.append((list(steps[start:]), False))
+    return [(group, again) for group, again in groups if group]
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+# A volume one slice deep is carried as an image, (N, channels, rows, columns).
+
+
+def _shallow(x: torch.Tensor) -> torch.Tensor:
+    return x.squeeze(2) if x.dim() == 5 and x.shape[2] == 1 else x
+
+
+def _deep(x: torch.Tensor) -> torch.Tensor:
+    return x.unsqueeze(2) if x.dim() == 4 else x
+
+
+def _channels_last(x: torch.Tensor, rank: int) -> torch.Tensor:
+    if x.dim() == 2:
+        return x
+    return (_deep(x) if rank == 3 else x).movedim(1, -1)
+
+
+def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -> Operation:
+    layer, source = step.layer, step.sources[0]
+    stride, dilation, groups = layer.strides, layer.dilation_rate, layer.groups
+    padding, size = step.amounts, layer.kernel_size
+
+    def shift(tensors):
+        return None if bias is None else _cast(tensors[bias], dtype)
+
+    def conv2d(values, tensors):
+        x, weight = _cast(values[source], dtype), _cast(tensors[kernel], dtype)
+        weight = weight.permute(3, 2, 0, 1)
+        return F.conv2d(x, weight, shift(tensors), stride, padding, dilation, groups)
+
+    if len(size) == 2:
+        return conv2d
+
+    middle = size[0] // 2
+    reach = middle * dilation[0]  # slices that the kernel looks to either side
+    is_centred = size[0] % 2 == 1 and padding[0] == reach
+    within = stride[1:], padding[1:], dilation[1:], groups
+
+    def conv3d(values, tensors):
+        x = _cast(values[source], dtype)
+        # Where every neighbouring slice is padding, the middle slice of the kernel does it all.
+        if is_centred and (x.dim() == 4 or (stride[0] == 1 and reach >= x.shape[2])):
+            weight = _cast(tensors[kernel][middle], dtype).permute(3, 2, 0, 1)
+            if x.dim() == 4:
+                return F.conv2d(x, weight, shift(tensors), *within)
+            slices = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)
+            return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        weight = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2)
+        return _shallow(
+            F.conv3d(_deep(x), weight, shift(tensors), stride, padding, dilation, groups)
+        )
+
+    return conv3d
+
+
+def _norm_factor(layer) -> torch.Tensor:
+    variance = layer.moving_variance._value
+    return layer.gamma._value.to(variance.dtype) * torch.rsqrt(variance + layer.epsilon)
+
+
+def _folded_kernel(step: Step, dtype: torch.dtype) -> torch.Tensor:
+    """W' = W gamma / sqrt(variance + epsilon), per output channel (the last axis)."""
+    with torch.no_grad():
+        return (step.layer.kernel._value * _norm_factor(step.norm)).to(dtype)
+
+
+def _folded_bias(step: Step, dtype: torch.dtype) -> torch.Tensor:
+    """b' = beta + (b - mean) gamma / sqrt(variance + epsilon)."""
+    with torch.no_grad():
+        before = step.layer.bias._value if step.layer.use_bias else 0.0
+        offset = (before - step.norm.moving_mean._value) * _norm_factor(step.norm)
+        return (step.norm.beta._value + offset).to(dtype)
