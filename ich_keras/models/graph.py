@@ -127,8 +127,7 @@ def _layer_kind(layer) -> tuple[str, tuple]:
         _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
         return "dense", ()
     if kind is layers.BatchNormalization:
-        is_last = layer.axis in (-1, len(layer.gamma.shape))
-        _require(is_last and layer.scale and layer.center, layer, "is not the usual kind")
+        _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")
         return "batch_norm", ()
     if kind is layers.GroupNormalization:
         _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")

@@ -8,7 +8,8 @@ from ich_keras.models.presets import PRECISIONS, RECOMPUTE, STEPS
 
 def built_precision(model: keras.Model) -> str:
     """Return the precision a model of ours was built in: that of its first layer with weights."""
-    policy = next(layer.dtype_policy.name for layer in model.layers if layer.weights)
+    policies = (layer.dtype_policy.name for layer in model.layers if layer.weights)
+    policy = next(policies, keras.config.dtype_policy().name)
     return next((name for name, known in PRECISIONS.items() if known == policy), policy)
 
 

@@ -82,7 +82,7 @@ class FlatFunction:
         self._outputs = graph.outputs
         self._num_values = graph.num_values
         groups = _groups(graph.steps, recompute if training else None)
-        self._parts = [self._part(steps, graph, again) for steps, again in groups]
+        self.parts = [self._part(steps, graph, again) for steps, again in groups]
 
     def _part(self, steps: Sequence[Step], graph: Graph, recomputed: bool) -> _Part:
         made = {step.target for step in steps}
@@ -122,10 +122,8 @@ class FlatFunction:
         Returns:
             The model's outputs, flat: pooled ones (N, channels), others (N, ..., channels).
         """
-        rank = x.dim() - 2
-        values: list = [None] * self._num_values
-        values[0] = _shallow(x.movedim(-1, 1))
-        for part in self._parts:
+        values = self.begin(x)
+        for part in self.parts:
             if part.recomputed and torch.is_grad_enabled():
                 made = checkpoint(
                     self._run_apart,
@@ -140,7 +138,13 @@ class FlatFunction:
                     values[number] = value
             else:
                 _run(part, values, tensors)
-        return [_channels_last(values[number], rank) for number in self._outputs]
+        return [_channels_last(values[number], x.dim() - 2) for number in self._outputs]
+
+    def begin(self, x: torch.Tensor) -> list:
+        """Return the list of values with the input in its place; `parts` fill in the rest."""
+        values: list = [None] * self._num_values
+        values[0] = _shallow(x.movedim(-1, 1))
+        return values
 
     def _run_apart(self, part: _Part, tensors, *inputs) -> tuple:
         values: list = [None] * self._num_values
@@ -190,19 +194,14 @@ class FlatFunction:
         weight_of_new, epsilon = 1 - layer.momentum, layer.epsilon
 
         def batch_norm(values, tensors):
-            running = tensors[mean], tensors[variance]
+            x, running = _cast(values[source], dtype), (tensors[mean], tensors[variance])
             if by_batch and self._replaying:
                 # Computed again for the backward pass: the statistics must not move twice.
                 running = running[0].clone(), running[1].clone()
-            return F.batch_norm(
-                _cast(values[source], dtype),
-                *running,
-                tensors[gamma],
-                tensors[beta],
-                by_batch,
-                weight_of_new,
-                epsilon,
-            )
+            scale, shift = tensors[gamma], tensors[beta]
+            if by_batch and x.numel() == x.shape[1]:
+                return _norm_of_one(x, *running, scale, shift, weight_of_new)
+            return F.batch_norm(x, *running, scale, shift, by_batch, weight_of_new, epsilon)
 
         return batch_norm
 
@@ -397,6 +396,15 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
     return conv3d
 
 
+def _norm_of_one(x, mean, variance, scale, shift, weight_of_new: float) -> torch.Tensor:
+    """Normalise one value per channel, as Keras does: torch refuses, for n - 1 is zero."""
+    with torch.no_grad():
+        mean.lerp_(x.flatten().to(mean.dtype), weight_of_new)
+        variance.mul_(1 - weight_of_new)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return ((x - x) * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
 def _norm_factor(layer) -> torch.Tensor:
     variance = layer.moving_variance._value
     return layer.gamma._value.to(variance.dtype) * torch.rsqrt(variance + layer.epsilon)
@@ -414,3 +422,51 @@ def _folded_bias(step: Step, dtype: torch.dtype) -> torch.Tensor:
         before = step.layer.bias._value if step.layer.use_bias else 0.0
         offset = (before - step.norm.moving_mean._value) * _norm_factor(step.norm)
         return (step.norm.beta._value + offset).to(dtype)
+
+
+def activation_bytes(
+    function: FlatFunction, input_shape: tuple[int, ...], batch_size: int = 1
+) -> int:
+    """Count what one training step keeps between its forward and its backward pass.
+
+    Nothing is computed: the function runs on tensors without memory. Counted is every tensor that
+    autograd saves, each storage once; neither parameters nor the input. With recomputation, what
+    the largest part keeps while it is computed again comes on top.
+
+    Args:
+        function: in training.
+        input_shape: (rows, columns, channels) or (slices, rows, columns, channels).
+        batch_size: samples a step.
+    """
+    tensors = []
+    for own in function.tensors():
+        tensors.append(own.detach().to("meta").requires_grad_(own.requires_grad))
+    x = torch.empty((batch_size, *input_shape), device="meta")
+    values = function.begin(x)
+    ignored = {_storage(tensor)[0] for tensor in (*tensors, x)}
+    kept: dict[int, torch.UntypedStorage] = {}  # whole storages: the number of a freed one returns
+    most_again = 0
+    for part in function.parts:
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor, saved=saved):
+            number, storage = _storage(tensor)
+            if number not in ignored:
+                saved[number] = storage
+            return tensor
+
+        before = dict(_storage(values[n]) for n in part.read if values[n].requires_grad)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _run(part, values, tensors)
+        if part.recomputed:
+            kept |= before
+            again = sum(s.nbytes() for n, s in saved.items() if n not in kept)
+            most_again = max(most_again, again)
+        else:
+            kept |= saved
+    return sum(storage.nbytes() for storage in kept.values()) + most_again
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, torch.UntypedStorage]:
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage

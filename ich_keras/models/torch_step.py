@@ -113,6 +113,8 @@ def _maker(kind: str):
 
     def make(model, force: bool = False):
         steps = getattr(model, ATTRIBUTE)
+        if getattr(model, "steps_per_execution", 1) != 1:
+            getattr(type(model), f"make_{kind}_function")(model, True)  # Keras refuses it on torch
         reason = steps.reason_for_stock(kind)
         if reason is None:
             setattr(model, f"{kind}_function", getattr(steps, kind))
@@ -169,8 +171,6 @@ class _Steps:
         model = self.model
         if model.run_eagerly:
             return "run_eagerly=True"
-        if model.steps_per_execution != 1 and model.compiled:
-            return f"steps_per_execution={model.steps_per_execution}"
         own = {f"{kind}_step", "compute_loss", "compute_metrics", "call"} & set(vars(model))
         if own or type(model) is not type(keras.Model(model.inputs, model.outputs)):
             return f"{', '.join(sorted(own)) or type(model).__name__} is not Keras' own"

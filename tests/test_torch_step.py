@@ -1,0 +1,678 @@
+"""The fast steps against Keras' own: outputs, gradients, training, files, and what users do."""
+
+import gc
+import resource
+import warnings
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+import torch
+from test_networks import NARROW, TINY, random_batch
+
+from ich_keras.errors import UsageError
+from ich_keras.models.classifier import classifier, compile_classifier, freeze
+from ich_keras.models.graph import UnknownStep, read_graph
+from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
+from ich_keras.models.optimizer import Adam
+from ich_keras.models.presets import PRESETS, preset
+from ich_keras.models.resnet import resnet
+from ich_keras.models.steps import choose_step
+from ich_keras.models.torch_adam import fused_update
+from ich_keras.models.torch_flat import FlatFunction, activation_bytes
+from ich_keras.models.torch_step import ATTRIBUTE, StockStep, accelerated
+from weights_convert.selfcheck import keep_float64
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the fast steps are the torch backend's"
+)
+
+NETWORKS = TINY | {
+    # Deep enough that a dilation of 4 looks past every neighbour, and a kernel of 3 does not.
+    "series": replace(TINY["medicalnet"], input_shape=(17, 24, 24, 1)),
+    "mixed": replace(PRESETS["mc3_18"].spec, input_shape=(5, 24, 24, 3), width=8, dropout=0.0),
+    "strided": replace(PRESETS["resnet18_3d"].spec, input_shape=(33, 32, 32, 3), width=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Rounding turns ReLUs on and off: only float64 tells a wrong gradient from a rounded one."""
+    with keep_float64():
+        yield
+
+
+def build(spec, seed=0):
+    """A network in float64 with uneven statistics, ending in six logits."""
+    keras.utils.set_random_seed(seed)
+    backbone = resnet(replace(spec, dropout=0.0), dtype="float64")
+    outputs = keras.layers.Dense(6, dtype="float64", name="fc")(backbone.output)
+    model = keras.Model(backbone.input, outputs)
+    random = np.random.default_rng(seed)
+    for variable in model.variables:
+        if variable.name in ("moving_variance", "gamma"):
+            variable.assign(random.uniform(0.5, 1.5, variable.shape))
+        elif variable.name in ("moving_mean", "beta"):
+            variable.assign(random.normal(0, 0.1, variable.shape))
+    return model
+
+
+def batch(model, size=4, seed=0):
+    """Inputs and labels as torch tensors; float32 is what the graph's input takes."""
+    return tuple(map(torch.from_numpy, random_batch(model, size, seed)))
+
+
+def gradients(model) -> dict[str, np.ndarray]:
+    found = {v.path: v.value.grad.numpy().copy() for v in model.trainable_variables}
+    for variable in model.trainable_variables:
+        variable.value.grad = None
+    return found
+
+
+def states(model) -> dict[str, np.ndarray]:
+    return {v.path: v.numpy().copy() for v in model.variables if "seed" not in v.path}
+
+
+def assert_close(one: dict, other: dict, rtol: float):
+    assert list(one) == list(other)
+    for name in one:
+        scale = max(np.abs(one[name]).max(), 1e-8)
+        np.testing.assert_allclose(other[name], one[name], atol=rtol * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_and_gradients_equal_the_layers(name):
+    model = build(NETWORKS[name])
+    images, _ = batch(model)
+    before = states(model)
+    direction = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6)
+
+    expected = model(images, training=True)
+    (expected * direction).sum().backward()
+    stock, stock_states = gradients(model), states(model)
+    for variable in model.variables:
+        variable.assign(before[variable.path])
+
+    function = FlatFunction(model, training=True)
+    found = function(images, function.tensors())[0]
+    (found * direction).sum().backward()
+    np.testing.assert_allclose(found.detach(), expected.detach(), rtol=1e-9)
+    assert_close(stock, gradients(model), 1e-8)
+
+    # Keras' moving variance divides by n, torch's by n - 1: the same update, times n / (n - 1).
+    for layer in model.layers:
+        if not isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable:
+            continue
+        n = np.prod([4, *layer.output.shape[1:-1]])
+        for variable, factor in ((layer.moving_mean, 1.0), (layer.moving_variance, n / (n - 1))):
+            update = stock_states[variable.path] - 0.9 * before[variable.path]
+            expected = 0.9 * before[variable.path] + update * (factor if n > 1 else 1.0)
+            np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_prediction_equals_the_layers(name):
+    model = build(NETWORKS[name])
+    images, _ = batch(model)
+    with torch.no_grad():
+        expected = model(images, training=False).numpy()
+    choose_step(model)
+    assert accelerated(model) is not None
+    np.testing.assert_allclose(model.predict_on_batch(images), expected, rtol=1e-8)
+    np.testing.assert_allclose(
+        model.predict(images.numpy(), batch_size=3, verbose=0), expected, rtol=1e-8
+    )
+
+
+class HalfSquare(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return 0.5 * keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
+class EveryOther(keras.callbacks.Callback):
+    """Sets the rate between batches, as a user's own schedule would."""
+
+    def on_train_batch_begin(self, number, logs=None):
+        self.model.optimizer.learning_rate = 1e-3 if number % 2 else 3e-3
+
+
+def _schedule():
+    return keras.optimizers.schedules.CosineDecay(1e-3, 10, alpha=0.1)
+
+
+def _loss(**settings):
+    return BinaryCrossEntropy(True, dtype="float64", **settings)
+
+
+def _regularised(model):
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.kernel.regularizer = keras.regularizers.L2(0.01)
+
+
+def _constrained(model):
+    model.get_layer("fc").kernel.constraint = keras.constraints.UnitNorm()
+
+
+# name -> (optimiser settings, compile settings, fit settings, change of the model before)
+USES = {
+    "plain": ({}, {}, {}, None),
+    "rsna": ({}, {"loss": _loss(label_weights=RSNA_WEIGHTS)}, {}, None),
+    "schedule": ({"learning_rate": _schedule}, {}, {}, None),
+    "schedule callback": (
+        {},
+        {},
+        {"callbacks": lambda: [keras.callbacks.LearningRateScheduler(lambda n: 1e-3 / (n + 1))]},
+        None,
+    ),
+    "batch callback": ({}, {}, {"callbacks": lambda: [EveryOther()]}, None),
+    "clipnorm": ({"clipnorm": 0.01}, {}, {}, None),
+    "global clipnorm": ({"global_clipnorm": 0.01}, {}, {}, None),
+    "clipvalue": ({"clipvalue": 0.001}, {}, {}, None),
+    "ema": ({"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}, {}, {}, None),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {}, {}, None),
+    "weight decay": ({"weight_decay": 0.1}, {}, {}, None),
+    "amsgrad": ({"amsgrad": True}, {}, {}, None),
+    "two rates": ({"backbone_factor": 0.1, "head_layers": ("fc",)}, {}, {}, None),
+    "fixed loss scale": ({"loss_scale_factor": 128.0}, {}, {}, None),
+    "loss scaling": ({"scaled": True}, {}, {}, None),
+    "custom loss": ({}, {"loss": HalfSquare(dtype="float64")}, {}, None),
+    "loss function": ({}, {"loss": lambda y, p: keras.ops.mean(p * p) - 0.0 * y}, {}, None),
+    "loss weights": ({}, {"loss_weights": [0.5]}, {}, None),
+    "sample weights": ({}, {}, {"sample_weight": lambda: np.linspace(0, 2, 12)}, None),
+    "class weights": ({}, {}, {"class_weight": lambda: {n: 1.0 + n for n in range(6)}}, None),
+    "regulariser": ({}, {}, {}, _regularised),
+    "constraint": ({}, {}, {}, _constrained),
+    "freezing": ({}, {}, {}, lambda model: freeze(model, "layer2")),
+    "metrics": (
+        {},
+        {
+            "metrics": lambda: [
+                "mae",
+                keras.metrics.AUC(from_logits=True, multi_label=True, name="auc"),
+            ]
+        },
+        {},
+        None,
+    ),
+    "another optimiser": ({"optimizer": keras.optimizers.SGD}, {}, {}, None),
+    "stock Adam": ({"optimizer": keras.optimizers.Adam}, {}, {}, None),
+}
+
+
+def trained(use: str, step: str, epochs: int = 3):
+    """Train for a few steps; return history, weights and what evaluation says."""
+    settings, compiling, fitting, change = USES[use]
+    model = build(NARROW)
+    if change is not None:
+        change(model)
+    settings = {"learning_rate": 1e-3} | dict(settings)
+    if callable(settings["learning_rate"]):
+        settings["learning_rate"] = settings["learning_rate"]()
+    is_scaled = settings.pop("scaled", False)
+    kind = settings.pop("optimizer", None)
+    if kind is None:
+        kind, settings = Adam, settings | {"fused": step == "fast"}
+    optimizer = kind(**settings)
+    if is_scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    choose_step(model, step)
+    compiling = {"loss": _loss()} | compiling
+    model.compile(
+        optimizer=optimizer,
+        **{name: value() if name == "metrics" else value for name, value in compiling.items()},
+    )
+    images, truth = random_batch(model, 12)
+    history = model.fit(
+        images,
+        truth,
+        batch_size=6,
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        **{name: value() for name, value in fitting.items()},
+    ).history
+    # Before the running variances, which differ by convention, come in.
+    weights = {v.path: v.numpy().copy() for v in model.trainable_variables}
+    frozen = {v.path: v.numpy().copy() for v in model.non_trainable_variables}
+    return model, history, weights, frozen
+
+
+@pytest.mark.parametrize("use", USES)
+def test_six_steps_equal_those_of_keras(use):
+    model, history, weights, others = trained(use, "fast")
+    assert getattr(model.train_function, "__self__", None) is getattr(model, ATTRIBUTE)
+    _, stock_history, stock_weights, _ = trained(use, "stock")
+    assert_close(stock_weights, weights, 1e-6)
+    assert list(history) == list(stock_history)
+    for name in history:
+        np.testing.assert_allclose(history[name], stock_history[name], rtol=1e-5, err_msg=name)
+    if use == "freezing":
+        start = states(build(NARROW))
+        for path, value in others.items():
+            if path.startswith(("conv1", "bn1", "layer1", "layer2")):
+                np.testing.assert_array_equal(value, start[path], err_msg=path)
+    else:
+        assert any("moving_mean" in path for path in others)
+
+
+def test_evaluate_equals_keras():
+    model, *_ = trained("metrics", "fast")
+    images, truth = random_batch(model, 10, seed=5)
+    weights = np.linspace(0.5, 1.5, 10)
+    found = model.evaluate(images, truth, batch_size=4, sample_weight=weights, verbose=0)
+    choose_step(model, "stock")
+    expected = model.evaluate(images, truth, batch_size=4, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_thawing_between_two_fits_is_seen_without_compiling():
+    model, *_ = trained("freezing", "fast", epochs=1)
+    images, truth = random_batch(model, 6)
+    kernel = model.get_layer("conv1").kernel
+    before, mean = kernel.numpy().copy(), model.get_layer("bn1").moving_mean.numpy().copy()
+    for layer in model.layers:
+        layer.trainable = True
+    model.compile(Adam(1e-3), _loss())
+    model.fit(images, truth, epochs=1, verbose=0)
+    assert np.abs(kernel.numpy() - before).max() > 0
+    model.get_layer("bn1").trainable = False
+    mean = model.get_layer("bn1").moving_mean.numpy().copy()
+    model.train_on_batch(images, truth)
+    np.testing.assert_array_equal(model.get_layer("bn1").moving_mean.numpy(), mean)
+
+
+def test_weights_files_pass_between_the_paths(tmp_path):
+    model, *_ = trained("plain", "fast")
+    images, _ = random_batch(model, 5)
+    expected = model.predict(images, verbose=0)
+    model.save_weights(tmp_path / "fast.weights.h5")
+    other = build(NARROW, seed=1)
+    other.load_weights(tmp_path / "fast.weights.h5")
+    for one, two in zip(model.weights, other.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+    with torch.no_grad():
+        stock = other(torch.from_numpy(images), training=False).numpy()
+    np.testing.assert_allclose(stock, expected, rtol=1e-9)
+    # And back into a network that already predicts by the fast steps.
+    other.save_weights(tmp_path / "stock.weights.h5")
+    third = choose_step(build(NARROW, seed=2))
+    third.predict(images, verbose=0)
+    third.load_weights(tmp_path / "stock.weights.h5")
+    np.testing.assert_array_equal(third.predict(images, verbose=0), expected)
+
+
+def test_a_saved_training_goes_on_equally(tmp_path):
+    model, *_ = trained("ema", "fast")
+    images, truth = random_batch(model, 6, seed=3)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is Adam and type(loaded.loss) is BinaryCrossEntropy
+    assert int(loaded.optimizer.iterations.numpy()) == 6
+    for which in (model, loaded):  # the second on Keras' own steps
+        which.fit(images, truth, epochs=2, verbose=0, shuffle=False)
+    assert_close(
+        {v.path: v.numpy() for v in model.trainable_variables},
+        {v.path: v.numpy() for v in loaded.trainable_variables},
+        1e-6,
+    )
+
+
+def test_prediction_follows_every_change_of_the_weights():
+    model, *_ = trained("plain", "fast")
+    images, truth = random_batch(model, 4)
+
+    def expected():
+        with torch.no_grad():
+            return model(torch.from_numpy(images), training=False).numpy()
+
+    def check():
+        np.testing.assert_allclose(model.predict_on_batch(images), expected(), rtol=1e-9)
+
+    check()
+    model.train_on_batch(images, truth)
+    check()
+    model.get_layer("bn1").moving_variance.assign(
+        model.get_layer("bn1").moving_variance.numpy() * 2
+    )
+    check()
+    model(torch.from_numpy(images), training=True)  # moves the statistics behind our back
+    check()
+    model.set_weights([weight * 0.9 for weight in model.get_weights()])
+    check()
+
+
+@pytest.mark.parametrize("recompute", ["stage", "block"])
+@pytest.mark.parametrize("name", ["2d", "series", "r2plus1d", "detached"])
+def test_recomputation_changes_memory_and_nothing_else(name, recompute):
+    results = []
+    for how in (None, recompute):
+        model = build(NETWORKS[name])
+        images, _ = batch(model)
+        function = FlatFunction(model, training=True, recompute=how)
+        (function(images, function.tensors())[0] ** 2).sum().backward()
+        results.append((gradients(model), states(model), function, model))
+    for before, after in zip(results[0][:2], results[1][:2], strict=True):
+        for path in before:
+            np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+    shape = results[0][3].input_shape[1:]
+    most, least = (activation_bytes(result[2], shape) for result in results)
+    assert least < 0.85 * most
+
+
+def test_saved_bytes_are_those_that_autograd_saves():
+    model = build(NARROW)
+    images, _ = batch(model, 3)
+    function = FlatFunction(model, training=True)
+    ignored = {t.untyped_storage()._cdata for t in (*function.tensors(), images)}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ignored:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(images, function.tensors())
+    assert outputs[0].requires_grad
+    total = sum(storage.nbytes() for storage in saved.values())
+    assert activation_bytes(function, (32, 32, 3), 3) == total
+
+
+def test_a_whole_series_trains_on_a_six_gigabyte_card():
+    # Weights, gradients and Adam's two moments in float32; what a step keeps; and twice the
+    # largest activation for what a convolution's gradient needs beside it.
+    for name in ("resnet18_3d_medicalnet", "resnet18_3d"):
+        model = classifier(preset(name, (60, 256, 256, 1)), output="logits")
+        weights = 16 * sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        largest = 2 * 30 * 128 * 128 * 64 * 4
+        for precision in ("float32", "bfloat16"):
+            function = FlatFunction(model, training=True, precision=precision)
+            kept = activation_bytes(function, (60, 256, 256, 1))
+            assert 100 * 2**20 < kept < weights + kept + largest < 6 * 2**30
+
+
+def test_the_graph_has_no_breaks():
+    for name in ("2d", "series", "slab", "r2plus1d", "group", "detached"):
+        model = build(NETWORKS[name])
+        images, _ = batch(model)
+        function = FlatFunction(model, training=True)
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(function)(images, function.tensors())
+        assert explained.graph_break_count == 0 and explained.graph_count == 1, name
+
+
+@pytest.mark.slow
+def test_the_compiled_step_trains_equally():
+    compiled, plain = build(NARROW), build(NARROW)
+    choose_step(compiled, compiled=True)
+    choose_step(plain, compiled=False)
+    images, truth = random_batch(plain, 6)
+    for model in (compiled, plain):
+        model.compile(Adam(1e-3), _loss())
+        model.fit(images, truth, batch_size=3, epochs=2, verbose=0, shuffle=False)
+    assert_close(states(plain), states(compiled), 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_with_a_full_head(precision):
+    keras.utils.set_random_seed(0)
+    spec = replace(NARROW, input_shape=(64, 64, 3))
+    full = classifier(spec, output="logits")
+    images, truth = random_batch(full, 16)
+    keras.utils.set_random_seed(0)
+    half = compile_classifier(classifier(spec, output="logits"), 1e-3, precision=precision)
+    assert half.get_layer("conv1").dtype_policy.name == "float32"
+    function = getattr(half, ATTRIBUTE)
+    expected, found = full.predict_on_batch(images), half.predict_on_batch(images)
+    assert found.dtype == np.float32
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-6 < difference < 0.05
+    losses = half.fit(images, truth, epochs=8, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(v.dtype == "float32" for v in half.variables if "seed" not in v.path)
+    is_scaled = isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert is_scaled == (precision == "float16")
+    assert function.options.precision == precision
+
+
+def test_precision_is_refused_where_it_is_built_in():
+    model = classifier(NARROW, output="logits")
+    with pytest.raises(UsageError, match="precision bfloat16: the model was built in float32"):
+        compile_classifier(model, step="stock", precision="bfloat16")
+    with pytest.raises(UsageError, match="recompute needs the fast steps"):
+        compile_classifier(model, step="stock", recompute="stage")
+    for name, value in (("step", "slow"), ("precision", "float8"), ("recompute", "layer")):
+        with pytest.raises(UsageError, match=f"{name} '{value}'; expected one of"):
+            choose_step(model, **{name: value})
+    built = classifier(NARROW, output="logits", precision="bfloat16")
+    compile_classifier(built, step="stock", precision="bfloat16")
+
+
+def test_mixed_policies_and_precision_agree():
+    keras.utils.set_random_seed(0)
+    by_policy = classifier(NARROW, output="logits", precision="bfloat16")
+    by_step = choose_step(classifier(NARROW, output="logits"), precision="bfloat16")
+    by_step.set_weights(by_policy.get_weights())
+    images, _ = random_batch(by_step, 4)
+    np.testing.assert_array_equal(
+        by_policy.predict_on_batch(images), by_step.predict_on_batch(images)
+    )
+
+
+def run_out_of_memory(steps, most: int, message=None):
+    """Let the inference function take at most so many samples."""
+    infer, sizes = steps._infer, []
+
+    def limited(x, tensors):
+        sizes.append(len(x))
+        if len(x) > most:
+            raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory")
+        return infer(x, tensors)
+
+    limited.tensors = infer.tensors
+    steps._infer = limited
+    return sizes
+
+
+def test_prediction_halves_the_batch_when_memory_runs_out():
+    model = choose_step(build(NARROW))
+    images, _ = random_batch(model, 11)
+    expected = model.predict(images, batch_size=11, verbose=0)
+    sizes = run_out_of_memory(getattr(model, ATTRIBUTE), 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = model.predict(images, batch_size=11, verbose=0)
+    told = [str(w.message) for w in caught if w.category is ResourceWarning]
+    assert told == [
+        "11 samples do not fit into memory at once; predicting 5 at a time.",
+        "5 samples do not fit into memory at once; predicting 2 at a time.",
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+    sizes.clear()
+    model.predict(images, batch_size=11, verbose=0)
+    assert sizes == [2, 2, 2, 2, 2, 1]  # it has learned
+
+    model = choose_step(build(NARROW))
+    run_out_of_memory(getattr(model, ATTRIBUTE), 0, "DefaultCPUAllocator: can't allocate memory")
+    with (
+        pytest.warns(ResourceWarning),
+        pytest.raises(RuntimeError, match="can't allocate memory"),
+    ):
+        model.predict(images[:2], verbose=0)
+    model = choose_step(build(NARROW))
+    run_out_of_memory(getattr(model, ATTRIBUTE), 0, "something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        model.predict(images, verbose=0)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_two_hundred_predictions_do_not_grow():
+    model = choose_step(build(replace(NARROW, input_shape=(64, 64, 3))))
+    images, _ = random_batch(model, 64)  # 3 MiB a batch
+    for _ in range(20):
+        model.predict(images, batch_size=64, verbose=0)
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(200):
+        model.predict(images, batch_size=64, verbose=0)
+    gc.collect()
+    # One kept input a call would be 600 MiB.
+    assert resident_bytes() - before < 50 * 2**20
+
+
+# What is not covered, and what the warning says.
+def _with(last):
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3)(image)
+    return keras.Model(image, keras.layers.Dense(6)(keras.layers.Flatten()(last(x))))
+
+
+UNKNOWN = {
+    "flatten is a Flatten": lambda: _with(lambda x: x),
+    "is a LayerNormalization": lambda: _with(keras.layers.LayerNormalization()),
+    "has an activation": lambda: _with(keras.layers.Conv2D(4, 3, activation="relu")),
+    "pads 'same'": lambda: _with(keras.layers.Conv2D(4, 3, padding="same")),
+    "is not a plain ReLU": lambda: _with(keras.layers.ReLU(max_value=6)),
+    "regularises outputs": lambda: _with(keras.layers.ReLU(activity_regularizer="l2")),
+    "is not the usual kind": lambda: _with(keras.layers.BatchNormalization(scale=False)),
+    "has a seed or shape": lambda: _with(keras.layers.Dropout(0.5, seed=1)),
+    "is not a sigmoid": lambda: _with(keras.layers.Activation("tanh")),
+    "not a functional one with a single input": lambda: keras.Sequential([keras.layers.Dense(2)]),
+}
+
+
+def num_stock(caught) -> int:
+    return sum(warning.category is StockStep for warning in caught)
+
+
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_an_unknown_model_runs_on_keras_steps_with_one_warning(reason):
+    model = UNKNOWN[reason]()
+    with pytest.raises(UnknownStep, match=reason):
+        read_graph(model)
+    with pytest.warns(StockStep, match=f"{reason}.*: Keras' own steps are used") as caught:
+        choose_step(model)
+    assert num_stock(caught) == 1 and accelerated(model) is None
+    if isinstance(model, keras.Sequential):
+        return
+    model.compile(Adam(1e-3), BinaryCrossEntropy(True))
+    model.fit(np.zeros((4, 8, 8, 3), "float32"), np.zeros((4, 6), "float32"), verbose=0)
+
+
+@pytest.mark.parametrize("reason", ["run_eagerly=True", "train_step is not Keras' own"])
+def test_what_cannot_be_honoured_runs_on_keras_steps_with_one_warning(reason):
+    model = choose_step(build(NARROW))
+    seen = []
+    if reason == "run_eagerly=True":
+        model.compile(Adam(1e-3), _loss(), run_eagerly=True)
+    else:
+        model.compile(Adam(1e-3), _loss())
+        original = model.train_step
+        model.train_step = lambda data: seen.append(1) or original(data)
+    images, truth = random_batch(model, 4)
+    with pytest.warns(StockStep, match=reason) as caught:
+        model.fit(images, truth, batch_size=2, epochs=2, verbose=0)
+    assert num_stock(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StockStep)
+        model.fit(images, truth, epochs=1, verbose=0)
+    assert len(seen) == (5 if seen else 0)
+
+
+def test_shapes_keras_refuses_are_refused_alike():
+    model = choose_step(build(NARROW))
+    model.compile(Adam(1e-3), _loss())
+    wrong = np.zeros((2, 16, 16, 3), "float32")
+    truth = np.zeros((2, 6), "float32")
+    for call in (
+        lambda: model.predict(wrong, verbose=0),
+        lambda: model.train_on_batch(wrong, truth),
+        lambda: model.evaluate(wrong, truth, verbose=0),
+    ):
+        with pytest.raises(ValueError, match="expected shape"):
+            call()
+    model.compile(Adam(1e-3), _loss(), steps_per_execution=2)
+    with pytest.raises(ValueError, match="`steps_per_execution` must be 1"):
+        model.fit(np.zeros((4, 32, 32, 3), "float32"), np.zeros((4, 6)), batch_size=2, verbose=0)
+
+
+def test_one_value_per_channel_is_normalised_as_keras_does():
+    spec = NARROW  # 32 pixels: one position in the last stage
+    images, truth = random_batch(build(spec), 1)
+    found = []
+    for step in ("fast", "stock"):
+        model = choose_step(build(spec), step)
+        model.compile(Adam(1e-3, fused=step == "fast"), _loss())
+        model.fit(images, truth, epochs=2, verbose=0)
+        found.append({k: v for k, v in states(model).items() if "layer4_0_bn1" in k})
+    assert_close(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_fused_adam_in_any_memory_order_equals_torch(amsgrad):
+    model = build(NARROW)
+    choose_step(model)
+    variables = model.trainable_variables
+    twins = [torch.nn.Parameter(v.value.detach().clone().contiguous()) for v in variables]
+    reference = torch.optim.Adam(twins, 1e-3, amsgrad=amsgrad)
+    optimizer = Adam(1e-3, amsgrad=amsgrad)
+    optimizer.build(variables)
+    kernel = model.get_layer("conv1").kernel.value
+    assert not kernel.is_contiguous() and kernel.permute(3, 0, 1, 2).is_contiguous()
+    torch.manual_seed(0)
+    for _ in range(4):
+        grads = [torch.randn(v.shape, dtype=torch.float64) for v in variables]  # C order
+        for twin, grad in zip(twins, grads, strict=True):
+            twin.grad = grad.clone()
+        reference.step()
+        optimizer.apply(grads, variables)
+    for variable, twin in zip(variables, twins, strict=True):
+        np.testing.assert_allclose(variable.numpy(), twin.detach().numpy(), rtol=1e-7, atol=1e-9)
+    slot = optimizer._momentums[0].value
+    assert slot.stride() == kernel.stride()
+    # A slot that somebody replaced by another memory order is found.
+    slot.data = slot.data.contiguous()
+    before = variables[0].numpy().copy()
+    for twin, grad in zip(twins, grads, strict=True):
+        twin.grad = grad.clone()
+    reference.step()
+    fused_update(optimizer, grads, variables, 1e-3)
+    assert np.abs(variables[0].numpy() - before).max() > 0
+    np.testing.assert_allclose(variables[0].numpy(), twins[0].detach().numpy(), atol=1e-9)
+
+
+def test_kernels_keep_shape_and_values_when_laid_out():
+    model = build(NARROW)
+    before = states(model)
+    choose_step(model)
+    after = states(model)
+    for path, value in before.items():
+        assert after[path].shape == value.shape
+        np.testing.assert_array_equal(after[path], value)
+
+
+def test_nothing_is_copied_between_memory_layouts():
+    model = build(NARROW)
+    choose_step(model)
+    images, _ = batch(model)
+    function = getattr(model, ATTRIBUTE)._train
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        function(images, function.tensors())
+    copies = [name for name in seen if name in ("clone", "contiguous", "constant_pad_nd")]
+    assert copies == [] and seen.count("convolution") == 20
