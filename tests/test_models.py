@@ -19,6 +19,7 @@ from ich_keras.models.classifier import (
     with_probabilities,
 )
 from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
+from ich_keras.models.optimizer import Adam
 from ich_keras.models.presets import ModelSpec, preset
 from ich_keras.models.resnet import resnet
 from ich_keras.models.weights import load_weights
@@ -260,3 +261,35 @@ def test_wrong_weights_are_refused(tmp_path):
     model.save_weights(tmp_path / "nan.weights.h5")
     with pytest.raises(DataError, match=r"\(bn1\) holds values that are not finite"):
         load_weights(classifier(NARROW), tmp_path / "nan.weights.h5")
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"weight_decay": 0.1}])
+def test_adam_steps_as_torch_does_on_every_backend(settings):
+    # An epsilon large enough to see where it is added.
+    random = np.random.default_rng(0)
+    start = random.normal(size=(3, 2)).astype("float32")
+    grads = [random.normal(size=(3, 2)).astype("float32") * 1e-3 for _ in range(4)]
+    twin = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    reference = torch.optim.AdamW if "weight_decay" in settings else torch.optim.Adam
+    reference = reference([twin], 1e-2, eps=1e-3, **settings)
+    for grad in grads:
+        twin.grad = torch.from_numpy(grad)
+        reference.step()
+    for fused in (True, False):
+        variable = keras.Variable(start)
+        optimizer = Adam(1e-2, epsilon=1e-3, fused=fused, **settings)
+        for grad in grads:
+            optimizer.apply([keras.ops.convert_to_tensor(grad)], [variable])
+        found = keras.ops.convert_to_numpy(variable.value)
+        np.testing.assert_allclose(found, twin.detach().numpy(), rtol=1e-5)
+    assert Adam(1e-2, fused=True).fused == (keras.backend.backend() == "torch")
+
+
+def test_adam_and_the_loss_come_back_from_their_configuration():
+    adam = Adam(1e-3, backbone_factor=0.1, head_layers=("fc",), fused=False, clipnorm=1.0)
+    loss = BinaryCrossEntropy(False, RSNA_WEIGHTS, name="rsna")
+    for thing in (adam, loss):
+        config = keras.saving.serialize_keras_object(thing)
+        assert config["registered_name"].startswith("ich_keras>")
+        again = keras.saving.deserialize_keras_object(config)
+        assert type(again) is type(thing) and again.get_config() == thing.get_config()
