@@ -650,6 +650,30 @@ def test_fused_adam_in_any_memory_order_equals_torch(amsgrad):
     np.testing.assert_allclose(variables[0].numpy(), twins[0].detach().numpy(), atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [2, 3, 4, 5, 6, 7, 8])
+def test_shallow_volumes_have_right_gradients(slices, dtype):
+    """torch's own convolution answers with 1e36, or dies, on several of these on a CPU."""
+    for kernel, stride in ((7, 2), (7, (1, 2, 2)), (5, 2), (3, 1), (3, 2)):
+        image = keras.Input((slices, 16, 16, 2))
+        x = keras.layers.ZeroPadding3D(kernel // 2)(image)
+        x = keras.layers.Conv3D(16, kernel, strides=stride, use_bias=False, dtype="float64")(x)
+        model = keras.Model(image, x)
+        volumes = torch.from_numpy(np.random.default_rng(0).normal(size=(2, slices, 16, 16, 2)))
+        found = []
+        for precision in ("float64", str(dtype).removeprefix("torch.")):
+            function = FlatFunction(model, training=True, precision=precision)
+            outputs = function(volumes, function.tensors())[0]
+            weights = torch.linspace(-1, 1, outputs.numel(), dtype=torch.float64)
+            (outputs * weights.reshape(outputs.shape)).sum().backward()
+            found.append(
+                (outputs.detach().double(), *map(torch.from_numpy, gradients(model).values()))
+            )
+        for expected, value in zip(*found, strict=True):
+            difference = (value - expected).abs().max() / expected.abs().max()
+            assert difference < (1e-4 if dtype is torch.float32 else 0.03), (kernel, stride)
+
+
 def test_kernels_keep_shape_and_values_when_laid_out():
     model = build(NARROW)
     before = states(model)

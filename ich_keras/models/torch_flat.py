@@ -388,12 +388,25 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
                 return F.conv2d(x, weight, shift(tensors), *within)
             slices = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)
             return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        weight = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2)
-        return _shallow(
-            F.conv3d(_deep(x), weight, shift(tensors), stride, padding, dilation, groups)
-        )
+        weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
+        x = _deep(x)
+        if _must_pad_outside(x, size, padding):
+            x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
+            inside = (0, *padding[1:])
+        return _shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation, groups))
 
     return conv3d
+
+
+def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Tell whether torch's CPU convolution would corrupt memory.
+
+    oneDNN's gradient of a 3D kernel (torch 2.14, AVX512) reads and writes beyond its arrays when
+    the kernel is at least as deep as the volume and the slices around it are padded inside the
+    operation: wrong gradients without a word, or a crash. MedicalNet's 7x7x7 stem on five slices
+    is such a case in float32 and bfloat16, a 3x3x3 kernel on two slices in bfloat16.
+    """
+    return x.device.type == "cpu" and padding[0] > 0 and x.shape[2] <= size[0]
 
 
 def _norm_of_one(x, mean, variance, scale, shift, weight_of_new: float) -> torch.Tensor:
