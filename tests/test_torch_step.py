@@ -682,6 +682,11 @@ def test_kernels_keep_shape_and_values_when_laid_out():
     for path, value in before.items():
         assert after[path].shape == value.shape
         np.testing.assert_array_equal(after[path], value)
+    kernel = model.get_layer("conv1").kernel.value
+    assert not kernel.is_contiguous()
+    choose_step(model, "stock")
+    assert kernel.is_contiguous()
+    np.testing.assert_array_equal(kernel.detach().numpy(), before["conv1/kernel"])
 
 
 def test_nothing_is_copied_between_memory_layouts():

@@ -26,6 +26,9 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
         weight, place = variable._value, optimizer._get_variable_index(variable)
         row = [weight, _in_order_of(weight, grad)]
         row += [_laid_out(weight, slots[place]) for slots in _slots(optimizer)]
+        if not weight.is_contiguous():
+            # As flat arrays: what is not contiguous the kernel copies first.
+            row = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in row]
         by_dtype.setdefault(weight.dtype, []).append(row)
     for rows in by_dtype.values():
         columns = [list(column) for column in zip(*rows, strict=True)]

@@ -383,7 +383,9 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
         x = _cast(values[source], dtype)
         # Where every neighbouring slice is padding, the middle slice of the kernel does it all.
         if is_centred and (x.dim() == 4 or (stride[0] == 1 and reach >= x.shape[2])):
-            weight = _cast(tensors[kernel][middle], dtype).permute(3, 2, 0, 1)
+            # Output channel first, as it lies in memory: the gradient then comes in that order.
+            weight = tensors[kernel].permute(4, 0, 1, 2, 3)[:, middle]
+            weight = _cast(weight, dtype).permute(0, 3, 1, 2)
             if x.dim() == 4:
                 return F.conv2d(x, weight, shift(tensors), *within)
             slices = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)

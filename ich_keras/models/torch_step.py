@@ -64,7 +64,6 @@ def accelerate(model: keras.Model, options: StepOptions | None = None) -> bool:
     except UnknownStep as reason:
         _warn(str(reason))
         return False
-    stock(model)
     for layer in model.layers:
         if isinstance(layer, CONVOLUTIONS):
             _lay_out(layer.kernel)
@@ -80,6 +79,10 @@ def stock(model: keras.Model) -> None:
     """Give a model Keras' own steps back; weights and optimiser stay as they are."""
     if accelerated(model) is None:
         return
+    for layer in model.layers:
+        if isinstance(layer, CONVOLUTIONS):
+            kernel = layer.kernel._value
+            kernel.data = kernel.data.contiguous()
     delattr(model, ATTRIBUTE)
     for kind in ("train", "test", "predict"):
         delattr(model, f"make_{kind}_function")
