@@ -44,11 +44,11 @@ class DemoSettings:
         learning_rate: after the warm-up.
     """
 
-    num_series: int = 330
+    num_series: int = 600
     matrix: int = 128
     slice_spacing_mm: tuple[float, float] = (8.0, 11.0)
     size: int = 96
-    epochs: int = 4
+    epochs: int = 6
     batch_size: int = 32
     learning_rate: float = 1e-3
 

@@ -1,0 +1,1 @@
+"""How fast it is, beside plain torch and stock Keras: `python -m benchmarks`, from a clone."""

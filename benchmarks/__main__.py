@@ -1,0 +1,112 @@
+"""The command line: `python -m benchmarks`. Nothing heavy is imported before a command runs."""
+
+import os
+from pathlib import Path
+
+import click
+
+from ich_keras.terminal import Group, catch_termination
+
+HELP = {"help_option_names": ["-h", "--help"]}
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 where the hardware computes in it.",
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+    show_default="one per core",
+    help="Of torch on the CPU.",
+)
+TINY = click.option("--tiny", "is_tiny", is_flag=True, help="Tiny inputs, one repeat: a trial.")
+
+
+@click.group(cls=Group, context_settings=HELP)
+def main() -> None:
+    """Measure how fast ich_keras is, beside plain torch and stock Keras."""
+    catch_termination()
+
+
+@main.command()
+@TINY
+@PRECISION
+@DEVICE
+@THREADS
+@click.option(
+    "--repeats", type=click.IntRange(min=1), help="Timed runs of each variant; default: 5."
+)
+@click.option("--cases", "names", default="", metavar="A,B", help="Only these; see the README.")
+@click.option("--whole", is_flag=True, help="Whole series of 60x256x256 too: minutes a step.")
+@click.option("--no-stock", is_flag=True, help="Leave out stock Keras, which is slow.")
+@click.option("--memory", is_flag=True, help="Measure the peak memory of training, too.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the CSV goes; default: benchmarks/results, with --tiny runs.",
+)
+def model(
+    is_tiny: bool,
+    precision: str,
+    device: str,
+    threads: int,
+    repeats: int | None,
+    names: str,
+    whole: bool,
+    no_stock: bool,
+    memory: bool,
+    out: Path | None,
+) -> None:
+    """Measure training, prediction and the optimiser of the networks."""
+    from benchmarks.cases import choose_cases
+    from benchmarks.records import RESULTS, TRIALS, describe_place, file_name
+
+    cases = choose_cases(names, whole, is_tiny)
+    setting = _setting(precision, device, threads, not no_stock)
+    place = describe_place(setting.device, threads)
+    folder = out or (TRIALS if is_tiny else RESULTS)
+    bench = "model-tiny" if is_tiny else "model"
+    path = folder / file_name(bench, place, setting.precision)
+
+    from benchmarks.model import measure
+
+    repeats = repeats or (1 if is_tiny else 5)
+    measure(cases, setting, repeats, path, place, memory, click.echo)
+    click.echo(f"Results: {path}")
+
+
+@main.command(hidden=True)
+@TINY
+@PRECISION
+@THREADS
+@click.option("--case", "name", required=True)
+@click.option("--variant", required=True)
+@click.option("--steps", type=click.IntRange(min=0), required=True)
+def peak(is_tiny: bool, precision: str, threads: int, name: str, variant: str, steps: int) -> None:
+    """Print the peak memory in bytes of this process, which trains one variant on the CPU."""
+    from benchmarks.cases import choose_cases
+
+    setting = _setting(precision, "cpu", threads)
+    from benchmarks.model import take_steps
+
+    click.echo(take_steps(choose_cases(name, is_tiny=is_tiny)[0], variant, setting, steps))
+
+
+def _setting(precision: str, device: str, threads: int, has_stock: bool = True):
+    """Decide backend and device before keras is imported."""
+    from benchmarks.cases import Setting
+    from benchmarks.harness import require_torch
+    from ich_keras.environment import choose_device, choose_precision
+
+    require_torch()
+    device = choose_device(device)
+    return Setting(device, threads, choose_precision(precision, device), has_stock)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,128 @@
+"""What is measured: networks, inputs and batch sizes. Imports neither torch nor keras."""
+
+import difflib
+from dataclasses import dataclass, replace
+
+from ich_keras.errors import UsageError
+from ich_keras.models.presets import ModelSpec, preset
+
+TRAIN, PREDICT, UPDATE = "train", "predict", "update"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network on one input.
+
+    Args:
+        name: in tables and for `--cases`.
+        preset: of `ich presets`.
+        shape: of a sample: (rows, columns, channels) or (slices, rows, columns, channels).
+        batch: samples a step.
+        steps: that one timed run takes: many where a step is short, so that what `fit` does once
+            (callbacks, reading the loss) weighs as little as in an epoch.
+        modes: "train", "predict"; "update" is the optimiser alone.
+        width: channels of the first stage.
+        precision: None takes that of the run.
+        is_any_size: build the network for inputs of any size: with so few slices given, the
+            preset would refuse them.
+        recomputes: measure the training steps that compute activations again, too.
+        is_long: only with `--whole`.
+    """
+
+    name: str
+    preset: str
+    shape: tuple[int, ...]
+    batch: int
+    steps: int = 1
+    modes: tuple[str, ...] = (TRAIN, PREDICT)
+    width: int = 64
+    precision: str | None = None
+    is_any_size: bool = False
+    recomputes: bool = False
+    is_long: bool = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Return the network, without dropout: torchvision's and MONAI's have none."""
+        spec = replace(preset(self.preset), width=self.width, dropout=0.0)
+        return spec.with_any_size() if self.is_any_size else replace(spec, input_shape=self.shape)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a benchmark runs.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU.
+        precision: "float32" or "bfloat16", unless a case has its own.
+        has_stock: whether Keras' own steps are measured, too; they are slow.
+    """
+
+    device: str
+    threads: int
+    precision: str
+    has_stock: bool = True
+
+
+SLICE, SLAB, SERIES, WHOLE = (256, 256, 3), (5, 256, 256, 1), (32, 128, 128, 1), (60, 256, 256, 1)
+DILATED, STRIDED, FLAT = "resnet18_3d_medicalnet", "resnet18_3d", "resnet18_3d_slab"
+
+CASES = (
+    Case("2d-b32", "resnet18_2d", SLICE, 32, steps=2),
+    Case("2d-b8", "resnet18_2d", SLICE, 8, steps=5),
+    Case("slab-dilated-b2", DILATED, SLAB, 2, steps=2),
+    Case("slab-dilated-b4", DILATED, SLAB, 4),
+    Case("slab-strided-b2", STRIDED, SLAB, 2, steps=5, is_any_size=True),
+    Case("slab-strided-b4", STRIDED, SLAB, 4, steps=3, is_any_size=True),
+    Case("slab-flat-b2", FLAT, SLAB, 2, steps=2),
+    Case("slab-flat-b4", FLAT, SLAB, 4),
+    Case("series-dilated", DILATED, SERIES, 1, recomputes=True),
+    Case("series-strided", STRIDED, SERIES, 1, steps=3, recomputes=True),
+    Case("whole-dilated", DILATED, WHOLE, 1, recomputes=True, is_long=True),
+    Case("whole-strided", STRIDED, WHOLE, 1, recomputes=True, is_long=True),
+    # Nothing to compute: what is left is the host's own time.
+    Case("narrow", "resnet18_2d", (64, 64, 3), 1, steps=50, width=8, precision="float32"),
+    Case("adam", "resnet18_2d", SLICE, 1, steps=20, modes=(UPDATE,), precision="float32"),
+)
+# The depth that the strided network's last stage still leaves two positions of, and its width.
+TINY_SLICES, TINY_SIDE, TINY_WIDTH = 17, 64, 8
+
+
+def tiny(case: Case) -> Case:
+    """Shrink a case until a step takes no time; whatever it exercises stays."""
+    *slices, _, _, channels = case.shape
+    shape = (*(min(number, TINY_SLICES) for number in slices), TINY_SIDE, TINY_SIDE, channels)
+    # In 2D the width stays, so that the baseline stays torchvision's own network.
+    width = TINY_WIDTH if slices else case.width
+    return replace(case, shape=shape, batch=min(case.batch, 2), steps=1, width=width)
+
+
+def choose_cases(names: str = "", whole: bool = False, is_tiny: bool = False) -> list[Case]:
+    """Select cases, in the table's order.
+
+    Args:
+        names: separated by commas; "" takes all but the long ones.
+        whole: take the long ones, too.
+        is_tiny: shrink them all.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    known = [case.name for case in CASES]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"case {name!r}; expected some of {', '.join(known)}.", hint)
+    chosen = [
+        case
+        for case in CASES
+        if (case.name in wanted if wanted else whole or is_tiny or not case.is_long)
+    ]
+    if not is_tiny:
+        return chosen
+    # Cases that differ in size alone become one.
+    unique = {replace(tiny(case), name="", is_long=False): case for case in reversed(chosen)}
+    return [tiny(case) for case in chosen if case in unique.values()]

@@ -1,0 +1,203 @@
+"""How everything is measured: time in turns, kept activations, dispatched operations, memory.
+
+Importing this imports no torch: the functions that need it do so themselves.
+"""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ich_keras.errors import UsageError
+
+# A run takes that many steps.
+Run = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per step over the repeats: the median and its spread."""
+
+    median: float
+    q25: float
+    q75: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, times: list[float]) -> "Timing":
+        """Summarise times; quartiles are interpolated between the sorted values."""
+        q25, median, q75 = (
+            statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        )
+        return cls(median, q25, q75, min(times), max(times))
+
+
+def alternate(
+    variants: dict[str, Callable[[], None]],
+    repeats: int,
+    warmup: int = 1,
+    sync: Callable[[], None] = lambda: None,
+    steps: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time variants in turns (A B C A B C ...), so that a slow minute of the machine meets all.
+
+    Args:
+        variants: name -> what to run.
+        repeats: timed runs of each.
+        warmup: runs of each before the first timed one.
+        sync: waits until the device has done what it was given; called around each timed run.
+        steps: that one run takes; times are divided by it.
+        clock: seconds.
+
+    Returns:
+        Name -> milliseconds per step.
+    """
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            sync()
+            start = clock()
+            run()
+            sync()
+            times[name].append((clock() - start) * 1e3 / steps)
+    return {name: Timing.of(found) for name, found in times.items()}
+
+
+def wait_for(device: str) -> Callable[[], None]:
+    """Return what waits for a device; on the CPU nothing is ever pending."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
+
+
+def saved_bytes(run: Run, ignored: Iterable) -> int:
+    """Count what autograd saves for the backward pass during one step.
+
+    Counted is the memory behind every tensor that is saved, each storage once and whole: inputs
+    of convolutions and activations, statistics of normalisations, indices of poolings, and weights
+    cast to another type. Regions computed again in the backward pass save in their own way and
+    are not seen.
+
+    Args:
+        run: takes training steps.
+        ignored: tensors that are there all the time: parameters, buffers, the batch.
+    """
+    import torch
+
+    always = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, lest the address of a freed one returns
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in always:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(1)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@dataclass(frozen=True)
+class Dispatches:
+    """What a step hands to the dispatcher.
+
+    Args:
+        operations: aten operations below autograd, forward and backward, views included.
+        uploads: copies of single numbers from the CPU to a device: each makes the host wait.
+    """
+
+    operations: int
+    uploads: int
+
+
+def dispatches(run: Run) -> Dispatches:
+    """Count the operations of one step: those of two steps less those of one."""
+    one, two = (_dispatched(run, steps) for steps in (1, 2))
+    return Dispatches(two.operations - one.operations, two.uploads - one.uploads)
+
+
+def _dispatched(run: Run, steps: int) -> Dispatches:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts = {"operations": 0, "uploads": 0}
+
+    class Count(TorchDispatchMode):
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True  # torch.compile refuses to run under other modes
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.namespace == "aten":
+                counts["operations"] += 1
+                counts["uploads"] += _is_upload(function, args, result)
+            return result
+
+    with Count():
+        run(steps)
+    return Dispatches(**counts)
+
+
+def _is_upload(function, args: tuple, result) -> bool:
+    name = function.overloadpacket.__name__
+    if name not in ("_to_copy", "copy_"):
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    return source.numel() == 1 and source.device.type == "cpu" and result.device.type != "cpu"
+
+
+def graph_breaks(function: Callable, *args) -> int:
+    """Count where `torch.compile` would have to cut a function in two."""
+    import torch
+
+    return torch._dynamo.explain(function)(*args).graph_break_count
+
+
+def peak_on_cuda(run: Run, steps: int) -> int:
+    """Return the most bytes of GPU memory a run needs beyond what lay there before it."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(steps)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_of_process() -> int:
+    """Return the most bytes of memory this process ever held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss starts with the peak of the process that started this one.
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require_torch() -> None:
+    """Refuse any backend but torch, before Keras is loaded.
+
+    Raises:
+        UsageError: KERAS_BACKEND names another one.
+    """
+    from ich_keras.environment import loaded_backend
+
+    backend = loaded_backend() or os.environ.get("KERAS_BACKEND", "torch")
+    if backend != "torch":
+        raise UsageError(
+            f"backend {backend}: this benchmark compares with plain torch.",
+            "Run it with KERAS_BACKEND=torch, or without KERAS_BACKEND.",
+        )

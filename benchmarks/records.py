@@ -1,0 +1,129 @@
+"""What a benchmark leaves: one CSV per run, named by where it ran, and a table to read."""
+
+import csv
+import importlib.metadata
+import io
+import platform
+import re
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ich_keras import __version__
+from ich_keras.files import atomic_write
+
+RESULTS = Path(__file__).parent / "results"
+TRIALS = Path("runs")  # not part of the repository
+_PACKAGES = ("keras", "torch", "torchvision", "monai")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and when a benchmark ran: the last columns of every row.
+
+    Args:
+        device: name of the processor or GPU.
+        threads: of torch on the CPU.
+        python: version; so are the next ones, "" where a package is absent.
+        date: when the run began, ISO 8601.
+    """
+
+    device: str
+    threads: int
+    python: str
+    ich_keras: str
+    keras: str
+    torch: str
+    torchvision: str
+    monai: str
+    date: str
+
+
+def describe_place(device: str, threads: int) -> Place:
+    """Look at the machine and the installed packages.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU.
+    """
+    return Place(
+        device=device_name(device),
+        threads=threads,
+        python=platform.python_version(),
+        ich_keras=__version__,
+        **{package: _version(package) for package in _PACKAGES},
+        date=datetime.now().isoformat(timespec="seconds"),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def device_name(device: str) -> str:
+    """Return what the maker calls the processor or GPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    """Write a name in lower case, digits and single hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def file_name(bench: str, place: Place, precision: str) -> str:
+    """Name a CSV by bench, device and threads, backend, versions, precision and date."""
+    parts = (
+        bench,
+        f"{slug(place.device)}-{place.threads}t",
+        f"torch-{place.torch}",
+        f"keras-{place.keras}",
+        precision,
+        re.sub(r"[-:]", "", place.date).replace("T", "-"),
+    )
+    return "_".join(parts) + ".csv"
+
+
+def write_csv(path: Path, rows: list, place: Place) -> None:
+    """Write all rows at once; numbers with six digits, None as nothing.
+
+    Args:
+        path: the file; replaced as a whole.
+        rows: dataclasses of one kind; their fields are the columns, then come those of the place.
+    """
+    stream = io.StringIO(newline="")
+    full = [asdict(row) | asdict(place) for row in rows]
+    writer = csv.DictWriter(stream, list(full[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in full)
+    atomic_write(path, stream.getvalue())
+
+
+def cell(value) -> str:
+    """Write one value of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Lay out a Markdown table with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells) -> str:
+        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
