@@ -444,6 +444,8 @@ def test_precision_is_refused_where_it_is_built_in():
         compile_classifier(model, step="stock", precision="bfloat16")
     with pytest.raises(UsageError, match="recompute needs the fast steps"):
         compile_classifier(model, step="stock", recompute="stage")
+    with pytest.raises(UsageError, match="exclude each other"):
+        choose_step(model, recompute="stage", compiled=True)
     for name, value in (("step", "slow"), ("precision", "float8"), ("recompute", "layer")):
         with pytest.raises(UsageError, match=f"{name} '{value}'; expected one of"):
             choose_step(model, **{name: value})
@@ -566,6 +568,20 @@ def test_an_unknown_model_runs_on_keras_steps_with_one_warning(reason):
         return
     model.compile(Adam(1e-3), BinaryCrossEntropy(True))
     model.fit(np.zeros((4, 8, 8, 3), "float32"), np.zeros((4, 6), "float32"), verbose=0)
+
+
+class Mine(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_a_subclass_of_the_user_runs_its_own_steps():
+    plain = build(NARROW)
+    model = choose_step(Mine(plain.input, plain.output))
+    model.compile(Adam(1e-3), _loss())
+    images, truth = random_batch(model, 4)
+    with pytest.warns(StockStep, match="Mine is not Keras' own"):
+        model.fit(images, truth, verbose=0)
 
 
 @pytest.mark.parametrize("reason", ["run_eagerly=True", "train_step is not Keras' own"])

@@ -33,7 +33,8 @@ def choose_step(
             built in; None leaves it. Only the fast steps can change it.
         recompute: "stage" or "block" keeps fewer activations in training and computes them again
             in the backward pass; fast steps only.
-        compiled: run the training function through `torch.compile`; None does so on CUDA.
+        compiled: run the training function through `torch.compile`; None does so on CUDA, unless
+            `recompute` is given.
 
     Returns:
         The same model.
@@ -49,6 +50,8 @@ def choose_step(
         if value not in known:
             names = ", ".join(option for option in known if option)
             raise UsageError(f"{name} {value!r}; expected one of {names}.")
+    if recompute is not None and compiled:
+        raise UsageError("recompute and compiled exclude each other.", "Leave one of them out.")
     backend = keras.backend.backend()
     if step == "fast" and backend == "torch":
         from ich_keras.models.torch_step import StepOptions, accelerate
