@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from benchmarks.cases import TRAIN, Case, Setting
+from benchmarks.cases import TRAIN, UPDATE, Case, Setting
 from benchmarks.plain import channels_last, has_monai, monai_network, plain_network
 from ich_keras.labels import NUM_LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
@@ -51,17 +51,17 @@ class KerasVariant:
 
 
 class TorchVariant:
-    """A module in a plain loop: channels_last, autocast, fused Adam, gradients set to None."""
+    """A module in a plain loop: autocast, fused Adam, gradients set to None."""
 
     def __init__(
         self,
         module: torch.nn.Module,
         batch: tuple[torch.Tensor, torch.Tensor],
         precision: str,
+        layout: torch.memory_format,
         compiled: bool = False,
     ):
         images, truth = batch
-        layout = channels_last(images.dim() - 2)
         self.module = module.to(images.device, memory_format=layout)
         self.forward = torch.compile(self.module) if compiled else self.module
         self.batch = images.movedim(-1, 1).contiguous(memory_format=layout), truth
@@ -116,13 +116,17 @@ def variants_of(case: Case, setting: Setting) -> dict[str, Callable[[], Variant]
     """List the variants of a case in the order of their turns: name -> what builds it."""
     precision, is_cuda = case.precision or setting.precision, setting.device == "cuda"
     batch = random_batch(case, setting.device)
+    layout = channels_last(case.spec.rank)
+    if UPDATE in case.modes:
+        # No convolution reads them, and on the CPU torch's fused Adam copies any other layout.
+        layout = torch.contiguous_format
 
     def ours(**options) -> KerasVariant:
         model = classifier(case.spec, output="logits", precision=precision)
         return KerasVariant(compile_classifier(model, LEARNING_RATE, **options), batch)
 
     def plain(network: Callable, compiled: bool = False) -> TorchVariant:
-        return TorchVariant(network(case.spec), batch, precision, compiled)
+        return TorchVariant(network(case.spec), batch, precision, layout, compiled)
 
     found: dict[str, Callable[[], Variant]] = {OURS: ours, PLAIN: partial(plain, plain_network)}
     if is_cuda and TRAIN in case.modes:
@@ -141,9 +145,6 @@ def variants_of(case: Case, setting: Setting) -> dict[str, Callable[[], Variant]
 def _stock(case: Case, precision: str) -> keras.Model:
     """Build our network as a user of Keras alone would run it."""
     model = choose_step(classifier(case.spec, output="logits", precision=precision), "stock")
-    for variable in model.variables:
-        # The fast steps had laid the kernels out for themselves, and nothing lays them back.
-        variable.value.data = variable.value.data.contiguous()
     model.compile(
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss=keras.losses.BinaryCrossentropy(from_logits=True),

@@ -1,8 +1,10 @@
 """The benchmarks: what they count, by hand; and that their command runs."""
 
 import csv
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -16,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.cases import CASES, choose_cases  # noqa: E402
-from benchmarks.records import slug, table  # noqa: E402
+from benchmarks.cases import CASES, Setting, choose_cases, tiny  # noqa: E402
+from benchmarks.records import Place, file_name, slug, table  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="the benchmarks measure the torch backend"
@@ -91,10 +93,173 @@ def test_cases_by_name():
     assert table(("a", "b"), [("1", "long")]).splitlines()[1:] == ["|---|------|", "| 1 | long |"]
 
 
+class Device:
+    """A device that works off its queue only when somebody waits for it."""
+
+    def __init__(self):
+        self.now, self.queued = 0.0, 0.0
+
+    def variant(self, *seconds: float):
+        durations = iter(seconds)
+
+        def run():
+            self.queued += next(durations)
+
+        return run
+
+    def wait(self):
+        self.now += self.queued
+        self.queued = 0.0
+
+
+def test_the_device_is_waited_for():
+    device = Device()
+    variants = {"a": device.variant(50, 1, 2, 4), "b": device.variant(90, 3, 3, 5)}
+    found = harness.alternate(
+        variants, repeats=3, sync=device.wait, steps=2, clock=lambda: device.now
+    )
+    assert found["a"] == harness.Timing(1000, q25=750, q75=1500, lowest=500, highest=2000)
+    assert found["b"] == harness.Timing(1500, q25=1500, q75=2000, lowest=1500, highest=2500)
+
+
+def test_one_repeat_has_no_spread():
+    assert harness.Timing.of([7.0]) == harness.Timing(7.0, 7.0, 7.0, 7.0, 7.0)
+
+
+def test_a_view_counts_its_whole_storage_once():
+    x, weight = torch.ones(6, 4), torch.ones(2, requires_grad=True)
+
+    def run(steps):
+        whole = x + 1
+        ((whole[:, :2] * weight).sum() + (whole[:, 2:] * weight).sum()).backward()
+
+    assert harness.saved_bytes(run, [x, weight]) == 6 * 4 * 4
+
+
+def test_backward_operations_are_counted():
+    x = torch.ones(3, requires_grad=True)
+
+    def run(steps):
+        for _ in range(steps):
+            torch.autograd.grad(x.mul(x), x, torch.ones(3))
+
+    # mul and ones; backward two mul, their sum.
+    assert harness.dispatches(run).operations == 5
+
+
+def test_uploads_are_single_numbers_from_the_cpu():
+    there = torch.zeros((), device="meta")
+
+    def run(steps):
+        for _ in range(steps):
+            torch.tensor(3.0).to("meta")
+            there.copy_(torch.tensor(1.0))
+            torch.ones(4).to("meta")  # a batch
+            there.to(torch.float64)  # already there
+            torch.tensor(1.0).to(torch.float64)  # stays here
+
+    assert harness.dispatches(run).uploads == 2
+
+
+def test_peak_is_that_of_the_process_itself():
+    held = bytearray(300 * 2**20)
+    assert harness.peak_of_process() >= len(held)
+    code = "from benchmarks.harness import peak_of_process; print(peak_of_process())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 2**20 < int(done.stdout) < len(held), "the child's own, not this process's"
+
+
+def test_tiny_cases_exercise_each_network_once():
+    cases = choose_cases(is_tiny=True)
+    assert len(cases) < len(CASES)
+    assert {case.preset for case in cases} == {case.preset for case in CASES}
+    assert {mode for case in cases for mode in case.modes} == {"train", "predict", "update"}
+    assert all(tiny(case) == case for case in cases)
+
+
+@pytest.mark.parametrize("case", choose_cases(is_tiny=True), ids=lambda case: case.name)
+def test_both_sides_have_the_same_parameters(case):
+    from benchmarks.plain import plain_network
+    from ich_keras.models.classifier import classifier
+
+    ours = classifier(case.spec, output="logits").trainable_variables
+    plain = plain_network(case.spec).parameters()
+    assert sorted(v.value.numel() for v in ours) == sorted(p.numel() for p in plain)
+
+
+@pytest.mark.parametrize("name", ["series-dilated", "series-strided", "slab-flat-b2", "narrow"])
+def test_plain_network_computes_what_the_reference_does(name):
+    from benchmarks.plain import plain_network
+
+    case = choose_cases(name, is_tiny=True)[0]
+    torch.manual_seed(0)
+    network = plain_network(case.spec).double().train()
+    layout = torch.channels_last if case.spec.rank == 2 else torch.channels_last_3d
+    network = network.to(memory_format=layout)
+    images = torch.rand(2, *case.shape, dtype=torch.float64).movedim(-1, 1)
+    answers = []
+    for forward in (network, lambda x: network.network(x)["fc"]):
+        network.zero_grad()
+        logits = forward(images)
+        (logits * torch.linspace(-1, 1, 6)).sum().backward()
+        answers.append([logits.detach(), *(p.grad.clone() for p in network.parameters())])
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_saved_bytes_agree_with_the_librarys_own_count():
+    from benchmarks.variants import OURS, variants_of
+    from ich_keras.models.torch_flat import FlatFunction, activation_bytes
+
+    case = choose_cases("narrow", is_tiny=True)[0]
+    ours = variants_of(case, Setting("cpu", 1, "float32"))[OURS]()
+    ours.train(1)
+    counted = harness.saved_bytes(ours.train, ours.tensors())
+    expected = activation_bytes(FlatFunction(ours.model, True), case.shape, case.batch)
+    logits = case.batch * 6 * 4  # kept for the loss, which is no part of the function
+    assert counted == expected + logits
+
+
+def test_ratios_are_to_plain_torch_of_the_same_case_and_mode():
+    from benchmarks.model import Row, with_ratios
+
+    row = Row("one", "plain torch", "train", "float32", (8, 8, 3), 2, 1, 1, 6.0, 6, 6, 6, 6)
+    rows = [
+        replace(row, saved_bytes_per_sample=100.0),
+        replace(row, variant="ours", ms_median=4.0, saved_bytes_per_sample=50.0),
+        replace(row, mode="predict", ms_median=1.0),
+        replace(row, variant="ours", mode="predict", ms_median=2.0),
+        replace(row, case="other", variant="ours"),
+    ]
+    found = [(r.speed_ratio, r.saved_ratio) for r in with_ratios(rows)]
+    assert found == [(1.0, 1.0), (1.5, 0.5), (1.0, None), (0.5, None), (None, None)]
+
+
+def test_files_are_named_by_where_they_were_made():
+    place = Place(
+        device="AMD EPYC 9V74 (80-Core)",
+        threads=2,
+        python="3.11.7",
+        ich_keras="0.1.0",
+        keras="3.15.1",
+        torch="2.14.1",
+        torchvision="0.29.1",
+        monai="",
+        date="2026-11-23T08:52:23",
+    )
+    assert file_name("model", place, "bfloat16") == (
+        "model_amd-epyc-9v74-80-core-2t_torch-2.14.1_keras-3.15.1_bfloat16_20261123-085223.csv"
+    )
+
+
 @pytest.mark.slow
 def test_the_command_runs_and_its_ratios_are_those_of_its_times(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "model", "--tiny", "--out", str(tmp_path)]
-    command += ["--precision", "float32", "--cases", "2d-b8,slab-dilated-b2,series-strided,adam"]
+    # One thread: on a busy machine two wait for each other at every operation.
+    command += ["--threads", "1", "--precision", "float32"]
+    command += ["--cases", "2d-b8,slab-dilated-b2,series-strided,adam"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
@@ -121,3 +286,30 @@ def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr("ich_keras.environment.loaded_backend", lambda: "jax")
     with pytest.raises(UsageError, match="jax"):
         harness.require_torch()
+
+
+def test_another_backend_is_refused_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "model", "--tiny"],
+        cwd=ROOT,
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: backend jax: this benchmark compares with plain torch.")
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "model", "--tiny", "--out", str(tmp_path)]
+    command += ["--threads", "1", "--cases", "narrow", "--no-stock", "--memory"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    peaks = {(row["variant"], row["mode"]): row["peak_bytes"] for row in rows}
+    for variant in ("ours", "plain torch"):
+        assert 0 < int(peaks[variant, "train"]) < 2**30
+        assert peaks[variant, "predict"] == ""
