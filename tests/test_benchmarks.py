@@ -21,8 +21,9 @@ from benchmarks import harness  # noqa: E402
 from benchmarks.cases import CASES, Setting, choose_cases, tiny  # noqa: E402
 from benchmarks.records import Place, file_name, slug, table  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="the benchmarks measure the torch backend"
+# Of those tests that build or run Keras models; counting, naming and refusing need no backend.
+on_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the benchmark runs Keras on torch only"
 )
 
 
@@ -179,6 +180,7 @@ def test_tiny_cases_exercise_each_network_once():
     assert all(tiny(case) == case for case in cases)
 
 
+@on_torch
 @pytest.mark.parametrize("case", choose_cases(is_tiny=True), ids=lambda case: case.name)
 def test_both_sides_have_the_same_parameters(case):
     from benchmarks.plain import plain_network
@@ -209,6 +211,7 @@ def test_plain_network_computes_what_the_reference_does(name):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@on_torch
 def test_saved_bytes_agree_with_the_librarys_own_count():
     from benchmarks.variants import OURS, variants_of
     from ich_keras.models.torch_flat import FlatFunction, activation_bytes
@@ -254,6 +257,7 @@ def test_files_are_named_by_where_they_were_made():
     )
 
 
+@on_torch
 @pytest.mark.slow
 def test_the_command_runs_and_its_ratios_are_those_of_its_times(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "model", "--tiny", "--out", str(tmp_path)]
@@ -301,6 +305,7 @@ def test_another_backend_is_refused_in_one_line():
     assert done.stderr.startswith("Error: backend jax: this benchmark compares with plain torch.")
 
 
+@on_torch
 @pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "model", "--tiny", "--out", str(tmp_path)]

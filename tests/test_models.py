@@ -22,6 +22,7 @@ from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
 from ich_keras.models.presets import ModelSpec, preset
 from ich_keras.models.resnet import resnet
+from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import load_weights
 
 NARROW = ModelSpec(input_shape=(32, 32, 3), width=8)
@@ -293,3 +294,30 @@ def test_adam_and_the_loss_come_back_from_their_configuration():
         assert config["registered_name"].startswith("ich_keras>")
         again = keras.saving.deserialize_keras_object(config)
         assert type(again) is type(thing) and again.get_config() == thing.get_config()
+
+
+def test_only_the_fast_steps_change_what_is_built_in():
+    is_torch = keras.backend.backend() == "torch"
+    for step in ("fast", "stock"):
+        can_change = is_torch and step == "fast"
+        model = classifier(NARROW, output="logits")
+        assert choose_step(model, step) is model
+        for option, message in (
+            ({"precision": "bfloat16"}, "precision bfloat16: the model was built in float32"),
+            ({"recompute": "stage"}, "recompute needs the fast steps"),
+        ):
+            if can_change:
+                compile_classifier(model, step=step, **option)
+                continue
+            with pytest.raises(UsageError, match=message):
+                compile_classifier(model, step=step, **option)
+        compile_classifier(model, step=step, precision="float32")
+        built = classifier(NARROW, output="logits", precision="bfloat16")
+        assert built_precision(built) == "bfloat16"
+        compile_classifier(built, step=step, precision="bfloat16", accumulate=2)
+        random = np.random.default_rng(0)
+        images = random.standard_normal((8, 32, 32, 3)).astype("float32")
+        truth = random.integers(0, 2, (8, 6)).astype("float32")
+        loss = built.fit(images, truth, batch_size=4, verbose=0).history["loss"][0]
+        assert math.isfinite(loss)
+        assert int(keras.ops.convert_to_numpy(built.optimizer.iterations)) == 1  # of two batches

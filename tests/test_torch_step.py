@@ -4,6 +4,7 @@ import gc
 import resource
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -243,7 +244,7 @@ def trained(use: str, step: str, epochs: int = 3):
 def test_six_steps_equal_those_of_keras(use):
     model, history, weights, others = trained(use, "fast")
     assert getattr(model.train_function, "__self__", None) is getattr(model, ATTRIBUTE)
-    _, stock_history, stock_weights, _ = trained(use, "stock")
+    _, stock_history, stock_weights, stock_others = trained(use, "stock")
     assert_close(stock_weights, weights, 1e-6)
     assert list(history) == list(stock_history)
     for name in history:
@@ -253,8 +254,10 @@ def test_six_steps_equal_those_of_keras(use):
         for path, value in others.items():
             if path.startswith(("conv1", "bn1", "layer1", "layer2")):
                 np.testing.assert_array_equal(value, start[path], err_msg=path)
-    else:
-        assert any("moving_mean" in path for path in others)
+    # The running variances differ by convention, which is tested above; all else is equal.
+    kept = {p: v for p, v in others.items() if "moving_variance" not in p and "seed" not in p}
+    assert any("moving_mean" in path for path in kept)
+    assert_close({path: stock_others[path] for path in kept}, kept, 1e-6)
 
 
 def test_evaluate_equals_keras():
@@ -361,10 +364,14 @@ def test_recomputation_changes_memory_and_nothing_else(name, recompute):
     assert least < 0.85 * most
 
 
-def test_saved_bytes_are_those_that_autograd_saves():
-    model = build(NARROW)
+# Strided and slab become shallow on the way: what is padded before the convolution is kept, too.
+# Not in float64: its 3D convolutions on a CPU answer in another memory order, which is copied.
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["2d", "slab", "strided", "series", "detached"])
+def test_saved_bytes_are_those_that_autograd_saves(name, precision):
+    model = classifier(replace(NETWORKS[name], dropout=0.0), output="logits")
     images, _ = batch(model, 3)
-    function = FlatFunction(model, training=True)
+    function = FlatFunction(model, training=True, precision=precision)
     ignored = {t.untyped_storage()._cdata for t in (*function.tensors(), images)}
     saved = {}
 
@@ -378,7 +385,7 @@ def test_saved_bytes_are_those_that_autograd_saves():
         outputs = function(images, function.tensors())
     assert outputs[0].requires_grad
     total = sum(storage.nbytes() for storage in saved.values())
-    assert activation_bytes(function, (32, 32, 3), 3) == total
+    assert activation_bytes(function, model.input_shape[1:], 3) == total
 
 
 def test_a_whole_series_trains_on_a_six_gigabyte_card():
@@ -516,6 +523,9 @@ def resident_bytes() -> int:
         return int(stream.read().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
+)
 @pytest.mark.slow
 def test_two_hundred_predictions_do_not_grow():
     model = choose_step(build(replace(NARROW, input_shape=(64, 64, 3))))

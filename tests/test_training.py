@@ -413,3 +413,30 @@ def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
         config_of(norm="frozen")
     with pytest.raises(UsageError, match="fit.freeze is 'layer7'; expected one of stem"):
         config_of(weights="a.weights.h5", fit={"freeze": "layer7"})
+
+
+@pytest.mark.parametrize(
+    ("precision", "fit"),
+    [
+        ("bfloat16", {"accumulate": 2, "recompute": "stage"}),
+        ("float16", {}),
+        ("float32", {"step": "stock"}),
+        ("float32", {"compiled": False, "recompute": "block"}),
+    ],
+)
+def test_every_way_to_take_a_step_makes_a_run(precision, fit, phantom_cache, tmp_path):
+    told = []
+    config = config_of(precision=precision, fit={"epochs": 1, **fit})
+    out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
+    assert told[0].endswith(f"{precision}.")
+    assert ("2 batches a step" in told[0]) == ("accumulate" in fit)
+    recorded = json.loads((out / "config.json").read_text())
+    assert recorded["precision"] == precision
+    assert {name: recorded["fit"][name] for name in fit} == fit
+    _, model = load_run(out, precision="float32")
+    saved = keras.saving.load_model(out / "model.keras")
+    assert all(layer.dtype_policy.name == "float32" for layer in saved.layers)
+    image = np.random.default_rng(0).standard_normal((2, 48, 48, 3)).astype("float32")
+    np.testing.assert_allclose(
+        saved.predict_on_batch(image), model.predict_on_batch(image), rtol=1e-3, atol=1e-5
+    )

@@ -206,7 +206,8 @@ def compile_classifier(
         learning_rate: 3e-4 from scratch, 1e-5 with pretrained weights (the thesis's values).
         loss: "bce" or "rsna" (`any` counted twice).
         schedule: "constant" or "cosine".
-        total_steps: optimiser steps of the whole training (for "cosine").
+        total_steps: batches of the whole training (for "cosine"): Keras' schedules count batches,
+            also where `accumulate` of them make one step.
         warmup_steps: steps of linear rise.
         weight_decay: decoupled; kernels only.
         backbone_factor: the backbone learns at this multiple of the learning rate, the head at

@@ -26,7 +26,8 @@ FEATURES = ("stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"
 # What can be kept as it is while the rest is trained: all up to and including that part.
 # The steps of `fit`, and what may be computed twice in them: see `ich_keras.models.steps`.
 STEPS = ("fast", "stock")
-RECOMPUTE = ("stage", "block")
+# What one part that is computed again is: its layers share this beginning of their names.
+RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
 # Keras' policy of each precision.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ich_keras.models.graph import Graph, Step, fold_norms, read_graph
+from ich_keras.models.presets import RECOMPUTE
 
 # The head and what follows it stay in float32 whatever the precision.
 FULL_PRECISION = ("dense", "dropout", "sigmoid")
-# What one part of a network computed again is: its layers share this beginning of their names.
-PARTS = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
 
 Operation = Callable[[list, Sequence[torch.Tensor]], torch.Tensor]
 
@@ -324,7 +323,7 @@ def _groups(steps: Sequence[Step], recompute: str | None) -> list[tuple[list[Ste
     """Cut the steps into parts: stem, each stage or block, head (which is never recomputed)."""
     if recompute is None:
         return [(list(steps), False)]
-    pattern = re.compile(PARTS[recompute])
+    pattern = re.compile(RECOMPUTE[recompute])
     names = [(found := pattern.match(step.name)) and found[0] for step in steps]
     last = {name: place for place, name in enumerate(names) if name}
     ends = sorted(last.values())
@@ -378,6 +377,8 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
     reach = middle * dilation[0]  # slices that the kernel looks to either side
     is_centred = size[0] % 2 == 1 and padding[0] == reach
     within = stride[1:], padding[1:], dilation[1:], groups
+    # Of the model, not of the input: the count of kept bytes runs without a device.
+    is_on_cpu = layer.kernel._value.device.type == "cpu"
 
     def conv3d(values, tensors):
         x = _cast(values[source], dtype)
@@ -392,7 +393,7 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
             return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
         x = _deep(x)
-        if _must_pad_outside(x, size, padding):
+        if is_on_cpu and _must_pad_outside(x, size, padding):
             x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
             inside = (0, *padding[1:])
         return _shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation, groups))
@@ -408,7 +409,7 @@ def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int
     operation: wrong gradients without a word, or a crash. MedicalNet's 7x7x7 stem on five slices
     is such a case in float32 and bfloat16, a 3x3x3 kernel on two slices in bfloat16.
     """
-    return x.device.type == "cpu" and padding[0] > 0 and x.shape[2] <= size[0]
+    return padding[0] > 0 and x.shape[2] <= size[0]
 
 
 def _norm_of_one(x, mean, variance, scale, shift, weight_of_new: float) -> torch.Tensor:
