@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import keras
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ich_keras.models.graph import Graph, Step, fold_norms, read_graph
@@ -377,8 +378,6 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
     reach = middle * dilation[0]  # slices that the kernel looks to either side
     is_centred = size[0] % 2 == 1 and padding[0] == reach
     within = stride[1:], padding[1:], dilation[1:], groups
-    # Of the model, not of the input: the count of kept bytes runs without a device.
-    is_on_cpu = layer.kernel._value.device.type == "cpu"
 
     def conv3d(values, tensors):
         x = _cast(values[source], dtype)
@@ -393,7 +392,7 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
             return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
         x = _deep(x)
-        if is_on_cpu and _must_pad_outside(x, size, padding):
+        if _must_pad_outside(x, size, padding):
             x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
             inside = (0, *padding[1:])
         return _shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation, groups))
@@ -409,7 +408,7 @@ def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int
     operation: wrong gradients without a word, or a crash. MedicalNet's 7x7x7 stem on five slices
     is such a case in float32 and bfloat16, a 3x3x3 kernel on two slices in bfloat16.
     """
-    return padding[0] > 0 and x.shape[2] <= size[0]
+    return x.device.type == "cpu" and padding[0] > 0 and x.shape[2] <= size[0]
 
 
 def _norm_of_one(x, mean, variance, scale, shift, weight_of_new: float) -> torch.Tensor:
@@ -447,17 +446,24 @@ def activation_bytes(
 
     Nothing is computed: the function runs on tensors without memory. Counted is every tensor that
     autograd saves, each storage once; neither parameters nor the input. With recomputation, what
-    the largest part keeps while it is computed again comes on top.
+    the largest part keeps while it is computed again comes on top. Exact in float32; in two-byte
+    types 4 bytes per normalised channel are missing (torch's own account of its statistics).
 
     Args:
         function: in training.
         input_shape: (rows, columns, channels) or (slices, rows, columns, channels).
         batch_size: samples a step.
     """
-    tensors = []
-    for own in function.tensors():
-        tensors.append(own.detach().to("meta").requires_grad_(own.requires_grad))
-    x = torch.empty((batch_size, *input_shape), device="meta")
+    own = function.tensors()
+    # Fake tensors know device and memory order, which decide what is copied, and hold no memory.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        tensors = [mode.from_tensor(tensor) for tensor in own]
+        return _kept_bytes(
+            function, torch.empty((batch_size, *input_shape), device=own[0].device), tensors
+        )
+
+
+def _kept_bytes(function: FlatFunction, x: torch.Tensor, tensors: list[torch.Tensor]) -> int:
     values = function.begin(x)
     ignored = {_storage(tensor)[0] for tensor in (*tensors, x)}
     kept: dict[int, torch.UntypedStorage] = {}  # whole storages: the number of a freed one returns
