@@ -126,6 +126,34 @@ def test_folded_prediction_equals_the_layers(name):
     )
 
 
+def test_a_network_of_other_shape_equals_its_layers():
+    """A convolution with a bias before its normalisation, padded pooling of negative values, and a
+    value that a ReLU must not overwrite because others read it."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((12, 12, 3))
+    x = keras.layers.Conv2D(8, 3, bias_initializer="random_normal", dtype="float64")(image)
+    x = keras.layers.BatchNormalization(beta_initializer="random_normal", dtype="float64")(x)
+    low = keras.initializers.Constant(-9.0)
+    x = keras.layers.Conv2D(8, 1, bias_initializer=low, dtype="float64")(x)
+    y = keras.layers.ReLU(dtype="float64")(x)
+    x = keras.layers.Add(dtype="float64")([x, y])
+    x = keras.layers.ZeroPadding2D(1, dtype="float64")(x)
+    x = keras.layers.MaxPooling2D(3, strides=2, dtype="float64")(x)
+    x = keras.layers.GlobalAveragePooling2D(dtype="float64")(x)
+    model = keras.Model(image, x)
+    images, _ = batch(model)
+    for training in (True, False):
+        before = [weight.copy() for weight in model.get_weights()]
+        expected = model(images, training=training).detach().numpy()
+        model.set_weights(before)
+        function = FlatFunction(model, training=training)
+        found = function(images, function.tensors())[0].detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        model.set_weights(before)
+    # The zeros of the padding win at the border: a pooling that pads with -inf would show.
+    assert (expected > -9).all() and (expected < 0).all()
+
+
 class HalfSquare(keras.losses.Loss):
     def call(self, y_true, y_pred):
         return 0.5 * keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
