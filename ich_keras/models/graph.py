@@ -121,6 +121,7 @@ def _layer_kind(layer) -> tuple[str, tuple]:
         _require(layer.data_format == "channels_last", layer, "is not channels-last")
         _require(layer.activation is keras.activations.linear, layer, "has an activation")
         _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
+        _require(layer.groups == 1, layer, "has groups")
         return "conv", (0,) * len(layer.kernel_size)
     if kind is layers.Dense:
         _require(layer.activation is keras.activations.linear, layer, "has an activation")

@@ -43,6 +43,7 @@ class Adam(_BASE):
         self.backbone_factor = backbone_factor
         self.head_layers = tuple(head_layers)
         self.fused = fused and keras.backend.backend() == "torch"
+        self._flat = {}  # of the fused update
 
     def get_config(self) -> dict:
         """Return what `from_config` needs."""
@@ -51,6 +52,14 @@ class Adam(_BASE):
             "head_layers": list(self.head_layers),
             "fused": self.fused,
         }
+
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+        """Add a slot; for the fused update in the memory order of its weight."""
+        if self.fused and initializer == "zeros":
+            from ich_keras.models.torch_adam import zeros_in_order_of
+
+            initializer = zeros_in_order_of(reference_variable)
+        return super().add_variable_from_reference(reference_variable, name, initializer)
 
     def _is_head(self, variable) -> bool:
         return self.backbone_factor == 1 or variable.path.startswith(

@@ -23,12 +23,9 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
     rate = learning_rate._value if isinstance(learning_rate, keras.Variable) else learning_rate
     by_dtype: dict[torch.dtype, list] = {}
     for grad, variable in zip(grads, variables, strict=True):
-        weight, place = variable._value, optimizer._get_variable_index(variable)
-        row = [weight, _in_order_of(weight, grad)]
-        row += [_laid_out(weight, slots[place]) for slots in _slots(optimizer)]
-        if not weight.is_contiguous():
-            # As flat arrays: what is not contiguous the kernel copies first.
-            row = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in row]
+        weight, *slots = _flat(optimizer, variable)
+        grad = _in_order_of(variable._value, grad)
+        row = (weight, grad.as_strided(weight.shape, weight.stride()), *slots)
         by_dtype.setdefault(weight.dtype, []).append(row)
     for rows in by_dtype.values():
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -50,21 +47,43 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
         )
 
 
-def _slots(optimizer) -> tuple[list, ...]:
-    slots = optimizer._momentums, optimizer._velocities
-    return (*slots, optimizer._velocity_hats) if optimizer.amsgrad else slots
-
-
 # The kernel pairs elements by their place in memory, whatever the shape says: unequal strides
 # would train the wrong weights without a word. So every step looks.
 
 
-def _laid_out(weight: torch.Tensor, variable) -> torch.Tensor:
-    """Return an optimiser's slot, laid out like the weight from now on."""
-    slot = variable._value
-    if slot.stride() != weight.stride():
-        slot.data = _in_order_of(weight, slot.data)
-    return slot
+def zeros_in_order_of(variable):
+    """Return a Keras initialiser for a slot that lies in memory like its weight.
+
+    Rearranging the slots in the first step instead would hold most of them twice.
+    """
+    return lambda shape, dtype: torch.zeros_like(variable._value.detach())
+
+
+def _lay_out(slot, weight: torch.Tensor) -> None:
+    tensor = slot._value
+    if tensor.stride() != weight.stride():
+        tensor.data = _in_order_of(weight, tensor.data)
+
+
+def _flat(optimizer, variable) -> list[torch.Tensor]:
+    """Return a weight and its slots as arrays of one axis, which the kernel need not copy.
+
+    They are made once: the views hold their memory, so an equal address is the same memory.
+    """
+    place = optimizer._get_variable_index(variable)
+    slots = [optimizer._momentums[place], optimizer._velocities[place]]
+    if optimizer.amsgrad:
+        slots.append(optimizer._velocity_hats[place])
+    tensors = [variable._value, *(slot._value for slot in slots)]
+    found = optimizer._flat.get(place)
+    if found is None or any(
+        tensor.data_ptr() != view.data_ptr() for tensor, view in zip(tensors, found, strict=True)
+    ):
+        for slot in slots:
+            _lay_out(slot, variable._value)
+        found = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+        optimizer._flat[place] = found
+    return found
 
 
 def _in_order_of(weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

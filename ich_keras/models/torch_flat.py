@@ -6,8 +6,9 @@ in the networks the pretrained weights come from.
 
 Why it is faster: a channels-last batch seen through `permute` is torch's own channels_last layout,
 so nothing is copied between layouts; padding happens inside the convolution; normalisation is one
-operation instead of ten; a 3D stage whose volume has become one slice deep runs as the exact 2D
-convolution with the middle slice of its kernel; and no layer is called.
+operation instead of ten; where a kernel is as deep as the volume, most of what it multiplies is
+padding, so the slices become channels of an image and the exact 2D convolution leaves the padding
+out (one slice: the middle slice of the kernel); and no layer is called.
 """
 
 import contextlib
@@ -26,6 +27,9 @@ from ich_keras.models.presets import RECOMPUTE
 
 # The head and what follows it stay in float32 whatever the precision.
 FULL_PRECISION = ("dense", "dropout", "sigmoid")
+
+# Pixels of a slice up to which slices are not made channels.
+_SMALL_IMAGE = 16
 
 Operation = Callable[[list, Sequence[torch.Tensor]], torch.Tensor]
 
@@ -195,13 +199,16 @@ class FlatFunction:
 
         def batch_norm(values, tensors):
             x, running = _cast(values[source], dtype), (tensors[mean], tensors[variance])
+            slices = _num_interleaved(x)
+            x = _side_by_side(x) if slices else x
             if by_batch and self._replaying:
                 # Computed again for the backward pass: the statistics must not move twice.
                 running = running[0].clone(), running[1].clone()
             scale, shift = tensors[gamma], tensors[beta]
             if by_batch and x.numel() == x.shape[1]:
                 return _norm_of_one(x, *running, scale, shift, weight_of_new)
-            return F.batch_norm(x, *running, scale, shift, by_batch, weight_of_new, epsilon)
+            x = F.batch_norm(x, *running, scale, shift, by_batch, weight_of_new, epsilon)
+            return _interleaved(x, slices) if slices else x
 
         return batch_norm
 
@@ -221,8 +228,14 @@ class FlatFunction:
     def _relu(self, step: Step, owned: set[int]) -> Operation:
         source = step.sources[0]
         # What made an owned value (normalisation, addition) does not need it for its gradient.
-        function = torch.relu_ if source in owned else torch.relu
-        return lambda values, tensors: function(values[source])
+        is_owned = source in owned
+
+        def relu(values, tensors):
+            x = values[source]
+            # Interleaved slices are views: autograd would copy the gradient of an overwritten one.
+            return torch.relu_(x) if is_owned and not _num_interleaved(x) else torch.relu(x)
+
+        return relu
 
     def _add(self, step: Step, owned: set[int]) -> Operation:
         first, *others = step.sources
@@ -232,7 +245,8 @@ class FlatFunction:
             total = _cast(values[first], dtype)
             for number in others:
                 other = _cast(values[number], dtype)
-                total = total.add_(other) if is_owned else total + other
+                is_mine = is_owned and not _num_interleaved(total)
+                total = total.add_(other) if is_mine else total + other
             return total
 
         return add
@@ -250,7 +264,14 @@ class FlatFunction:
             x = values[source]
             if x.dim() == 4 and is_flat:
                 return F.max_pool2d(x, *within)
-            return _shallow(F.max_pool3d(_deep(x), size, stride, padding))
+            slices = _num_interleaved(x)
+            if not slices:
+                return _shallow(F.max_pool3d(_deep(x), size, stride, padding))
+            x = F.max_pool2d(_as_channels(x), *within)
+            rows_and_columns = x.shape[2:]
+            x = x.unflatten(1, (slices, -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)
+            x = F.max_pool2d(x, (1, size[0]), (1, stride[0]), (0, padding[0]))
+            return _shallow(x.unflatten(2, rows_and_columns).permute(0, 1, 4, 2, 3))
 
         return max_pool
 
@@ -352,6 +373,35 @@ def _deep(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(2) if x.dim() == 4 else x
 
 
+# A volume hardly deeper may have its slices interleaved with its channels in memory: the shape is
+# still (N, channels, slices, rows, columns), the order (N, rows, columns, slices, channels).
+
+
+def _num_interleaved(x: torch.Tensor) -> int:
+    """Return how many slices lie interleaved with the channels; 0 where none do."""
+    if x.dim() != 5:
+        return 0
+    _, channels, slices, _, columns = x.shape
+    step = slices * channels
+    in_order = x.stride()[1:] == (1, channels, columns * step, step)
+    return slices if in_order else 0
+
+
+def _as_channels(x: torch.Tensor) -> torch.Tensor:
+    """(N, channels, slices, rows, columns) to an image of all slices' channels, slice by slice."""
+    return x.transpose(1, 2).flatten(1, 2)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """Interleaved slices as an image (N, channels, rows, columns * slices), without a copy."""
+    return x.permute(0, 1, 3, 4, 2).flatten(3)
+
+
+def _interleaved(x: torch.Tensor, slices: int) -> torch.Tensor:
+    """Undo `_side_by_side`."""
+    return x.unflatten(3, (-1, slices)).permute(0, 1, 4, 2, 3)
+
+
 def _channels_last(x: torch.Tensor, rank: int) -> torch.Tensor:
     if x.dim() == 2:
         return x
@@ -360,7 +410,7 @@ def _channels_last(x: torch.Tensor, rank: int) -> torch.Tensor:
 
 def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -> Operation:
     layer, source = step.layer, step.sources[0]
-    stride, dilation, groups = layer.strides, layer.dilation_rate, layer.groups
+    stride, dilation = layer.strides, layer.dilation_rate
     padding, size = step.amounts, layer.kernel_size
 
     def shift(tensors):
@@ -369,20 +419,20 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
     def conv2d(values, tensors):
         x, weight = _cast(values[source], dtype), _cast(tensors[kernel], dtype)
         weight = weight.permute(3, 2, 0, 1)
-        return F.conv2d(x, weight, shift(tensors), stride, padding, dilation, groups)
+        return F.conv2d(x, weight, shift(tensors), stride, padding, dilation)
 
     if len(size) == 2:
         return conv2d
 
     middle = size[0] // 2
-    reach = middle * dilation[0]  # slices that the kernel looks to either side
-    is_centred = size[0] % 2 == 1 and padding[0] == reach
-    within = stride[1:], padding[1:], dilation[1:], groups
+
+    is_centred = size[0] % 2 == 1 and padding[0] == middle * dilation[0]
+    within = stride[1:], padding[1:], dilation[1:]
 
     def conv3d(values, tensors):
         x = _cast(values[source], dtype)
         # Where every neighbouring slice is padding, the middle slice of the kernel does it all.
-        if is_centred and (x.dim() == 4 or (stride[0] == 1 and reach >= x.shape[2])):
+        if is_centred and (x.dim() == 4 or (stride[0] == 1 and dilation[0] >= x.shape[2])):
             # Output channel first, as it lies in memory: the gradient then comes in that order.
             weight = tensors[kernel].permute(4, 0, 1, 2, 3)[:, middle]
             weight = _cast(weight, dtype).permute(0, 3, 1, 2)
@@ -390,12 +440,19 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
                 return F.conv2d(x, weight, shift(tensors), *within)
             slices = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)
             return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
         x = _deep(x)
+        if dilation[0] == 1 and _is_worth_unrolling(x, size[0]):
+            weight = _cast(tensors[kernel], dtype)
+            weight = _unrolled(weight, x.shape[2], stride[0], padding[0])
+            slices = weight.shape[0] // layer.filters
+            shifts = None if bias is None else shift(tensors).repeat(slices)
+            x = F.conv2d(_as_channels(x), weight, shifts, *within)
+            return _shallow(x.unflatten(1, (slices, -1)).transpose(1, 2))
+        weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
         if _must_pad_outside(x, size, padding):
             x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
             inside = (0, *padding[1:])
-        return _shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation, groups))
+        return _shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation))
 
     return conv3d
 
@@ -409,6 +466,38 @@ def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int
     is such a case in float32 and bfloat16, a 3x3x3 kernel on two slices in bfloat16.
     """
     return x.device.type == "cpu" and padding[0] > 0 and x.shape[2] <= size[0]
+
+
+def _is_worth_unrolling(x: torch.Tensor, slices_of_kernel: int) -> bool:
+    """Tell whether slices should become channels: they are fewer than the kernel's, so that some
+    of the kernel always lies on padding, and the image outweighs the kernel, which is copied.
+
+    Never for the smallest images: of slices of one pixel torch's gradient of batch normalisation
+    is wrong when it arrives in another memory order than the values (torch 2.14, CPU).
+    """
+    samples, channels, slices, rows, columns = x.shape
+    size = rows * columns
+    return slices < slices_of_kernel and size > _SMALL_IMAGE and samples * size > channels
+
+
+def _unrolled(kernel: torch.Tensor, depth: int, stride: int, padding: int) -> torch.Tensor:
+    """Make the 2D kernel that does to slices as channels what a 3D kernel does to a volume.
+
+    Args:
+        kernel: (slices, rows, columns, in, out), output channels first in memory.
+        depth: slices of the volume.
+        stride: between slices.
+        padding: slices of zeros on either side.
+
+    Returns:
+        (slices out * out, depth * in, rows, columns), channels_last.
+    """
+    slices_out = (depth + 2 * padding - kernel.shape[0]) // stride + 1
+    starts = [padding - stride * place for place in range(slices_out)]  # in the kernel
+    before, after = max(0, -starts[-1]), max(0, padding + depth - kernel.shape[0])
+    kernel = F.pad(kernel.permute(4, 1, 2, 0, 3), (0, 0, before, after))
+    rows = [kernel.narrow(3, before + start, depth) for start in starts]
+    return torch.cat(rows).flatten(3).permute(0, 3, 1, 2)
 
 
 def _norm_of_one(x, mean, variance, scale, shift, weight_of_new: float) -> torch.Tensor:
