@@ -41,9 +41,10 @@ class KerasVariant:
 
     def update(self, steps: int) -> None:
         """Apply gradients that are there already."""
+        variables = self.model.trainable_variables  # Keras walks over all layers to list them
         with torch.no_grad():
             for _ in range(steps):
-                self.model.optimizer.apply(self._gradients, self.model.trainable_variables)
+                self.model.optimizer.apply(self._gradients, variables)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what is no activation."""

@@ -6,6 +6,7 @@ Map of rooms:
     ct      from DICOM files to Hounsfield units: read_hu, index_folder, windows, phantoms
     data    from the index to batches: labels, split, cache, preprocessing, augmentation
     models  networks: presets, one ResNet builder, the classifier, weights
+    metrics scores of predictions, with intervals, calibration and thresholds
 At this level: preparation, training, evaluation, prediction, report, demo; `ich` (cli) calls them.
 Modules are nouns so that the verbs (`ich_keras.train`, `ich_keras.evaluate`) can be functions.
 
@@ -36,7 +37,11 @@ _PUBLIC = {
     "CTCache": "ich_keras.data.cache",
     "build_cache": "ich_keras.data.cache",
     "slice_input": "ich_keras.data.inputs",
+    "volume_input": "ich_keras.data.inputs",
+    "View": "ich_keras.data.views",
     "slice_batches": "ich_keras.data.batches",
+    "slab_batches": "ich_keras.data.batches",
+    "series_batches": "ich_keras.data.batches",
     "classifier": "ich_keras.models.classifier",
     "build_classifier": "ich_keras.models.classifier",
     "build_backbone": "ich_keras.models.classifier",

@@ -16,6 +16,7 @@ from ich_keras.terminal import Group, catch_termination
 
 # `ich index` tells spacing and tilt of every series when there are no more than these.
 DESCRIBED_SERIES = 20
+SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
 
 
 def _cores() -> int:
@@ -178,8 +179,22 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
     "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
 )
 @click.option("--split", help="patient (default), none, thesis-slices, thesis-series, or a file.")
+@click.option("--view", help="slice, slab or series; default: what the preset is for.")
+@click.option("--slices", type=int, metavar="N", help="Of a slab (default 5) or series (60).")
+@click.option("--edge", help="Beyond the ends of a series a slab has air (default) or repeat.")
+@click.option(
+    "--long-series", help="Longer series: spread (default: evenly spaced slices) or middle."
+)
+@click.option("--tilted", help="Tilted slabs and series: keep (default), skip or deshear.")
+@click.option(
+    "--reverse/--no-reverse",
+    default=None,
+    help="Turn every second slab or series upside down in training.",
+)
 @click.option("--epochs", type=int, help="Default 6.")
-@click.option("--batch-size", type=int, help="Default 32.")
+@click.option(
+    "--batch-size", type=int, help="Samples a step; default 32 slices, 16 slabs or 1 series."
+)
 @click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
 @click.option(
     "--backbone-factor", type=float, metavar="X", help="Backbone at X times the rate; default 1."
@@ -191,7 +206,10 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @click.option("--warmup-steps", type=int, help="Steps of linear rise; default 0.")
 @click.option("--weight-decay", type=float, help="Decoupled; default 0.")
 @click.option(
-    "--accumulate", type=int, metavar="N", help="Batches that make one optimiser step; default 1."
+    "--accumulate",
+    type=int,
+    metavar="N",
+    help="Batches that make one optimiser step; default 8 of series, else 1.",
 )
 @click.option(
     "--precision",
@@ -333,7 +351,7 @@ def _train_on_data(
 
     from ich_keras.files import require_absent
     from ich_keras.preparation import make_cache, open_cache, prepare_index
-    from ich_keras.training import plan_training, require_size, train
+    from ich_keras.training import plan_training, require_size, settled, train
 
     require_absent(out)
     # Beside the run, not in it: the next run on the same data uses it again.
@@ -353,16 +371,17 @@ def _train_on_data(
         elif not size_is_given:
             config = replace(config, data=replace(config.data, size=cached.size))
         require_size(config, cached)
-        slices = cached.slices
+        tables = cached
     elif index is not None:
-        slices = index.usable().slices
+        tables = index.usable()
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
-    training = plan_training(slices, config)
+    training = plan_training(tables, config)
     size = config.data.size
+    config = settled(config)
     _show_plan(training, config)
     if plan:
-        _show_costs(training, config, None if existing else len(slices) * size * size * 2)
+        _show_costs(training, config, None if existing else len(tables.slices) * size * size * 2)
         return
     if not existing:
         cached = make_cache(index, cache_dir, size, workers, progress)
@@ -379,8 +398,12 @@ def _show_plan(training, config) -> None:
         )
     click.echo(
         f"  {config.fit.epochs} epochs of {training.steps_per_epoch:,} steps,"
-        f" {training.slices_per_epoch:,} slices each"
+        f" {training.samples_per_epoch:,} {SAMPLE_NAMES[config.data.view]} each"
     )
+    if config.fit.accumulate > 1:
+        click.echo(
+            f"  {config.fit.accumulate} batches of {config.fit.batch_size} an optimiser step"
+        )
     if training.weights:
         click.echo(f"  weights: {training.weights}")
     if training.note:
@@ -422,10 +445,10 @@ def evaluate(run_dir, cache_dir, labels, split, backend, device) -> None:
         metrics = evaluation.evaluate(
             run_dir, open_cache(cache_dir, labels), split, device=device, progress=progress
         )
-    for level in ("slice", "series"):
+    for level, found in metrics.items():
         click.echo(f"\nPer {level}, {split} split:\n")
         header = ["metric", "model", "prevalence", "all negative", "skill"]
-        click.echo(markdown_table(header, summary_rows(metrics[level])))
+        click.echo(markdown_table(header, summary_rows(found)))
     click.echo(f"\nWritten to {run_dir}: metrics-{split}.json, predictions-{split}.csv")
 
 
@@ -433,12 +456,14 @@ def evaluate(run_dir, cache_dir, labels, split, backend, device) -> None:
 @click.option("--run", "run_dir", type=FOLDER, required=True, metavar="RUN", help="Run folder.")
 @DICOM
 @click.option("--out", type=FOLDER, required=True, metavar="OUT", help="New folder.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Default: that of the run.")
 @WORKERS
 @BACKEND
 @DEVICE
 def predict(run_dir, dicom, out, batch_size, workers, backend, device) -> None:
     """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
+
+    A run on whole series predicts series only.
 
     Not a medical device; not for clinical use.
     """
@@ -459,6 +484,62 @@ def predict(run_dir, dicom, out, batch_size, workers, backend, device) -> None:
         )
     click.echo(repr(result))
     click.echo(f"Predictions: {out}")
+
+
+@main.command()
+@click.option("--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="Cache.")
+@click.option("--labels", type=FOLDER, metavar="CSV", help="Default: those beside the cache.")
+@click.option("--split", help="patient, thesis-slices, ..., a file, or a run's split.json.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=FOLDER, metavar="JSON", help="Write all that was found, too.")
+def audit(cache_dir, labels, split, seed, out) -> None:
+    """Look for leakage between splits, and for labels that contradict each other.
+
+    Patients, studies, series and slices in two parts, slices with equal pixels, labels. Fails
+    (exit code 3) when the split leaks and is none of those that are known to.
+    """
+    from ich_keras.data.leakage import audit_data
+    from ich_keras.data.split import LEAKING, find_split
+    from ich_keras.files import require_absent, write_json
+    from ich_keras.preparation import open_cache
+    from ich_keras.terminal import terminal_progress
+
+    if out is not None:
+        out = require_absent(out)
+    cached = open_cache(cache_dir, labels)
+    chosen = None if split is None else find_split(split, cached.slices, seed)
+    with terminal_progress() as progress:
+        found = audit_data(cached, chosen, progress)
+    if out is not None:
+        write_json(out, found)
+    for title, counts in (("labels", found["labels"]), ("equal pixels", found["equal_pixels"])):
+        click.echo(f"{title}:")
+        for name, count in counts.items():
+            click.echo(f"  {count:,} {name.replace('_', ' ')}")
+    if chosen is None:
+        return
+    click.echo(f"split {chosen.name}:")
+    for part, counts in found["split"]["parts"].items():
+        groups = ", ".join(f"{counts[name]:,} {name}" for name in counts if name != "positive")
+        click.echo(f"  {part:5} {groups}")
+    for leak in found["leaks"]:
+        click.echo(f"  LEAK: {leak}")
+    if found["leaks"] and chosen.name not in LEAKING:
+        raise DataError(f"split {chosen.name!r} leaks.", "Put all of a patient into one split.")
+    if not found["leaks"]:
+        click.echo("  no leak found")
+
+
+@main.command()
+@click.option(
+    "--predictions", type=FOLDER, required=True, metavar="CSV", help="predictions.csv of a run."
+)
+@click.option("--out", type=FOLDER, required=True, metavar="CSV", help="New file.")
+def submission(predictions, out) -> None:
+    """Write predictions in the format of RSNA's 2019 competition."""
+    from ich_keras.submission import write_submission
+
+    click.echo(f"Submission: {write_submission(predictions, out)}")
 
 
 @main.command()

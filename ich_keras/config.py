@@ -17,10 +17,16 @@ class DataConfig:
 
     Args:
         size: rows and columns of the network's input, pixels.
+        view: what one sample is: "slice", "slab" or "series"; None takes what the preset is for.
+        slices: slices of a slab (None: 5) or a series (None: 60).
+        edge: "air" or "repeat"; with `long_series` and `tilted` as in `ich_keras.View`.
+        long_series: "spread" or "middle".
+        tilted: "keep", "skip" or "deshear".
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
-        balance: train on as many negative slices as positive ones (new draw every epoch).
-        augment: "thesis", "flip" or "none": how training slices are changed at random;
-            validation, test and prediction never are.
+        balance: train on as many negative samples as positive ones (new draw every epoch).
+        augment: "thesis", "flip" or "none": how training samples are changed at random, all slices
+            of one alike; validation, test and prediction never are.
+        reverse: turn every second slab or series, drawn at random, upside down in training.
         limit_series: use the first so many series only; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
             channel); None takes what the weights were made for, or else what fits the preset.
@@ -28,9 +34,15 @@ class DataConfig:
     """
 
     size: int = 256
+    view: str | None = None
+    slices: int | None = None
+    edge: str = "air"
+    long_series: str = "spread"
+    tilted: str = "keep"
     split: str = "patient"
     balance: bool = False
     augment: str = "thesis"
+    reverse: bool = False
     limit_series: int | None = None
     intensity: str | None = None
     loader_workers: int = 0
@@ -41,7 +53,7 @@ class FitConfig:
     """How the network is fitted.
 
     Args:
-        batch_size: slices a step.
+        batch_size: samples a step; None takes 32 slices, 16 slabs or 1 series.
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
@@ -51,13 +63,13 @@ class FitConfig:
         freeze: keep the network up to and including "stem", "layer1", ... "layer4" as it is;
             None trains all.
         backbone_factor: the backbone's multiple of the learning rate.
-        accumulate: batches whose gradients make one optimiser step.
+        accumulate: batches whose gradients make one optimiser step; None takes 8 series, else 1.
         step: "fast" or "stock" (Keras' own steps); see `ich_keras.choose_step`.
         recompute: "stage" or "block" keeps fewer activations and computes them twice.
         compiled: run the training function through `torch.compile`; None does so on CUDA.
     """
 
-    batch_size: int = 32
+    batch_size: int | None = None
     epochs: int = 6
     learning_rate: float | None = None
     schedule: str = "constant"
@@ -66,7 +78,7 @@ class FitConfig:
     loss: str = "bce"
     freeze: str | None = None
     backbone_factor: float = 1.0
-    accumulate: int = 1
+    accumulate: int | None = None
     step: str = "fast"
     recompute: str | None = None
     compiled: bool | None = None
@@ -110,8 +122,10 @@ class RunConfig:
             ("fit.warmup_steps", self.fit.warmup_steps, 0, 10**9),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected at least {least}, at most {most}.")
+        if self.data.slices is not None and not 1 <= self.data.slices <= 4096:
+            raise UsageError(f"data.slices is {self.data.slices}; expected 1 to 4096.")
         limit = self.data.limit_series
         if limit is not None and limit < 1:
             raise UsageError(f"data.limit_series is {limit}; expected at least 1.")

@@ -19,7 +19,7 @@ from ich_keras.data.trivial import hu_band_counts, trivial_detector
 from ich_keras.evaluation import SPLIT
 from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.labels import ANY, LABELS
-from ich_keras.metrics import format_metric
+from ich_keras.metrics.binary import format_metric
 from ich_keras.prediction import Progress
 from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.report import REPORT

@@ -33,6 +33,7 @@ REJECT_CODES = {
     "DUPLICATE_UID": "the same SOPInstanceUID was already seen in another file",
     "LOCALIZER": "a localizer (scout) image",
     "NOT_AXIAL": "a coronal, sagittal or oblique series",
+    "TILTED": "a slice of a tilted series, and the run takes none",
 }
 
 

@@ -1,7 +1,9 @@
 """From a run and a cache to metrics on one split, per slice and per series."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
@@ -9,20 +11,28 @@ from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache import CTCache
 from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
+from ich_keras.data.views import make_samples
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
-from ich_keras.metrics import TRUTH_COLUMNS, evaluate_table
+from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
+from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
+from ich_keras.metrics.intervals import bootstrap
+from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
 from ich_keras.prediction import (
+    CHOICES,
     CONFIG,
     Progress,
     load_run,
     probabilities,
     probability_table,
     run_intensity,
+    run_view,
 )
 
 SPLIT = "split.json"
+CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen
 
 
 def evaluate(
@@ -46,8 +56,12 @@ def evaluate(
         progress: called as progress("evaluating", done, total).
 
     Returns:
-        {"slice": metrics, "series": metrics}, see `ich_keras.metrics.binary_metrics`. A series'
-        probability is the highest of its slices'; its label is positive when any slice's is.
+        {"slice": metrics, "series": metrics}, of a run on whole series only the latter; each as
+        `binary_metrics` gives them, and "intervals" (by patients), "calibration" and "operating"
+        (thresholds). A series' label is positive when any slice's is; its probability is what a
+        run on whole series says, or its slices' aggregated by the rule in "aggregation". Rule,
+        temperature and thresholds are chosen when the validation split is evaluated, and kept in
+        choices.json for the others.
 
     Raises:
         UsageError: unknown split.
@@ -64,7 +78,7 @@ def evaluate(
     members = Split.load(run_dir / SPLIT)
     _require_members(members, split, cache)
 
-    from ich_keras.data.batches import slice_batches
+    from ich_keras.data.batches import view_batches
 
     indices = members.indices(cache.slices, split)
     train_indices = members.indices(cache.slices, "train")
@@ -75,29 +89,126 @@ def evaluate(
                 f"The {split} split is scored, the training split gives the baseline's prevalence:"
                 " give the labels of both.",
             )
-    slices = cache.slices.iloc[indices]
-    batches = slice_batches(
+    view = run_view(config)
+    samples = make_samples(cache.slices, cache.series, view)
+    chosen = samples.of_rows(cache.slices, indices)
+    batches = view_batches(
         cache,
-        indices,
+        view,
+        chosen,
         config.fit.batch_size,
         size=config.data.size,
         intensity=run_intensity(config),
+        samples=samples,
     )
-    values = probabilities(model, batches, len(indices), progress, step=f"evaluating {split}")
+    values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
 
-    table = probability_table(slices, values)
-    table[list(TRUTH_COLUMNS)] = slices[list(LABELS)].to_numpy()
+    truth = samples.labels[chosen]
+    rows = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
+    if view.kind == "series":
+        table = _series_table(rows, values)
+    else:
+        table = probability_table(rows, values)
+    table[list(TRUTH_COLUMNS)] = truth
     train = cache.slices.iloc[train_indices]
     prevalence = {
         "slice": train[list(LABELS)].mean().to_list(),
         "series": series_labels(train).mean().to_list(),
     }
-    metrics = evaluate_table(
-        table.rename(columns={"series_instance_uid": "series_uid"}), prevalence
-    )
+    metrics = _metrics(run_dir, split, view.kind, rows, truth, values, prevalence)
     atomic_write(run_dir / f"predictions-{split}.csv", csv_text(table))
     write_json(run_dir / f"metrics-{split}.json", metrics)
     return metrics
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What a model said about slices, or about series.
+
+    Args:
+        truth: int (n, 6).
+        values: float (n, 6), probabilities.
+        patients: str (n,), whose each row is.
+    """
+
+    truth: np.ndarray
+    values: np.ndarray
+    patients: np.ndarray
+
+
+def _metrics(run_dir, split, kind, rows, truth, values, prevalence) -> dict:
+    """Score both levels; what has to be chosen is chosen on the validation split and kept."""
+    # Without a PatientID (only splits by name allow that) each series stands for itself.
+    patients = rows["patient_id"].where(rows["patient_id"] != "", rows["series_uid"]).to_numpy()
+    levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
+    choices = read_json(run_dir / CHOICES) if (run_dir / CHOICES).is_file() else {}
+    if kind != "series":
+        uids = rows["series_uid"].to_numpy()
+        if split == CHOOSING:
+            rule, losses = choose_rule(truth, values, uids)
+            choices["aggregation"] = {"rule": rule, "chosen_on": CHOOSING, "log_loss": losses}
+        rule = choices.get("aggregation", {"rule": DEFAULT_RULE})["rule"]
+        series = aggregate(values, uids, rule)
+        levels["series"] = _Level(
+            aggregate(truth, uids).to_numpy().astype(np.int8),
+            series.to_numpy(),
+            pd.Series(patients, index=uids).groupby(level=0).first()[series.index].to_numpy(),
+        )
+    if split == CHOOSING:
+        choices |= {name: _choose(level) for name, level in levels.items()}
+        write_json(run_dir / CHOICES, choices)
+    metrics = {
+        name: {
+            **binary_metrics(level.truth, level.values, prevalence[name]),
+            "intervals": _intervals(level),
+            "calibration": _calibration(level, choices.get(name, {}).get("temperature")),
+            "operating": _operating(level, choices.get(name, {}).get("thresholds")),
+        }
+        for name, level in levels.items()
+    }
+    if kind != "series":
+        metrics["series"]["aggregation"] = choices.get("aggregation", {"rule": DEFAULT_RULE})
+    return metrics
+
+
+def _choose(level: _Level) -> dict:
+    return {
+        "temperature": fit_temperature(level.truth, level.values),
+        "thresholds": choose_thresholds(level.truth, level.values),
+    }
+
+
+def _intervals(level: _Level) -> dict | None:
+    if len(set(level.patients)) < 2:
+        return None
+    intervals = bootstrap(level.truth, level.values, level.patients)
+    return {"patients": len(set(level.patients)), "metrics": intervals}
+
+
+def _calibration(level: _Level, temperature: float | None) -> dict:
+    found = {"labels": calibration(level.truth, level.values), "temperature": temperature}
+    if temperature is not None:
+        scaled = with_temperature(level.values, temperature)
+        found["scaled"] = calibration(level.truth, scaled)
+        found["scaled_log_loss"] = binary_metrics(level.truth, scaled)["log_loss"]
+    return found
+
+
+def _operating(level: _Level, thresholds: dict | None) -> dict:
+    return {
+        "at_specificity": {
+            wanted: rates_at(level.truth, level.values, limits)
+            for wanted, limits in (thresholds or {}).items()
+        },
+        "thresholds": threshold_table(level.truth, level.values),
+    }
+
+
+def _series_table(series: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+    """Put probabilities beside the series they belong to."""
+    table = series[["series_uid", "num_slices"]].reset_index(drop=True)
+    table = table.rename(columns={"series_uid": "series_instance_uid"})
+    return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)
 
 
 def _require_members(members: Split, split: str, cache: CTCache) -> None:

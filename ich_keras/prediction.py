@@ -11,17 +11,24 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
-from ich_keras.data.inputs import intensity_of, resize_hu, slice_input
+from ich_keras.data.inputs import intensity_of, resize_hu, slice_input, stack_slices, volume_input
+from ich_keras.data.views import View, make_samples
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, require_absent
 from ich_keras.labels import LABELS, NUM_LABELS
-from ich_keras.models.presets import PRESETS, ModelSpec, preset
+from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
+from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
 
 Progress = Callable[[str, int, int], None]
 
+# Slices of a sample: the thesis's two 3D networks.
+DEFAULT_SLICES = {"slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
+DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
+
 CONFIG = "config.json"
 BEST_WEIGHTS = "best.weights.h5"
+CHOICES = "choices.json"  # made on the validation split: see `ich_keras.evaluation`
 # What says which slice a row of predictions is about.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
 
@@ -31,21 +38,20 @@ class FolderPrediction:
     """What `predict_folder` found.
 
     Args:
-        slices: one row per slice: `SLICE_COLUMNS` and six probabilities.
-        series: one row per series: its UID, number of slices, verdict, the six highest
-            probabilities of its slices.
+        slices: one row per slice: `SLICE_COLUMNS` and six probabilities; None of a run on whole
+            series, which says nothing about single slices.
+        series: one row per series: its UID, number of slices, verdict, and its six probabilities:
+            those of its slices by the run's rule, or those of a run on whole series.
         rejects: path, code, detail of every file that could not be used.
     """
 
-    slices: pd.DataFrame
+    slices: pd.DataFrame | None
     series: pd.DataFrame
     rejects: pd.DataFrame
 
     def __repr__(self) -> str:
-        return (
-            f"FolderPrediction({len(self.slices)} slices, {len(self.series)} series,"
-            f" {len(self.rejects)} rejects)"
-        )
+        slices = "" if self.slices is None else f"{len(self.slices)} slices, "
+        return f"FolderPrediction({slices}{len(self.series)} series, {len(self.rejects)} rejects)"
 
 
 def load_run(run_dir: Path | str, device: str | None = None, precision: str | None = None):
@@ -78,19 +84,44 @@ def load_run(run_dir: Path | str, device: str | None = None, precision: str | No
 
 
 def network(config: RunConfig) -> ModelSpec:
-    """Return the network of a run, for inputs of its size and intensity.
+    """Return the network of a run, for inputs of its view, size and intensity.
 
     Raises:
-        UsageError: the preset takes volumes, which runs do not make yet.
+        UsageError: preset and view do not fit, or the network needs more slices.
     """
-    if PRESETS[config.preset].spec.rank != 2:
+    view, size = run_view(config), config.data.size
+    channels = intensity_of(run_intensity(config)).channels
+    slices = (view.num_slices,) if view.is_volume else ()
+    return preset(config.preset, (*slices, size, size, channels), config.norm)
+
+
+def run_view(config: RunConfig) -> View:
+    """Return what one sample of a run is: as configured, or what the preset is for.
+
+    Raises:
+        UsageError: a 2D preset with volumes, a 3D one with slices, or an impossible view.
+    """
+    data, spec = config.data, PRESETS[config.preset].spec
+    kind = data.view
+    if kind is None:
+        usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
+        kind = "slice" if spec.rank == 2 else usual
+    count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
+    view = View(kind, count, data.edge, data.long_series, data.tilted)
+    if view.is_volume != (spec.rank == 3):
+        takes, other = ("volumes", "slab or series") if spec.rank == 3 else ("slices", "slice")
         raise UsageError(
-            f"preset {config.preset} takes volumes; runs are made of single slices.",
-            "Take a 2D preset (`ich presets`), or build and fit it in Python:"
-            f" build_classifier({config.preset!r}).",
+            f"view {kind!r} with preset {config.preset}, which takes {takes}.",
+            f"Take view {other}, or another preset (`ich presets`).",
         )
-    size, channels = config.data.size, intensity_of(run_intensity(config)).channels
-    return preset(config.preset, (size, size, channels), config.norm)
+    return view
+
+
+def run_rule(run_dir: Path | str) -> str:
+    """Return the rule from slices to series that a run chose on its validation split."""
+    path = Path(run_dir) / CHOICES
+    choices = read_json(path) if path.is_file() else {}
+    return choices.get("aggregation", {"rule": DEFAULT_RULE})["rule"]
 
 
 def run_intensity(config: RunConfig) -> str:
@@ -183,53 +214,122 @@ def predict_index(
     batch_size: int = 32,
     progress: Progress | None = None,
     intensity: str = "windows",
+    view: View | None = None,
+    rule: str = DEFAULT_RULE,
 ) -> FolderPrediction:
-    """Predict every slice of an index, reading the DICOM files as it goes.
+    """Predict every slice or series of an index, reading the DICOM files as it goes.
+
+    One series is in memory at a time, resized.
 
     Args:
         model: from `load_run`.
         size: rows and columns of its input.
         index: localizers and other planes are taken out first.
-        batch_size: slices a step.
+        batch_size: samples a step.
         progress: called as progress("predicting", done, total).
         intensity: of the run.
+        view: of the run; None takes single slices.
+        rule: from slices to series, a key of `ich_keras.metrics.aggregation.RULES`.
+
+    Raises:
+        DataError: nothing could be predicted.
     """
+    view = view or View()
     index = index.usable()
-    kept, rejects = [], []
+    kept: list[np.ndarray] = []
+    rejects: list[tuple[str, str, str]] = []
 
-    def batches():
-        waiting = []
-        for row in index.slices.itertuples():
-            try:
-                hu = read_hu(row.container)
-            except RejectedFile as reject:
-                rejects.append((row.container, reject.code, reject.detail))
+    def inputs():
+        rows = index.slices.groupby("series_uid", sort=False).indices
+        for series in index.series.itertuples():
+            table = index.slices.iloc[rows[series.series_uid]]
+            hu, found = _read_series(table, size, rejects)
+            if not len(found):
                 continue
-            waiting.append(resize_hu(hu, size))
-            kept.append(row.Index)
-            if len(waiting) == batch_size:
-                yield slice_input(np.stack(waiting), intensity=intensity)
-                waiting.clear()
-        if waiting:
-            yield slice_input(np.stack(waiting), intensity=intensity)
+            alone = pd.DataFrame([series]).assign(num_slices=len(found))
+            samples = make_samples(table.loc[found], alone, view)
+            usable = np.flatnonzero(samples.usable)
+            if not len(usable):
+                detail = f"series {series.series_uid} is tilted"
+                rejects.extend((path, "TILTED", detail) for path in table["container"])
+                continue
+            kept.append(found)
+            for start in range(0, len(usable), batch_size):
+                yield _inputs(hu, samples, usable[start : start + batch_size], intensity)
 
-    values = probabilities(model, batches(), len(index.slices), progress)
+    total = len(index.series) if view.kind == "series" else len(index.slices)
+    values = probabilities(model, _full_batches(inputs(), batch_size), total, progress)
     rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
     rejected = pd.concat([index.rejects, rejected]) if rejects else index.rejects
     if not kept:
         raise DataError(
             f"no slice of {len(rejected)} files could be predicted.", "rejects.csv would list all."
         )
-    table = probability_table(index.slices.loc[kept], values)
+    slices = index.slices.loc[np.concatenate(kept)]
+    if view.kind == "series":
+        table = None
+        series = _series_predictions(slices, values)
+    else:
+        table = probability_table(slices, values)
+        series = _aggregated(table, rule)
     return FolderPrediction(
-        table, _series_table(table, index), rejected.sort_values("path").reset_index(drop=True)
+        table,
+        _with_verdicts(series, index),
+        rejected.sort_values("path").reset_index(drop=True),
     )
 
 
-def _series_table(table: pd.DataFrame, index: SeriesIndex) -> pd.DataFrame:
-    grouped = table.groupby("series_instance_uid", sort=False)
-    series = grouped[list(LABELS)].max()
-    series.insert(0, "num_slices", grouped.size())
+def _read_series(table: pd.DataFrame, size: int, rejects: list) -> tuple[np.ndarray, np.ndarray]:
+    """Read what can be read of one series: HU (n, size, size), and the rows' index labels."""
+    hu, found = [], []
+    for row in table.itertuples():
+        try:
+            hu.append(resize_hu(read_hu(row.container), size))
+        except RejectedFile as reject:
+            rejects.append((row.container, reject.code, reject.detail))
+            continue
+        found.append(row.Index)
+    return (np.stack(hu) if hu else np.zeros((0, size, size), np.int16)), np.array(found, np.int64)
+
+
+def _inputs(hu: np.ndarray, samples, chosen: np.ndarray, intensity: str) -> np.ndarray:
+    if not samples.view.is_volume:
+        return slice_input(hu[chosen], intensity=intensity)
+    stacks = [
+        stack_slices(hu, samples.rows[i], None if samples.shifts is None else samples.shifts[i])
+        for i in chosen
+    ]
+    return volume_input(np.stack(stacks), intensity=intensity)
+
+
+def _full_batches(parts: Iterable[np.ndarray], batch_size: int):
+    """Join parts of at most `batch_size` samples to batches of that many; the last may be less."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= batch_size:
+            joined = np.concatenate(waiting)
+            yield joined[:batch_size]
+            waiting = [joined[batch_size:]] if len(joined) > batch_size else []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _aggregated(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+    uids = table["series_instance_uid"]
+    series = aggregate(table[list(LABELS)].to_numpy(), uids, rule)
+    series.insert(0, "num_slices", uids.value_counts().reindex(series.index))
+    return series.rename_axis("series_instance_uid")
+
+
+def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+    counts = slices.groupby("series_uid", sort=False).size()
+    series = pd.DataFrame(values, index=counts.index, columns=list(LABELS))
+    series.insert(0, "num_slices", counts)
+    return series.rename_axis("series_instance_uid")
+
+
+def _with_verdicts(series: pd.DataFrame, index: SeriesIndex) -> pd.DataFrame:
     verdicts = index.series.set_index("series_uid")["verdict"]
     series.insert(1, "verdict", verdicts.reindex(series.index))
     return series.reset_index()
@@ -239,7 +339,7 @@ def predict_folder(
     run_dir: Path | str,
     dicom_dir: Path | str,
     out: Path | str | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
@@ -249,8 +349,9 @@ def predict_folder(
     Args:
         run_dir: a run folder.
         dicom_dir: any folder; what is not a usable slice is listed in `rejects`.
-        out: a new folder for predictions.csv, series.csv and rejects.csv; None writes nothing.
-        batch_size: slices a step.
+        out: a new folder for predictions.csv (not of whole series), series.csv and rejects.csv;
+            None writes nothing.
+        batch_size: samples a step; None takes that of the run.
         workers: processes that read headers; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
@@ -265,11 +366,20 @@ def predict_folder(
     run_dir = require_run(run_dir)
     index = index_folder(dicom_dir, workers=workers, progress=progress)
     config, model = load_run(run_dir, device)
+    view = run_view(config)
     result = predict_index(
-        model, config.data.size, index, batch_size, progress, run_intensity(config)
+        model,
+        config.data.size,
+        index,
+        batch_size or config.fit.batch_size or DEFAULT_BATCH[view.kind],
+        progress,
+        run_intensity(config),
+        view,
+        run_rule(run_dir),
     )
     if out is not None:
-        atomic_write(out / "predictions.csv", csv_text(result.slices))
+        if result.slices is not None:
+            atomic_write(out / "predictions.csv", csv_text(result.slices))
         atomic_write(out / "series.csv", csv_text(result.series))
         atomic_write(out / "rejects.csv", csv_text(result.rejects))
     return result

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ich_keras.files import atomic_write, read_json
 from ich_keras.labels import LABELS
-from ich_keras.metrics import format_metric
+from ich_keras.metrics.binary import format_metric
 
 REPORT = "report.md"
 SYNTHETIC_NOTE = (
@@ -40,7 +40,7 @@ def summary_rows(metrics: dict) -> list[list[str]]:
     """Return one row per metric: name, the model's, the baselines', the skill.
 
     Args:
-        metrics: as `ich_keras.metrics.binary_metrics` returns them.
+        metrics: as `ich_keras.metrics.binary.binary_metrics` returns them.
     """
     baseline, skill = metrics["baseline"], metrics["skill"]
     return [
@@ -57,8 +57,7 @@ def summary_rows(metrics: dict) -> list[list[str]]:
 
 def _split_section(title: str, metrics: dict) -> list[str]:
     lines = [f"## {title}", ""]
-    for level in ("slice", "series"):
-        part = metrics[level]
+    for level, part in metrics.items():
         source = part["baseline"]["prevalence"]["source"]
         lines += [
             f"### Per {level}: {part['n']['samples']:,}",
@@ -74,14 +73,80 @@ def _split_section(title: str, metrics: dict) -> list[str]:
                     [
                         label,
                         f"{part['n']['positive'][label]:,}",
-                        *(format_metric(part["per_label"][label][m], 3) for m in _PER_LABEL),
+                        *(_with_interval(part, label, metric) for metric in _PER_LABEL),
+                    ]
+                    for label in LABELS
+                ],
+            ),
+            "",
+            *_beyond_rankings(part),
+        ]
+    return lines
+
+
+def _with_interval(part: dict, label: str, metric: str) -> str:
+    text = format_metric(part["per_label"][label][metric], 3)
+    intervals = (part.get("intervals") or {"metrics": {}})["metrics"]
+    found = intervals.get(f"{metric}/{label}")
+    if found is None or found["low"] is None:
+        return text
+    return f"{text} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def _beyond_rankings(part: dict) -> list[str]:
+    """Return what is said about aggregation, intervals, calibration and operating points."""
+    lines = []
+    if "aggregation" in part:
+        rule = part["aggregation"]["rule"]
+        lines += [f"A series' probability: {rule} of its slices' (chosen on validation).", ""]
+    if part.get("intervals"):
+        log_loss = part["intervals"]["metrics"]["log_loss"]
+        lines += [
+            f"In brackets: 95 % intervals, {part['intervals']['patients']:,} patients resampled;"
+            f" log loss {_range(log_loss)}.",
+            "",
+        ]
+    if part.get("operating", {}).get("at_specificity"):
+        lines += [
+            "Sensitivity (and the specificity reached) at thresholds chosen on validation:",
+            "",
+            markdown_table(
+                ["label", *(f"at {wanted}" for wanted in part["operating"]["at_specificity"])],
+                [
+                    [
+                        label,
+                        *(
+                            f"{format_metric(rates[label]['recall'], 3)}"
+                            f" ({format_metric(rates[label]['specificity'], 3)})"
+                            for rates in part["operating"]["at_specificity"].values()
+                        ),
                     ]
                     for label in LABELS
                 ],
             ),
             "",
         ]
+    if part.get("calibration", {}).get("temperature"):
+        found = part["calibration"]
+        lines += [
+            f"Temperature (fitted on validation) {found['temperature']:.3f}: log loss"
+            f" {part['log_loss']:.4f} to {found['scaled_log_loss']:.4f}. Expected calibration error"
+            " before and after:"
+            + ",".join(
+                f" {label} {found['labels'][label]['ece']:.3f}"
+                f" to {found['scaled'][label]['ece']:.3f}"
+                for label in LABELS
+            )
+            + ".",
+            "",
+        ]
     return lines
+
+
+def _range(interval: dict) -> str:
+    if interval["low"] is None:
+        return "n/a"
+    return f"{interval['low']:.4f}-{interval['high']:.4f}"
 
 
 def write_report(run_dir: Path | str) -> Path:

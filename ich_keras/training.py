@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache import CTCache
 from ich_keras.data.inputs import INTENSITIES
 from ich_keras.data.split import SPLITS, Split, make_split
+from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import (
     choose_backend,
     choose_device,
@@ -24,7 +26,18 @@ from ich_keras.evaluation import SPLIT, evaluate
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS
-from ich_keras.prediction import BEST_WEIGHTS, CONFIG, Progress, network, probabilities
+from ich_keras.prediction import (
+    BEST_WEIGHTS,
+    CONFIG,
+    DEFAULT_BATCH,
+    Progress,
+    network,
+    probabilities,
+    run_view,
+)
+
+# Batches whose gradients make one step: batches of one series are too few samples for one.
+DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
 
 HISTORY = "history.csv"
 ENVIRONMENT = "environment.json"
@@ -43,7 +56,7 @@ class TrainingPlan:
         num_series: series per split.
         num_patients: patients per split.
         num_positive: positive training slices per label.
-        slices_per_epoch: slices an epoch shows to the network.
+        samples_per_epoch: slices, slabs or series an epoch shows to the network.
         steps_per_epoch: batches an epoch.
         total_steps: batches in all, which the schedule counts; `fit.accumulate` of them make one
             step of the optimiser.
@@ -57,7 +70,7 @@ class TrainingPlan:
     num_series: dict[str, int]
     num_patients: dict[str, int]
     num_positive: dict[str, int]
-    slices_per_epoch: int
+    samples_per_epoch: int
     steps_per_epoch: int
     total_steps: int
     learning_rate: float
@@ -105,29 +118,32 @@ def split_indices(slices: pd.DataFrame, config: RunConfig) -> tuple[Split, dict[
     return split, {name: rows[split.indices(chosen, name)] for name in SPLITS}
 
 
-def plan_training(slices: pd.DataFrame, config: RunConfig) -> TrainingPlan:
+def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingPlan:
     """Say what `train` would do: slices, series and patients per split, steps, learning rate.
 
     Args:
-        slices: the slice table of an index or a cache, with labels.
+        tables: an index or a cache, with labels.
         config: of the training.
 
     Raises:
         DataError: as `train`.
     """
-    split, indices = split_indices(slices, config)
-    return _plan(slices, config, split, indices)
+    config = settled(config)
+    split, indices = split_indices(tables.slices, config)
+    samples = make_samples(tables.slices, tables.series, run_view(config))
+    return _plan(tables.slices, config, split, indices, samples)
 
 
-def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) -> TrainingPlan:
+def _plan(
+    slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict, samples: Samples
+) -> TrainingPlan:
     from ich_keras.data.batches import epoch_plan
     from ich_keras.models.presets import require_trainable
 
-    config = _with_intensity(config)
     require_trainable(network(config), config.fit.batch_size)
-
+    chosen = {name: samples.of_rows(slices, rows) for name, rows in indices.items()}
     epoch = epoch_plan(
-        slices, indices["train"], config.fit.batch_size, seed=0, balance=config.data.balance
+        samples, chosen["train"], config.fit.batch_size, seed=0, balance=config.data.balance
     )
     tables = {name: slices.iloc[rows] for name, rows in indices.items()}
     return TrainingPlan(
@@ -135,7 +151,7 @@ def _plan(slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict) 
         num_series={name: table["series_uid"].nunique() for name, table in tables.items()},
         num_patients={name: table["patient_id"].nunique() for name, table in tables.items()},
         num_positive={label: int(tables["train"][label].sum()) for label in LABELS},
-        slices_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
+        samples_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
         steps_per_epoch=epoch.num_batches,
         total_steps=epoch.num_batches * config.fit.epochs,
         learning_rate=config.learning_rate,
@@ -194,7 +210,29 @@ def _resolved(config: RunConfig) -> RunConfig:
     network."""
     backend, device = choose_backend(config.backend), choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    return _with_intensity(replace(config, backend=backend, device=device, precision=precision))
+    return settled(replace(config, backend=backend, device=device, precision=precision))
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """Fill in what was left open about the samples: view, slices, batch size, accumulation and
+    intensity.
+
+    Raises:
+        UsageError: the view does not fit the preset, or the weights do not exist.
+    """
+    view = run_view(config)
+    data = replace(config.data, view=view.kind, slices=view.num_slices)
+    if data.reverse and not (view.is_volume and data.augment != "none"):
+        raise UsageError(
+            "data.reverse turns augmented slabs and series upside down; this run has none.",
+            "Leave it out.",
+        )
+    fit = replace(
+        config.fit,
+        batch_size=config.fit.batch_size or DEFAULT_BATCH[view.kind],
+        accumulate=config.fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
+    )
+    return _with_intensity(replace(config, data=data, fit=fit))
 
 
 def _with_intensity(config: RunConfig) -> RunConfig:
@@ -275,34 +313,35 @@ def train(
     require_size(config, cache)
     config = _resolved(config)
     split, indices = split_indices(cache.slices, config)
-    plan = _plan(cache.slices, config, split, indices)
+    view = run_view(config)
+    samples = make_samples(cache.slices, cache.series, view)
+    plan = _plan(cache.slices, config, split, indices, samples)
+    chosen = {name: samples.of_rows(cache.slices, rows) for name, rows in indices.items()}
 
     import keras
 
-    from ich_keras.data.batches import slice_batches
+    from ich_keras.data.batches import view_batches
 
     keras.utils.set_random_seed(config.seed)
-    size = config.data.size
     model, loaded = _compiled_model(config, plan.total_steps)
-    loader = slice_batches(
+    common = {
+        "batch_size": config.fit.batch_size,
+        "size": config.data.size,
+        "workers": config.data.loader_workers,
+        "intensity": config.data.intensity,
+        "samples": samples,
+    }
+    loader = view_batches(
         cache,
-        indices["train"],
-        config.fit.batch_size,
-        size=size,
+        view,
+        chosen["train"],
         seed=config.seed,
         balance=config.data.balance,
         augment=None if config.data.augment == "none" else config.data.augment,
-        workers=config.data.loader_workers,
-        intensity=config.data.intensity,
+        reverse=config.data.reverse,
+        **common,
     )
-    validation = slice_batches(
-        cache,
-        indices["valid"],
-        config.fit.batch_size,
-        size=size,
-        workers=config.data.loader_workers,
-        intensity=config.data.intensity,
-    )
+    validation = view_batches(cache, view, chosen["valid"], **common)
 
     try:
         write_json(out / CONFIG, config.to_dict())
@@ -332,7 +371,7 @@ def train(
                 _validation(
                     model,
                     validation,
-                    cache.slices[list(LABELS)].to_numpy()[indices["valid"]],
+                    samples.labels[chosen["valid"]],
                     out,
                     fitting,
                     tell,
@@ -351,7 +390,9 @@ def train(
 
 def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
     start = f"from weights {config.weights}" if config.weights else "from scratch"
-    line = f"Training {start}, learning rate {plan.learning_rate:g} ({config.fit.schedule})"
+    kinds = {"slab": f"slabs of {config.data.slices} slices", "series": "whole series"}
+    what = f"on {kinds[config.data.view]} " if config.data.view in kinds else ""
+    line = f"Training {what}{start}, learning rate {plan.learning_rate:g} ({config.fit.schedule})"
     if config.fit.backbone_factor != 1:
         line += f", backbone at {config.fit.backbone_factor:g} of it"
     if config.fit.freeze is not None:
@@ -398,7 +439,7 @@ def _validation(model, validation, labels, out, fitting, tell, config, progress)
     import keras
 
     from ich_keras.checkpoints import save_state
-    from ich_keras.metrics import binary_metrics, format_metric
+    from ich_keras.metrics.binary import binary_metrics, format_metric
     from ich_keras.models.weights import require_finite, save_weights
 
     record = {

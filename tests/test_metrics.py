@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +11,7 @@ from sklearn import metrics as sk
 
 from ich_keras.errors import DataError
 from ich_keras.labels import LABELS
-from ich_keras.metrics import (
-    TRUTH_COLUMNS,
-    aggregate_series,
-    binary_metrics,
-    evaluate_table,
-    format_metric,
-)
+from ich_keras.metrics.binary import binary_metrics, format_metric
 
 
 def named(*values):
@@ -214,40 +207,6 @@ def test_bad_values_are_refused(truth, probabilities, message):
         binary_metrics(truth, probabilities)
 
 
-def prediction_table():
-    table = pd.DataFrame(PROBABILITIES, columns=list(LABELS)).assign(series_uid=["B", "A", "B"])
-    return table.assign(**dict(zip(TRUTH_COLUMNS, TRUTH.T, strict=True)))
-
-
-def test_series_take_the_maximum():
-    table = aggregate_series(PROBABILITIES, ["B", "A", "B"])
-    assert table.index.tolist() == ["B", "A"]
-    assert table.loc["B"].tolist() == [0.1, 0.4, 0.1, 0.1, 0.1, 0.5]
-    assert table.loc["A"].tolist() == PROBABILITIES[1].tolist()
-
-
-def test_evaluate_table_per_slice_and_per_series():
-    result = evaluate_table(prediction_table(), {"series": [0.5] * 6})
-    assert result["slice"] == binary_metrics(TRUTH, PROBABILITIES)
-    assert result["series"]["n"] == {"samples": 2, "positive": named(0, 1, 0, 0, 1, 2)}
-    assert result["series"]["exact_match"] == 0
-    assert result["series"]["hamming_loss"] == pytest.approx(2 / 12)
-    baseline = result["series"]["baseline"]["prevalence"]
-    assert (baseline["source"], baseline["log_loss"]) == (
-        "training set",
-        pytest.approx(math.log(2)),
-    )
-
-
-def test_evaluate_table_refuses_holes():
-    table = prediction_table()
-    with pytest.raises(DataError, match=r"lack the column\(s\) any, true_any"):
-        evaluate_table(table.drop(columns=["any", "true_any"]))
-    table.loc[0, "epidural"] = np.nan  # a maximum over the series would skip it
-    with pytest.raises(DataError, match="row 0, epidural: probability nan"):
-        evaluate_table(table)
-
-
 def test_format_metric():
     assert format_metric(0.98765) == "0.9877"
     assert format_metric(0.5, digits=2) == "0.50"
@@ -256,7 +215,7 @@ def test_format_metric():
 
 def test_these_modules_start_light():
     program = (
-        "import sys, ich_keras.metrics, ich_keras.data.labels, ich_keras.data.split;"
+        "import sys, ich_keras.metrics.binary, ich_keras.data.labels, ich_keras.data.split;"
         "print(*{'keras', 'torch', 'albumentations', 'sklearn'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import keras
 import numpy as np
@@ -13,7 +14,9 @@ from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.labels import LABELS
-from ich_keras.metrics import TRUTH_COLUMNS, binary_metrics
+from ich_keras.metrics.aggregation import aggregate, choose_rule
+from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 from ich_keras.prediction import load_run, predict_folder, probabilities
@@ -57,6 +60,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         "split.json",
         "history.csv",
         "best.weights.h5",
+        "choices.json",
         "model.keras",
         "state",
         "report.md",
@@ -67,7 +71,9 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         ),
     }
     assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of(
-        device="cpu", data={"intensity": "windows"}
+        device="cpu",
+        data={"intensity": "windows", "view": "slice", "slices": 1},
+        fit={"accumulate": 1},
     )
     environment = json.loads((run / "environment.json").read_text())
     assert environment["backend"] == keras.config.backend()
@@ -87,6 +93,45 @@ def test_metrics_can_be_made_again_from_the_predictions(run):
     assert metrics["log_loss"] == pytest.approx(again["log_loss"], rel=1e-5)
     assert metrics["auroc"]["any"] == pytest.approx(again["auroc"]["any"], abs=1e-12)
     assert metrics["baseline"]["prevalence"]["source"] == "training set"
+
+
+def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
+    choices = json.loads((run / "choices.json").read_text())
+    valid, test = (
+        json.loads((run / f"metrics-{name}.json").read_text()) for name in ("valid", "test")
+    )
+    predictions = pd.read_csv(run / "predictions-valid.csv")
+    truth, values = (predictions[list(names)].to_numpy() for names in (TRUTH_COLUMNS, LABELS))
+    rule, losses = choose_rule(truth, values, predictions["series_instance_uid"])
+    assert choices["aggregation"]["rule"] == rule
+    assert choices["aggregation"]["log_loss"] == pytest.approx(losses, rel=1e-4)
+    assert choices["slice"]["temperature"] == pytest.approx(
+        fit_temperature(truth, values), rel=1e-3
+    )
+    for metrics in (valid, test):
+        assert metrics["series"]["aggregation"] == choices["aggregation"]
+        for level in ("slice", "series"):
+            found = metrics[level]
+            assert found["calibration"]["temperature"] == choices[level]["temperature"]
+            for wanted, rates in found["operating"]["at_specificity"].items():
+                for label, rate in rates.items():
+                    assert rate["threshold"] == choices[level]["thresholds"][wanted][label]
+            interval = found["intervals"]["metrics"]["log_loss"]
+            assert interval["low"] <= found["log_loss"] <= interval["high"]
+            assert interval["value"] == pytest.approx(found["log_loss"])
+    # Evaluating test again changes no choice; the series' probabilities follow the kept rule.
+    before = (run / "choices.json").read_text()
+    again = evaluate(run, phantom_cache, "test")
+    assert (run / "choices.json").read_text() == before
+    predictions = pd.read_csv(run / "predictions-test.csv")
+    uids = predictions["series_instance_uid"]
+    series = aggregate(predictions[list(LABELS)].to_numpy(), uids, rule)
+    labels = predictions.groupby(uids, sort=False)[list(TRUTH_COLUMNS)].max()
+    expected = binary_metrics(labels.to_numpy(), series.to_numpy())["log_loss"]
+    assert again["series"]["log_loss"] == pytest.approx(expected, rel=1e-4)
+    patients = phantom_cache.slices.set_index("sop_instance_uid")["patient_id"]
+    count = patients[predictions["sop_instance_uid"]].nunique()
+    assert again["slice"]["intervals"]["patients"] == count
 
 
 def test_the_best_epoch_is_kept_and_scored(run):
@@ -152,8 +197,10 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     both = written.set_index("sop_instance_uid").loc[held_out.index]
     np.testing.assert_allclose(both[list(LABELS)], held_out[list(LABELS)], atol=1e-5)
     series = pd.read_csv(tmp_path / "out" / "series.csv").set_index("series_instance_uid")
-    highest = written.groupby("series_instance_uid")[list(LABELS)].max()
-    np.testing.assert_allclose(series.loc[highest.index, list(LABELS)], highest)
+    rule = json.loads((run / "choices.json").read_text())["aggregation"]["rule"]
+    uids = written["series_instance_uid"]
+    joined = aggregate(written[list(LABELS)].to_numpy(), uids, rule)
+    np.testing.assert_allclose(series.loc[joined.index, list(LABELS)], joined, atol=1e-6)
     assert series["num_slices"].sum() == len(written) == len(result.slices)
     assert (tmp_path / "out" / "rejects.csv").is_file()
     with pytest.raises(UsageError, match="already exists"):
@@ -203,19 +250,23 @@ def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path)
 
 
 def test_the_plan_tells_counts_and_writes_nothing(phantom_cache):
-    plan = plan_training(phantom_cache.slices, config_of())
+    plan = plan_training(phantom_cache, config_of())
     assert sum(plan.num_slices.values()) == len(phantom_cache.slices)
     assert plan.total_steps == 2 * plan.steps_per_epoch
-    assert plan.slices_per_epoch <= 2 * plan.num_positive["any"]
+    assert plan.samples_per_epoch <= 2 * plan.num_positive["any"]
     assert plan.learning_rate == 1e-3
+
+
+def tables_of(cache, slices):
+    return types.SimpleNamespace(slices=slices, series=cache.series)
 
 
 def test_data_that_cannot_train_are_refused(phantom_cache, tmp_path):
     slices = phantom_cache.slices
     with pytest.raises(DataError, match="no labels"):
-        plan_training(slices.drop(columns="any"), config_of())
+        plan_training(tables_of(phantom_cache, slices.drop(columns="any")), config_of())
     with pytest.raises(DataError, match="PatientID"):
-        plan_training(slices.assign(patient_id=""), config_of())
+        plan_training(tables_of(phantom_cache, slices.assign(patient_id="")), config_of())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a").touch()
     with pytest.raises(UsageError, match="already exists"):
@@ -398,15 +449,19 @@ def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cach
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
-    slices = phantom_cache.slices
-    with pytest.raises(UsageError, match="takes volumes; runs are made of single slices"):
-        plan_training(slices, dataclasses.replace(config_of(), preset="resnet18_3d"))
+    with pytest.raises(UsageError, match="view 'slice' with preset resnet18_3d, which takes vol"):
+        three = dataclasses.replace(config_of(data={"view": "slice"}), preset="resnet18_3d")
+        plan_training(phantom_cache, three)
+    with pytest.raises(UsageError, match="view 'slab' with preset narrow, which takes slices"):
+        plan_training(phantom_cache, config_of(data={"view": "slab"}))
+    with pytest.raises(UsageError, match="this run has none"):
+        plan_training(phantom_cache, config_of(data={"reverse": True}))
     with pytest.raises(UsageError, match="no imagenet weights for narrow"):
-        plan_training(slices, config_of(weights="imagenet"))
+        plan_training(phantom_cache, config_of(weights="imagenet"))
     with pytest.raises(UsageError, match="backbone_factor without weights"):
         config_of(fit={"backbone_factor": 0.1})
     with pytest.raises(UsageError, match="one value per channel"):
-        plan_training(slices, config_of(data={"size": 32}, fit={"batch_size": 1}))
+        plan_training(phantom_cache, config_of(data={"size": 32}, fit={"batch_size": 1}))
     with pytest.raises(UsageError, match="freeze without weights"):
         config_of(fit={"freeze": "layer4"})
     with pytest.raises(UsageError, match="norm 'frozen' without weights"):

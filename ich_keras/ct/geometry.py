@@ -57,6 +57,19 @@ def shear_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
     return math.degrees(math.atan(np.linalg.norm(shear)))
 
 
+def in_plane_shear(orientation: Sequence[float], positions: np.ndarray) -> tuple[float, float]:
+    """Return how far the stack leans along a row and along a column, mm per mm along the normal.
+
+    Both are 0 for an upright stack, and for one slice.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+        positions: float64 (slices, 3), first pixels, mm.
+    """
+    _, shear = _in_plane(positions, slice_normal(orientation))
+    return float(shear @ orientation[:3]), float(shear @ orientation[3:])
+
+
 def tilt_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
     """Return how far a series is tilted: the larger of two angles.
 

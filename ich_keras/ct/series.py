@@ -13,6 +13,7 @@ from ich_keras.ct.geometry import (
     LOCALIZER,
     NOT_AXIAL,
     TILT_DEGREES,
+    in_plane_shear,
     neighbour_distances_mm,
     shear_degrees,
     slice_normal,
@@ -49,7 +50,8 @@ class SeriesIndex:
             SeriesInstanceUID, with "#2", "#3" behind it where one UID holds several orientations,
             matrices, pixel spacings or patients. `container` is the file's absolute path.
         series: one row a series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
-            median distance of neighbours, `verdict` is explained at `geometry.verdict`.
+            median distance of neighbours, `verdict` is explained at `geometry.verdict`,
+            `shear_row` and `shear_column` at `geometry.in_plane_shear`.
         rejects: one row a file that cannot be used (REJECT_COLUMNS), by path.
     """
 
@@ -314,6 +316,7 @@ def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
         slice_spacing_mm(along[order]),
         tilt_degrees(reference.orientation, positions),
         shear_degrees(reference.orientation, positions),
+        *in_plane_shear(reference.orientation, positions),
         *reference.orientation,
         verdict(reference.orientation, positions[order], reference.is_localizer),
     )

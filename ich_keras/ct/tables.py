@@ -41,6 +41,8 @@ SERIES_COLUMNS = {
     "slice_spacing_mm": "float64",
     "tilt_degrees": "float64",
     "shear_degrees": "float64",
+    "shear_row": "float64",
+    "shear_column": "float64",
     **dict.fromkeys(("row_x", "row_y", "row_z", "column_x", "column_y", "column_z"), "float64"),
     "verdict": TEXT,
 }

@@ -21,6 +21,7 @@ MAX_ROTATION_DEGREES = 45
 BRIGHTNESS_PROBABILITY = 0.5
 MAX_BRIGHTNESS = 0.2
 MAX_CONTRAST = 0.2
+REVERSE_PROBABILITY = 0.5  # not the thesis's: upside down along the slices
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -36,9 +37,10 @@ def make_augmentation(name: str = "thesis"):
             "flip": left-right flips only, for trainings of a few hundred steps.
 
     Returns:
-        A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels) with
-        values in 0..1; the result has the same shape and range. It refuses other values, because
-        albumentations silently clips HU to [0, 1].
+        A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels), or
+        (slices, rows, columns, channels), whose slices are all changed alike; values in 0..1. The
+        result has the same shape and range. It refuses other values, because albumentations
+        silently clips HU to [0, 1].
 
     Source:
         The thesis's section on augmentation; `Affine` with the ranges of its
@@ -81,6 +83,21 @@ def make_augmentation(name: str = "thesis"):
                 f" {windows.max()}; expected windows, float32 in 0..1."
             )
         pipeline.set_random_seed(seed)
-        return np.clip(pipeline(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
+        # Slices as channels of one image: one draw for all of them.
+        image = windows if windows.ndim == 3 else _as_channels(windows)
+        image = np.clip(pipeline(image=image)["image"], 0.0, 1.0, dtype=np.float32)
+        return image if windows.ndim == 3 else _as_slices(image, windows.shape)
 
     return augment
+
+
+def _as_channels(volume: np.ndarray) -> np.ndarray:
+    """(slices, rows, columns, channels) to (rows, columns, slices * channels)."""
+    _, rows, columns, _ = volume.shape
+    return np.ascontiguousarray(volume.transpose(1, 2, 0, 3)).reshape(rows, columns, -1)
+
+
+def _as_slices(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    slices, rows, columns, channels = shape
+    image = image.reshape(rows, columns, slices, channels)
+    return np.ascontiguousarray(image.transpose(2, 0, 1, 3))

@@ -1,4 +1,5 @@
-"""Slice batches for `model.fit`: a torch DataLoader, which Keras accepts on every backend.
+"""Batches of slices, slabs and series for `model.fit`: a torch DataLoader, which Keras accepts on
+every backend.
 
 Worker processes import this module: it must not import keras.
 """
@@ -7,55 +8,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ich_keras.data.augment import make_augmentation, sample_seed
+from ich_keras.data.augment import REVERSE_PROBABILITY, make_augmentation, sample_seed
 from ich_keras.data.cache import CTCache
-from ich_keras.data.inputs import intensity_of, slice_windows
-from ich_keras.errors import DataError
+from ich_keras.data.inputs import intensity_of, slice_windows, stack_slices
+from ich_keras.data.shards import CachedSlices
+from ich_keras.data.views import AIR, Samples, View, make_samples
+from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
 from ich_keras.processes import START_METHOD
 
 WORKER_TIMEOUT_SECONDS = 600
 
 
-class SliceDataset(Dataset):
-    """Whole batches of slices: asked for (epoch, indices), gives (inputs, labels).
+class CTDataset(Dataset):
+    """Whole batches of samples: asked for (epoch, indices), gives (inputs, labels).
 
     Args:
-        cache: where the HU come from.
+        pixels: where the HU come from.
+        samples: which slices make a sample.
         size: rows and columns of the inputs.
         augmentation: a name that `make_augmentation` knows; None changes nothing.
         seed: of the augmentation.
         intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES`.
+        reverse: turn every second volume, drawn at random, upside down (with an augmentation).
     """
 
     def __init__(
         self,
-        cache: CTCache,
+        pixels: CachedSlices,
+        samples: Samples,
         size: int,
-        augmentation: str | None,
-        seed: int | None,
+        augmentation: str | None = None,
+        seed: int | None = None,
         intensity: str = "windows",
+        reverse: bool = False,
     ):
         intensity_of(intensity)
         self._intensity = intensity
-        missing = [label for label in LABELS if label not in cache.slices]
-        self._labels = (
-            None if missing else cache.slices[list(LABELS)].to_numpy(np.float32, na_value=np.nan)
-        )
         # Without the tables: this object travels to every worker process.
-        self._pixels = cache.pixels
-        self._num_slices = len(cache.slices)
+        self._pixels = pixels
+        self._samples = samples
         self._size = size
         self._augmentation = augmentation
         self._seed = seed
+        self._reverse = reverse
         self._augment = None
 
     def __len__(self) -> int:
-        return self._num_slices
+        return len(self._samples)
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
@@ -65,42 +68,71 @@ class SliceDataset(Dataset):
         """Return one batch.
 
         Args:
-            key: (epoch, int (n,) rows of the cache's slice table).
+            key: (epoch, int (n,) numbers of samples).
 
         Returns:
-            float32 (n, size, size, channels) inputs, and float32 (n, 6) labels (NaN where the
-            cache has none).
+            float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
+            of slabs and series; and float32 (n, 6) labels (NaN where the cache has none).
         """
         epoch, indices = key
         intensity = intensity_of(self._intensity)
-        windows = slice_windows(self._pixels.slices_hu(indices), self._size, intensity.windows)
+        is_volume = self._samples.view.is_volume
+        hu = self._hu(np.asarray(indices))
+        windows = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
         if self._augmentation is not None:
-            if self._augment is None:
-                self._augment = make_augmentation(self._augmentation)
             for row, index in enumerate(indices):
-                windows[row] = self._augment(
-                    windows[row], sample_seed(self._seed, epoch, int(index))
-                )
-        if self._labels is None:
+                windows[row] = self._changed(windows[row], epoch, int(index))
+        if self._samples.labels is None:
             labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
         else:
-            labels = self._labels[indices]
-        return intensity.normalise(windows), labels
+            labels = self._samples.labels[indices].astype(np.float32)
+        return intensity.normalise(windows, is_volume), labels
+
+    def mask(self, indices: np.ndarray) -> np.ndarray:
+        """Tell the slices of samples from the air that fills them up: bool (n, slices)."""
+        return self._samples.rows[indices] != AIR
+
+    def _hu(self, indices: np.ndarray) -> np.ndarray:
+        """Return HU, int16 (n, slices, rows, columns)."""
+        rows, shifts = self._samples.rows[indices], self._samples.shifts
+        if shifts is None and (rows != AIR).all():
+            hu = self._pixels.slices_hu(rows.ravel())
+            return hu.reshape(*rows.shape, *hu.shape[1:])
+        # Each slice is read once, however many slabs of the batch it is in.
+        wanted = np.unique(rows[rows != AIR])
+        hu = self._pixels.slices_hu(wanted)
+        places = np.where(rows == AIR, AIR, np.searchsorted(wanted, rows))
+        return np.stack(
+            [
+                stack_slices(hu, place, None if shifts is None else shifts[index])
+                for place, index in zip(places, indices, strict=True)
+            ]
+        )
+
+    def _changed(self, windows: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        if self._augment is None:
+            self._augment = make_augmentation(self._augmentation)
+        seed = sample_seed(self._seed, epoch, index)
+        windows = self._augment(windows, seed)
+        # A stream of its own, so that the other changes do not depend on this one.
+        if self._reverse and np.random.default_rng([seed, 1]).random() < REVERSE_PROBABILITY:
+            windows = windows[::-1]
+        return windows
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Which slices an epoch holds, and in what order: a pure function of (seed, epoch).
+    """Which samples an epoch holds, and in what order: a pure function of (seed, epoch).
 
     Args:
-        indices: int (n,), rows of the cache's slice table.
+        indices: int (n,), numbers of samples.
         positive: bool (n,), whether `any` holds; used to balance.
-        batch_size: slices a batch.
+        batch_size: samples a batch.
         seed: of shuffling and balancing; None keeps the order of `indices`.
-        balance: as many negatives as positives, drawn anew each epoch; every slice of the
-            smaller class is in every epoch.
+        balance: as many negatives as positives, drawn anew each epoch; every sample of
+            the smaller class is in every epoch.
         drop_last: leave out a last batch that is not full (when there is a full one): batch
-            statistics of a few slices are noise.
+            statistics of a few samples are noise.
     """
 
     indices: np.ndarray
@@ -111,8 +143,8 @@ class EpochPlan:
     drop_last: bool = False
 
     @property
-    def num_slices(self) -> int:
-        """Slices in an epoch, before a partial batch is dropped."""
+    def num_samples(self) -> int:
+        """Samples in an epoch, before a partial batch is dropped."""
         if not self.balance:
             return len(self.indices)
         return 2 * min(int(self.positive.sum()), int((~self.positive).sum()))
@@ -120,17 +152,17 @@ class EpochPlan:
     @property
     def num_batches(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(self.num_slices, self.batch_size)
+        full, rest = divmod(self.num_samples, self.batch_size)
         return full if rest == 0 or (self.drop_last and full) else full + 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's batches: int arrays, rows of the cache's slice table."""
+        """Return the epoch's batches: int arrays, numbers of samples."""
         order = self.indices
         if self.seed is not None:
             # A stream of its own: sample_seed draws from (seed, epoch, index >= 0).
             random = np.random.default_rng([self.seed, epoch, 2**63])
             if self.balance:
-                half = self.num_slices // 2
+                half = self.num_samples // 2
                 order = np.concatenate(
                     [
                         random.choice(self.indices[chosen], half, replace=False)
@@ -157,7 +189,7 @@ class _EpochSampler(Sampler):
             yield self.epoch, indices
 
 
-class SliceLoader(DataLoader):
+class CTLoader(DataLoader):
     """A DataLoader that knows its epoch.
 
     `fit` calls `iter` more often than there are epochs (to build the model, and once ahead), so an
@@ -166,7 +198,7 @@ class SliceLoader(DataLoader):
     itself, at the beginning of each epoch.
     """
 
-    def __init__(self, dataset: SliceDataset, plan: EpochPlan, workers: int = 0):
+    def __init__(self, dataset: CTDataset, plan: EpochPlan, workers: int = 0):
         super().__init__(
             dataset,
             sampler=_EpochSampler(plan),
@@ -202,27 +234,27 @@ class SliceLoader(DataLoader):
 
 
 def epoch_plan(
-    slices: pd.DataFrame,
+    samples: Samples,
     indices: np.ndarray | None = None,
     batch_size: int = 32,
     seed: int | None = None,
     balance: bool = False,
 ) -> EpochPlan:
-    """Plan the epochs of a slice table; see `slice_batches` for the arguments.
+    """Plan the epochs of some samples; see `batches` for the arguments.
 
     Raises:
-        DataError: no slices, or balancing without both positives and negatives.
+        DataError: no samples, or balancing without both positives and negatives.
     """
-    indices = np.arange(len(slices)) if indices is None else np.asarray(indices)
+    indices = np.flatnonzero(samples.usable) if indices is None else np.asarray(indices)
+    kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
-        raise DataError("no slices to make batches of.")
-    if ANY in slices:
-        positive = slices[ANY].to_numpy()[indices] == 1
-    else:
-        positive = np.zeros(len(indices), bool)
+        raise DataError(f"no {kind} to make batches of.")
+    positive = np.zeros(len(indices), bool)
+    if samples.labels is not None:
+        positive = samples.labels[indices, LABELS.index(ANY)] == 1
     if balance and (positive.all() or not positive.any()):
         raise DataError(
-            f"{positive.sum()} of {len(positive)} slices are positive; balancing needs both kinds.",
+            f"{positive.sum()} of {len(positive)} {kind} are positive; balancing needs both kinds.",
             "Train without --balance, or on more data.",
         )
     if balance and seed is None:
@@ -230,8 +262,9 @@ def epoch_plan(
     return EpochPlan(indices, positive, batch_size, seed, balance, drop_last=seed is not None)
 
 
-def slice_batches(
+def view_batches(
     cache: CTCache,
+    view: View,
     indices: np.ndarray | None = None,
     batch_size: int = 32,
     size: int | None = None,
@@ -239,31 +272,91 @@ def slice_batches(
     balance: bool = False,
     augment: str | None = None,
     workers: int = 0,
-    intensity: str = "windows",
-) -> SliceLoader:
-    """Make batches of single slices for a 2D network.
+    intensity: str | None = None,
+    reverse: bool = False,
+    samples: Samples | None = None,
+) -> CTLoader:
+    """Make batches of the samples of a view.
 
     Args:
         cache: with labels joined.
-        indices: int (n,), rows of `cache.slices`; None takes all.
-        batch_size: slices a batch.
+        view: what a sample is.
+        indices: int (n,), numbers of samples: rows of `cache.slices` for slices and slabs, of
+            `cache.series` for series; None takes all that the view uses.
+        batch_size: samples a batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
-        balance: one negative slice for each positive one, drawn anew each epoch.
-        augment: "thesis" or "flip" changes the slices at random (see `make_augmentation`) and
-            needs a seed; None leaves them as they are.
+        balance: one negative sample for each positive one, drawn anew each epoch.
+        augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
+            slices of one alike, and needs a seed; None leaves them as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
-        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one).
+        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one);
+            None takes "windows" for slices and "wide" for slabs and series, as the thesis.
+        reverse: turn volumes upside down with a chance of one half; needs `augment`.
+        samples: of this view, when they are made already.
 
     Returns:
-        A torch DataLoader of (float32 (n, size, size, channels), float32 (n, 6)) for `fit`,
-        `evaluate` and `predict` on every backend.
+        A torch DataLoader of (float32 inputs, float32 (n, 6)) for `fit`, `evaluate` and `predict`
+        on every backend; the inputs are (n, size, size, channels) or
+        (n, slices, size, size, channels).
 
     Raises:
-        DataError: no slices, or balancing without both positives and negatives.
+        DataError: no samples, or balancing without both positives and negatives.
+        StaleError: the cache lacks what the view needs.
     """
     if augment is not None and seed is None:
         raise ValueError("augmentation draws at random: give a seed.")
-    plan = epoch_plan(cache.slices, indices, batch_size, seed, balance)
-    dataset = SliceDataset(cache, size or cache.size, augment, seed, intensity)
-    return SliceLoader(dataset, plan, workers)
+    if reverse and (augment is None or not view.is_volume):
+        raise UsageError("reverse turns augmented slabs or series: it needs both.")
+    samples = samples or make_samples(cache.slices, cache.series, view)
+    intensity = intensity or ("wide" if view.is_volume else "windows")
+    plan = epoch_plan(samples, indices, batch_size, seed, balance)
+    dataset = CTDataset(
+        cache.pixels, samples, size or cache.size, augment, seed, intensity, reverse
+    )
+    return CTLoader(dataset, plan, workers)
+
+
+def slice_batches(
+    cache: CTCache, indices: np.ndarray | None = None, batch_size: int = 32, **settings
+) -> CTLoader:
+    """Make batches of single slices for a 2D network; see `view_batches` for the settings."""
+    return view_batches(cache, View(), indices, batch_size, **settings)
+
+
+def slab_batches(
+    cache: CTCache,
+    indices: np.ndarray | None = None,
+    batch_size: int = 16,
+    num_slices: int = 5,
+    edge: str = "air",
+    tilted: str = "keep",
+    **settings,
+) -> CTLoader:
+    """Make batches of neighbouring slices with the label of the middle one.
+
+    Args:
+        cache, indices, batch_size: as in `view_batches`, which also takes the settings.
+        num_slices, edge, tilted: see `View`.
+    """
+    view = View("slab", num_slices, edge=edge, tilted=tilted)
+    return view_batches(cache, view, indices, batch_size, **settings)
+
+
+def series_batches(
+    cache: CTCache,
+    indices: np.ndarray | None = None,
+    batch_size: int = 1,
+    num_slices: int = 60,
+    long_series: str = "spread",
+    tilted: str = "keep",
+    **settings,
+) -> CTLoader:
+    """Make batches of whole series, labelled positive where any slice is.
+
+    Args:
+        cache, indices, batch_size: as in `view_batches`, which also takes the settings.
+        num_slices, long_series, tilted: see `View`.
+    """
+    view = View("series", num_slices, long_series=long_series, tilted=tilted)
+    return view_batches(cache, view, indices, batch_size, **settings)

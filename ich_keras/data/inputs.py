@@ -108,8 +108,8 @@ def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALI
     return (windows - mean) / std
 
 
-def head_z_score(grey: np.ndarray) -> np.ndarray:
-    """Shift and scale each slice by the mean and standard deviation of its head.
+def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:
+    """Shift and scale each slice, or volume, by the mean and standard deviation of its head.
 
     MedicalNet's networks were trained on volumes normalised so, over the voxels that are not
     background. It fills the background with noise of mean 0; here it is that mean, so that the
@@ -117,14 +117,16 @@ def head_z_score(grey: np.ndarray) -> np.ndarray:
 
     Args:
         grey: float32 (..., rows, columns, 1), the window `WIDE`.
+        is_volume: the axis before rows is that of the slices of one volume, which are taken
+            together.
 
     Returns:
-        float32 of the same shape; 0 outside the head, and everywhere in a slice without head.
+        float32 of the same shape; 0 outside the head, and everywhere where there is none.
 
     Source:
         MedicalNet's reader (datasets/brains18.py): z-score over the voxels above 0.
     """
-    axes = (-3, -2, -1)
+    axes = (-4, -3, -2, -1) if is_volume else (-3, -2, -1)
     head = grey > (HEAD_ABOVE_HU - WIDE.low) / WIDE.width
     count = np.maximum(head.sum(axes, keepdims=True), 1)
     mean = (grey * head).sum(axes, keepdims=True, dtype=np.float64) / count
@@ -140,11 +142,11 @@ class Intensity:
 
     Args:
         windows: one channel each; what augmentation sees, 0..1.
-        normalise: from those to the network's input.
+        normalise: from those to the network's input; called as normalise(windows, is_volume).
     """
 
     windows: tuple[Window, ...]
-    normalise: Callable[[np.ndarray], np.ndarray]
+    normalise: Callable[[np.ndarray, bool], np.ndarray]
 
     @property
     def channels(self) -> int:
@@ -153,8 +155,8 @@ class Intensity:
 
 
 INTENSITIES = {
-    "windows": Intensity(WINDOWS, normalise),
-    "wide": Intensity((WIDE,), lambda grey: normalise(grey, THESIS_WIDE_NORMALISATION)),
+    "windows": Intensity(WINDOWS, lambda windows, is_volume: normalise(windows)),
+    "wide": Intensity((WIDE,), lambda grey, is_volume: normalise(grey, THESIS_WIDE_NORMALISATION)),
     "head-z-score": Intensity((WIDE,), head_z_score),
 }
 
@@ -183,4 +185,54 @@ def slice_input(hu: np.ndarray, size: int | None = None, intensity: str = "windo
         window, normalised with the thesis's mean and standard deviation.
     """
     chosen = intensity_of(intensity)
-    return chosen.normalise(slice_windows(hu, size, chosen.windows))
+    return chosen.normalise(slice_windows(hu, size, chosen.windows), False)
+
+
+def volume_input(hu: np.ndarray, size: int | None = None, intensity: str = "wide") -> np.ndarray:
+    """Turn stacks of HU slices into the input of a 3D network, without augmentation.
+
+    Args:
+        hu: int16 (..., slices, rows, columns), HU; `AIR_HU` throughout where a stack has no slice.
+        size: rows and columns of the network's input; None keeps those of `hu`.
+        intensity: a key of `INTENSITIES`.
+
+    Returns:
+        float32 (..., slices, rows, columns, channels).
+    """
+    chosen = intensity_of(intensity)
+    return chosen.normalise(slice_windows(hu, size, chosen.windows), True)
+
+
+def stack_slices(hu: np.ndarray, positions: np.ndarray, shifts: np.ndarray | None = None):
+    """Put slices where a sample wants them.
+
+    Args:
+        hu: int16 (n, rows, columns), HU.
+        positions: int (slices,), which of them; below 0 for air.
+        shifts: float (slices, 2), how far down and to the right each moves, in units of its side.
+
+    Returns:
+        int16 (slices, rows, columns), HU; a copy.
+    """
+    stack = np.full((len(positions), *hu.shape[1:]), AIR_HU, hu.dtype)
+    for place, position in enumerate(positions):
+        if position < 0:
+            continue
+        shift = (0.0, 0.0) if shifts is None else shifts[place]
+        stack[place] = _moved(hu[position], *shift)
+    return stack
+
+
+def _moved(hu: np.ndarray, down: float, right: float) -> np.ndarray:
+    if down == right == 0:
+        return hu
+    rows, columns = hu.shape
+    matrix = np.array([[1.0, 0.0, right * columns], [0.0, 1.0, down * rows]])
+    return cv2.warpAffine(
+        hu,
+        matrix,
+        (columns, rows),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=AIR_HU,
+    )

@@ -149,6 +149,13 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
         UsageError: neither a name nor a file.
         DataError: the split cannot be made, or leaks (see `audit`).
     """
+    split = find_split(name_or_path, slices, seed)
+    audit(split, slices)
+    return split
+
+
+def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:
+    """Make or read a split as `make_split` does, without looking whether it leaks."""
     name = str(name_or_path)
     if name == "patient":
         split = split_by_patient(slices, seed)
@@ -168,7 +175,6 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
             f"split {name!r} is neither a known name nor a file.",
             f"{guess}Known: {', '.join(NAMES)}, or the path of a CSV file.",
         )
-    audit(split, slices)
     return split
 
 
@@ -338,37 +344,57 @@ def audit(split: Split, slices: pd.DataFrame) -> dict:
     """Count what is in each part and check that no two parts share patients, studies or slices.
 
     Returns:
-        JSON-able: {"parts": {"train": {"patients": n, "studies": n, "series": n, "slices": n,
-        "positive": {"epidural": n, ...}}, ...}, "shared": {"train/valid": {"patients": n, ...},
-        ...}, "left_out": labelled slices in no part, "unlabelled": slices without labels}.
+        What `count_split` returns.
 
     Raises:
         DataError: two parts share something, a PatientID is missing so that nobody can tell, or
             a part is empty; not for splits chosen by a name in `LEAKING`, which carry a warning.
     """
-    rows = {part: split.indices(slices, part) for part in SPLITS}
-    _require_members(rows, split.name)
-    tables = {part: slices.iloc[rows[part]] for part in SPLITS}
-    shared = {}
-    for one, other in combinations(SPLITS, 2):
-        common = {
-            group: set(tables[one][column]) & set(tables[other][column])
-            for group, column in _GROUPS.items()
-        }
-        # "" is no patient and no study: it is shared by those of whom nothing is known.
-        shared[f"{one}/{other}"] = {group: len(uids - {""}) for group, uids in common.items()}
-        if split.name not in LEAKING:
-            _refuse_shared(split, one, other, common, tables)
+    counts = count_split(split, slices)
     if split.name not in LEAKING:
+        tables = _tables(split, slices)
+        for one, other in combinations(SPLITS, 2):
+            _refuse_shared(split, one, other, _common(tables[one], tables[other]), tables)
         _require_patient_ids(pd.concat(tables.values()))
-    used = np.unique(np.concatenate([*rows.values()]))
+    return counts
+
+
+def count_split(split: Split, slices: pd.DataFrame) -> dict:
+    """Count what is in each part and what two parts share.
+
+    Returns:
+        JSON-able: {"parts": {"train": {"patients": n, "studies": n, "series": n, "slices": n,
+        "positive": {"epidural": n, ...}}, ...}, "shared": {"train/valid": {"patients": n, ...},
+        ...}, "left_out": labelled slices in no part, "unlabelled": slices without labels}.
+
+    Raises:
+        DataError: a part is empty.
+    """
+    tables = _tables(split, slices)
+    _require_members(tables, split.name)
+    used = pd.concat(tables.values())["sop_instance_uid"].nunique()
     num_labelled = int(np.count_nonzero(is_labelled(slices)))
     return {
         "parts": {part: _count(table) for part, table in tables.items()},
-        "shared": shared,
-        "left_out": num_labelled - len(used),
+        # "" is no patient and no study: it is shared by those of whom nothing is known.
+        "shared": {
+            f"{one}/{other}": {
+                group: len(uids - {""})
+                for group, uids in _common(tables[one], tables[other]).items()
+            }
+            for one, other in combinations(SPLITS, 2)
+        },
+        "left_out": num_labelled - used,
         "unlabelled": len(slices) - num_labelled,
     }
+
+
+def _tables(split: Split, slices: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {part: slices.iloc[split.indices(slices, part)] for part in SPLITS}
+
+
+def _common(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, set]:
+    return {group: set(one[column]) & set(other[column]) for group, column in _GROUPS.items()}
 
 
 def _count(table: pd.DataFrame) -> dict:

@@ -268,6 +268,8 @@ class FlatFunction:
             if not slices:
                 return _shallow(F.max_pool3d(_deep(x), size, stride, padding))
             x = F.max_pool2d(_as_channels(x), *within)
+            if size[0] == stride[0] == 1:
+                return x.unflatten(1, (slices, -1)).transpose(1, 2)
             rows_and_columns = x.shape[2:]
             x = x.unflatten(1, (slices, -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)
             x = F.max_pool2d(x, (1, size[0]), (1, stride[0]), (0, padding[0]))
@@ -448,6 +450,9 @@ def _convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) 
             shifts = None if bias is None else shift(tensors).repeat(slices)
             x = F.conv2d(_as_channels(x), weight, shifts, *within)
             return _shallow(x.unflatten(1, (slices, -1)).transpose(1, 2))
+        if _num_interleaved(x):
+            # Once for all that read it: each would keep a copy of its own.
+            x = values[source] = x.contiguous(memory_format=torch.channels_last_3d)
         weight, inside = _cast(tensors[kernel], dtype).permute(4, 3, 0, 1, 2), padding
         if _must_pad_outside(x, size, padding):
             x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))

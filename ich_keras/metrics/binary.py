@@ -16,10 +16,9 @@ Definitions, for n samples and six labels, y in {0, 1}, p a probability:
 - specificity: recall of the inverted labels; macro: mean over the labels where it is defined.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from ich_keras.errors import DataError
 from ich_keras.labels import ANY, LABELS, NUM_LABELS
@@ -216,55 +215,6 @@ def _skill(losses: dict, baseline: dict) -> dict[str, float | None]:
         "hamming_loss": against(losses["hamming_loss"], negative["hamming_loss"]),
         "exact_match": against(1 - losses["exact_match"], 1 - negative["exact_match"]),
     }
-
-
-def aggregate_series(values: np.ndarray, series_uids: Sequence[str]) -> pd.DataFrame:
-    """Take the maximum per series and label: of probabilities, or of labels (any slice positive).
-
-    Args:
-        values: (slices, 6), probabilities or labels.
-        series_uids: str (slices,).
-
-    Returns:
-        Indexed by series_uid in the order of first appearance; six columns of the same dtype.
-    """
-    table = pd.DataFrame(np.asarray(values), columns=list(LABELS))
-    keys = pd.Index(series_uids, name="series_uid")
-    return table.groupby(keys, sort=False).max()
-
-
-def evaluate_table(
-    predictions: pd.DataFrame, prevalence: Mapping[str, Sequence[float]] | None = None
-) -> dict:
-    """Compute the metrics of a table of predicted slices, per slice and per series.
-
-    Args:
-        predictions: one row per slice; the columns series_uid, the six probabilities named as in
-            `LABELS`, and the six true labels named as in `TRUTH_COLUMNS`.
-        prevalence: of the training set: {"slice": (6,), "series": (6,)}; see `binary_metrics`.
-
-    Returns:
-        {"slice": metrics, "series": metrics}, each as `binary_metrics` gives them.
-
-    Raises:
-        DataError: a column is absent, or the values are refused.
-    """
-    needed = ("series_uid", *LABELS, *TRUTH_COLUMNS)
-    absent = [name for name in needed if name not in predictions.columns]
-    if absent:
-        raise DataError(f"the predictions lack the column(s) {', '.join(absent)}.")
-    prevalence = prevalence or {}
-    truth = predictions[list(TRUTH_COLUMNS)].to_numpy()
-    probabilities = predictions[list(LABELS)].to_numpy()
-    # The slices come first: their checks keep NaN from vanishing in a maximum.
-    per_slice = binary_metrics(truth, probabilities, prevalence.get("slice"))
-    series_uids = predictions["series_uid"]
-    per_series = binary_metrics(
-        aggregate_series(truth, series_uids).to_numpy(),
-        aggregate_series(probabilities, series_uids).to_numpy(),
-        prevalence.get("series"),
-    )
-    return {"slice": per_slice, "series": per_series}
 
 
 def format_metric(value: float | None, digits: int = 4) -> str:

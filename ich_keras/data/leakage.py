@@ -1,0 +1,131 @@
+"""What should not be in a data set or between its splits: shared patients, equal pixels, labels
+that contradict each other.
+"""
+
+import hashlib
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.cache import CTCache
+from ich_keras.data.inputs import HEAD_ABOVE_HU
+from ich_keras.data.labels import is_labelled
+from ich_keras.data.split import SPLITS, Split, count_split
+from ich_keras.labels import ANY, LABELS, SUBTYPES
+
+_AT_ONCE = 256  # slices in memory
+_HEAD_PIXELS = 0.02  # of a slice: less than that is no head
+SAME_PLACE_MM = 0.01
+
+
+def audit_data(
+    cache: CTCache,
+    split: Split | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict:
+    """Look for leakage between splits and for labels that contradict each other.
+
+    Args:
+        cache: with labels joined.
+        split: None looks at the labels and at equal pixels of different patients only.
+        progress: called as progress("comparing", slices done, all slices).
+
+    Returns:
+        JSON-able: "labels" (`label_faults`), "equal_pixels" (`equal_slices`, counted), and with a
+        split "split" (`count_split`) and "leaks": one sentence per kind of leak, empty for a clean
+        split.
+
+    Raises:
+        DataError: a part of the split is empty, or there are no labels.
+    """
+    pixels = equal_slices(cache, progress)
+    found = {"labels": label_faults(cache.slices), "equal_pixels": _count_equal(cache, pixels)}
+    if split is None:
+        return found
+    counts = count_split(split, cache.slices)
+    part_of = pd.Series("", index=range(len(cache.slices)))
+    leaks = []
+    for one, other in combinations(SPLITS, 2):
+        for group, count in counts["shared"][f"{one}/{other}"].items():
+            if count:
+                leaks.append(f"{one} and {other} share {count:,} {group}")
+        rows = {part: set(split.indices(cache.slices, part).tolist()) for part in (one, other)}
+        for part, members in rows.items():
+            part_of[list(members)] = part
+        across = sum(
+            bool(rows[one] & set(group)) and bool(rows[other] & set(group)) for group in pixels
+        )
+        if across:
+            leaks.append(f"{one} and {other} share {across:,} groups of slices with equal pixels")
+    return found | {"split": {"name": split.name, **counts}, "leaks": leaks}
+
+
+def equal_slices(
+    cache: CTCache, progress: Callable[[str, int, int], None] | None = None
+) -> list[list[int]]:
+    """Find slices that show a head and are equal pixel by pixel.
+
+    Returns:
+        Groups of two or more rows of the slice table, in order.
+    """
+    found: dict[bytes, list[int]] = {}
+    for start in range(0, len(cache), _AT_ONCE):
+        rows = np.arange(start, min(start + _AT_ONCE, len(cache)))
+        hu = cache.slices_hu(rows)
+        has_head = (hu > HEAD_ABOVE_HU).mean(axis=(1, 2)) > _HEAD_PIXELS
+        for row, image in zip(rows[has_head].tolist(), hu[has_head], strict=True):
+            digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+            found.setdefault(digest, []).append(row)
+        if progress is not None:
+            progress("comparing", int(rows[-1]) + 1, len(cache))
+    return [rows for rows in found.values() if len(rows) > 1]
+
+
+def _count_equal(cache: CTCache, groups: list[list[int]]) -> dict:
+    slices = cache.slices
+    labels = slices[list(LABELS)] if set(LABELS) <= set(slices) else None
+
+    def differ(group: list[int], column: str) -> bool:
+        return slices[column].iloc[group].nunique() > 1
+
+    return {
+        "groups": len(groups),
+        "slices": sum(map(len, groups)),
+        "of_different_patients": sum(differ(group, "patient_id") for group in groups),
+        "of_different_series": sum(differ(group, "series_uid") for group in groups),
+        "with_different_labels": 0
+        if labels is None
+        else sum(len(labels.iloc[group].drop_duplicates()) > 1 for group in groups),
+    }
+
+
+def label_faults(slices: pd.DataFrame) -> dict:
+    """Count labels that contradict each other.
+
+    Args:
+        slices: the slice table, with labels.
+
+    Returns:
+        JSON-able: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled" (slices),
+        "partly_labelled_series", and "same_place_other_labels": pairs of neighbouring slices of a
+        series at one position with different labels.
+
+    Raises:
+        DataError: no labels were joined.
+    """
+    labelled = is_labelled(slices)
+    table = slices[labelled]
+    subtype = (table[list(SUBTYPES)] == 1).any(axis=1)
+    positive = table[ANY] == 1
+    by_series = pd.Series(labelled).groupby(slices["series_uid"].to_numpy())
+    step = table.groupby("series_uid", sort=False)["position_mm"].diff()
+    changes = (table[list(LABELS)].diff() != 0).any(axis=1)
+    return {
+        "any_without_subtype": int((positive & ~subtype).sum()),
+        "subtype_without_any": int((subtype & ~positive).sum()),
+        "unlabelled": int((~labelled).sum()),
+        "partly_labelled_series": int((by_series.any() & ~by_series.all()).sum()),
+        "same_place_other_labels": int(((step.abs() < SAME_PLACE_MM) & changes).sum()),
+    }

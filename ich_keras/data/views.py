@@ -1,0 +1,233 @@
+"""What one sample of a network is: a slice, a slab of neighbours, or a whole series.
+
+A view only says which slices make a sample; the pixels stay in the one cache. Neighbours always
+come from the whole series, in its order, never from the rows of a split or of a label file.
+
+Worker processes import this module: it must not import keras.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.labels import series_labels
+from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.labels import LABELS
+
+VIEWS = ("slice", "slab", "series")
+EDGES = ("air", "repeat")
+LONG_SERIES = ("spread", "middle")
+TILTED = ("keep", "skip", "deshear")
+AIR = -1  # in place of the number of a slice
+TILTED_VERDICT = "tilted"
+SHEAR_COLUMNS = ("shear_row", "shear_column")
+
+
+@dataclass(frozen=True)
+class View:
+    """Which slices make one sample.
+
+    Args:
+        kind: "slice"; "slab": neighbouring slices with the label of the middle one; "series": the
+            whole volume, positive where any of its slices is.
+        num_slices: of a sample: 1 for a slice, odd for a slab, any number for a series.
+        edge: what a slab has beyond the ends of its series: "air" (after windowing: a window's
+            lowest value) or "repeat" (the last slice again). Both ends alike.
+        long_series: how a series with more slices is cut: "spread" (evenly spaced slices, the
+            first and the last among them) or "middle". Shorter ones get air, half on either side.
+        tilted: series with the verdict "tilted" in slabs and series: "keep", "skip", or "deshear",
+            which moves each slice within its plane until the stack is upright.
+    """
+
+    kind: str = "slice"
+    num_slices: int = 1
+    edge: str = "air"
+    long_series: str = "spread"
+    tilted: str = "keep"
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("view", self.kind, VIEWS),
+            ("edge", self.edge, EDGES),
+            ("long_series", self.long_series, LONG_SERIES),
+            ("tilted", self.tilted, TILTED),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} {value!r}; expected one of {', '.join(known)}.")
+        count = self.num_slices
+        if type(count) is not int or count < 1:
+            raise UsageError(f"{count!r} slices a sample; expected a whole number of at least 1.")
+        if self.kind == "slice" and count != 1:
+            raise UsageError(f"view 'slice' with {count} slices; that is a slab or a series.")
+        if self.kind == "slab" and count % 2 == 0:
+            raise UsageError(f"a slab of {count} slices has no middle; expected an odd number.")
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether a sample has an axis of slices."""
+        return self.kind != "slice"
+
+    def positions(self, length: int) -> np.ndarray:
+        """Say which slices of one series make its samples.
+
+        Args:
+            length: slices of the series, at least 1.
+
+        Returns:
+            int64 (samples, num_slices), positions in the series, inferior to superior, `AIR` where
+            there is none. A slice or slab series has `length` samples, a whole one has one.
+        """
+        if self.kind == "series":
+            return self._whole(length)[np.newaxis]
+        reach = self.num_slices // 2
+        found = np.arange(length)[:, np.newaxis] + np.arange(-reach, reach + 1)
+        if self.edge == "repeat":
+            return found.clip(0, length - 1)
+        return np.where((found >= 0) & (found < length), found, AIR)
+
+    def _whole(self, length: int) -> np.ndarray:
+        count = self.num_slices
+        if length > count:
+            if self.long_series == "middle":
+                return np.arange(count) + (length - count) // 2
+            if count == 1:
+                return np.array([(length - 1) // 2])
+            return np.rint(np.linspace(0, length - 1, count)).astype(np.int64)
+        found = np.full(count, AIR, np.int64)
+        start = (count - length) // 2
+        found[start : start + length] = np.arange(length)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The samples of a data set under one view.
+
+    Args:
+        view: what a sample is.
+        rows: int64 (samples, slices), rows of the slice table, `AIR` for air. Sample i of slices
+            and slabs has row i of the slice table in its middle; sample i of series is row i of
+            the series table.
+        shifts: float64 (samples, slices, 2), how far each slice has to move, in units of a
+            slice's side, along columns of pixels (down) and along rows of pixels (right); None
+            where nothing moves.
+        labels: int8 (samples, 6), -1 without label; None where the table has none.
+        usable: bool (samples,), False for what `tilted="skip"` leaves out.
+    """
+
+    view: View
+    rows: np.ndarray
+    shifts: np.ndarray | None
+    labels: np.ndarray | None
+    usable: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of_rows(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        """Return the samples that belong to some slices of the table.
+
+        Args:
+            slices: the table that the samples were made of.
+            rows: int (n,), rows of it: those of a split.
+
+        Returns:
+            int64, ascending for series, in the order of `rows` otherwise; without unusable ones.
+
+        Raises:
+            DataError: only some of the labelled slices of a series are among them; or none that
+                is usable.
+        """
+        rows = np.asarray(rows, np.int64)
+        found = self._whole_series(slices, rows) if self.view.kind == "series" else rows
+        kept = found[self.usable[found]]
+        if len(found) and not len(kept):
+            raise DataError(
+                f"all {len(found):,} samples are of tilted series, which are skipped.",
+                'Take tilted "keep" or "deshear".',
+            )
+        return kept
+
+    def _whole_series(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        numbers, _ = pd.factorize(slices["series_uid"])
+        inside = np.zeros(len(slices), bool)
+        inside[rows] = True
+        labelled = self._labelled(slices)
+        touched = np.bincount(numbers, inside, len(self)) > 0
+        missing = np.bincount(numbers, labelled & ~inside, len(self)) > 0
+        torn = np.flatnonzero(touched & missing)
+        if len(torn):
+            uid = slices["series_uid"].to_numpy()[numbers == torn[0]][0]
+            raise DataError(
+                f"the split tears {len(torn):,} series apart, {uid} first: some of its slices are"
+                " in one part, some in another; a series is one sample.",
+                'Take a split by patient or by series ("thesis-series").',
+            )
+        return np.flatnonzero(touched)
+
+    @staticmethod
+    def _labelled(slices: pd.DataFrame) -> np.ndarray:
+        if not set(LABELS) <= set(slices):
+            return np.zeros(len(slices), bool)
+        return (slices[list(LABELS)] >= 0).all(axis=1).to_numpy()
+
+
+def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samples:
+    """Lay a view over the tables of an index or a cache.
+
+    Args:
+        slices: one row a slice, series after series, each inferior to superior.
+        series: one row a series, in the same order.
+        view: what a sample is.
+
+    Raises:
+        StaleError: `deshear` needs the shear of each series, which older tables lack.
+    """
+    lengths = series["num_slices"].to_numpy()
+    starts = np.cumsum(lengths) - lengths
+    parts = [view.positions(length) for length in lengths.tolist()]
+    rows = [
+        np.where(part == AIR, AIR, part + start) for part, start in zip(parts, starts, strict=True)
+    ]
+    rows = np.concatenate(rows) if rows else np.zeros((0, view.num_slices), np.int64)
+    labels = None
+    if set(LABELS) <= set(slices):
+        table = series_labels(slices) if view.kind == "series" else slices[list(LABELS)]
+        labels = table.to_numpy(np.int8)
+    tilted = series["verdict"].str.split(",").map(lambda words: TILTED_VERDICT in words)
+    tilted = tilted.to_numpy(bool)
+    usable = np.ones(len(rows), bool)
+    shifts = None
+    if view.is_volume and view.tilted == "skip":
+        usable = ~(tilted if view.kind == "series" else np.repeat(tilted, lengths))
+    if view.is_volume and view.tilted == "deshear" and tilted.any():
+        shifts = _shifts(slices, series, rows, np.repeat(tilted, lengths))
+    return Samples(view, rows, shifts, labels, usable)
+
+
+def _shifts(
+    slices: pd.DataFrame, series: pd.DataFrame, rows: np.ndarray, tilted: np.ndarray
+) -> np.ndarray:
+    """Return how far the slices of each sample move to stand upright over its middle."""
+    absent = [name for name in SHEAR_COLUMNS if name not in series]
+    if absent:
+        raise StaleError(
+            f"the table of series lacks {' and '.join(absent)}, which `deshear` needs.",
+            "Make index and cache again.",
+        )
+    lengths = series["num_slices"].to_numpy()
+    # A slice that is not square is padded to one before it is resized.
+    side = series[["rows", "columns"]].max(axis=1).to_numpy(float)[:, np.newaxis]
+    side_mm = side * series[["row_spacing_mm", "column_spacing_mm"]].to_numpy(float)
+    # The first pixel of a slice lies `shear * distance` beyond that of an upright stack: seen from
+    # there, what the slice shows has to move as far.
+    shear = np.repeat(series[["shear_column", "shear_row"]].to_numpy(float) / side_mm, lengths, 0)
+    along = np.where(tilted, slices["position_mm"].to_numpy(float), 0.0)
+    places = along[:, np.newaxis] * shear
+    is_air = rows == AIR
+    found = places[rows]
+    # The middle of what is there, so that the head stays in the picture.
+    count = np.maximum((~is_air).sum(axis=1), 1)[:, np.newaxis, np.newaxis]
+    middle = np.where(is_air[..., np.newaxis], 0.0, found).sum(axis=1, keepdims=True) / count
+    return np.where(is_air[..., np.newaxis], 0.0, found - middle)

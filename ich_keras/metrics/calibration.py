@@ -1,0 +1,100 @@
+"""Whether a probability means what it says: reliability, ECE, Brier score, temperature."""
+
+import numpy as np
+
+from ich_keras.errors import DataError
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import CLIP
+
+BINS = 10
+TEMPERATURES = (0.05, 20.0)
+
+
+def calibration(truth: np.ndarray, values: np.ndarray, bins: int = BINS) -> dict:
+    """Compare probabilities with frequencies, label by label.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values: float (n, 6), probabilities.
+        bins: of equal width over 0..1.
+
+    Returns:
+        JSON-able: label -> {"brier": mean squared error, "ece": expected calibration error, the
+        mean over samples of |frequency - mean probability| of their bin, "bins": one of
+        {"low", "high", "count", "mean_probability", "frequency"} per bin that is not empty}.
+
+    Source:
+        Brier 1950; Guo et al., On Calibration of Modern Neural Networks (2017).
+    """
+    truth, values = _checked(truth, values)
+    found = {}
+    for column, name in enumerate(LABELS):
+        labels, chances = truth[:, column], values[:, column]
+        # A value on an edge belongs to the bin below, as in scikit-learn's `calibration_curve`.
+        places = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], chances)
+        counts = np.bincount(places, minlength=bins)
+        filled = counts > 0
+        with np.errstate(invalid="ignore"):
+            mean = np.bincount(places, chances, bins) / counts
+            frequency = np.bincount(places, labels, bins) / counts
+        gaps = np.abs(frequency - mean)[filled]
+        found[name] = {
+            "brier": float(((chances - labels) ** 2).mean()),
+            "ece": float((gaps * counts[filled]).sum() / len(chances)),
+            "bins": [
+                {
+                    "low": place / bins,
+                    "high": (place + 1) / bins,
+                    "count": int(counts[place]),
+                    "mean_probability": float(mean[place]),
+                    "frequency": float(frequency[place]),
+                }
+                for place in np.flatnonzero(filled).tolist()
+            ],
+        }
+    return found
+
+
+def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
+    """Find the temperature that makes the log loss least: on validation, never on test.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values: float (n, 6), probabilities.
+
+    Returns:
+        T: above 1 the probabilities were too sure of themselves, below 1 not sure enough.
+        One number for all labels, so that no ranking within a label changes.
+    """
+    from scipy.optimize import minimize_scalar
+
+    truth, values = _checked(truth, values)
+    logits = _logits(values)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits * np.exp(-log_temperature)
+        # log(1 + exp(z)) - y z, which neither over- nor underflows.
+        return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
+
+    low, high = np.log(TEMPERATURES)
+    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
+
+
+def with_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
+    """Divide the logits of probabilities by a temperature: float (n, 6) -> float64 (n, 6)."""
+    scaled = _logits(np.asarray(values, np.float64)) / temperature
+    return 0.5 * (1.0 + np.tanh(0.5 * scaled))
+
+
+def _logits(values: np.ndarray) -> np.ndarray:
+    clipped = np.clip(values, CLIP, 1 - CLIP)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _checked(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    truth, values = np.asarray(truth), np.asarray(values, np.float64)
+    if truth.shape != values.shape or truth.ndim != 2 or not len(truth):
+        raise DataError(
+            f"truth {truth.shape}, probabilities {values.shape}; expected equal (n > 0, 6)."
+        )
+    return truth, values

@@ -1,0 +1,193 @@
+"""95 % intervals by resampling patients, and paired differences between models.
+
+Slices of one patient are alike: resampling slices would pretend to know far more than the data do.
+So whole patients are drawn with replacement, and both models of a difference get the same draws.
+
+Source:
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 (clusters) and 13
+    (percentile interval).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.errors import DataError
+from ich_keras.labels import ANY, LABELS
+from ich_keras.metrics.binary import CLIP, THRESHOLD
+
+RESAMPLES = 1000
+LEVEL = 0.95
+_CHUNK = 50  # resamples at a time: memory is this times the rows
+_RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS]) / (len(LABELS) + 1)
+
+
+def bootstrap(
+    truth: np.ndarray,
+    values: np.ndarray,
+    patients: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Compute metrics with their 95 % percentile intervals.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values: float (n, 6), probabilities.
+        patients: str (n,), whose each row is.
+        resamples: draws of as many patients as there are.
+        seed: of the draws.
+
+    Returns:
+        JSON-able: metric -> {"value", "low", "high", "resamples"}; metrics are log_loss,
+        rsna_log_loss, brier, exact_match, and auroc/<label>, ap/<label>, log_loss/<label>.
+        `resamples` says in how many the metric was defined; low and high are None where it was
+        not in nine of ten.
+
+    Raises:
+        DataError: shapes differ, or there are fewer than two patients.
+    """
+    whole, drawn = _resampled(truth, [values], patients, resamples, seed)
+    return {name: _interval(whole[0][name], drawn[0][name]) for name in whole[0]}
+
+
+def paired_bootstrap(
+    truth: np.ndarray,
+    values: np.ndarray,
+    others: np.ndarray,
+    patients: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Compute how much one model's metrics exceed another's on the same rows.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values, others: float (n, 6), probabilities of the two models.
+        patients, resamples, seed: as in `bootstrap`.
+
+    Returns:
+        As `bootstrap`, of metric(values) - metric(others); "share_above_0" beside, the share of
+        the resamples in which the difference is positive.
+
+    Raises:
+        DataError: as `bootstrap`.
+    """
+    whole, drawn = _resampled(truth, [values, others], patients, resamples, seed)
+    found = {}
+    for name, value in whole[0].items():
+        differences = drawn[0][name] - drawn[1][name]
+        other = whole[1][name]
+        difference = None if value is None or other is None else value - other
+        defined = differences[~np.isnan(differences)]
+        found[name] = _interval(difference, differences) | {
+            "share_above_0": float((defined > 0).mean()) if len(defined) else None
+        }
+    return found
+
+
+def _interval(value: float | None, drawn: np.ndarray) -> dict:
+    defined = drawn[~np.isnan(drawn)]
+    low = high = None
+    if len(defined) >= 0.9 * len(drawn):
+        low, high = (float(q) for q in np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return {"value": value, "low": low, "high": high, "resamples": len(defined)}
+
+
+def _resampled(truth, tables, patients, resamples: int, seed: int):
+    truth = np.asarray(truth) == 1
+    tables = [np.asarray(values, np.float64) for values in tables]
+    numbers, names = pd.factorize(np.asarray(patients, object))
+    if any(values.shape != truth.shape for values in tables) or len(numbers) != len(truth):
+        shapes = ", ".join(str(values.shape) for values in tables)
+        raise DataError(
+            f"truth {truth.shape}, probabilities {shapes}, patients ({len(numbers)},); expected"
+            " the same rows and six labels."
+        )
+    if len(names) < 2:
+        raise DataError(f"{len(names)} patient(s); resampling needs at least two.")
+    columns = [_Columns(truth, values) for values in tables]
+    whole = [
+        {
+            name: _or_none(found[0])
+            for name, found in column.metrics(np.ones((1, len(truth)))).items()
+        }
+        for column in columns
+    ]
+    drawn = [[] for _ in tables]
+    for weights in _weights(numbers, len(names), resamples, seed):
+        for parts, column in zip(drawn, columns, strict=True):
+            parts.append(column.metrics(weights))
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in drawn
+    ]
+    return whole, joined
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _weights(
+    numbers: np.ndarray, num_patients: int, resamples: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yield how often each row is in each resample: float64 (some resamples, rows)."""
+    random = np.random.default_rng(seed)
+    shares = np.full(num_patients, 1 / num_patients)
+    for start in range(0, resamples, _CHUNK):
+        counts = random.multinomial(num_patients, shares, min(_CHUNK, resamples - start))
+        yield counts[:, numbers].astype(np.float64)
+
+
+class _Columns:
+    """Six labels and their probabilities, sorted once, scored under many weights."""
+
+    def __init__(self, truth: np.ndarray, values: np.ndarray):
+        clipped = np.clip(values, CLIP, 1 - CLIP)
+        self._truth = truth
+        self._entropy = -np.log(np.where(truth, clipped, 1 - clipped))
+        self._squares = ((values - truth) ** 2).mean(axis=1)
+        self._is_exact = ((values >= THRESHOLD) == truth).all(axis=1)
+        self._orders = [np.argsort(-column, kind="stable") for column in values.T]
+        # Where a new, lower value begins: rows of equal value are one threshold.
+        self._starts = [
+            np.flatnonzero(np.diff(column[order], prepend=np.inf))
+            for column, order in zip(values.T, self._orders, strict=True)
+        ]
+
+    def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Score under weights (resamples, rows): metric -> float64 (resamples,), NaN undefined."""
+        total = weights.sum(axis=1)
+        entropy = weights @ self._entropy / total[:, np.newaxis]
+        found = {
+            "log_loss": entropy.mean(axis=1),
+            "rsna_log_loss": entropy @ _RSNA_WEIGHTS,
+            "brier": weights @ self._squares / total,
+            "exact_match": weights @ self._is_exact / total,
+        }
+        rankings = [self._rankings(weights, column) for column in range(len(LABELS))]
+        for number, metric in enumerate(("auroc", "ap")):
+            for name, ranking in zip(LABELS, rankings, strict=True):
+                found[f"{metric}/{name}"] = ranking[number]
+        for column, name in enumerate(LABELS):
+            found[f"log_loss/{name}"] = entropy[:, column]
+        return found
+
+    def _rankings(self, weights: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
+        order, starts = self._orders[column], self._starts[column]
+        truth = self._truth[order, column]
+        sorted_weights = weights[:, order]
+        positive = np.add.reduceat(sorted_weights * truth, starts, axis=1)
+        negative = np.add.reduceat(sorted_weights * ~truth, starts, axis=1)
+        above = positive.cumsum(axis=1)  # positives at or above each threshold
+        false = negative.cumsum(axis=1)
+        num_positive, num_negative = above[:, -1], false[:, -1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # A negative counts the positives above it, and half of those of its own value.
+            pairs = (negative * (above - positive / 2)).sum(axis=1)
+            auroc = pairs / (num_positive * num_negative)
+            precision = np.where(above + false > 0, above / (above + false), 0.0)
+            ap = (positive * precision).sum(axis=1) / num_positive
+        return auroc, ap

@@ -1,0 +1,86 @@
+"""Operating points: what a threshold costs, and which one gives the specificity that is wanted."""
+
+import numpy as np
+
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import binary_metrics
+
+SPECIFICITIES = (0.90, 0.95, 0.99)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+_RATES = ("recall", "specificity", "precision", "f1")
+
+
+def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: float) -> float | None:
+    """Return the lowest threshold of one label that is specific enough.
+
+    A sample is positive from the threshold on.
+
+    Args:
+        truth: bool (n,).
+        values: float (n,), probabilities.
+        wanted: specificity, 0..1.
+
+    Returns:
+        The threshold; above every negative when no other will do (`inf` is written as the next
+        number above the highest negative). None without negatives.
+    """
+    negatives = np.sort(np.asarray(values, np.float64)[~np.asarray(truth, bool)])
+    if not len(negatives):
+        return None
+    # So many negatives have to stay below the threshold; 1e-9 forgives the rounding of `wanted`.
+    needed = int(np.ceil(wanted * len(negatives) - 1e-9))
+    if needed == 0:
+        return 0.0
+    return float(np.nextafter(negatives[needed - 1], np.inf))
+
+
+def choose_thresholds(truth: np.ndarray, values: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """Choose one threshold per label and specificity: on validation, never on test.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values: float (n, 6), probabilities.
+
+    Returns:
+        {"0.90": {label: threshold or None}, ...} for `SPECIFICITIES`.
+    """
+    truth, values = np.asarray(truth) == 1, np.asarray(values)
+    return {
+        f"{wanted:.2f}": {
+            name: threshold_at_specificity(truth[:, column], values[:, column], wanted)
+            for column, name in enumerate(LABELS)
+        }
+        for wanted in SPECIFICITIES
+    }
+
+
+def rates_at(
+    truth: np.ndarray, values: np.ndarray, thresholds: dict[str, float | None]
+) -> dict[str, dict[str, float | None]]:
+    """Score one threshold per label.
+
+    Args:
+        truth: int (n, 6), 0 or 1.
+        values: float (n, 6), probabilities.
+        thresholds: label -> threshold; None leaves the label out.
+
+    Returns:
+        label -> {"threshold", "recall" (sensitivity), "specificity", "precision", "f1"}; undefined
+        is None.
+    """
+    limits = np.array([np.inf if thresholds[name] is None else thresholds[name] for name in LABELS])
+    predicted = (np.asarray(values, np.float64) >= limits).astype(np.float64)
+    per_label = binary_metrics(truth, predicted)["per_label"]
+    return {
+        name: {"threshold": thresholds[name]}
+        | {rate: None if thresholds[name] is None else per_label[name][rate] for rate in _RATES}
+        for name in LABELS
+    }
+
+
+def threshold_table(truth: np.ndarray, values: np.ndarray) -> list[dict]:
+    """Score the thresholds of `THRESHOLDS`, the same for all labels, each as `rates_at` does."""
+    return [
+        {"threshold": limit, "labels": rates_at(truth, values, dict.fromkeys(LABELS, limit))}
+        for limit in THRESHOLDS
+    ]

@@ -1,0 +1,60 @@
+"""The submission file of RSNA's 2019 competition: `ID_<image>_<label>,<probability>`."""
+
+import io
+from pathlib import Path
+
+import pandas as pd
+
+from ich_keras.errors import DataError, UsageError
+from ich_keras.files import atomic_write, require_absent
+from ich_keras.labels import LABELS
+
+HEADER = "ID,Label"
+
+
+def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) -> Path:
+    """Write predictions of slices as RSNA's competition wants them.
+
+    Six rows an image, in the order of `LABELS`; the image's name is its SOPInstanceUID, which in
+    RSNA's data reads `ID_...`.
+
+    Args:
+        predictions: predictions.csv of `ich predict`, or such a table: sop_instance_uid and six
+            probabilities.
+        out: a new file.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: `out` exists, or the predictions cannot be opened.
+        DataError: a column is absent, an image is there twice, or a value is no probability.
+    """
+    out = require_absent(Path(out))
+    if not isinstance(predictions, pd.DataFrame):
+        try:
+            predictions = pd.read_csv(predictions, dtype={"sop_instance_uid": "str"})
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{predictions} cannot be read as predictions: {error}.") from error
+    absent = [name for name in ("sop_instance_uid", *LABELS) if name not in predictions]
+    if absent:
+        raise DataError(
+            f"the predictions lack the column(s) {', '.join(absent)}.",
+            "Give the predictions.csv of a run on slices or slabs.",
+        )
+    uids = predictions["sop_instance_uid"]
+    if uids.duplicated().any():
+        raise DataError(f"image {uids[uids.duplicated()].iloc[0]} is predicted more than once.")
+    values = predictions[list(LABELS)]
+    outside = ~((values >= 0) & (values <= 1)).all(axis=1)
+    if outside.any():
+        raise DataError(f"image {uids[outside].iloc[0]} has values that are no probabilities.")
+    text = io.StringIO()
+    text.write(f"{HEADER}\n")
+    for uid, row in zip(uids, values.itertuples(index=False), strict=True):
+        text.writelines(
+            f"{uid}_{label},{value!r}\n"
+            for label, value in zip(LABELS, map(float, row), strict=True)
+        )
+    atomic_write(out, text.getvalue())
+    return out

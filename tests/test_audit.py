@@ -1,0 +1,168 @@
+"""`ich audit` and `ich submission`: leaks and contradictions that were put there are found."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from ich_keras.cli import main
+from ich_keras.data.leakage import audit_data, equal_slices, label_faults
+from ich_keras.data.split import SPLITS, find_split, make_split
+from ich_keras.errors import DataError, UsageError
+from ich_keras.labels import LABELS
+from ich_keras.submission import write_submission
+
+
+class Cache:
+    """A cache whose pixels and tables can be changed."""
+
+    def __init__(self, cache):
+        self.slices, self.series, self.path = cache.slices.copy(), cache.series, cache.path
+        self._hu = cache.slices_hu(np.arange(len(cache)))
+
+    def __len__(self):
+        return len(self.slices)
+
+    def slices_hu(self, rows):
+        return self._hu[np.asarray(rows)]
+
+
+def test_a_clean_split_has_no_leak(phantom_cache):
+    split = make_split("patient", phantom_cache.slices, 0)
+    found = audit_data(phantom_cache, split)
+    assert found["leaks"] == []
+    assert found["labels"] == dict.fromkeys(found["labels"], 0)
+    assert found["equal_pixels"]["groups"] == 0
+    counted = {part: counts["slices"] for part, counts in found["split"]["parts"].items()}
+    assert counted == {part: len(split.indices(phantom_cache.slices, part)) for part in SPLITS}
+
+
+def test_every_kind_of_leak_is_told(phantom_cache):
+    cache = Cache(phantom_cache)
+    clean = make_split("patient", cache.slices, 0)
+    train, test = (clean.indices(cache.slices, part) for part in ("train", "test"))
+    head = next(row for row in train if (cache.slices_hu([row]) > -500).mean() > 0.1)
+    cache._hu[test[0]] = cache._hu[head]
+    assert equal_slices(cache) == [sorted([head, test[0]])]
+    found = audit_data(cache, clean)
+    assert found["leaks"] == ["train and test share 1 groups of slices with equal pixels"]
+    assert found["equal_pixels"]["of_different_patients"] == 1
+
+    by_slices = find_split("thesis-slices", phantom_cache.slices, 0)
+    leaks = audit_data(phantom_cache, by_slices)["leaks"]
+    assert any("train and test share" in leak and "series" in leak for leak in leaks)
+    assert any("valid and test share" in leak and "slices" in leak for leak in leaks)
+
+
+def test_slices_without_a_head_may_be_equal(phantom_cache):
+    cache = Cache(phantom_cache)
+    cache._hu[[3, 60, 99]] = -1000
+    assert equal_slices(cache) == []
+
+
+def test_labels_that_contradict_each_other_are_counted(phantom_cache):
+    slices = phantom_cache.slices.copy()
+    slices[list(LABELS)] = 0
+    slices.loc[0, "epidural"] = 1
+    slices.loc[1, "any"] = 1
+    slices.loc[2, list(LABELS)] = -1
+    slices.loc[4, "position_mm"] = slices.loc[3, "position_mm"]
+    slices.loc[4, ["any", "subdural"]] = 1
+    assert label_faults(slices) == {
+        "any_without_subtype": 1,
+        "subtype_without_any": 1,
+        "unlabelled": 1,
+        "partly_labelled_series": 1,
+        "same_place_other_labels": 1,
+    }
+    with pytest.raises(DataError, match="no labels"):
+        label_faults(slices.drop(columns="any"))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_command_fails_on_a_leaking_list(phantom_cache, phantom_cache_folder, tmp_path):
+    done = invoke("audit", "--cache", phantom_cache_folder, "--split", "patient")
+    assert done.exit_code == 0, done.output
+    assert "no leak found" in done.output
+    done = invoke("audit", "--cache", phantom_cache_folder)
+    assert done.exit_code == 0, done.output
+    assert "0 any without subtype" in done.output
+
+    series = phantom_cache.series
+    shared = series["patient_id"][series["patient_id"].duplicated()].iloc[0]
+    parts = pd.Series(["train", "valid", "test"] * len(series))[: len(series)].to_numpy()
+    rows = series["patient_id"] == shared
+    parts[np.flatnonzero(rows)[:2]] = ["train", "test"]
+    listed = pd.DataFrame({"series_uid": series["series_uid"], "split": parts})
+    listed.to_csv(tmp_path / "split.csv", index=False)
+    out = tmp_path / "audit.json"
+    done = invoke(
+        "audit", "--cache", phantom_cache_folder, "--split", tmp_path / "split.csv", "--out", out
+    )
+    assert done.exit_code == 3
+    assert "LEAK: train and test share" in done.output
+    assert "split 'file:split.csv' leaks" in done.output
+    assert shared not in done.output  # a PatientID has no business in a log
+    written = json.loads(out.read_text())
+    assert written["split"]["shared"]["train/test"]["patients"] >= 1
+    done = invoke("audit", "--cache", phantom_cache_folder, "--split", "thesis-slices")
+    assert done.exit_code == 0
+    assert "LEAK" in done.output
+
+
+# The submission.
+
+
+def predictions(n=3):
+    random = np.random.default_rng(0)
+    table = pd.DataFrame(random.random((n, 6)).astype(np.float32), columns=list(LABELS))
+    return table.assign(sop_instance_uid=[f"ID_{number:09x}" for number in range(n)])
+
+
+def test_a_submission_has_the_format_of_the_competition(tmp_path):
+    table = predictions()
+    path = write_submission(table, tmp_path / "submission.csv")
+    lines = path.read_text().splitlines()
+    assert lines[0] == "ID,Label"
+    assert lines[1] == f"ID_000000000_epidural,{float(table['epidural'][0])!r}"
+    assert [line.split(",")[0] for line in lines[7:13]] == [f"ID_000000001_{n}" for n in LABELS]
+    again = pd.read_csv(path)
+    assert len(again) == 18
+    np.testing.assert_array_equal(
+        again["Label"].to_numpy(np.float32).reshape(3, 6), table[list(LABELS)]
+    )
+    # What `read_rsna_labels` reads has the same IDs.
+    pattern = (
+        r"^ID_[0-9a-f]+_(epidural|intraparenchymal|intraventricular|subarachnoid|subdural|any)$"
+    )
+    assert again["ID"].str.match(pattern).all()
+
+
+def test_a_submission_is_refused_when_it_would_be_wrong(tmp_path):
+    table = predictions()
+    out = tmp_path / "submission.csv"
+    with pytest.raises(DataError, match=r"lack the column\(s\) sop_instance_uid, any"):
+        write_submission(table.drop(columns=["sop_instance_uid", "any"]), out)
+    with pytest.raises(DataError, match="image ID_000000000 is predicted more than once"):
+        write_submission(pd.concat([table, table]), out)
+    with pytest.raises(DataError, match="image ID_000000001 has values that are no probabilities"):
+        write_submission(table.assign(any=[0.1, np.nan, 0.2]), out)
+    with pytest.raises(UsageError, match="cannot be read as predictions"):
+        write_submission(tmp_path / "absent.csv", out)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(UsageError, match="already exists"):
+        write_submission(table, out)
+
+
+def test_the_command_writes_what_predict_wrote(tmp_path):
+    predictions().to_csv(tmp_path / "predictions.csv", index=False)
+    out = tmp_path / "submission.csv"
+    done = invoke("submission", "--predictions", tmp_path / "predictions.csv", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert len(out.read_text().splitlines()) == 19
