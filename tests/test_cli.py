@@ -62,9 +62,15 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
     config = json.loads((run / "config.json").read_text())
     assert config["data"] == {
         "size": 32,
+        "view": "slice",
+        "slices": 1,
+        "edge": "air",
+        "long_series": "spread",
+        "tilted": "keep",
         "split": "patient",
         "balance": True,
         "augment": "thesis",
+        "reverse": False,
         "limit_series": None,
         "intensity": "windows",
         "loader_workers": 0,
