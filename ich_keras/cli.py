@@ -302,12 +302,34 @@ def _run_config(config_file: Path | None, options: dict):
     content = RunConfig.from_dict(content).to_dict()
     if config_file is None:
         content["backend"] = choose_backend(options["backend"])
+    else:
+        _forget_other_view(content, options)
     for name, value in options.items():
         if value is None:
             continue
         place = next(part for part in (content, content["data"], content["fit"]) if name in part)
         place[name] = value
     return RunConfig.from_dict(content)
+
+
+def _forget_other_view(content: dict, options: dict) -> None:
+    """Let options that ask for another view than the file's take that one's defaults."""
+    from ich_keras.config import DataConfig, FitConfig
+    from ich_keras.models.presets import PRESETS
+
+    before = content["data"]["view"]
+    network = PRESETS.get(options["preset"])
+    takes_other = (
+        network is not None
+        and before is not None
+        and ((network.spec.rank == 3) != (before != "slice"))
+    )
+    if options["view"] in (None, before) and not takes_other:
+        return
+    for name in ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity"):
+        content["data"][name] = getattr(DataConfig(), name)
+    for name in ("batch_size", "accumulate"):
+        content["fit"][name] = getattr(FitConfig(), name)
 
 
 def _refuse_without_data(labels: Path | None, options: dict) -> None:

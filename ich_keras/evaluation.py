@@ -91,7 +91,7 @@ def evaluate(
             )
     view = run_view(config)
     samples = make_samples(cache.slices, cache.series, view)
-    chosen = samples.of_rows(cache.slices, indices)
+    chosen = samples.of_rows(cache.slices, indices, split)
     batches = view_batches(
         cache,
         view,

@@ -34,6 +34,8 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
     if not isinstance(predictions, pd.DataFrame):
         try:
             predictions = pd.read_csv(predictions, dtype={"sop_instance_uid": "str"})
+        except FileNotFoundError:
+            raise UsageError(f"{predictions} does not exist.") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"{predictions} cannot be read as predictions: {error}.") from error
     absent = [name for name in ("sop_instance_uid", *LABELS) if name not in predictions]

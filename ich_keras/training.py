@@ -141,7 +141,7 @@ def _plan(
     from ich_keras.models.presets import require_trainable
 
     require_trainable(network(config), config.fit.batch_size)
-    chosen = {name: samples.of_rows(slices, rows) for name, rows in indices.items()}
+    chosen = {name: samples.of_rows(slices, rows, name) for name, rows in indices.items()}
     epoch = epoch_plan(
         samples, chosen["train"], config.fit.batch_size, seed=0, balance=config.data.balance
     )
@@ -316,7 +316,7 @@ def train(
     view = run_view(config)
     samples = make_samples(cache.slices, cache.series, view)
     plan = _plan(cache.slices, config, split, indices, samples)
-    chosen = {name: samples.of_rows(cache.slices, rows) for name, rows in indices.items()}
+    chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
 
     import keras
 

@@ -152,8 +152,11 @@ def test_a_submission_is_refused_when_it_would_be_wrong(tmp_path):
         write_submission(pd.concat([table, table]), out)
     with pytest.raises(DataError, match="image ID_000000001 has values that are no probabilities"):
         write_submission(table.assign(any=[0.1, np.nan, 0.2]), out)
-    with pytest.raises(UsageError, match="cannot be read as predictions"):
+    with pytest.raises(UsageError, match=r"absent\.csv does not exist"):
         write_submission(tmp_path / "absent.csv", out)
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(UsageError, match="cannot be read as predictions"):
+        write_submission(tmp_path / "empty.csv", out)
     assert not out.exists()
     out.write_text("mine")
     with pytest.raises(UsageError, match="already exists"):

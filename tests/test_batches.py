@@ -157,5 +157,17 @@ def test_what_cannot_be_batched_is_refused(phantom_cache):
     negative = np.flatnonzero(phantom_cache.slices[ANY].to_numpy() == 0)
     with pytest.raises(DataError, match="0 of .* slices are positive; balancing needs both"):
         slice_batches(phantom_cache, negative, seed=0, balance=True)
-    with pytest.raises(ValueError, match="give a seed"):
+    with pytest.raises(UsageError, match="give a seed"):
         slice_batches(phantom_cache, augment="thesis")
+    for bad, message in (
+        ({"augment": "big"}, "augmentation 'big'; expected one of thesis, flip"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+        ({"batch_size": 2.5}, r"batch_size is 2\.5; expected a whole number"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"size": 0}, "size is 0; expected 8 to 4096 pixels"),
+        ({"indices": [-1, 3]}, "indices of slices are int64 from -1 to 3; expected whole"),
+        ({"indices": [0, 10**6]}, "from 0 to 1000000; expected whole numbers from 0 to"),
+        ({"indices": [0.5]}, "indices of slices are float64"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            slice_batches(phantom_cache, **bad)

@@ -1,12 +1,14 @@
 """The command line as users meet it: help, the whole road, one clear line for every mistake."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ich_keras.cli import main, train_main
+from ich_keras.cli import _run_config, main, train_main
+from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 
 
@@ -297,3 +299,27 @@ def test_only_download_fetches(phantom_cache_folder, tmp_path, monkeypatch):
     assert nothing.exit_code == 2
     assert "--weights is missing" in nothing.output
     assert not (tmp_path / "run").exists()
+
+
+def test_another_view_takes_its_own_defaults_not_those_of_the_file(tmp_path):
+    slab = RunConfig(
+        preset="resnet18_3d_medicalnet",
+        data=DataConfig(view="slab", slices=5, edge="repeat", intensity="wide", size=64),
+        fit=FitConfig(batch_size=16, accumulate=1, epochs=3),
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(slab.to_dict()))
+    nothing = {"view": None, "preset": None, "backend": None}
+
+    same = _run_config(path, nothing | {"epochs": 2})
+    assert same == replace(slab, fit=replace(slab.fit, epochs=2))
+    assert _run_config(path, nothing | {"view": "slab"}) == slab
+    whole = _run_config(path, nothing | {"view": "series"})
+    assert whole == replace(
+        slab,
+        data=DataConfig(view="series", size=64),
+        fit=replace(slab.fit, batch_size=None, accumulate=None),
+    )
+    flat = _run_config(path, nothing | {"preset": "resnet18_2d"})
+    assert (flat.data, flat.fit) == (DataConfig(size=64), whole.fit)
+    assert _run_config(path, nothing | {"preset": "resnet18_3d"}).data == slab.data

@@ -248,11 +248,19 @@ def test_the_backbone_learns_at_its_own_rate(weight_decay):
 
 
 def test_too_few_slices_are_refused_with_the_way_out():
-    with pytest.raises(UsageError, match="5 slices are too few.*5 -> 3 .stem. -> 2 .maxpool. -> 2"):
+    with pytest.raises(
+        UsageError, match="5 slice.s. are too few.*5 -> 3 .stem. -> 2 .maxpool. -> 2"
+    ):
         preset("resnet18_3d", (5, 64, 64, 1))
-    with pytest.raises(UsageError, match="1 slices are too few.*stem still strides"):
+    with pytest.raises(UsageError, match="1 slice.s. are too few.*stem still strides.*at least 5"):
         preset("resnet18_3d_medicalnet", (1, 64, 64, 1))
     preset("resnet18_3d", (9, 64, 64, 1))  # one slice is left for the last stage only
+    for name in (n for n, p in PRESETS.items() if p.spec.rank == 3):
+        least, channels = PRESETS[name].spec._least_slices(), PRESETS[name].spec.channels
+        preset(name, (least, 64, 64, channels))
+        if least > 1:
+            with pytest.raises(UsageError, match=f"it takes at least {least}"):
+                preset(name, (least - 1, 64, 64, channels))
     shapes = preset("resnet18_3d_medicalnet", (5, 64, 64, 1)).spatial_shapes()
     assert [shape[0] for shape in shapes.values()] == [3, 2, 2, 1, 1, 1]  # the thesis's slabs
     slab = preset("resnet18_3d_slab").spatial_shapes()

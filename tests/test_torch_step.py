@@ -823,3 +823,52 @@ def test_nothing_is_copied_between_memory_layouts():
         function(images, function.tensors())
     copies = [name for name in seen if name in ("clone", "contiguous", "constant_pad_nd")]
     assert copies == [] and seen.count("convolution") == 20
+
+
+def test_our_loss_is_refused_with_the_other_kind_of_outputs():
+    for output, from_logits, message in (
+        ("probabilities", True, "gives probabilities, and its loss takes logits"),
+        ("logits", False, "gives logits, and its loss takes probabilities"),
+    ):
+        model = classifier(replace(TINY["2d"], dropout=0.0), output=output)
+        choose_step(model)
+        images, truth = batch(model)
+        model.compile(Adam(1e-3), BinaryCrossEntropy(from_logits=from_logits))
+        with pytest.raises(UsageError, match=message):
+            model.fit(images, truth, verbose=0)
+        model.predict(images, verbose=0)  # which needs no loss
+        model.compile(Adam(1e-3), BinaryCrossEntropy(from_logits=not from_logits))
+        model.fit(images, truth, verbose=0)
+
+
+@pytest.mark.parametrize("step", ["fast", "stock"])
+def test_weights_of_another_number_than_the_outputs_are_refused(step):
+    model = build(NARROW)
+    choose_step(model, step)
+    images, truth = batch(model)
+    model.compile(Adam(1e-3), BinaryCrossEntropy(label_weights=(1.0,) * 5))
+    with pytest.raises(UsageError, match="5 label weights for 6 outputs"):
+        model.fit(images, truth, verbose=0)
+
+
+def test_head_layers_that_are_none_are_refused():
+    model = build(NARROW)
+    for head_layers, named in ((("nope", "fc"), "'nope'"), ((), r"\[\]")):
+        optimizer = Adam(1e-3, backbone_factor=0.1, head_layers=head_layers)
+        with pytest.raises(UsageError, match=f"head_layers.*{named}.*which own none"):
+            optimizer.build(model.trainable_variables)
+    Adam(1e-3, backbone_factor=0.1, head_layers=("fc",)).build(model.trainable_variables)
+
+
+def test_a_model_counts_as_called_after_the_fast_steps():
+    """Keras' export to ONNX asks for it."""
+    model = build(NARROW)
+    model._called = False
+    choose_step(model)
+    model.predict(batch(model)[0], verbose=0)
+    assert model._called
+
+
+def test_only_models_can_choose_steps():
+    with pytest.raises(UsageError, match="choose_step takes a Keras model; received NoneType"):
+        choose_step(None)

@@ -190,7 +190,8 @@ def test_tilted_series_are_kept_skipped_or_straightened():
             samples.of_rows(slices, np.arange(3, 7))
         with pytest.raises(StaleError, match="lacks shear_row and shear_column"):
             make_samples(slices, series, replace(view, tilted="deshear"))
-    assert make_samples(slices, series, View(tilted="skip")).usable.all()  # slices have no tilt
+        with pytest.raises(DataError, match="4 valid samples|1 valid samples"):
+            samples.of_rows(slices, np.arange(3, 7), "valid")
 
 
 @pytest.mark.parametrize("degrees", [18.5, -12.0])
@@ -245,6 +246,9 @@ def test_a_series_is_never_torn_apart():
         ({"kind": "slab", "num_slices": 5, "edge": "wrap"}, "edge 'wrap'; expected one of air, re"),
         ({"kind": "series", "num_slices": 5, "long_series": "all"}, "long_series 'all'"),
         ({"kind": "series", "num_slices": 5, "tilted": "no"}, "tilted 'no'; expected one of keep"),
+        ({"tilted": "skip"}, "tilted 'skip' means nothing for view 'slice'; it is of slab and ser"),
+        ({"kind": "slab", "num_slices": 5, "long_series": "middle"}, "means nothing for view 'sl"),
+        ({"kind": "series", "num_slices": 5, "edge": "repeat"}, "edge 'repeat' means nothing"),
     ],
 )
 def test_impossible_views_are_refused(arguments, message):
@@ -265,6 +269,30 @@ def test_the_z_score_of_a_volume_is_over_all_its_slices():
         np.testing.assert_allclose(volume[1:], (head - head.mean()) / head.std(), atol=1e-5)
         assert (volume[0] == 0).all()
     assert not np.allclose(found, head_z_score(grey), atol=0.1)
+
+
+@pytest.mark.parametrize("intensity", ["wide", "head-z-score", "windows"])
+@pytest.mark.parametrize("size", [24, 64])
+def test_another_size_keeps_every_axis(phantom_cache, intensity, size):
+    """OpenCV drops the axis of a single channel; flips would then turn heads upside down."""
+    channels = 3 if intensity == "windows" else 1
+    settings = {"size": size, "intensity": intensity, "batch_size": 40}
+    plain, _ = everything(slab_batches(phantom_cache, np.arange(40), **settings))
+    assert plain.shape == (40, 5, size, size, channels)
+    slices, _ = everything(slice_batches(phantom_cache, np.arange(40), **settings))
+    assert slices.shape == (40, size, size, channels)
+    if intensity != "head-z-score":  # which depends on the whole volume
+        np.testing.assert_array_equal(slices, plain[:, 2])
+    flipped, _ = everything(
+        slab_batches(phantom_cache, np.arange(40), seed=0, augment="flip", **settings)
+    )
+    loader = slab_batches(phantom_cache, np.arange(40), seed=0, augment="flip", **settings)
+    order = loader.plan.batches(0)[0]
+    pairs = [(plain[i], image) for i, image in zip(order, flipped, strict=True)]
+    mirrored = [np.allclose(one[:, :, ::-1], other, atol=1e-6) for one, other in pairs]
+    same = [np.allclose(one, other, atol=1e-6) for one, other in pairs]
+    assert (np.array(mirrored) | np.array(same)).all()
+    assert 8 < sum(mirrored) < 32
 
 
 def test_three_windows_of_a_slab(phantom_cache):
@@ -335,7 +363,9 @@ def test_a_split_by_slices_does_not_train_on_series(phantom_cache):
     with pytest.raises(DataError, match="the split tears"):
         plan_training(phantom_cache, config)
     thin = dataclasses.replace(config, data=DataConfig(size=48, slices=3, split="thesis-series"))
-    with pytest.raises(UsageError, match="3 slices are too few for this network"):
+    with pytest.raises(
+        UsageError, match="3 slice.s. are too few for this network.*it takes at least 9"
+    ):
         plan_training(phantom_cache, thin)
 
 

@@ -29,6 +29,16 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
+def require_augmentation(name: str | None) -> None:
+    """Refuse a name that is no augmentation's; None is none at all.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name is not None and name not in AUGMENTATIONS:
+        raise UsageError(f"augmentation {name!r}; expected one of {', '.join(AUGMENTATIONS)}.")
+
+
 def make_augmentation(name: str = "thesis"):
     """Build an augmentation by name.
 
@@ -49,8 +59,7 @@ def make_augmentation(name: str = "thesis"):
     Raises:
         UsageError: unknown name.
     """
-    if name not in AUGMENTATIONS:
-        raise UsageError(f"augmentation {name!r}; expected one of {', '.join(AUGMENTATIONS)}.")
+    require_augmentation(name)
     # Otherwise albumentations asks a server for news on import.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ich_keras.data.augment import REVERSE_PROBABILITY, make_augmentation, sample_seed
+from ich_keras.data.augment import (
+    REVERSE_PROBABILITY,
+    make_augmentation,
+    require_augmentation,
+    sample_seed,
+)
 from ich_keras.data.cache import CTCache
 from ich_keras.data.inputs import intensity_of, slice_windows, stack_slices
 from ich_keras.data.shards import CachedSlices
@@ -245,10 +250,19 @@ def epoch_plan(
     Raises:
         DataError: no samples, or balancing without both positives and negatives.
     """
+    if type(batch_size) is not int or batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1.")
+    if seed is not None and seed < 0:
+        raise UsageError(f"seed is {seed}; expected 0 or more.")
     indices = np.flatnonzero(samples.usable) if indices is None else np.asarray(indices)
     kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
         raise DataError(f"no {kind} to make batches of.")
+    if indices.dtype.kind not in "iu" or not 0 <= indices.min() <= indices.max() < len(samples):
+        raise UsageError(
+            f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"
+            f" expected whole numbers from 0 to {len(samples) - 1}."
+        )
     positive = np.zeros(len(indices), bool)
     if samples.labels is not None:
         positive = samples.labels[indices, LABELS.index(ANY)] == 1
@@ -258,7 +272,7 @@ def epoch_plan(
             "Train without --balance, or on more data.",
         )
     if balance and seed is None:
-        raise ValueError("balancing draws at random: give a seed.")
+        raise UsageError("balancing draws at random: give a seed.")
     return EpochPlan(indices, positive, batch_size, seed, balance, drop_last=seed is not None)
 
 
@@ -304,8 +318,11 @@ def view_batches(
         DataError: no samples, or balancing without both positives and negatives.
         StaleError: the cache lacks what the view needs.
     """
+    require_augmentation(augment)
     if augment is not None and seed is None:
-        raise ValueError("augmentation draws at random: give a seed.")
+        raise UsageError("augmentation draws at random: give a seed.")
+    if size is not None and not 8 <= size <= 4096:
+        raise UsageError(f"size is {size}; expected 8 to 4096 pixels.")
     if reverse and (augment is None or not view.is_volume):
         raise UsageError("reverse turns augmented slabs or series: it needs both.")
     samples = samples or make_samples(cache.slices, cache.series, view)

@@ -90,7 +90,8 @@ def slice_windows(
     method = cv2.INTER_LINEAR  # the thesis resizes windows with bilinear interpolation
     flat = stacked.reshape(-1, *stacked.shape[-3:])
     resized = np.stack([cv2.resize(image, (size, size), interpolation=method) for image in flat])
-    return resized.reshape(*stacked.shape[:-3], *resized.shape[1:])
+    # OpenCV drops the axis of a single channel.
+    return resized.reshape(*stacked.shape[:-3], size, size, stacked.shape[-1])
 
 
 def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALISATION):

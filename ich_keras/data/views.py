@@ -60,6 +60,17 @@ class View:
             raise UsageError(f"{count!r} slices a sample; expected a whole number of at least 1.")
         if self.kind == "slice" and count != 1:
             raise UsageError(f"view 'slice' with {count} slices; that is a slab or a series.")
+        for name, value, usual, needs in (
+            ("edge", self.edge, EDGES[0], ("slab",)),
+            ("long_series", self.long_series, LONG_SERIES[0], ("series",)),
+            ("tilted", self.tilted, TILTED[0], ("slab", "series")),
+        ):
+            if value != usual and self.kind not in needs:
+                raise UsageError(
+                    f"{name} {value!r} means nothing for view {self.kind!r}; it is of"
+                    f" {' and '.join(needs)}.",
+                    "Leave it out.",
+                )
         if self.kind == "slab" and count % 2 == 0:
             raise UsageError(f"a slab of {count} slices has no middle; expected an odd number.")
 
@@ -125,12 +136,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def of_rows(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    def of_rows(self, slices: pd.DataFrame, rows: np.ndarray, part: str = "chosen") -> np.ndarray:
         """Return the samples that belong to some slices of the table.
 
         Args:
             slices: the table that the samples were made of.
             rows: int (n,), rows of it: those of a split.
+            part: what they are called in an error.
 
         Returns:
             int64, ascending for series, in the order of `rows` otherwise; without unusable ones.
@@ -144,8 +156,8 @@ class Samples:
         kept = found[self.usable[found]]
         if len(found) and not len(kept):
             raise DataError(
-                f"all {len(found):,} samples are of tilted series, which are skipped.",
-                'Take tilted "keep" or "deshear".',
+                f"all {len(found):,} {part} samples are of tilted series, which are skipped.",
+                'Take tilted "keep" or "deshear", another seed, or more data.',
             )
         return kept
 

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from ich_keras.errors import UsageError
 from ich_keras.labels import ANY, LABELS
 
 # The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
@@ -15,7 +16,9 @@ class BinaryCrossEntropy(keras.losses.Loss):
     """Binary cross-entropy, averaged over the labels of a sample, then over the batch.
 
     Args:
-        from_logits: whether the model gives logits (numerically safer) or probabilities.
+        from_logits: whether the model gives logits (numerically safer) or probabilities; it
+            cannot be seen from the numbers, and the wrong one trains on the wrong loss. (The fast
+            steps of the torch backend see the model and refuse it; `compile_classifier` sets it.)
         label_weights: one weight per label; the average divides by their sum. None: all alike.
             RSNA_WEIGHTS makes it the competition's metric.
         settings: of `keras.losses.Loss`.
@@ -40,11 +43,23 @@ class BinaryCrossEntropy(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
+        self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
         each = ops.binary_crossentropy(y_true, y_pred, from_logits=self.from_logits)
         if self.shares is None:
             return ops.mean(each, axis=-1)
         return ops.sum(each * ops.convert_to_tensor(self.shares, dtype=each.dtype), axis=-1)
+
+    def require_outputs(self, number: int) -> None:
+        """Refuse weights of another number than the model's outputs.
+
+        Raises:
+            UsageError: they differ.
+        """
+        if self.label_weights is not None and len(self.label_weights) != number:
+            raise UsageError(
+                f"{len(self.label_weights)} label weights for {number} outputs; expected one each."
+            )
 
     def get_config(self) -> dict:
         """Return what `from_config` needs."""

@@ -7,6 +7,8 @@ update itself is ours.
 import keras
 from keras import ops
 
+from ich_keras.errors import UsageError
+
 # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
 _BASE = type(keras.optimizers.Adam())
 
@@ -52,6 +54,27 @@ class Adam(_BASE):
             "head_layers": list(self.head_layers),
             "fused": self.fused,
         }
+
+    def build(self, variables):
+        """Make the slots.
+
+        Raises:
+            UsageError: a head layer that owns none of the variables, or none at all.
+        """
+        if self.backbone_factor != 1 and not self.built:
+            missing = [
+                layer
+                for layer in self.head_layers
+                if not any(variable.path.startswith(f"{layer}/") for variable in variables)
+            ]
+            if missing or not self.head_layers:
+                raise UsageError(
+                    f"backbone_factor {self.backbone_factor} with head_layers"
+                    f" {list(missing or self.head_layers)}, which own none of the variables that"
+                    " are trained: all would learn at the lower rate.",
+                    "Name the layers that learn at the full rate, such as 'fc'.",
+                )
+        super().build(variables)
 
     def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
         """Add a slot; for the fused update in the memory order of its weight."""

@@ -152,13 +152,22 @@ class ModelSpec:
         for name, stride in self._strides()[:-1]:
             if before == 1 and stride[0] > 1:
                 raise UsageError(
-                    f"{self.input_shape[0]} slices are too few for this network: their number goes"
-                    f" {' -> '.join(seen)}, and {name} still strides over slices. Take a preset"
-                    " with depth stride 1 (such as resnet18_3d_slab), more slices, or a 2D preset;"
-                    " with input_shape (None, ...) the network runs all the same."
+                    f"{self.input_shape[0]} slice(s) are too few for this network: their number"
+                    f" goes {' -> '.join(seen)}, and {name} still strides over slices; it takes at"
+                    f" least {self._least_slices()}. Take more slices, a preset with depth stride"
+                    " 1 (such as resnet18_3d_slab), or a 2D preset; in Python, with input_shape"
+                    " (None, ...) the network runs all the same."
                 )
             before = _strided(before, stride[0])
             seen.append(f"{before} ({name})")
+
+    def _least_slices(self) -> int:
+        """Return the least number of slices that `_check_slices` lets pass."""
+        least = 1
+        for _, stride in reversed(self._strides()[:-1]):
+            # Two have to enter a stride over slices, however many leave it.
+            least = max((least - 1) * stride[0] + 1, 2 if stride[0] > 1 else 1)
+        return least
 
     def _strides(self) -> list[tuple[str, tuple[int, ...]]]:
         pool = [] if self.pool_kernel is None else [("maxpool", self.per_axis(self.pool_stride))]

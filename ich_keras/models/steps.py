@@ -27,7 +27,11 @@ def choose_step(
     are Keras' own steps, which are compiled there.
 
     Args:
-        model: of ours, or any functional model of the same kinds of layers.
+        model: of ours, or any functional model of one input made of the same layers: Conv2D,
+            Conv3D and MaxPooling without padding or activation of their own (ZeroPadding before
+            them), BatchNormalization and GroupNormalization with scale and centre, plain ReLU,
+            Add, GlobalAveragePooling, Dropout, Dense, Activation("sigmoid"). Others keep Keras'
+            steps, with a warning that says which layer it was.
         step: "fast" or "stock" (Keras' own).
         precision: "float32", "bfloat16" or "float16" for all but the head, whatever the model was
             built in; None leaves it. Only the fast steps can change it.
@@ -42,6 +46,8 @@ def choose_step(
     Raises:
         UsageError: an unknown name, or what Keras' own steps cannot do.
     """
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"choose_step takes a Keras model; received {type(model).__name__}.")
     for name, value, known in (
         ("step", step, STEPS),
         ("precision", precision, (None, *PRECISIONS)),

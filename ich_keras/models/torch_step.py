@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from keras import tree
 from keras.utils import unpack_x_y_sample_weight
 
+from ich_keras.errors import UsageError
 from ich_keras.models.graph import CONVOLUTIONS, UnknownStep
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.torch_flat import FlatFunction
@@ -120,6 +121,9 @@ def _maker(kind: str):
             getattr(type(model), f"make_{kind}_function")(model, True)  # Keras refuses it on torch
         reason = steps.reason_for_stock(kind)
         if reason is None:
+            if kind != "predict":
+                _require_fitting_loss(model)
+            model._called = True  # as Keras' own call does: exporting to ONNX asks for it
             setattr(model, f"{kind}_function", getattr(steps, kind))
             return
         current = getattr(model, f"{kind}_function")
@@ -130,6 +134,22 @@ def _maker(kind: str):
 
     make.__name__ = f"make_{kind}_function"
     return make
+
+
+def _require_fitting_loss(model) -> None:
+    """Refuse our loss with the other kind of outputs: it would train, on a wrong loss."""
+    loss, last = model.loss, model.layers[-1]
+    if not isinstance(loss, BinaryCrossEntropy):
+        return
+    gives = {keras.layers.Activation: "probabilities", keras.layers.Dense: "logits"}.get(type(last))
+    expects = "logits" if loss.from_logits else "probabilities"
+    if gives is not None and gives != expects:
+        raise UsageError(
+            f"the model gives {gives}, and its loss takes {expects}:"
+            f" BinaryCrossEntropy(from_logits={loss.from_logits}).",
+            f"Take BinaryCrossEntropy(from_logits={not loss.from_logits}), or build the model with"
+            f" output={expects!r}.",
+        )
 
 
 class _Steps:
@@ -301,6 +321,7 @@ class _Steps:
     def _binary_cross_entropy(self, loss: BinaryCrossEntropy, y, outputs) -> torch.Tensor:
         """What `loss` gives, in one operation instead of fifteen."""
         y = y.to(outputs.dtype)
+        loss.require_outputs(outputs.shape[-1])
         if loss.shares is None:
             return F.binary_cross_entropy_with_logits(outputs, y)
         if self._shares is None or self._shares[0] is not loss:
