@@ -251,7 +251,8 @@ def predict_index(
             usable = np.flatnonzero(samples.usable)
             if not len(usable):
                 detail = f"series {series.series_uid} is tilted"
-                rejects.extend((path, "TILTED", detail) for path in table["container"])
+                read = table.loc[found, "container"]  # the others are rejects already
+                rejects.extend((path, "TILTED", detail) for path in read)
                 continue
             kept.append(found)
             for start in range(0, len(usable), batch_size):
