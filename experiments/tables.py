@@ -1,0 +1,74 @@
+"""What the thesis published, number by number: what our tables are put beside.
+
+Source: "2D vs 3D Convolutional Neural Networks in Hemorrhage Detection" (University of Bucharest,
+2021), tables 1 to 4. These are facts of that work, faults included: `convention.py` says how its
+metrics were computed, and table 3 is what a predictor that always says "no" scores.
+"""
+
+from dataclasses import dataclass
+
+from ich_keras.labels import LABELS
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row that the thesis reports of one network, on its own validation set.
+
+    Args:
+        table: number in the thesis.
+        title: which network, on what.
+        loss: binary cross-entropy, mean over the six labels.
+        accuracy: share of samples whose six labels are all right.
+        hamming_loss, hamming_score, precision, f1, recall, specificity: as in `convention.py`.
+    """
+
+    table: int
+    title: str
+    loss: float
+    accuracy: float | None = None
+    hamming_loss: float | None = None
+    hamming_score: float | None = None
+    precision: float | None = None
+    f1: float | None = None
+    recall: float | None = None
+    specificity: float | None = None
+
+
+# Table 1 reports the loss after four epochs; the third network ended at .0723.
+PUBLISHED = {
+    "2d-pretrained-4-epochs": Published(1, "2D ResNet-18, ImageNet weights, 4 epochs", 0.0927),
+    "2d-scratch-4-epochs": Published(1, "2D ResNet-18 from scratch, 4 epochs", 0.1133),
+    "2d-resnet50-4-epochs": Published(1, "2D ResNet-50, ImageNet weights, 4 epochs", 0.0845),
+    "2d": Published(
+        2, "2D ResNet-18 on slices", 0.0823, 0.8982, 0.0281, 0.9249, 0.8808, 0.7937, 0.7224, 0.9910
+    ),
+    "series": Published(
+        3,
+        "3D ResNet-18 on whole series",
+        0.4947,
+        0.6007,
+        0.1995,
+        0.6007,
+        0.1447,
+        0.1447,
+        0.1447,
+        0.8034,
+    ),
+    "slab": Published(
+        4,
+        "3D ResNet-18 on five slices",
+        0.2031,
+        0.7812,
+        0.0572,
+        0.8177,
+        0.6656,
+        0.5678,
+        0.4952,
+        0.9604,
+    ),
+}
+
+# The validation set of table 3: series, healthy ones, and positive ones per label.
+SERIES_VALIDATION = 1350
+SERIES_HEALTHY = 812
+SERIES_POSITIVE = dict(zip(LABELS, (22, 329, 240, 262, 224, 538), strict=True))
