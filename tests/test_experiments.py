@@ -13,8 +13,8 @@ from ich_keras.metrics.binary import binary_metrics
 # Not installed: it runs from a clone.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from experiments.convention import thesis_metrics  # noqa: E402
-from experiments.tables import (  # noqa: E402
+from experiments.convention import thesis_metrics
+from experiments.tables import (
     PUBLISHED,
     SERIES_HEALTHY,
     SERIES_POSITIVE,
