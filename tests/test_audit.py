@@ -50,6 +50,13 @@ def test_every_kind_of_leak_is_told(phantom_cache):
     assert found["leaks"] == ["train and test share 1 groups of slices with equal pixels"]
     assert found["equal_pixels"]["of_different_patients"] == 1
 
+    unknown = Cache(phantom_cache)
+    unknown.slices["patient_id"] = ""
+    found = audit_data(unknown, clean)
+    assert found["leaks"] == [
+        f"{len(unknown)} slices have no PatientID: nobody can tell whose they are"
+    ]
+
     by_slices = find_split("thesis-slices", phantom_cache.slices, 0)
     leaks = audit_data(phantom_cache, by_slices)["leaks"]
     assert any("train and test share" in leak and "series" in leak for leak in leaks)

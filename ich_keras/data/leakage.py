@@ -34,8 +34,8 @@ def audit_data(
 
     Returns:
         JSON-able: "labels" (`label_faults`), "equal_pixels" (`equal_slices`, counted), and with a
-        split "split" (`count_split`) and "leaks": one sentence per kind of leak, empty for a clean
-        split.
+        split "split" (`count_split`) and "leaks": one sentence per kind of leak, or of what hides
+        one; empty for a clean split.
 
     Raises:
         DataError: a part of the split is empty, or there are no labels.
@@ -45,15 +45,15 @@ def audit_data(
     if split is None:
         return found
     counts = count_split(split, cache.slices)
-    part_of = pd.Series("", index=range(len(cache.slices)))
     leaks = []
+    unknown = int((cache.slices["patient_id"] == "").sum())
+    if unknown:
+        leaks.append(f"{unknown:,} slices have no PatientID: nobody can tell whose they are")
     for one, other in combinations(SPLITS, 2):
         for group, count in counts["shared"][f"{one}/{other}"].items():
             if count:
                 leaks.append(f"{one} and {other} share {count:,} {group}")
         rows = {part: set(split.indices(cache.slices, part).tolist()) for part in (one, other)}
-        for part, members in rows.items():
-            part_of[list(members)] = part
         across = sum(
             bool(rows[one] & set(group)) and bool(rows[other] & set(group)) for group in pixels
         )

@@ -27,7 +27,7 @@ CLIP = 1e-7
 THRESHOLD = 0.5
 TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
 
-_RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
+RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
 _MACRO = ("precision", "recall", "f1", "specificity")
 
 
@@ -130,7 +130,7 @@ def _cross_entropy(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 def _log_losses(entropy: np.ndarray) -> dict[str, float]:
     return {
         "log_loss": float(entropy.mean()),
-        "rsna_log_loss": float(entropy.mean(axis=0) @ _RSNA_WEIGHTS / _RSNA_WEIGHTS.sum()),
+        "rsna_log_loss": float(entropy.mean(axis=0) @ RSNA_WEIGHTS / RSNA_WEIGHTS.sum()),
     }
 
 

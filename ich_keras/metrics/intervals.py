@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.errors import DataError
-from ich_keras.labels import ANY, LABELS
-from ich_keras.metrics.binary import CLIP, THRESHOLD
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import CLIP, RSNA_WEIGHTS, THRESHOLD
 
 RESAMPLES = 1000
 LEVEL = 0.95
 _CHUNK = 50  # resamples at a time: memory is this times the rows
-_RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS]) / (len(LABELS) + 1)
 
 
 def bootstrap(
@@ -163,7 +162,7 @@ class _Columns:
         entropy = weights @ self._entropy / total[:, np.newaxis]
         found = {
             "log_loss": entropy.mean(axis=1),
-            "rsna_log_loss": entropy @ _RSNA_WEIGHTS,
+            "rsna_log_loss": entropy @ RSNA_WEIGHTS / RSNA_WEIGHTS.sum(),
             "brier": weights @ self._squares / total,
             "exact_match": weights @ self._is_exact / total,
         }
