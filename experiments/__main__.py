@@ -1,0 +1,217 @@
+"""The command line: `python -m experiments`. Nothing heavy is imported before a command runs."""
+
+import os
+from pathlib import Path
+
+import click
+
+from ich_keras.terminal import Group, catch_termination, terminal_progress
+
+HELP = {"help_option_names": ["-h", "--help"]}
+RESULTS = Path(__file__).parent / "results"
+WORK = Path("runs")  # not part of the repository
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _scale_options(command):
+    """Add the options that say at which scale, and where results lie."""
+    for option in (
+        click.option("--out", type=_FOLDER, metavar="DIR", help="Where tables and figures go."),
+        click.option(
+            "--work",
+            type=_FOLDER,
+            metavar="DIR",
+            help="Caches and run folders; default: runs/experiments-SCALE.",
+        ),
+        click.option(
+            "--labels",
+            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            help="RSNA's csv.",
+        ),
+        click.option(
+            "--dicom",
+            type=click.Path(path_type=Path, file_okay=False, exists=True),
+            metavar="DIR",
+            help="RSNA on one GPU, with the thesis's settings.",
+        ),
+        click.option("--small", "is_small", is_flag=True, help="Phantoms, hours."),
+        click.option("--tiny", "is_tiny", is_flag=True, help="Phantoms, minutes: a trial."),
+    ):
+        command = option(command)
+    return command
+
+
+def _run_options(command):
+    """Add the options that say how runs are made."""
+    for option in (
+        click.option("--seeds", default="", metavar="0,1,...", help="Default: the scale's."),
+        click.option(
+            "--weights-dir",
+            type=click.Path(path_type=Path, file_okay=False, exists=True),
+            metavar="DIR",
+            help="Converted weights; default: where ich_keras keeps them.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--jobs",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Runs trained at the same time; they share the threads.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            default=_cores,
+            show_default="one per core",
+        ),
+    ):
+        command = option(command)
+    return _scale_options(command)
+
+
+@click.group(cls=Group, context_settings=HELP)
+def main() -> None:
+    """Make the thesis's tables again, and answer what it left open.
+
+    What is finished is skipped: the same command goes on after an interruption.
+    """
+    catch_termination()
+
+
+@main.command("all")
+@_run_options
+def everything(**options) -> None:
+    """Make tables 1 to 4 and the questions leak, views, stride and fractions."""
+    from experiments.runs import QUESTIONS, TABLES
+
+    asked = tuple(name for name, question in QUESTIONS.items() if question.in_all)
+    _reproduce(TABLES, asked, **options)
+
+
+@main.command()
+@click.argument("number", type=click.IntRange(1, 4))
+@_run_options
+def table(number: int, **options) -> None:
+    """Make what one table of the thesis needs."""
+    _reproduce((number,), (), **options)
+
+
+@main.command()
+@click.argument("name")
+@_run_options
+def question(name: str, **options) -> None:
+    """Make what one question needs: leak, views, stride, fractions, memory, intensity, normalise,
+    pretraining."""
+    from experiments.runs import QUESTIONS
+    from ich_keras.errors import UsageError
+
+    if name not in QUESTIONS:
+        raise UsageError(f"question {name!r}; expected one of {', '.join(QUESTIONS)}.")
+    _reproduce((), (name,), **options)
+
+
+@main.command("list")
+def show_list() -> None:
+    """Print every declared run: what for, command, machine, expected time, published number."""
+    from experiments.listing import listing
+
+    click.echo(listing())
+
+
+@main.command()
+@_scale_options
+def report(is_tiny, is_small, dicom, labels, work, out) -> None:
+    """Make tables and figures of what is finished; --out alone is enough."""
+    from experiments.write_up import write_report
+
+    if out is None:
+        scale = _scale(is_tiny, is_small, dicom)
+        out = _out_of(scale.name, work or WORK / f"experiments-{scale.name}")
+    click.echo(f"Report: {write_report(out, lambda line: click.echo(line, err=True))}")
+
+
+def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):
+    from experiments.runs import require_scale
+    from ich_keras.errors import UsageError
+
+    named = [
+        name
+        for name, given in (("tiny", is_tiny), ("small", is_small), ("rsna", dicom is not None))
+        if given
+    ]
+    if len(named) != 1:
+        raise UsageError("no scale, or several; expected one of --tiny, --small, --dicom DIR.")
+    return require_scale(named[0])
+
+
+def _out_of(scale_name: str, work: Path) -> Path:
+    return RESULTS / scale_name if scale_name == "small" else work / "results"
+
+
+def _reproduce(
+    tables: tuple[int, ...],
+    questions: tuple[str, ...],
+    *,
+    is_tiny: bool,
+    is_small: bool,
+    dicom: Path | None,
+    labels: Path | None,
+    work: Path | None,
+    out: Path | None,
+    threads: int,
+    jobs: int,
+    device: str,
+    weights_dir: Path | None,
+    seeds: str,
+) -> None:
+    from experiments.data import Place
+    from experiments.runs import Source, chosen_runs
+    from ich_keras.errors import UsageError
+    from ich_keras.models.weights import FOLDER_VARIABLE
+
+    scale = _scale(is_tiny, is_small, dicom)
+    if (dicom is None) != (labels is None):
+        raise UsageError("--dicom and --labels belong together.")
+    if weights_dir is not None:
+        # Through the environment, so that worker processes look there too.
+        os.environ[FOLDER_VARIABLE] = str(weights_dir.absolute())
+    work = (work or WORK / f"experiments-{scale.name}").absolute()
+    place = Place(
+        work=work,
+        out=(out or _out_of(scale.name, work)).absolute(),
+        scale=scale,
+        source=None if dicom is None else Source(str(dicom.absolute()), str(labels.absolute())),
+        device=device,
+        threads=threads,
+        jobs=jobs,
+    )
+    from experiments.reproduce import reproduce
+    from experiments.write_up import write_report
+
+    with terminal_progress() as progress:
+        reproduce(
+            place,
+            chosen_runs(scale, tables, questions),
+            _seeds(seeds) or scale.seeds,
+            progress,
+            click.echo,
+        )
+    click.echo(f"Report: {write_report(place.out)}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    from ich_keras.errors import UsageError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise UsageError(f"--seeds {text!r}; expected different whole numbers, like 0,1,2.")
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m experiments")

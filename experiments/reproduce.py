@@ -1,0 +1,327 @@
+"""Making runs: what is there is skipped, what is half made is made again."""
+
+import contextlib
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.data import Place, claim_work, open_or_make
+from experiments.results import is_kept, keep_result
+from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
+from experiments.splits import split_path
+from ich_keras.config import RunConfig
+from ich_keras.data.cache import CTCache
+from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+from ich_keras.files import lock, read_json, write_json
+from ich_keras.models.weights import find_weights, weights_folder
+from ich_keras.prediction import BEST_WEIGHTS, network
+from ich_keras.processes import process_context
+from ich_keras.training import MODEL, STATE, plan_training, settled, train
+
+DECLARED = "declared.json"
+FINISHED = "metrics-test.json"
+# Large, and of no use once the results are kept; the best weights stay.
+_LARGE = (STATE, MODEL)
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run with one seed."""
+
+    key: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.key} seed {self.seed}"
+
+
+def absent_weights(key: str) -> str:
+    """Say which weights a run lacks and how to get them; "" when it lacks none."""
+    run = RUNS[key]
+    source = run.needs_weights
+    if source is None:
+        return ""
+    try:
+        find_weights(source, run.preset)
+    except UsageError as error:
+        if source == MEDICALNET_2D:
+            return (
+                f"weights-convert collapse --weights FILE.weights.h5 --preset {run.preset} --out"
+                f" {weights_folder() / source}.weights.h5"
+            )
+        del error
+        return f"weights-convert convert --source {source} --checkpoint FILE.pth"
+    return ""
+
+
+def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+    """Return what there is to do, dependencies first, without what is kept already.
+
+    On phantoms runs without their weights are left out, and the tables say so.
+
+    Raises:
+        EnvironmentProblem: weights are absent, and the scale is that of real data.
+        StaleError: a kept run was declared otherwise.
+    """
+    usable = []
+    for key in keys:
+        command = absent_weights(key)
+        if command and not place.scale.is_synthetic:
+            raise EnvironmentProblem(
+                f"run {key} starts from {RUNS[key].needs_weights}, which is not in"
+                f" {weights_folder()}.",
+                f"{command} puts it there (`weights-convert list` says where the checkpoint comes"
+                " from); --weights-dir names another folder.",
+            )
+        if not command:
+            usable.append(key)
+    tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds))]
+    # The first seed of everything first: it is enough for a first look.
+    tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), seeds.index(task.seed)))
+    return [task for task in tasks if not is_kept(place, task.key, task.seed)]
+
+
+def resolve(
+    place: Place, task: Task, cache: CTCache, first_seed: int | None = None
+) -> tuple[RunConfig, dict]:
+    """Fill in what a declaration leaves to the data: split, weights, and what `like` asks for.
+
+    Args:
+        place: of the experiments.
+        task: the run.
+        cache: the one it trains on.
+        first_seed: of the runs that are made for one seed only; None: the scale's.
+
+    Returns:
+        (configuration, {"samples_per_epoch", "operations_per_sample"}).
+    """
+    run, seed = RUNS[task.key], task.seed
+    folder = place.work / "splits"
+    config = base_config(run, place.scale, seed, place.device)
+    split = split_path(folder, run.split, cache.slices, seed, run.fraction)
+    config = replace(config, data=replace(config.data, split=split))
+    first = place.scale.seeds[0] if first_seed is None else first_seed
+    if run.weights is not None:
+        config = replace(config, weights=_weights(place, run.weights, run.preset, first))
+    if run.like is not None:
+        what, key = run.like
+        other, cost = resolve(place, Task(key, seed), cache, first)
+        config = _like(config, what, cache, other, cost)
+    plan = plan_training(cache, config)
+    return config, {
+        "samples_per_epoch": _samples_per_epoch(config, plan),
+        "operations_per_sample": _cost(config).multiply_adds,
+    }
+
+
+def _like(
+    config: RunConfig, what: str, cache: CTCache, other: RunConfig, other_cost: dict
+) -> RunConfig:
+    plan = plan_training(cache, config)
+    if what == "steps":
+        steps = plan_training(cache, other).total_steps / settled(other).fit.accumulate
+        epochs = steps * settled(config).fit.accumulate / plan.steps_per_epoch
+        return _with_fit(config, epochs=max(1, round(epochs)))
+    if what == "operations":
+        total = (
+            other_cost["operations_per_sample"] * other_cost["samples_per_epoch"] * other.fit.epochs
+        )
+        one = _cost(config).multiply_adds * _samples_per_epoch(config, plan)
+        return _with_fit(config, epochs=max(1, round(total / one)))
+    # At least two: batch normalisation has nothing to compare a single sample of a slab with.
+    kept = _cost(other).activation_bytes * settled(other).fit.batch_size
+    return _with_fit(config, batch_size=max(2, round(kept / _cost(config).activation_bytes)))
+
+
+def _with_fit(config: RunConfig, **settings) -> RunConfig:
+    return replace(config, fit=replace(config.fit, **settings))
+
+
+def _samples_per_epoch(config: RunConfig, plan) -> int:
+    # A last batch that is not full is left out of training.
+    return min(plan.samples_per_epoch, plan.steps_per_epoch * settled(config).fit.batch_size)
+
+
+def _cost(config: RunConfig):
+    from ich_keras.models.classifier import classifier
+    from ich_keras.models.cost import cost
+
+    return cost(classifier(network(settled(config))))
+
+
+def _weights(place: Place, weights: str, preset_name: str, first_seed: int) -> str:
+    kind, _, key = weights.partition(":")
+    if kind == "run":
+        return str(place.run_dir(key, first_seed) / BEST_WEIGHTS)
+    if kind == "collapsed":
+        path = place.work / f"{key}-2d.weights.h5"
+        if not path.is_file():
+            from weights_convert import collapse
+
+            collapse(place.run_dir(key, first_seed) / BEST_WEIGHTS, preset_name, path)
+        return str(path)
+    return weights
+
+
+def make_run(
+    place: Place,
+    task: Task,
+    first_seed: int,
+    tell: Tell | None = None,
+    train_run: Callable = train,
+) -> Task:
+    """Train a run, unless its folder is finished, and keep its results.
+
+    Args:
+        place: claimed, its cache made.
+        task: the run.
+        first_seed: the seed of the runs that are made once.
+        tell: called with single lines of text.
+        train_run: called as `ich_keras.training.train`.
+
+    Raises:
+        StaleError: the finished folder belongs to a run that was declared otherwise.
+    """
+    tell = tell or (lambda line: None)
+    run, folder = RUNS[task.key], place.run_dir(task.key, task.seed)
+    cache = CTCache.open(place.cache_dir(run.split == "other"))
+    mark = folder.with_name(f"{folder.name}.json")
+    wanted = {"declaration": declaration(task.key, place.scale, task.seed)}
+    is_finished = (folder / FINISHED).is_file() and mark.is_file()
+    if is_finished and read_json(mark) != wanted:
+        raise StaleError(
+            f"{folder} is a run that was declared otherwise.",
+            "Remove it, or give another --work.",
+        )
+    config, cost = resolve(place, task, cache, first_seed)
+    if not is_finished:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(mark, wanted)
+        with _order(run.normalise_first):
+            train_run(config, cache, folder, tell=lambda line: tell(f"{task}: {line}"))
+    keep_result(place, task.key, task.seed, cache, cost)
+    for name in _LARGE:
+        _remove(folder / name)
+    return task
+
+
+def _order(normalise_first: bool):
+    if not normalise_first:
+        return contextlib.nullcontext()
+    from experiments.normalise_first import thesis_order
+
+    return thesis_order()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def reproduce(
+    place: Place,
+    keys: Sequence[str],
+    seeds: Sequence[int],
+    progress=None,
+    tell: Tell | None = None,
+    train_run: Callable = train,
+) -> int:
+    """Make the data and every run that is not there yet.
+
+    Args:
+        place: of the experiments.
+        keys: of runs; see `chosen_runs`.
+        seeds: the first of them is that of the runs that are made once.
+        progress: called as progress(step, done, total), while data are made.
+        tell: called with single lines of text.
+        train_run: called as `ich_keras.training.train`, where there is one job.
+
+    Returns:
+        The number of runs made now.
+
+    Raises:
+        StaleError: work or results belong to other settings, or somebody else works there.
+        EnvironmentProblem: weights are absent on real data, or a process died.
+    """
+    tell = tell or (lambda line: None)
+    claim_work(place)
+    tasks = plan_tasks(place, keys, seeds)
+    total = sum(len(seeds_of(key, tuple(seeds))) for key in keys if not absent_weights(key))
+    tell(f"{len(tasks)} of {total} runs to make; the others are there.")
+    if not tasks:
+        return 0
+    with lock(place.work / "experiment.lock"):
+        cache = open_or_make(place, progress=progress, tell=tell)
+        others = {RUNS[task.key].split == "other" for task in tasks}
+        if True in others:
+            open_or_make(place, is_other=True, progress=progress, tell=tell)
+        del cache
+        stages = [
+            [task for task in tasks if not RUNS[task.key].depends_on],
+            [task for task in tasks if RUNS[task.key].depends_on],
+        ]
+        done = 0
+        for stage in stages:
+            for task in _made(place, stage, seeds[0], tell, train_run):
+                done += 1
+                tell(f"{task}: done ({done}/{len(tasks)})")
+    return len(tasks)
+
+
+def _made(
+    place: Place, tasks: list[Task], first_seed: int, tell: Tell, train_run: Callable
+) -> Iterator[Task]:
+    if place.jobs == 1:
+        _start(place.threads)
+        for task in tasks:
+            yield make_run(place, task, first_seed, tell, train_run)
+            _forget()
+        return
+    threads = max(1, place.threads // place.jobs)
+    pool = ProcessPoolExecutor(place.jobs, process_context(), _start, (threads,))
+    try:
+        waiting = {pool.submit(_make_apart, place, task, first_seed) for task in tasks}
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "a process that trained died.", "Out of memory? Give fewer --jobs."
+        ) from error
+    finally:
+        # After an error or an interruption nobody waits for hours; the next start makes again
+        # what is half made.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _make_apart(place: Place, task: Task, first_seed: int) -> Task:
+    made = make_run(place, task, first_seed, lambda line: print(line, flush=True))
+    _forget()
+    return made
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _forget() -> None:
+    """Let go of a run's network, so that a long series of runs does not grow."""
+    import gc
+
+    import keras
+
+    keras.utils.clear_session()
+    gc.collect()

@@ -1,0 +1,257 @@
+"""What is kept of a run: small files from which every table and figure can be made again.
+
+OUT/runs/<key>-s<seed>/
+    predictions.csv.gz   test split: UIDs, patient, six probabilities, six labels
+    augmented.csv.gz     the same under the thesis's random augmentation (thesis splits only)
+    history.csv          per epoch
+    result.json          what it was, where, how long, metrics; written last
+
+A patient is a running number over the data set, never a PatientID.
+"""
+
+import dataclasses
+import gzip
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.records import device_name
+from experiments.data import Place
+from experiments.runs import RUNS, declaration
+from ich_keras.config import RunConfig
+from ich_keras.data.cache import CTCache
+from ich_keras.data.split import Split
+from ich_keras.data.views import make_samples
+from ich_keras.environment import environment_record
+from ich_keras.errors import StaleError
+from ich_keras.evaluation import SPLIT
+from ich_keras.files import atomic_write, read_json, write_json
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import TRUTH_COLUMNS
+from ich_keras.prediction import CONFIG, load_run, probabilities, run_intensity, run_view
+from ich_keras.training import DATA, HISTORY, WEIGHTS
+
+RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
+_KEPT_METRICS = (
+    *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
+    *("precision", "recall", "f1", "specificity", "auroc", "ap", "n", "baseline", "skill"),
+    "aggregation",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run.
+
+    Args:
+        key, seed: which.
+        info: what result.json says.
+        predictions: one row a sample of the test split: `sop` ("" for series), `series`,
+            `patient`, probabilities by label, labels as `true_<label>`.
+        history: one row an epoch.
+        augmented: predictions under the thesis's augmentation; None where they were not made.
+    """
+
+    key: str
+    seed: int
+    info: dict
+    predictions: pd.DataFrame
+    history: pd.DataFrame
+    augmented: pd.DataFrame | None
+
+    @property
+    def is_series(self) -> bool:
+        """Whether it says something about whole series only."""
+        return self.info["config"]["data"]["view"] == "series"
+
+
+def patient_numbers(cache: CTCache) -> pd.Series:
+    """Number the patients of a cache: series_uid -> 0, 1, ...; without a PatientID each series
+    stands for itself."""
+    slices = cache.slices.drop_duplicates("series_uid")
+    names = slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
+    numbers, _ = pd.factorize(names, sort=True)
+    return pd.Series(numbers, index=slices["series_uid"])
+
+
+def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -> None:
+    """Copy what is worth keeping of a finished run folder.
+
+    Args:
+        place: of the experiments.
+        key, seed: of the run.
+        cache: the one it was trained on.
+        cost: "samples_per_epoch" and "operations_per_sample" of its training.
+    """
+    run_dir, out = place.run_dir(key, seed), place.result_dir(key, seed)
+    config = RunConfig.from_dict(read_json(run_dir / CONFIG))
+    table = pd.read_csv(run_dir / "predictions-test.csv", dtype={"sop_instance_uid": str})
+    numbers = patient_numbers(cache)
+    _write(out / PREDICTIONS, _kept_rows(table, numbers))
+    if RUNS[key].is_thesis:
+        _write(out / AUGMENTED, _kept_rows(_augmented(config, cache, run_dir, table), numbers))
+    history = pd.read_csv(run_dir / HISTORY)
+    atomic_write(out / HISTORY, (run_dir / HISTORY).read_text(encoding="utf-8"))
+    data, metrics = read_json(run_dir / DATA), read_json(run_dir / "metrics-test.json")
+    plan = data["plan"]
+    samples = cost["samples_per_epoch"] * len(history)
+    content = config.to_dict()
+    content["data"]["split"] = Path(content["data"]["split"]).name
+    if content["weights"]:
+        # The run it came from says more than a path on this machine.
+        content["weights"] = RUNS[key].weights
+    write_json(
+        out / RESULT,
+        {
+            "key": key,
+            "title": RUNS[key].title,
+            "seed": seed,
+            "declaration": declaration(key, place.scale, seed),
+            "scale": place.scale.name,
+            "synthetic": data["synthetic"],
+            "cache": data["cache"],
+            "config": content,
+            "weights": _weights_record(run_dir),
+            "environment": environment_record(config.device),
+            "machine": {
+                "device": device_name(config.device),
+                "processor": device_name("cpu"),
+                "cores": os.cpu_count(),
+                "threads": max(1, place.threads // place.jobs),
+                "jobs": place.jobs,
+            },
+            "date": datetime.now().date().isoformat(),
+            "seconds": float(history["seconds"].iloc[-1]),
+            "samples_seen": samples,
+            "steps": plan["total_steps"] // config.fit.accumulate,
+            "training_operations": 3 * samples * cost["operations_per_sample"],
+            "patients": plan["num_patients"],
+            "series": plan["num_series"],
+            "slices": plan["num_slices"],
+            "warning": plan["warning"],
+            "note": plan["note"],
+            "metrics": {
+                level: {name: part[name] for name in _KEPT_METRICS if name in part}
+                for level, part in metrics.items()
+            },
+        },
+    )
+
+
+def _weights_record(run_dir: Path) -> dict | None:
+    path = run_dir / WEIGHTS
+    if not path.is_file():
+        return None
+    loaded = read_json(path)
+    return {name: loaded[name] for name in ("fresh", "ignored", "record")}
+
+
+def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
+    kept = pd.DataFrame({"sop": table.get("sop_instance_uid", "")}, index=table.index)
+    kept["series"] = table["series_instance_uid"]
+    kept["patient"] = numbers.loc[table["series_instance_uid"]].to_numpy()
+    kept[list(LABELS)] = table[list(LABELS)].astype(float).round(6)
+    kept[list(TRUTH_COLUMNS)] = table[list(TRUTH_COLUMNS)].astype(int)
+    return kept
+
+
+def _augmented(
+    config: RunConfig, cache: CTCache, run_dir: Path, table: pd.DataFrame
+) -> pd.DataFrame:
+    """Predict the held-out samples once, each changed at random as the thesis did."""
+    from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan
+
+    samples = make_samples(cache.slices, cache.series, run_view(config))
+    rows = Split.load(run_dir / SPLIT).indices(cache.slices, "test")
+    chosen = samples.of_rows(cache.slices, rows, "test")
+    dataset = CTDataset(
+        cache.pixels, samples, config.data.size, "thesis", config.seed, run_intensity(config)
+    )
+    plan = EpochPlan(chosen, np.zeros(len(chosen), bool), config.fit.batch_size)
+    _, model = load_run(run_dir, config.device)
+    values = probabilities(model, CTLoader(dataset, plan), len(chosen))
+    changed = table.copy()
+    changed[list(LABELS)] = values
+    return changed
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    text = table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    # Without the time, so that the same numbers are the same bytes.
+    atomic_write(path, gzip.compress(text.encode("utf-8"), mtime=0))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype={"sop": str, "series": str}, keep_default_na=False)
+
+
+def is_kept(place: Place, key: str, seed: int) -> bool:
+    """Tell whether a run is finished and kept.
+
+    Raises:
+        StaleError: what is kept was declared otherwise.
+    """
+    path = place.result_dir(key, seed) / RESULT
+    if not path.is_file():
+        return False
+    info = read_json(path)
+    if info["declaration"] != declaration(key, place.scale, seed):
+        raise StaleError(
+            f"{path.parent} is the result of a run that was declared otherwise (its date:"
+            f" {info['date']}).",
+            "Give another --out and --work, or remove that folder and the run's.",
+        )
+    return True
+
+
+def load_result(out: Path, key: str, seed: int) -> Result:
+    """Read a kept run.
+
+    Raises:
+        StaleError: it is not there.
+    """
+    folder = out / "runs" / f"{key}-s{seed}"
+    info = read_json(folder / RESULT)
+    augmented = folder / AUGMENTED
+    return Result(
+        key,
+        seed,
+        info,
+        _read(folder / PREDICTIONS),
+        pd.read_csv(folder / HISTORY),
+        _read(augmented) if augmented.is_file() else None,
+    )
+
+
+def load_results(out: Path) -> dict[str, list[Result]]:
+    """Read all kept runs: key -> results by seed. Runs that are no longer declared are left out.
+
+    Raises:
+        StaleError: they stand on different data.
+    """
+    found: dict[str, list[Result]] = {}
+    for path in sorted(out.glob(f"runs/*/{RESULT}")):
+        key, _, seed = path.parent.name.rpartition("-s")
+        if key in RUNS:
+            found.setdefault(key, []).append(load_result(out, key, int(seed)))
+    for is_other in (False, True):
+        caches = _caches(found, is_other)
+        if len(caches) > 1:
+            raise StaleError(
+                f"the results in {out} stand on {len(caches)} different caches.",
+                "Keep the results of one set of data in one folder.",
+            )
+    return {key: sorted(results, key=lambda r: r.seed) for key, results in found.items()}
+
+
+def _caches(found: dict[str, Sequence[Result]], is_other: bool) -> set[str]:
+    return {
+        result.info["cache"]
+        for key, results in found.items()
+        for result in results
+        if (RUNS[key].split == "other") == is_other
+    }

@@ -1,0 +1,92 @@
+"""How long runs take on processors, reckoned from measured steps; nothing was measured on a GPU."""
+
+from dataclasses import dataclass
+
+from experiments.runs import RUNS, Run, Scale
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One training step, per sample and slice of it, of one core.
+
+    Args:
+        seconds: `ich_keras.training.seconds_per_step`, bfloat16 (AMX), one thread.
+        multiply_adds: forward, 10^9.
+    """
+
+    seconds: float
+    multiply_adds: float
+
+
+# (preset, view) -> rows and columns -> speed. Measured on one core of an Intel Xeon (Sapphire
+# Rapids generation) with torch 2.14 and Keras 3.15, batches of 32, 16 and 8.
+SPEEDS = {
+    ("resnet18_2d", "slice"): {64: Speed(0.0071, 0.15), 96: Speed(0.0115, 0.33)},
+    ("resnet50_2d", "slice"): {64: Speed(0.0159, 0.33), 96: Speed(0.0300, 0.75)},
+    ("resnet18_3d_slab", "slab"): {64: Speed(0.0154, 0.434), 96: Speed(0.0298, 0.978)},
+    ("resnet18_3d_medicalnet", "slab"): {64: Speed(0.0054, 0.474), 96: Speed(0.0118, 1.068)},
+    ("resnet18_3d", "slab"): {64: Speed(0.0027, 0.094), 96: Speed(0.0054, 0.212)},
+    ("resnet18_3d", "series"): {64: Speed(0.0026, 0.085), 96: Speed(0.0047, 0.162)},
+    ("resnet18_3d_medicalnet", "series"): {64: Speed(0.0060, 0.461), 96: Speed(0.0089, 0.767)},
+    # Not measured: the dilated network on slices, taken as a slab of one.
+    ("resnet18_2d_medicalnet", "slice"): {64: Speed(0.0054, 0.16), 96: Speed(0.0118, 0.36)},
+}
+TRAINING_PART = 0.7  # of the patients
+VALID_PART = 0.15
+HEAD_MM = 100  # of a phantom's slices: mean number times mean spacing
+POSITIVE = 0.31  # of phantom slices; about half of the series
+OVERHEAD_SECONDS = 12  # building, weights and state on disk, evaluation, intervals
+FORWARD = 1 / 3  # of a training step: what a validated sample costs
+
+
+def expected_seconds(key: str, scale: Scale) -> float | None:
+    """Return about how long one seed of a run takes on one core; None on real data."""
+    if not scale.is_synthetic:
+        return None
+    run = RUNS[key]
+    speed, epochs = _speed(run, scale), _epochs(key, scale)
+    valid = VALID_PART * _all_samples(run, scale) * FORWARD
+    return OVERHEAD_SECONDS + epochs * speed.seconds * (_samples(run, scale) + valid)
+
+
+def _slices(run: Run, scale: Scale) -> int:
+    return {"slice": 1, "slab": run.slices or 5, "series": scale.series_slices}[run.view]
+
+
+def _speed(run: Run, scale: Scale) -> Speed:
+    one = SPEEDS[run.preset, run.view][scale.size]
+    slices = _slices(run, scale)
+    return Speed(one.seconds * slices, one.multiply_adds * slices)
+
+
+def _all_samples(run: Run, scale: Scale) -> float:
+    series = scale.other_series if run.split == "other" else scale.num_series
+    return series * (1 if run.view == "series" else HEAD_MM / (sum(scale.slice_spacing_mm) / 2))
+
+
+def _samples(run: Run, scale: Scale) -> float:
+    """Training samples an epoch, as many negative as positive ones."""
+    balanced = 1.0 if run.view == "series" else 2 * POSITIVE
+    part = 0.8 if run.is_thesis else TRAINING_PART
+    return part * run.fraction * balanced * _all_samples(run, scale)
+
+
+def _epochs(key: str, scale: Scale) -> float:
+    run = RUNS[key]
+    epochs = scale.fittings[run.view].epochs
+    if run.like is None or run.like[0] == "memory":
+        return epochs
+    what, base_key = run.like
+    base = RUNS[base_key]
+    samples = _samples(base, scale) * scale.fittings[base.view].epochs / _samples(run, scale)
+    if what == "steps":
+        return samples
+    return samples * _speed(base, scale).multiply_adds / _speed(run, scale).multiply_adds
+
+
+def expected_time(key: str, scale: Scale) -> str:
+    """Write the expected time of one seed."""
+    seconds = expected_seconds(key, scale)
+    if seconds is None:
+        return "not measured"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,494 @@
+"""README.md of the results: tables beside the thesis's, questions, figures. What it says is worked
+out from the numbers; nothing is concluded in advance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from experiments.figures import curve_points, draw_all
+from experiments.reproduce import absent_weights
+from experiments.results import Result, load_results
+from experiments.runs import QUESTIONS, RUNS, SCALES, TABLE_RUNS, TABLES
+from experiments.scores import (
+    LEVELS,
+    THESIS_NAMES,
+    Difference,
+    compare,
+    intervals,
+    seed_values,
+    under_convention,
+)
+from experiments.tables import PUBLISHED
+from ich_keras.errors import StaleError
+from ich_keras.files import atomic_write
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import format_metric
+from ich_keras.report import NOT_CLINICAL, markdown_table
+
+README = "README.md"
+SYNTHETIC = "phantoms (synthetic): says nothing about patients"
+_HEADLINE = ("log_loss", "auroc/any")
+_TABLE_TITLES = {
+    1: "loss after four epochs, three networks on slices",
+    2: "2D ResNet-18 on slices",
+    3: "3D ResNet-18 on whole series",
+    4: "3D ResNet-18 on slabs of five slices",
+}
+# Table 1's rows: the published one, and our runs beside it (sound split, thesis split).
+_TABLE_1 = (
+    ("2d-pretrained-4-epochs", "2d-pretrained", "2d-pretrained-thesis"),
+    ("2d-pretrained-4-epochs", "2d-stand-in", "2d-stand-in-thesis"),
+    ("2d-scratch-4-epochs", "2d", "2d-thesis"),
+    ("2d-resnet50-4-epochs", "2d-50-pretrained", "2d-50-pretrained-thesis"),
+    ("2d-resnet50-4-epochs", "2d-50-stand-in", "2d-50-stand-in-thesis"),
+)
+TABLE_1_EPOCHS = 4
+
+Results = Mapping[str, Sequence[Result]]
+
+
+def write_report(out: Path, tell=None) -> Path:
+    """Make tables and figures of all that is finished below a folder, from nothing else.
+
+    Args:
+        out: has runs/; receives README.md and figures/.
+        tell: called with single lines of text.
+
+    Returns:
+        README.md.
+
+    Raises:
+        StaleError: nothing is finished, or the results do not belong together.
+        EnvironmentProblem: matplotlib is absent.
+    """
+    results = load_results(out)
+    if not results:
+        raise StaleError(f"{out} has no finished run.", "`python -m experiments all --tiny` first.")
+    lines = [*_head(results), *_runs_section(results)]
+    for table in TABLES:
+        lines += _table_1(results) if table == 1 else _table(table, results)
+    for name in QUESTIONS:
+        if tell is not None:
+            tell(f"question {name}")
+        lines += _question(name, results)
+    lines += _figures(results, out)
+    path = out / README
+    atomic_write(path, "\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _all(results: Results) -> list[Result]:
+    return [result for group in results.values() for result in group]
+
+
+def mark_of(results: Results) -> str:
+    """Say in one line what results are: data, date, machine, seeds, time."""
+    every = _all(results)
+    infos = [result.info for result in every]
+    dates = sorted({info["date"] for info in infos})
+    machines = sorted(
+        {f"{info['machine']['device']}, {info['machine']['cores']} cores" for info in infos}
+    )
+    seeds = sorted({result.seed for result in every})
+    hours = sum(info["seconds"] for info in infos) / 3600
+    data = SYNTHETIC if any(info["synthetic"] for info in infos) else "RSNA 2019"
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"{data}; {when}; {'; '.join(machines)}; seeds {', '.join(map(str, seeds))};"
+        f" {hours:.2f} h of training"
+    )
+
+
+def _head(results: Results) -> list[str]:
+    info = _all(results)[0].info
+    scale = SCALES.get(info["scale"])
+    lines = [f"# Experiments: scale `{info['scale']}`", "", f"*{mark_of(results)}.*", ""]
+    if any(result.info["synthetic"] for result in _all(results)):
+        lines += [
+            "**Synthetic data.** All numbers of ours below come from phantoms (drawn head CT). They"
+            " say how the programs and the comparisons behave; they say nothing about patients. The"
+            " columns *as published* are the thesis's, on RSNA 2019: beside numbers on phantoms"
+            " they can be read, not compared.",
+            "",
+        ]
+    if scale is not None and len(scale.seeds) == 1:
+        lines += [
+            f"**Too small for any conclusion**: {scale.title}.",
+            "",
+        ]
+    return [
+        *lines,
+        f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
+        " [the README of experiments](../../README.md)"
+        if info["scale"] == "small"
+        else f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
+        " experiments/README.md.",
+        "",
+        "All models of a seed have the same test patients. Intervals are 95 %, from resampled"
+        " patients: the rows of all seeds are put together, and a drawn patient brings the rows of"
+        " all the seeds in whose test set it is. They hold for these trained models on other"
+        " patients; what another training would give shows in the range over seeds. No correction"
+        " is made for the number of comparisons.",
+        "",
+    ]
+
+
+def _runs_section(results: Results) -> list[str]:
+    rows = []
+    for key in RUNS:
+        if key not in results:
+            continue
+        group = results[key]
+        infos = [result.info for result in group]
+        rows.append(
+            [
+                f"`{key}`",
+                infos[0]["title"],
+                ", ".join(str(result.seed) for result in group),
+                _mean_text([info["patients"]["train"] for info in infos], 0),
+                _mean_text([info["patients"]["test"] for info in infos], 0),
+                _mean_text([info["config"]["fit"]["epochs"] for info in infos], 0),
+                _mean_text([info["steps"] for info in infos], 0),
+                _mean_text([info["samples_seen"] for info in infos], 0),
+                _mean_text([info["training_operations"] / 1e12 for info in infos], 1),
+                _mean_text([info["seconds"] for info in infos], 0),
+            ]
+        )
+    header = ["run", "what", "seeds", "training patients", "test patients", "epochs", "steps"]
+    header += ["samples seen", "operations (10^12 multiply-adds)", "seconds"]
+    return [
+        "## Runs",
+        "",
+        "Means over seeds. Operations: three times the forward pass, of all training samples."
+        " Seconds: training and validation after each epoch.",
+        "",
+        markdown_table(header, rows),
+        "",
+    ]
+
+
+def _mean_text(values: Sequence[float], digits: int) -> str:
+    return f"{np.mean(values):,.{digits}f}"
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Write the mean and, of several, the range."""
+    if not values:
+        return "n/a"
+    mean = format_metric(float(np.mean(values)), digits)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def bounds(row: dict | None, digits: int = 4) -> str:
+    """Write an interval."""
+    if row is None or row["low"] is None:
+        return "n/a"
+    return f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
+
+
+def verdict(row: dict) -> str:
+    """Say where an interval lies, and no more."""
+    if row["low"] is None:
+        return "not defined often enough"
+    if row["low"] > 0:
+        return "above 0"
+    return "below 0" if row["high"] < 0 else "includes 0"
+
+
+def _absent(key: str) -> str:
+    """Say why a run has no result."""
+    command = absent_weights(key)
+    return f"n/a: weights not fetched (`{command}`)" if command else "n/a: not run"
+
+
+def loss_after(result: Result, epochs: int = TABLE_1_EPOCHS) -> float:
+    """Return the validation log loss after so many epochs, or after the last one."""
+    return float(result.history["valid_log_loss"].iloc[min(epochs, len(result.history)) - 1])
+
+
+def _table_1(results: Results) -> list[str]:
+    rows = []
+    for published, sound, thesis in _TABLE_1:
+        group = results.get(sound, [])
+        if not group and RUNS[sound].depends_on:
+            continue  # a stand-in that nobody asked for
+        found = intervals(group, "slice") if group else None
+        constant = seed_values_of_baseline(group, "slice", "log_loss")
+        skill = [result.info["metrics"]["slice"]["skill"]["log_loss"] for result in group]
+        rows.append(
+            [
+                RUNS[sound].title,
+                format_metric(PUBLISHED[published].loss),
+                spread([loss_after(r) for r in results[thesis]])
+                if thesis in results
+                else _absent(thesis),
+                spread([loss_after(result) for result in group]) if group else _absent(sound),
+                spread(seed_values(group, "slice", "log_loss")),
+                bounds(found["log_loss"] if found else None),
+                spread(constant),
+                spread([value for value in skill if value is not None], 3),
+            ]
+        )
+    header = ["network", "as published", "thesis split, validation", "patient split, validation"]
+    header += ["patient split, test", "95 % interval", "constant: prevalence", "skill"]
+    return [
+        f"## Table 1: {_TABLE_TITLES[1]}",
+        "",
+        markdown_table(header, rows),
+        "",
+        f"Validation: log loss after {TABLE_1_EPOCHS} epochs, or after the last of fewer. Test: of"
+        " the best epoch by validation. Skill: 1 - loss / loss of the constant. A constant answer"
+        " of no haemorrhage has no finite log loss.",
+        "",
+    ]
+
+
+def seed_values_of_baseline(results: Sequence[Result], level: str, name: str) -> list[float]:
+    """Return what the prevalence of the training set scores, per seed."""
+    found = (
+        result.info["metrics"][level]["baseline"]["prevalence"].get(name) for result in results
+    )
+    return [value for value in found if value is not None]
+
+
+def _negative(results: Sequence[Result], level: str, name: str) -> list[float]:
+    found = (
+        result.info["metrics"][level]["baseline"]["all_negative"].get(name) for result in results
+    )
+    return [value for value in found if value is not None]
+
+
+def _table(table: int, results: Results) -> list[str]:
+    lines = [f"## Table {table}: {_TABLE_TITLES[table]}", ""]
+    keys = TABLE_RUNS[table]
+    for key in keys:
+        if RUNS[key].is_thesis:
+            continue
+        thesis_key = f"{key}-thesis"
+        if key not in results:
+            if not RUNS[key].depends_on:
+                lines += [f"**{RUNS[key].title}**: {_absent(key)}.", ""]
+            continue
+        lines += [
+            f"**{RUNS[key].title}**",
+            "",
+            _network_table(results[key], results.get(thesis_key, []), thesis_key),
+            "",
+        ]
+    return [
+        *lines,
+        "Thesis convention: its split, on which the same held-out samples choose the model; each"
+        " held-out sample changed once by its random augmentation; means over batches of its size"
+        " (32 slices, 16 slabs, 1 series), an undefined rate counting as 0. Not imitated: its"
+        " reading faults (zeros for unreadable files, neighbours from the rows of a table), windows"
+        " before resizing, and the changing rules for undefined rates. Skill: 1 - loss / loss of"
+        " the constant (log loss against the prevalence, Hamming loss and error against never any"
+        " haemorrhage).",
+        "",
+    ]
+
+
+def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key: str) -> str:
+    level = "series" if group[0].is_series else "slice"
+    published = asdict(PUBLISHED[RUNS[group[0].key].published])
+    convention = [under_convention(result) for result in thesis]
+    found = intervals(group, level)
+    rows = []
+    for name, ours in THESIS_NAMES.items():
+        skill_name = ours if ours in ("log_loss", "hamming_loss", "exact_match") else None
+        skills = [result.info["metrics"][level]["skill"].get(skill_name) for result in group]
+        rows.append(
+            [
+                name.replace("_", " "),
+                format_metric(published[name]),
+                spread([row[name] for row in convention]) if thesis else _absent(thesis_key),
+                spread(seed_values(group, level, ours)),
+                bounds((found or {}).get(ours)),
+                spread(seed_values_of_baseline(group, level, ours)),
+                spread(_negative(group, level, ours)),
+                spread([skill for skill in skills if skill is not None], 3),
+            ]
+        )
+    for name in ("auroc/any", "ap/any"):
+        rows.append(
+            [
+                name.replace("/", " of "),
+                *("n/a", "n/a", spread(seed_values(group, level, name))),
+                *(bounds((found or {}).get(name)), "n/a", "n/a", "n/a"),
+            ]
+        )
+    header = ["metric", "as published", "thesis convention", "done properly", "95 % interval"]
+    header += ["constant: prevalence", "constant: never", "skill"]
+    return markdown_table(header, rows)
+
+
+def _question(name: str, results: Results) -> list[str]:
+    question = QUESTIONS[name]
+    finished = [key for key in question.runs if key in results]
+    if not finished or (not question.in_all and set(finished) <= _shared_runs(name)):
+        return []
+    lines = [f"## {name}: {question.title}", ""]
+    absent = [key for key in question.runs if key not in results]
+    if absent:
+        lines += [f"Not run: {', '.join(f'`{key}`' for key in absent)}.", ""]
+    lines += _scores_table(finished, results)
+    if name == "leak":
+        return lines + _leak(results)
+    if name == "fractions":
+        lines += _fractions_note(results)
+    differences = [
+        (one, other, level, found)
+        for one, other in question.pairs
+        if one in results and other in results
+        for level in LEVELS
+        if (found := compare(results[one], results[other], level)) is not None
+    ]
+    return lines + _differences(differences)
+
+
+def _shared_runs(name: str) -> set[str]:
+    """Return the runs of a question that others ask for as well."""
+    others = [set(q.runs) for other, q in QUESTIONS.items() if other != name]
+    return set().union(*others, *(set(keys) for keys in TABLE_RUNS.values()))
+
+
+def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
+    rows = []
+    for key in keys:
+        for level in LEVELS:
+            group = results[key]
+            if not seed_values(group, level, "log_loss"):
+                continue
+            found = intervals(group, level) or {}
+            skill = [r.info["metrics"][level]["skill"]["log_loss"] for r in group]
+            rows.append(
+                [
+                    f"`{key}`",
+                    level,
+                    *(
+                        text
+                        for metric in _HEADLINE
+                        for text in (
+                            spread(seed_values(group, level, metric)),
+                            bounds(found.get(metric)),
+                        )
+                    ),
+                    spread(seed_values_of_baseline(group, level, "log_loss")),
+                    spread([value for value in skill if value is not None], 3),
+                ]
+            )
+    header = ["run", "level", "log loss", "95 % interval", "AUROC(any)", "95 % interval"]
+    return [
+        markdown_table([*header, "log loss of the prevalence", "skill"], rows),
+        "",
+        "Mean over seeds (range); intervals over the rows of all seeds together.",
+        "",
+    ]
+
+
+def _differences(found: Sequence[tuple[str, str, str, Difference]]) -> list[str]:
+    if not found:
+        return []
+    rows = []
+    for one, other, level, difference in found:
+        for metric in _HEADLINE:
+            row = difference.together[metric]
+            per_seed = [value for value in difference.per_seed[metric] if value is not None]
+            rows.append(
+                [
+                    f"`{one}` - `{other}`",
+                    level,
+                    metric,
+                    format_metric(row["value"]),
+                    bounds(row),
+                    spread(per_seed),
+                    f"{difference.num_samples} of {difference.num_patients}",
+                    verdict(row),
+                ]
+            )
+    header = ["difference", "level", "metric", "all seeds together", "95 % interval"]
+    header += ["mean of the seeds (range)", "samples of patients", "the interval"]
+    return [
+        "On the same test patients, paired (log loss: below 0 is better; AUROC: above 0 is"
+        " better):",
+        "",
+        markdown_table(header, rows),
+        "",
+    ]
+
+
+def _leak(results: Results) -> list[str]:
+    if "2d" not in results or "2d-leaky" not in results:
+        return []
+    fair, leaky = intervals(results["2d"], "slice"), intervals(results["2d-leaky"], "slice")
+    rows = []
+    names = ["log_loss", "rsna_log_loss", *(f"auroc/{n}" for n in LABELS)]
+    names += [f"log_loss/{label}" for label in LABELS]
+    for name in names:
+        one, other = (fair or {}).get(name), (leaky or {}).get(name)
+        if one is None or other is None:
+            continue
+        has_both = one["value"] is not None and other["value"] is not None
+        rows.append(
+            [
+                name,
+                f"{format_metric(one['value'])} ({bounds(one)})",
+                f"{format_metric(other['value'])} ({bounds(other)})",
+                format_metric(other["value"] - one["value"] if has_both else None),
+            ]
+        )
+    trained = " and ".join(
+        f"{np.mean([r.info['slices']['train'] for r in results[key]]):,.0f}"
+        for key in ("2d", "2d-leaky")
+    )
+    lines = [
+        f"Each model on its own held-out slices, trained on {trained} slices (mean over seeds; as"
+        " many positive and as many negative ones, where there are enough). These held-out sets"
+        " differ, and so does what chooses the epoch:",
+        "",
+        markdown_table(
+            ["metric", "patient split (interval)", "slices split (interval)", "difference"], rows
+        ),
+        "",
+    ]
+    found = compare(results["2d-leaky"], results["2d"], "slice", only_shared=True)
+    if found is None:
+        return [*lines, "No slice was held out by both splits; no paired comparison.", ""]
+    return [
+        *lines,
+        "Paired: slices that the leaky split held out and that belong to test patients of the"
+        " patient split, scored by both models. The leaky model was trained on other slices of"
+        " these patients, the other model on none of theirs:",
+        "",
+        *_differences([("2d-leaky", "2d", "slice", found)]),
+    ]
+
+
+def _fractions_note(results: Results) -> list[str]:
+    views = [view for view in ("2d", "slab", "series") if len(curve_points(results, view)) > 1]
+    if not views:
+        return []
+    said = []
+    for view in views:
+        steps = [
+            f"{np.mean([r.info['steps'] for r in results[key]]):,.0f}"
+            for key in curve_points(results, view)
+        ]
+        said.append(f"{view} {', '.join(steps)}")
+    return [
+        f"Optimiser steps, from the smallest part to the whole: {'; '.join(said)}. Fewer patients"
+        " are shown more often; they are also validated more often, since an epoch is shorter.",
+        "",
+    ]
+
+
+def _figures(results: Results, out: Path) -> list[str]:
+    made = draw_all(results, out, mark_of(results))
+    lines = ["## Figures", ""]
+    for name, title in made.items():
+        lines += [f"**{title}** ({mark_of(results)})", "", f"![{title}]({name})", ""]
+    return lines
