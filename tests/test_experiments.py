@@ -1,19 +1,56 @@
-"""The thesis's numbers and its convention for metrics."""
+"""The thesis's numbers and its convention; what is run, what is kept, what is said of it."""
 
+import gzip
+import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 from sklearn import metrics as sk
 
+from ich_keras.config import RunConfig
+from ich_keras.data.split import Split, audit, split_by_patient, thesis_slice_split
+from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
+from ich_keras.files import read_json, write_json
 from ich_keras.labels import ANY, LABELS, SUBTYPES
-from ich_keras.metrics.binary import binary_metrics
+from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.models.presets import PRESETS
+from ich_keras.prediction import run_view
+from ich_keras.training import settled
 
 # Not installed: it runs from a clone.
 sys.path.append(str(Path(__file__).parents[1]))
 
+import itertools
+
+from experiments import reproduce as reproducing
 from experiments.convention import thesis_metrics
+from experiments.data import Place, claim_work
+from experiments.listing import listing
+from experiments.normalise_first import make_thesis_order, thesis_order
+from experiments.reproduce import Task, reproduce, resolve
+from experiments.results import RESULT, Result, load_result, load_results
+from experiments.runs import (
+    QUESTIONS,
+    RUNS,
+    SCALES,
+    TABLE_RUNS,
+    TABLES,
+    Fitting,
+    Scale,
+    Source,
+    base_config,
+    chosen_runs,
+    declaration,
+)
+from experiments.scores import compare, intervals, scored, under_convention
+from experiments.splits import leaky_split, with_fraction
 from experiments.tables import (
     PUBLISHED,
     SERIES_HEALTHY,
@@ -84,3 +121,505 @@ def test_means_over_batches_depend_on_the_batches():
     # The last, smaller batch counts as much as the first.
     values[3] = 0.9
     assert thesis_metrics(truth, values, 3)["accuracy"] == pytest.approx((1 + 0) / 2)
+
+
+def test_declarations_are_valid_at_every_scale():
+    for scale in SCALES.values():
+        for key, run in RUNS.items():
+            config = base_config(run, scale, seed=1)
+            assert RunConfig.from_dict(config.to_dict()) == config
+            assert run.preset in PRESETS
+            view = run_view(settled(config))
+            assert view.kind == run.view, key
+            assert run.published is None or run.published in PUBLISHED
+            assert all(other in RUNS for other in run.depends_on)
+            assert run.like is None or run.like[1] in RUNS
+            # Weights of one preset, not of a similar one.
+            assert all(
+                run.weights.startswith("collapsed:") or RUNS[other].preset == run.preset
+                for other in run.depends_on
+            )
+        assert all(fraction == 2 ** round(np.log2(fraction)) for fraction in scale.fractions)
+    for question in QUESTIONS.values():
+        assert set(question.runs) <= set(RUNS)
+        assert {key for pair in question.pairs for key in pair} <= set(question.runs)
+    assert {key for keys in TABLE_RUNS.values() for key in keys} <= set(RUNS)
+
+
+def test_the_scale_of_real_data_has_the_settings_of_the_thesis():
+    fittings = SCALES["rsna"].fittings
+    assert fittings["slice"] == Fitting(32, 6, 1e-5)
+    assert fittings["series"] == Fitting(1, 5, 3e-4)
+    assert fittings["slab"] == Fitting(16, 5, 1e-4)
+    config = base_config(RUNS["2d"], SCALES["rsna"], 0)
+    assert (config.data.size, config.data.augment, config.data.balance) == (256, "thesis", False)
+
+
+def test_runs_come_after_what_they_start_from():
+    tiny = SCALES["tiny"]
+    keys = chosen_runs(tiny, TABLES, tuple(QUESTIONS))
+    for key in keys:
+        assert all(keys.index(other) < keys.index(key) for other in RUNS[key].depends_on)
+    assert "2d-half" in keys
+    assert "2d-eighth" not in keys  # not among the fractions of this scale
+    assert chosen_runs(tiny, (2,)) == [
+        *("2d-pretrained", "2d-pretrained-thesis"),
+        *("stand-in-2d-18", "2d-stand-in", "2d-stand-in-thesis"),
+    ]
+    # Real data have real weights.
+    assert not any("stand-in" in key for key in chosen_runs(SCALES["rsna"], TABLES))
+
+
+def test_list_tells_every_run():
+    text = listing()
+    assert all(f"| `{key}` |" in text for key in RUNS)
+    assert "loss 0.0823" in text
+
+
+def test_a_declaration_that_changed_has_another_fingerprint(monkeypatch):
+    tiny = SCALES["tiny"]
+    before = {key: declaration(key, tiny, 0) for key in ("2d", "2d-half", "series")}
+    assert before["2d"] != declaration("2d", tiny, 1)
+    monkeypatch.setitem(RUNS, "2d", replace(RUNS["2d"], intensity="wide"))
+    assert declaration("2d", tiny, 0) != before["2d"]
+    assert declaration("2d-half", tiny, 0) != before["2d-half"]  # has as many steps as it
+    assert declaration("series", tiny, 0) == before["series"]
+    monkeypatch.setitem(RUNS, "2d", replace(RUNS["2d"], intensity=None, title="Another"))
+    assert declaration("2d", tiny, 0) == before["2d"]
+
+
+def many_patients(count=96, per_patient=6):
+    """A slice table of patients with two series each, a third of them with bleeds."""
+    random = np.random.default_rng(0)
+    rows = []
+    for patient in range(count):
+        kinds = (random.random(5) < 0.3) & (patient % 3 == 0)
+        for number in range(per_patient):
+            positive = kinds & (random.random(5) < 0.7)
+            rows.append(
+                {
+                    "patient_id": f"SECRET{patient:03d}",
+                    "study_instance_uid": f"T{patient}",
+                    "series_uid": f"S{patient}-{number * 2 // per_patient}",
+                    "sop_instance_uid": f"ID_{random.integers(2**40):010x}",
+                    **dict(zip(LABELS, [*positive.astype(int), int(positive.any())], strict=True)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_fractions_are_nested_and_leave_valid_and_test_alone():
+    slices = many_patients()
+    whole = split_by_patient(slices, 3)
+    parts = [with_fraction(whole, slices, fraction) for fraction in (0.125, 0.25, 0.5)]
+    patients = [
+        set(slices["patient_id"].iloc[split.indices(slices, "train")]) for split in (*parts, whole)
+    ]
+    for small, large in itertools.pairwise(patients):
+        assert small < large
+        assert len(small) == pytest.approx(len(large) / 2, abs=1.5)
+    for split in parts:
+        audit(split, slices)
+        assert split.members["valid"] == whole.members["valid"]
+        assert split.members["test"] == whole.members["test"]
+        positive = slices.iloc[split.indices(slices, "train")].groupby("patient_id")[ANY].max()
+        assert positive.mean() == pytest.approx(1 / 3, abs=0.15)
+    assert with_fraction(whole, slices, 0.25) == parts[1]
+    with pytest.raises(UsageError, match="0.3"):
+        with_fraction(whole, slices, 0.3)
+
+
+def test_the_leaky_split_trains_on_as_many_slices_and_leaks():
+    slices = many_patients()
+    fair = split_by_patient(slices, 0)
+    leaky = leaky_split(slices, fair, 0)
+    counts = [
+        slices[ANY].iloc[split.indices(slices, "train")].value_counts().to_dict()
+        for split in (fair, leaky)
+    ]
+    assert counts[0] == counts[1]
+    held_out = thesis_slice_split(slices).members["test"]
+    assert leaky.members["test"] == leaky.members["valid"] == held_out
+    assert not set(leaky.members["train"]) & set(held_out)
+    shared = audit(leaky, slices)["shared"]["train/test"]
+    assert shared["patients"] > 0 and shared["slices"] == 0
+    assert "too good" in leaky.warning
+
+
+def test_normalised_before_brightness_is_cut_to_the_range_of_images():
+    random = np.random.default_rng(0)
+    windows = random.random((16, 16, 3), np.float32)
+    change = make_thesis_order()
+    mean, std = np.array([0.1738, 0.1433, 0.1970]), np.array([0.3161, 0.2850, 0.3111])
+    normalised = [(change(windows, seed) - mean) / std for seed in range(40)]
+    is_cut = [found.min() > -1e-5 and found.max() < 1 + 1e-5 for found in normalised]
+    assert 10 <= sum(is_cut) <= 30  # half of them
+    # Bright blood, distinct before, is one value after.
+    cut = normalised[is_cut.index(True)]
+    assert (cut > 1 - 1e-5).mean() > 0.3
+    np.testing.assert_array_equal(change(windows, 5), change(windows, 5))
+
+
+def test_the_library_normalises_last_again_afterwards():
+    from ich_keras.data import batches
+
+    before = batches.make_augmentation
+    with pytest.raises(KeyError), thesis_order():
+        assert batches.make_augmentation is not before
+        raise KeyError
+    assert batches.make_augmentation is before
+
+
+# What is made, and made again.
+
+FAKE = Scale(
+    name="fake",
+    title="in a test",
+    size=48,
+    series_slices=9,
+    fittings={
+        "slice": Fitting(4, 2, 1e-3),
+        "slab": Fitting(4, 1, 1e-3),
+        "series": Fitting(2, 1, 1e-3),
+    },
+    seeds=(0, 1),
+    fractions=(0.5, 1.0),
+    warmup_steps=0,
+    num_series=24,
+)
+
+
+@pytest.fixture
+def place(tmp_path, phantom_cache_folder):
+    """A work folder whose cache is there."""
+    made = Place(work=tmp_path / "work", out=tmp_path / "out", scale=FAKE, device="cpu")
+    claim_work(made)
+    shutil.copytree(phantom_cache_folder, made.cache_dir())
+    return made
+
+
+class FakeTraining:
+    """In place of `ich_keras.training.train`: leaves what a run folder holds, at once."""
+
+    def __init__(self, fails_at=None):
+        self.configs = []
+        self.fails_at = fails_at
+
+    def __call__(self, config, cache, out, tell=None):
+        from ich_keras.data.split import make_split
+        from ich_keras.training import plan_training
+
+        self.configs.append(config)
+        assert not out.exists()
+        write_json(out / "config.json", settled(config).to_dict())
+        if len(self.configs) == self.fails_at:
+            raise KeyboardInterrupt
+        split = make_split(config.data.split, cache.slices, config.seed)
+        plan = plan_training(cache, config).to_dict()
+        data = {"cache": cache.fingerprint, "plan": plan, "synthetic": True}
+        write_json(out / "data.json", data)
+        history = pd.DataFrame({"epoch": [1, 2], "valid_log_loss": [0.5, 0.4], "seconds": [1, 2]})
+        history.to_csv(out / "history.csv", index=False)
+        table = cache.slices.iloc[split.indices(cache.slices, "test")]
+        truth = table[list(LABELS)].to_numpy()
+        values = np.random.default_rng(config.seed).random(truth.shape)
+        rows = pd.DataFrame({"sop_instance_uid": table["sop_instance_uid"].to_numpy()})
+        rows["series_instance_uid"] = table["series_uid"].to_numpy()
+        rows[list(LABELS)], rows[list(TRUTH_COLUMNS)] = values, truth
+        rows.to_csv(out / "predictions-test.csv", index=False)
+        series = table["series_uid"].to_numpy()
+        levels = {
+            "slice": binary_metrics(truth, values),
+            "series": binary_metrics(
+                aggregate(truth, series).to_numpy().astype(int),
+                aggregate(values, series).to_numpy(),
+            ),
+        }
+        levels["series"]["aggregation"] = {"rule": "max"}
+        (out / "state").mkdir()
+        write_json(out / "metrics-test.json", levels)
+
+
+def test_what_is_there_is_skipped_and_what_is_half_made_is_made_again(place):
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(place, ["2d", "2d-half"], (0,), train_run=FakeTraining(fails_at=2))
+    assert load_results(place.out).keys() == {"2d"}
+    assert (place.run_dir("2d-half", 0) / "config.json").is_file()
+    again = FakeTraining()
+    assert reproduce(place, ["2d", "2d-half"], (0,), train_run=again) == 1
+    assert len(again.configs) == 1
+    # Twice the epochs, as half of the patients give half of the steps.
+    assert again.configs[0].fit.epochs >= 3
+    assert reproduce(place, ["2d", "2d-half"], (0,), train_run=again) == 0
+    assert not (place.run_dir("2d", 0) / "state").exists()
+    # A finished folder whose results were not kept yet is not trained again.
+    shutil.rmtree(place.result_dir("2d", 0))
+    assert reproduce(place, ["2d", "2d-half"], (0,), train_run=again) == 1
+    assert len(again.configs) == 1
+    # Another seed is another run.
+    reproduce(place, ["2d"], (0, 1), train_run=again)
+    assert [config.seed for config in again.configs] == [0, 1]
+
+
+def test_other_settings_are_refused(place, monkeypatch):
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    with pytest.raises(StaleError, match="num_series 24 .now 25"):
+        claim_work(replace(place, scale=replace(FAKE, num_series=25)))
+    with pytest.raises(UsageError, match="draws phantoms"):
+        claim_work(replace(place, source=Source("a", "b")))
+    with pytest.raises(UsageError, match="needs --dicom"):
+        claim_work(replace(place, scale=SCALES["rsna"]))
+    with pytest.raises(UsageError, match="not empty"):
+        claim_work(replace(place, work=place.out))
+    monkeypatch.setitem(RUNS, "2d", replace(RUNS["2d"], intensity="wide"))
+    with pytest.raises(StaleError, match="declared otherwise"):
+        reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    # Without its results the run folder is refused all the same.
+    shutil.rmtree(place.out)
+    with pytest.raises(StaleError, match="declared otherwise"):
+        reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+
+
+def test_real_data_need_real_weights(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("ICH_KERAS_WEIGHTS", str(tmp_path / "none"))
+    real = replace(FAKE, num_series=None)
+    with pytest.raises(EnvironmentProblem, match="2d-pretrained starts from torchvision_resnet18"):
+        reproducing.plan_tasks(replace(place, scale=real), ["2d-pretrained"], (0,))
+    # On phantoms such a run is left out.
+    assert reproducing.plan_tasks(place, ["2d-pretrained", "2d"], (0,)) == [Task("2d", 0)]
+
+
+def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
+    slab, slab_cost = resolve(place, Task("slab", 0), phantom_cache)
+    config, cost = resolve(place, Task("2d-operations", 0), phantom_cache)
+    totals = [
+        c.fit.epochs * k["samples_per_epoch"] * k["operations_per_sample"]
+        for c, k in ((slab, slab_cost), (config, cost))
+    ]
+    assert totals[1] == pytest.approx(totals[0], rel=0.5 / config.fit.epochs + 1e-9)
+    memory, _ = resolve(place, Task("slab-memory", 0), phantom_cache)
+    assert 2 <= memory.fit.batch_size < 4
+
+
+def test_no_patient_id_reaches_the_results(place, phantom_cache):
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    names = set(phantom_cache.slices["patient_id"])
+    for path in place.out.rglob("*"):
+        if path.is_file():
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+            assert not any(name in text for name in names), path
+            assert str(place.work) not in text, path
+    # The same patient has the same number in every run.
+    rows = load_result(place.out, "2d", 0).predictions
+    owner = phantom_cache.slices.set_index("sop_instance_uid")["patient_id"]
+    pairs = set(zip(rows["patient"], owner[rows["sop"]], strict=True))
+    assert len(pairs) == rows["patient"].nunique() == owner[rows["sop"]].nunique()
+
+
+# What is said of it.
+
+
+def made_result(key, seed, rows, level="slice", rule="max", **info):
+    """A result of predictions (name, series, patient, probabilities, truth)."""
+    table = pd.DataFrame([row[:3] for row in rows], columns=["sop", "series", "patient"])
+    values = np.array([row[3] for row in rows], float)
+    truth = np.array([row[4] for row in rows], int)
+    table[list(LABELS)], table[list(TRUTH_COLUMNS)] = values, truth
+    series = table["series"].to_numpy()
+    metrics = {level: binary_metrics(truth, values)}
+    if level == "slice":
+        labels = aggregate(truth, series).to_numpy().astype(int)
+        metrics["series"] = binary_metrics(labels, aggregate(values, series, rule).to_numpy())
+        metrics["series"]["aggregation"] = {"rule": rule}
+    content = {"config": {"data": {"view": level}, "fit": {"epochs": 2}}, "metrics": metrics}
+    history = pd.DataFrame({"epoch": [1, 2], "valid_log_loss": [0.6, 0.5]})
+    return Result(key, seed, content | info, table, history, None)
+
+
+def some_rows(seed, quality=1.0, count=40, prefix=""):
+    random = np.random.default_rng(seed)
+    truth = (np.random.default_rng(count).random((count, 6)) < 0.4).astype(int)
+    truth[:, -1] = truth[:, :-1].max(axis=1)
+    values = np.clip(0.5 + quality * (truth - 0.5) * 0.4 + random.normal(0, 0.2, (count, 6)), 0, 1)
+    return [
+        (f"{prefix}n{i}", f"{prefix}s{i // 4}", i // 8, values[i], truth[i]) for i in range(count)
+    ]
+
+
+def test_pairs_are_aligned_by_name():
+    rows = some_rows(1)
+    other = [
+        (name, series, patient, values * 0.5, truth)
+        for name, series, patient, values, truth in rows
+    ]
+    shuffled = [other[i] for i in np.random.default_rng(0).permutation(len(other))]
+    straight = compare([made_result("a", 0, rows)], [made_result("b", 0, other)], "slice")
+    mixed = compare([made_result("a", 0, rows)], [made_result("b", 0, shuffled)], "slice")
+    assert straight.together == mixed.together
+    assert straight.per_seed == mixed.per_seed
+    # Halving keeps every ranking within a label.
+    assert straight.together["auroc/any"]["value"] == pytest.approx(0)
+    series = compare([made_result("a", 0, rows)], [made_result("b", 0, shuffled)], "series")
+    assert series.num_samples == 10
+
+
+def test_pairs_on_other_samples_are_refused_or_cut_to_the_shared_ones():
+    rows = some_rows(1)
+    one, other = made_result("a", 0, rows), made_result("b", 0, rows[8:])
+    with pytest.raises(DataError, match="40 samples, the other 32"):
+        compare([one], [other], "slice")
+    found = compare([one], [other], "slice", only_shared=True)
+    assert (found.num_samples, found.num_patients, found.seeds) == (32, 4, (0,))
+    assert found.together["log_loss"]["value"] == 0
+    assert compare([one], [made_result("b", 1, rows)], "slice") is None  # no seed in common
+    turned = [(*row[:4], 1 - row[4]) for row in rows]
+    with pytest.raises(DataError, match="different labels"):
+        compare([one], [made_result("b", 0, turned)], "slice")
+    # Whole series say nothing about slices.
+    assert compare([made_result("a", 0, rows, "series")], [one], "slice") is None
+
+
+def test_numbers_by_hand():
+    truth = [[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]
+    rows = [
+        ("n0", "s0", 0, [0.1] * 6, truth[0]),
+        ("n1", "s0", 0, [0.8, 0.1, 0.1, 0.1, 0.1, 0.8], truth[1]),
+        ("n2", "s1", 1, [0.2] * 6, truth[0]),
+    ]
+    result = made_result("2d", 0, rows)
+    found = intervals([result], "slice")
+    by_hand = -(6 * np.log(0.9) + 2 * np.log(0.8) + 4 * np.log(0.9) + 6 * np.log(0.8)) / 18
+    assert found["log_loss"]["value"] == pytest.approx(by_hand)
+    series = scored(result, "series")
+    assert series.names.tolist() == ["s0", "s1"]
+    assert series.patients.tolist() == [0, 1]
+    np.testing.assert_array_equal(series.truth, [truth[1], truth[0]])
+    np.testing.assert_allclose(series.values[0], [0.8, 0.1, 0.1, 0.1, 0.1, 0.8])
+    # The rule the run chose, not always the highest.
+    mean = scored(made_result("2d", 0, rows, rule="mean of the top 3"), "series")
+    assert mean.values[0, 0] == pytest.approx(0.45)
+    convention = under_convention(result)
+    assert convention["accuracy"] == 1
+    assert convention["loss"] == pytest.approx(by_hand)  # one batch of three
+
+
+def test_seeds_are_put_together_and_shown_apart():
+    seeds = (0, 1)
+    good = [made_result("a", s, some_rows(s, 1.0)) for s in seeds]
+    bad = [made_result("b", s, some_rows(s + 10, 0.2)) for s in seeds]
+    found = compare(good, bad, "slice")
+    assert found.num_samples == 80
+    assert found.num_patients == 5  # the same five patients in both seeds
+    each = [
+        binary_metrics(scored(g, "slice").truth, scored(g, "slice").values)["log_loss"]
+        - binary_metrics(scored(b, "slice").truth, scored(b, "slice").values)["log_loss"]
+        for g, b in zip(good, bad, strict=True)
+    ]
+    assert found.per_seed["log_loss"] == pytest.approx(each)
+    assert found.together["log_loss"]["value"] == pytest.approx(np.mean(each))
+    assert found.together["log_loss"]["high"] < 0
+
+
+def test_words_follow_the_numbers():
+    from experiments.write_up import bounds, loss_after, spread, verdict
+
+    assert verdict({"low": 0.1, "high": 0.3}) == "above 0"
+    assert verdict({"low": -0.3, "high": -0.1}) == "below 0"
+    assert verdict({"low": -0.1, "high": 0.1}) == "includes 0"
+    assert verdict({"low": None, "high": None}) == "not defined often enough"
+    assert spread([]) == bounds(None) == "n/a"
+    assert spread([0.5]) == "0.5000"
+    assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
+    assert loss_after(made_result("2d", 0, some_rows(0)), 1) == 0.6
+    assert loss_after(made_result("2d", 0, some_rows(0)), 4) == 0.5
+
+
+def test_the_report_needs_nothing_but_the_results(place):
+    pytest.importorskip("matplotlib")
+    from experiments.write_up import write_report
+
+    reproduce(place, ["2d", "2d-half"], (0, 1), train_run=FakeTraining())
+    alone = place.out.parent / "elsewhere"
+    shutil.move(place.out, alone)
+    shutil.rmtree(place.work)
+    text = write_report(alone).read_text()
+    assert "phantoms (synthetic): says nothing about patients" in text
+    assert (
+        "n/a: weights not fetched (`weights-convert convert --source torchvision_resnet18" in text
+    )
+    assert "0.0823" not in text or "as published" in text
+    assert "| `2d` - `2d-half` | slice |" in text
+    for name in ("learning-curves", "reliability", "roc-pr", "labels"):
+        path = alone / "figures" / f"{name}.svg"
+        assert path.stat().st_size < 150_000
+
+    assert write_report(alone).read_text() == text
+    with pytest.raises(StaleError, match="no finished run"):
+        write_report(alone.parent / "nothing")
+
+
+def test_results_of_different_data_are_not_mixed(place):
+    reproduce(place, ["2d"], (0, 1), train_run=FakeTraining())
+    path = place.result_dir("2d", 1) / RESULT
+    write_json(path, read_json(path) | {"cache": "another"})
+    with pytest.raises(StaleError, match="2 different caches"):
+        load_results(place.out)
+
+
+def test_without_matplotlib_the_report_says_what_to_install(place, monkeypatch):
+    from experiments.write_up import write_report
+
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(EnvironmentProblem, match=re.escape(".[experiments]")):
+        write_report(place.out)
+
+
+def test_commands_explain_themselves_and_refuse_nonsense():
+    from experiments.__main__ import main
+
+    for command in ("all", "table", "question", "list", "report"):
+        assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+    for words, said in (
+        (["all"], "no scale, or several"),
+        (["all", "--tiny", "--small"], "no scale, or several"),
+        (["question", "which", "--tiny"], "expected one of leak"),
+        (["all", "--tiny", "--seeds", "0,0"], "different whole numbers"),
+        (["table", "5", "--tiny"], "5"),
+    ):
+        found = CliRunner().invoke(main, words)
+        assert found.exit_code == 2
+        assert said in found.output
+
+
+@pytest.mark.slow
+def test_the_whole_road_on_the_smallest_scale(tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments.write_up import write_report
+
+    scale = replace(
+        FAKE,
+        size=32,
+        num_series=16,
+        other_series=12,
+        matrix=64,
+        slice_spacing_mm=(12.0, 16.0),
+        seeds=(0,),
+        fittings={view: Fitting(2, 1, 1e-3) for view in ("slice", "slab", "series")},
+    )
+    place = Place(tmp_path / "work", tmp_path / "out", scale, device="cpu")
+    keys = ["stand-in-2d-18", "2d", "2d-stand-in-thesis", "series"]
+    assert reproduce(place, keys, (0,)) == 4
+    results = load_results(place.out)
+    assert set(results) == set(keys)
+    assert results["2d-stand-in-thesis"][0].augmented is not None
+    assert results["2d-stand-in-thesis"][0].info["weights"]["record"]["network"]
+    info = results["2d"][0].info
+    assert info["synthetic"]
+    assert info["training_operations"] > 0
+    assert not (place.run_dir("2d", 0) / "model.keras").exists()
+    split = Split.load(place.work / "splits" / "patient-s0.json")
+    assert len(results["series"][0].predictions) == len(split.members["test"])
+    text = write_report(place.out).read_text()
+    assert "`series` - `2d`" in text
