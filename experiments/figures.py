@@ -84,6 +84,11 @@ def curve_points(results: Mapping[str, Sequence[Result]], view: str) -> list[str
     return sorted((key for key in keys if results.get(key)), key=lambda key: RUNS[key].fraction)
 
 
+def _legend(axis) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best")
+
+
 def _learning_curves(pyplot, results):
     curves = {view: keys for view in VIEWS if len(keys := curve_points(results, view)) > 1}
     if not curves:
@@ -110,9 +115,11 @@ def _learning_curves(pyplot, results):
                 alpha=0.15,
             )
         axis.set_xscale("log", base=2)
+        parts = sorted({RUNS[key].fraction for keys in curves.values() for key in keys})
+        axis.set_xticks(parts, ["all" if p == 1 else f"1/{round(1 / p)}" for p in parts])
         axis.set_xlabel("part of the training patients (equal optimiser steps)")
         axis.set_title(title)
-        axis.legend()
+        _legend(axis)
     return figure
 
 
@@ -137,7 +144,7 @@ def _reliability(pyplot, results):
         axis.set_xlabel("mean probability of any")
         axis.set_ylabel("frequency")
         axis.set_title(f"{level} level")
-        axis.legend()
+        _legend(axis)
     return figure
 
 
@@ -164,7 +171,7 @@ def _roc_pr(pyplot, results):
         axis.set_xlabel(across)
         axis.set_ylabel(up)
         axis.set_title(title)
-        axis.legend()
+        _legend(axis)
     return figure
 
 
@@ -181,6 +188,7 @@ def _labels(pyplot, results):
     width = 0.8 / len(views)
     for number, view in enumerate(views):
         found = intervals(results[view], "series") or {}
+        name = view
         for column, label in enumerate(LABELS):
             row = found.get(f"auroc/{label}", {"value": None})
             if row["value"] is None:
@@ -191,13 +199,14 @@ def _labels(pyplot, results):
                 row["value"],
                 width,
                 color=f"C{number}",
-                label=view if column == 0 else None,
+                label=name,
             )
+            name = None  # once in the legend
             if row["low"] is not None:
                 axis.plot([place, place], [row["low"], row["high"]], color="black", linewidth=1)
     axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(LABELS)), LABELS)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("AUROC, series level")
-    axis.legend(loc="lower right")
+    _legend(axis)
     return figure

@@ -234,3 +234,16 @@ def under_convention(result: Result) -> dict[str, float]:
     return thesis_metrics(
         table[list(TRUTH_COLUMNS)].to_numpy(), table[list(LABELS)].to_numpy(), batch
     )
+
+
+def constant_under_convention(result: Result) -> dict[str, float]:
+    """Return what constants score on the held-out samples of `under_convention`, batch by batch:
+    the loss of the training set's prevalence, all else of never any haemorrhage."""
+    truth = result.predictions[list(TRUTH_COLUMNS)].to_numpy()
+    config, metrics = result.info["config"]["data"], result.info["metrics"]
+    baseline = metrics["series" if result.is_series else "slice"]["baseline"]["prevalence"]
+    prevalence = np.array([baseline["probabilities"][label] for label in LABELS])
+    batch = THESIS_BATCH[config["view"]]
+    repeated = np.broadcast_to(prevalence, truth.shape)
+    loss = thesis_metrics(truth, repeated, batch)["loss"]
+    return thesis_metrics(truth, np.zeros(truth.shape), batch) | {"loss": loss}

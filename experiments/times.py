@@ -10,7 +10,7 @@ class Speed:
     """One training step, per sample and slice of it, of one core.
 
     Args:
-        seconds: `ich_keras.training.seconds_per_step`, bfloat16 (AMX), one thread.
+        seconds: `ich_keras.training.seconds_per_step`, bfloat16, one thread.
         multiply_adds: forward, 10^9.
     """
 
@@ -18,8 +18,8 @@ class Speed:
     multiply_adds: float
 
 
-# (preset, view) -> rows and columns -> speed. Measured on one core of an Intel Xeon (Sapphire
-# Rapids generation) with torch 2.14 and Keras 3.15, batches of 32, 16 and 8.
+# (preset, view) -> rows and columns -> speed. Measured on one core of an AMD EPYC with torch
+# 2.14 and Keras 3.15, batches of 32, 16 and 8.
 SPEEDS = {
     ("resnet18_2d", "slice"): {64: Speed(0.0071, 0.15), 96: Speed(0.0115, 0.33)},
     ("resnet50_2d", "slice"): {64: Speed(0.0159, 0.33), 96: Speed(0.0300, 0.75)},
@@ -35,7 +35,7 @@ TRAINING_PART = 0.7  # of the patients
 VALID_PART = 0.15
 HEAD_MM = 100  # of a phantom's slices: mean number times mean spacing
 POSITIVE = 0.31  # of phantom slices; about half of the series
-OVERHEAD_SECONDS = 12  # building, weights and state on disk, evaluation, intervals
+OVERHEAD_SECONDS = 9  # building, weights and state on disk, evaluation, intervals
 FORWARD = 1 / 3  # of a training step: what a validated sample costs
 
 

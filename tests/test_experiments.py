@@ -49,7 +49,13 @@ from experiments.runs import (
     chosen_runs,
     declaration,
 )
-from experiments.scores import compare, intervals, scored, under_convention
+from experiments.scores import (
+    compare,
+    constant_under_convention,
+    intervals,
+    scored,
+    under_convention,
+)
 from experiments.splits import leaky_split, with_fraction
 from experiments.tables import (
     PUBLISHED,
@@ -502,6 +508,12 @@ def test_numbers_by_hand():
     convention = under_convention(result)
     assert convention["accuracy"] == 1
     assert convention["loss"] == pytest.approx(by_hand)  # one batch of three
+    constant = constant_under_convention(result)
+    assert constant["accuracy"] == pytest.approx(2 / 3)
+    # The prevalence here is 1/3 of two labels and 0 of four.
+    assert constant["loss"] == pytest.approx(
+        2 / 6 * -(np.log(1 / 3) + 2 * np.log(2 / 3)) / 3, abs=1e-6
+    )
 
 
 def test_seeds_are_put_together_and_shown_apart():
