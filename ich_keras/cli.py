@@ -62,8 +62,31 @@ def main() -> None:
 @click.option(
     "--matrix", type=int, default=512, show_default=True, help="Rows and columns of a slice."
 )
+@click.option(
+    "--spacing",
+    "slice_spacing_mm",
+    type=float,
+    nargs=2,
+    default=(5.0, 8.0),
+    show_default=True,
+    metavar="LOW HIGH",
+    help="Least and greatest distance of slices, mm.",
+)
+@click.option(
+    "--mix",
+    type=click.Choice(["even", "rsna"]),
+    default="even",
+    show_default=True,
+    help="Subtypes equally often, or as often as in the RSNA 2019 data.",
+)
+@click.option(
+    "--prevalence", type=float, help="Part of the patients that bleed; default: 0.5, for rsna 0.4."
+)
+@click.option(
+    "--series-per-patient", type=float, default=1.3, show_default=True, help="On average, 1 to 8."
+)
 @WORKERS
-def phantom(out: Path, num_series: int, seed: int, matrix: int, workers: int | None) -> None:
+def phantom(out: Path, num_series: int, seed: int, workers: int | None, **options) -> None:
     """Make synthetic head CT in the RSNA layout: images, stage_2_train.csv, masks."""
     from ich_keras.ct.phantom_dicom import write_phantoms
     from ich_keras.terminal import terminal_progress
@@ -73,9 +96,9 @@ def phantom(out: Path, num_series: int, seed: int, matrix: int, workers: int | N
             out,
             num_series,
             seed,
-            matrix=matrix,
             workers=_cores() if workers is None else workers,
             progress=progress,
+            **options,
         )
     click.echo(f"{num_series} synthetic series: {out}")
 

@@ -5,18 +5,20 @@ are synthetic: nothing measured on them says anything about real heads. What mak
 a game of counting bright voxels: every head has its own offset, noise, dura, sinuses, dense
 vessels, calcifications, streaks and bright ring under the skull, whether it bleeds or not.
 
-`phantom_head` is the anatomy, `phantom_bleeds` the blood, `phantom_scan` the image of both;
-`phantom_dicom` writes the files. A slice is labelled where a mask covers `MIN_AREA_MM2`.
+`phantom_head` is the anatomy, `phantom_bleeds` the blood; `phantom_brain` and `phantom_skull` draw
+them, `phantom_scan` is the scanner, `phantom_dicom` writes the files. A slice is labelled where a
+mask covers `MIN_AREA_MM2`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ich_keras.ct.phantom_bleeds import Bleed, draw_bleed
+from ich_keras.ct.phantom_brain import MASK_BITS, MIN_AREA_MM2
 from ich_keras.ct.phantom_head import Head, draw_head
-from ich_keras.ct.phantom_scan import MASK_BITS, MIN_AREA_MM2, Scan, draw_scan, scan_slice
+from ich_keras.ct.phantom_scan import Scan, draw_scan, scan_slice
 from ich_keras.errors import UsageError
 from ich_keras.labels import SUBTYPES
 
@@ -50,6 +52,14 @@ ENCODINGS = {
     "unsigned-12-at-1000": Encoding(12, False, -1000, -1000, -1000, 3095),
     "wrapped-12": Encoding(12, False, 0, -1000, -1000, 3095),
 }
+# How bleeds are spread over patients -> which part of the patients bleeds unless told otherwise.
+MIXES = {"even": 0.5, "rsna": 0.4}
+# Of bleeding series, those with a subtype: 538 of 1,350 series of RSNA 2019 (the thesis's
+# validation set of whole series).
+_RSNA_SHARES = {
+    name: count / 538 for name, count in zip(SUBTYPES, (22, 329, 240, 262, 224), strict=True)
+}
+_MAX_SERIES = 8  # of one patient
 _ENCODING_PERIOD = 100  # of as many series in a row four have a rare encoding: 96 % do not
 
 
@@ -130,25 +140,38 @@ def plan_phantoms(
     num_series: int,
     seed: int,
     matrix: int = 512,
-    prevalence: float = 0.5,
+    prevalence: float | None = None,
     slice_spacing_mm: tuple[float, float] = (5.0, 8.0),
+    mix: str = "even",
+    series_per_patient: float = 1.3,
 ) -> list[PhantomSpec]:
     """Plan a data set: which patient has which series and which bleeds.
 
-    Bleeds are spread evenly: in a row of patients each fifth bleeder has the same main subtype, and
-    each of the other four with a chance of 1/4, so two subtypes on average.
+    With the even mix, in a row of patients each fifth bleeder has the same main subtype, and each
+    of the other four with a chance of 1/4, so two subtypes on average. With RSNA's mix, subtypes
+    are drawn independently, as often as in the bleeding series of that data set.
 
     Args:
-        num_series: how many series; about one patient in four has two or three.
+        num_series: how many series.
         seed: of the data set.
         matrix: rows and columns of a slice.
-        prevalence: part of the patients that bleed.
+        prevalence: part of the patients that bleed; None takes 0.5, with RSNA's mix 0.4.
         slice_spacing_mm: lowest and highest distance of slices.
+        mix: "even" or "rsna".
+        series_per_patient: on average, at least 1; series of a patient show the same head and the
+            same bleeds in other poses, and so leak across splits that do not keep patients whole.
     """
+    if mix not in MIXES:
+        raise UsageError(f"mix {mix!r}; expected one of {', '.join(MIXES)}.")
+    prevalence = MIXES[mix] if prevalence is None else prevalence
     if num_series < 1:
         raise UsageError(f"{num_series} series asked for; expected at least 1.")
     if not 0 <= prevalence <= 1:
         raise UsageError(f"prevalence is {prevalence}; expected 0 to 1.")
+    if not 1 <= series_per_patient <= _MAX_SERIES:
+        raise UsageError(
+            f"{series_per_patient} series per patient; expected 1 to {_MAX_SERIES} on average."
+        )
     if seed < 0:
         raise UsageError(f"seed is {seed}; expected 0 or more.")
     rng = np.random.default_rng(np.random.SeedSequence([seed, num_series]))
@@ -158,11 +181,10 @@ def plan_phantoms(
     while len(specs) < num_series:
         subtypes: tuple[str, ...] = ()
         if math.floor((patient + 1) * prevalence) > math.floor(patient * prevalence):
-            chosen = {main_subtypes[bleeders % len(SUBTYPES)]}
-            chosen |= {name for name in SUBTYPES if rng.random() < 0.25}
-            subtypes = tuple(name for name in SUBTYPES if name in chosen)
+            main = main_subtypes[bleeders % len(SUBTYPES)]
+            subtypes = _draw_even(main, rng) if mix == "even" else _draw_as_rsna(rng)
             bleeders += 1
-        for _ in range(int(rng.choice((1, 2, 3), p=(0.75, 0.2, 0.05)))):
+        for _ in range(1 + min(rng.poisson(series_per_patient - 1), _MAX_SERIES - 1)):
             rare = len(specs) % _ENCODING_PERIOD
             encoding = list(ENCODINGS)[rare if rare < len(ENCODINGS) else 0]
             specs.append(
@@ -170,6 +192,22 @@ def plan_phantoms(
             )
         patient += 1
     return specs[:num_series]
+
+
+def _draw_even(main: str, rng: np.random.Generator) -> tuple[str, ...]:
+    chosen = {main} | {name for name in SUBTYPES if rng.random() < 0.25}
+    return tuple(name for name in SUBTYPES if name in chosen)
+
+
+def _draw_as_rsna(rng: np.random.Generator) -> tuple[str, ...]:
+    # Draws without any bleed are drawn again, which raises all shares alike: by 1 / (1 - none).
+    chances = np.array(list(_RSNA_SHARES.values()))
+    for _ in range(50):
+        chances = np.array(list(_RSNA_SHARES.values())) * (1 - np.prod(1 - chances))
+    while True:
+        drawn = rng.random(len(chances)) < chances
+        if drawn.any():
+            return tuple(name for name, is_in in zip(_RSNA_SHARES, drawn, strict=True) if is_in)
 
 
 def make_phantom(spec: PhantomSpec) -> Phantom:
@@ -196,11 +234,11 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
 def draw_patient(
     subtypes: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[Head, tuple[Bleed, ...]]:
-    """Draw a patient's head and bleeds; bleeds with mass effect shift the midline."""
-    pushes = {"epidural", "subdural", "intraparenchymal"} & set(subtypes)
-    shift_mm = float(rng.uniform(-7, 7)) if pushes else 0.0
-    head = draw_head(rng, "intraventricular" in subtypes, shift_mm)
-    return head, tuple(draw_bleed(name, head, rng) for name in subtypes)
+    """Draw a patient's head and bleeds; those with mass effect push the midline away."""
+    head = draw_head(rng, "intraventricular" in subtypes)
+    bleeds = tuple(draw_bleed(name, head, rng) for name in subtypes)
+    shift_mm = -sum(bleed.side * bleed.push_mm for bleed in bleeds) * rng.uniform(0.5, 1.2)
+    return replace(head, midline_shift_mm=float(np.clip(shift_mm, -14, 14))), bleeds
 
 
 def _digitise(image: np.ndarray, encoding: Encoding) -> np.ndarray:

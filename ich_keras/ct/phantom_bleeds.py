@@ -10,7 +10,7 @@ Radiology: Artificial Intelligence 2020;2(3):e190211, doi 10.1148/ryai.202019021
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ich_keras.ct.phantom_head import Head, HeadSlice
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
 OEDEMA_HU = -10.0  # difference to the brain around it
 _CONTRAST_HU = 22.0  # least difference to this patient's grey matter
+_LAYERED = {"subdural": 0.25, "intraparenchymal": 0.08}  # share of bleeds of mixed age
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Bleed:
         centre: x, y, z, mm; for extra-axial bleeds on the inner table.
         size: three lengths, mm, that mean what the extent function of the subtype says.
         rim_mm: width of the oedema, 0 for none.
+        mottle: HU by which its value varies from place to place.
+        old_hu: of the older part that floats above the level, 0 where all is fresh.
+        level_mm: y in the head frame of that level.
     """
 
     subtype: str
@@ -42,13 +46,30 @@ class Bleed:
     centre: tuple[float, float, float]
     size: tuple[float, float, float]
     rim_mm: float = 0.0
+    mottle: float = 0.0
+    old_hu: float = 0.0
+    level_mm: float = 0.0
+
+    @property
+    def push_mm(self) -> float:
+        """How far it pushes the midline, away from its own side."""
+        if self.subtype in ("epidural", "subdural") and self.kind == "convexity":
+            return 0.55 * self.size[0]
+        if self.subtype == "intraparenchymal" and self.kind != "cerebellar":
+            return max(0.0, float(np.prod(self.size)) ** (1 / 3) - 8) * 0.5
+        return 0.0
 
 
 def draw_bleed(subtype: str, head: Head, rng: np.random.Generator) -> Bleed:
     """Draw a bleed of one subtype in a head."""
     lowest = max(MIN_BLEED_HU + 6, head.grey + _CONTRAST_HU)
     hu = float(rng.uniform(lowest, MAX_BLEED_HU))
-    return _DRAW[subtype](head, hu, int(rng.choice((-1, 1))), rng)
+    bleed = _DRAW[subtype](head, hu, int(rng.choice((-1, 1))), rng)
+    bleed = replace(bleed, mottle=rng.uniform(0, 5))
+    if subtype in _LAYERED and rng.random() < _LAYERED[subtype]:
+        level_mm = bleed.centre[1] - rng.uniform(0, 0.5) * max(bleed.size)
+        bleed = replace(bleed, old_hu=rng.uniform(30, 44), level_mm=level_mm)
+    return bleed
 
 
 def bleed_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
@@ -60,7 +81,7 @@ def _draw_epidural(head: Head, hu: float, side: int, rng: np.random.Generator) -
     # Mostly under the temporal and parietal bone, where the middle meningeal artery runs.
     direction = np.array([side * 0.85, rng.uniform(-0.55, 0.55), rng.uniform(-0.1, 0.55)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(13, 20), rng.uniform(24, 31), 0.0)
+    size = (rng.triangular(9, 14, 26), rng.uniform(22, 34), 0.0)
     return Bleed("epidural", "convexity", hu, side, tuple(point), size)
 
 
@@ -80,7 +101,7 @@ def _draw_subdural(head: Head, hu: float, side: int, rng: np.random.Generator) -
         return Bleed("subdural", "falx", hu, side, centre, size)
     direction = np.array([side * 0.85, rng.uniform(-0.35, 0.35), rng.uniform(0.1, 0.5)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(7.5, 11.5), rng.uniform(46, 62), rng.uniform(28, 42))
+    size = (rng.triangular(4.5, 8, 15), rng.uniform(44, 64), rng.uniform(28, 44))
     return Bleed("subdural", "convexity", hu, side, tuple(point), size)
 
 
@@ -103,7 +124,7 @@ def _draw_subarachnoid(head: Head, hu: float, side: int, rng: np.random.Generato
     kind = str(rng.choice(("sulci", "cisterns", "both"), p=(0.4, 0.25, 0.35)))
     direction = np.array([side * 0.8, rng.uniform(-0.8, 0.8), rng.uniform(-0.05, 0.7)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(1.6, 2.2), rng.uniform(27, 36), rng.uniform(0.8, 1.6))
+    size = (rng.uniform(1.4, 2.3), rng.uniform(24, 40), rng.uniform(0.6, 1.8))
     return Bleed("subarachnoid", kind, hu, 0, tuple(point), size)
 
 
@@ -144,7 +165,8 @@ def _intraventricular_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
 
 def _draw_intraparenchymal(head: Head, hu: float, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("deep", "lobar", "cerebellar"), p=(0.45, 0.42, 0.13)))
-    size = rng.uniform(11, 18, 3)
+    # From a small contusion to a haematoma of 80 ml.
+    size = rng.triangular(8, 12, 27) * rng.uniform(0.8, 1.25, 3)
     if kind == "deep":
         centre = rng.normal((side * 23, 0, 8), (3, 6, 4))
     elif kind == "lobar":

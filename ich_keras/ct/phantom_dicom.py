@@ -167,8 +167,10 @@ def write_phantoms(
     matrix: int = 512,
     workers: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
-    prevalence: float = 0.5,
+    prevalence: float | None = None,
     slice_spacing_mm: tuple[float, float] = (5.0, 8.0),
+    mix: str = "even",
+    series_per_patient: float = 1.3,
 ) -> Path:
     """Write a synthetic data set; the same arguments give the same bytes.
 
@@ -179,8 +181,7 @@ def write_phantoms(
         matrix: rows and columns of a slice.
         workers: processes; 0 draws in this one. The result does not depend on it.
         progress: called with ("drawing phantoms", done, total) in series.
-        prevalence: part of the patients that bleed.
-        slice_spacing_mm: lowest and highest distance of slices.
+        prevalence, slice_spacing_mm, mix, series_per_patient: see `plan_phantoms`.
 
     Returns:
         The folder.
@@ -192,8 +193,10 @@ def write_phantoms(
     out = require_absent(out).absolute()
     if workers < 0:
         raise UsageError(f"{workers} workers asked for; expected 0 or more.")
-    specs = plan_phantoms(num_series, seed, matrix, prevalence, slice_spacing_mm)
-    slices_at_most = 140 / slice_spacing_mm[0] + 1
+    specs = plan_phantoms(
+        num_series, seed, matrix, prevalence, slice_spacing_mm, mix, series_per_patient
+    )
+    slices_at_most = 160 / slice_spacing_mm[0] + 1
     require_free(out.parent, int(num_series * slices_at_most * (2.1 * matrix**2 + 2000)))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial_out = out.with_name(f"{PARTIAL}-{os.getpid()}-{out.name}")

@@ -6,27 +6,35 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ich_keras.ct.phantom_bleeds import OEDEMA_HU, Bleed, bleed_extent
-from ich_keras.ct.phantom_head import (
-    AIR,
-    COMPACT_BONE,
-    CSF,
-    DIPLOE,
-    FAT,
-    MUSCLE,
-    SKIN,
-    Blob,
-    Head,
-    HeadSlice,
-    coverage,
-)
-from ich_keras.labels import SUBTYPES
+from ich_keras.ct.phantom_bleeds import Bleed
+from ich_keras.ct.phantom_brain import draw_inside
+from ich_keras.ct.phantom_head import AIR, Head, HeadSlice, coverage
+from ich_keras.ct.phantom_skull import blend, outer_head, skull_base, upsample
 
-# A subtype is labelled on a slice when its mask covers at least this much of it.
-MIN_AREA_MM2 = 100.0
-# Bit k of a mask stands for MASK_BITS[k]; the last two are anatomy, kept to check the blood by.
-MASK_BITS = (*SUBTYPES, "ventricles", "cavity")
-_METAL_SHARE = 0.12  # of the series, in health as in bleeding
+# Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail
+# in it, and it takes a quarter of the time.
+_COARSE_MM = 0.95
+_METAL_SHARE = 0.10  # of the series, in health as in bleeding
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The shell on the table that the head rests in, along the whole table.
+
+    Args:
+        centre: x, y, mm, LPS.
+        semi_axes: of its inner side, mm.
+        rim: how far up it reaches: the sine of the angle, 0 is the height of its centre.
+        wall_mm, hu: of the shell.
+        is_padded: foam between shell and head.
+    """
+
+    centre: tuple[float, float]
+    semi_axes: tuple[float, float]
+    rim: float
+    wall_mm: float
+    hu: float
+    is_padded: bool
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,14 @@ class Scan:
         orientation: float (2, 3): directions of rows and columns (DICOM 0020,0037).
         centre: of the head, LPS, mm.
         rotation: float (3, 3): from LPS to the head frame.
-        noise, noise_blur: HU; correlation of the noise, pixels.
+        noise, noise_blur: HU in the middle of the head; correlation of the noise, pixels.
+        sharpness: 0 (soft kernel) to 0.8: how much of the noise's slow part the kernel takes out.
         blur_mm: resolution.
         ring: HU added at the inner table, fading inwards (beam hardening, thick slices).
         streak: HU of the bands between the petrous bones.
         metal: head coordinates of a clip or electrode on the skull that throws rays, mm, or None.
         ray: HU of the brightest rays.
+        holder: of the head; None without one.
     """
 
     pixel_mm: float
@@ -56,11 +66,13 @@ class Scan:
     rotation: np.ndarray
     noise: float
     noise_blur: float
+    sharpness: float
     blur_mm: float
     ring: float
     streak: float
     metal: tuple[float, float, float] | None
     ray: float
+    holder: "Holder | None"
 
     @property
     def tilt_degrees(self) -> float:
@@ -91,7 +103,7 @@ def draw_scan(
     centre = rng.normal(0, (6, 8, 60))
 
     top_mm = head.semi_axes[2] + head.skull_mm + head.scalp_mm
-    low_mm = rng.uniform(-32, -14)
+    low_mm = rng.uniform(-46, -16)
     high_mm = top_mm + (rng.uniform(2, 10) if rng.random() < 0.12 else -rng.uniform(16, 32))
     along_mm = np.arange(low_mm, high_mm, spacing_mm)
     # The table moves along z whatever the tilt: a tilted stack is sheared, as real ones are. Where
@@ -107,13 +119,33 @@ def draw_scan(
         orientation=orientation,
         centre=centre,
         rotation=rotation,
-        noise=rng.uniform(3, 9),
-        noise_blur=rng.uniform(0.6, 1.0) * 512**-0.5 * matrix**0.5,
+        noise=rng.uniform(2.2, 6.5),
+        noise_blur=rng.uniform(0.6, 1.1) * 512**-0.5 * matrix**0.5,
+        sharpness=rng.uniform(0, 0.8),
         blur_mm=rng.uniform(0.35, 0.6),
         ring=float(rng.triangular(0, 4, 16)),
         streak=float(rng.uniform(4, 28)),
         metal=_draw_metal(head, rng) if rng.random() < _METAL_SHARE else None,
-        ray=rng.uniform(32, 50),
+        ray=rng.uniform(18, 36),
+        holder=_draw_holder(head, centre, rng),
+    )
+
+
+def _draw_holder(head: Head, centre: np.ndarray, rng: np.random.Generator) -> Holder | None:
+    if rng.random() < 0.1:
+        return None
+    a, b, _ = head.semi_axes
+    around = head.skull_mm + head.scalp_mm
+    is_cradle = rng.random() < 0.6
+    wide = a + around + rng.uniform(10, 26)
+    deep = b + around + (rng.uniform(4, 12) if is_cradle else rng.uniform(12, 24))
+    return Holder(
+        centre=(float(centre[0] + rng.normal(0, 4)), float(centre[1] + rng.uniform(0, 6))),
+        semi_axes=(wide, deep),
+        rim=rng.uniform(-0.1, 0.35) if is_cradle else rng.uniform(0.4, 0.7),
+        wall_mm=rng.uniform(2.0, 3.6),
+        hu=rng.uniform(60, 450),
+        is_padded=bool(rng.random() < 0.5),
     )
 
 
@@ -154,177 +186,127 @@ def scan_slice(
         float32 (rows, columns), HU; NaN outside the scanner's round field of view.
     """
     matrix = len(mask)
-    image = np.full((matrix, matrix), AIR, np.float32)
+    image = _table(scan, index, matrix)
+    air_noise = np.full((1, 1), 0.45, np.float32)
+    quantum = np.broadcast_to(air_noise, image.shape)
     steps = scan.rotation @ scan.orientation.T * scan.pixel_mm  # per column and per row
     start = scan.rotation @ (scan.origin[index] - scan.centre)
-    box = _head_box(head, start, steps, matrix)
+    factor = max(1, round(_COARSE_MM / scan.pixel_mm))
+    box = _head_box(head, start, steps, matrix, factor)
+    place = None
     if box is not None:
-        rows, columns = box
-        i = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None]
-        j = np.arange(columns.start, columns.stop, dtype=np.float32)
-        place = HeadSlice(head, *(start[k] + steps[k, 0] * j + steps[k, 1] * i for k in range(3)))
-        image[box] = _draw_tissue(place, bleeds, scan, mask[box])
-        blur = scan.blur_mm / scan.pixel_mm
-        image = cv2.GaussianBlur(image, (0, 0), max(blur, 0.3))
-        if place.reaches(-42, -18):
-            image[box] += _streaks(place, scan, rng)
+        place = _coarse_slice(head, start, steps, box, factor)
+        image[box] = _draw_head(place, bleeds, scan, image[box], mask[box])
+        quantum = quantum.copy()
+        # Most photons are lost on the longest way, through the middle of the head.
+        inside = 0.45 + 0.55 * np.clip((place.vault_depth + 25) / 45, 0, 1)
+        quantum[box] = upsample(inside, image[box].shape)
+    blur = scan.blur_mm / scan.pixel_mm
+    image = cv2.GaussianBlur(image, (0, 0), max(blur, 0.3))
+    noise = _noise(scan, matrix, rng)
+    if place is not None:
+        faults = np.zeros_like(place.x)
+        if place.reaches(-44, -18):
+            faults += _streaks(place, scan, rng)
         if scan.metal is not None:
-            image[box] += _rays(place, scan, rng)
-    noise = rng.standard_normal((matrix, matrix), np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), scan.noise_blur)
-    image += noise * (scan.noise / float(noise.std()))
+            faults += _rays(place, scan, rng)
+        if faults.any():
+            image[box] += upsample(faults, image[box].shape)
+    image += noise * quantum
     middle = np.arange(matrix, dtype=np.float32) - (matrix - 1) / 2
     image[middle[:, None] ** 2 + middle**2 > (matrix / 2) ** 2] = np.nan
     return image
 
 
-def _head_box(head: Head, start, steps, matrix: int) -> tuple[slice, slice] | None:
-    """Return the rows and columns that can show the head, None above its top."""
+def _coarse_slice(head: Head, start, steps, box, factor: int) -> HeadSlice:
+    """Return the geometry of a box of pixels, one point for factor x factor of them."""
+    middle = (factor - 1) / 2
+    rows, columns = (
+        np.arange(side.start + middle, side.stop, factor, dtype=np.float32) for side in box
+    )
+    xyz = (
+        (start[k] + steps[k, 1] * rows)[:, None] + (steps[k, 0] * columns)[None, :]
+        for k in range(3)
+    )
+    return HeadSlice(head, *(coordinate.astype(np.float32) for coordinate in xyz))
+
+
+def _noise(scan: Scan, matrix: int, rng: np.random.Generator) -> np.ndarray:
+    """Return noise with the texture of the kernel: float32 (rows, columns), HU."""
+    white = rng.standard_normal((matrix, matrix), np.float32)
+    noise = cv2.GaussianBlur(white, (0, 0), scan.noise_blur)
+    if scan.sharpness > 0.1:
+        noise -= scan.sharpness * cv2.GaussianBlur(noise, (0, 0), 2.2 * scan.noise_blur)
+    return noise * (scan.noise / float(noise.std()))
+
+
+def _table(scan: Scan, index: int, matrix: int) -> np.ndarray:
+    """Return the empty scanner with its head holder: float32 (rows, columns), HU."""
+    image = np.full((matrix, matrix), AIR, np.float32)
+    holder = scan.holder
+    if holder is None:
+        return image
+    x = scan.origin[index][0] + scan.orientation[0, 0] * scan.pixel_mm * np.arange(matrix)
+    y = scan.origin[index][1] + scan.orientation[1, 1] * scan.pixel_mm * np.arange(matrix)
+    u = ((x - holder.centre[0]) / holder.semi_axes[0]).astype(np.float32)
+    v = ((y - holder.centre[1]) / holder.semi_axes[1]).astype(np.float32)
+    first = int(np.searchsorted(v, holder.rim))
+    if first == matrix:
+        return image
+    below = image[first:]
+    radius = np.hypot(u[None, :], v[first:, None])
+    outwards = (radius - 1) * min(holder.semi_axes)
+    if holder.is_padded:
+        blend(below, -960.0, coverage(np.minimum(-outwards, 14 + outwards), 2.0))
+    wall = np.minimum(outwards, holder.wall_mm - outwards)
+    blend(below, holder.hu, coverage(wall, 1.0))
+    return image
+
+
+def _head_box(head: Head, start, steps, matrix: int, factor: int) -> tuple[slice, slice] | None:
+    """Return the rows and columns that can show the head, None above its top.
+
+    Their numbers are multiples of a factor.
+    """
     a, b, c = head.semi_axes
-    margin = head.skull_mm + head.scalp_mm + 2
+    margin = 1.6 * head.skull_mm + 1.4 * head.scalp_mm + head.swelling[3] + 2
     # Where the head's axis meets the slice; the slice's height at the four corners.
     corners = start[:, None] + steps @ ((matrix - 1) * np.array([[0, 1, 0, 1], [0, 0, 1, 1]]))
     if corners[2].min() > c + margin:
         return None
     column, row = np.linalg.solve(steps[:2], -start[:2])
-    half_columns = (a * (1 + head.egg) + margin + 12) / np.abs(steps[0, 0])
-    half_rows = (b + margin + 12) / np.abs(steps[1, 1])
+    half_columns = (a * (1.06 + head.egg) + margin + head.muscle_mm) / np.abs(steps[0, 0])
+    half_rows = (1.06 * b + margin + 1.5 * head.muscle_mm) / np.abs(steps[1, 1])
     edges = np.clip([row - half_rows, row + half_rows, column - half_columns,
-                     column + half_columns], 0, matrix).astype(int)  # fmt: skip
+                     column + half_columns], 0, matrix // factor * factor).astype(int)  # fmt: skip
+    edges -= edges % factor
     if edges[0] >= edges[1] or edges[2] >= edges[3]:
         return None
     return np.s_[edges[0] : edges[1], edges[2] : edges[3]]
 
 
-def _blend(image: np.ndarray, value: float | np.ndarray, part: np.ndarray) -> None:
-    image += part * (value - image)
-
-
-def _draw_tissue(
-    place: HeadSlice, bleeds: tuple[Bleed, ...], scan: Scan, mask: np.ndarray
+def _draw_head(
+    place: HeadSlice,
+    bleeds: tuple[Bleed, ...],
+    scan: Scan,
+    background: np.ndarray,
+    mask: np.ndarray,
 ) -> np.ndarray:
     """Return the noiseless image of the head in a box and fill in its mask."""
-    head = place.head
-    brain = _brain(place)
-    for bleed in bleeds:  # within the brain and its hollows
-        if bleed.subtype not in ("epidural", "subdural"):
-            _bleed(brain, bleed, place, scan.pixel_mm, mask)
-    _dura(brain, place)
-    for bleed in bleeds:  # between brain and skull
-        if bleed.subtype in ("epidural", "subdural"):
-            _bleed(brain, bleed, place, scan.pixel_mm, mask)
-    for blob in head.calcifications:
-        _blob(brain, blob, place)
-    brain += scan.ring * np.exp(np.minimum(-place.depth, 0) / 3.5)
 
-    image = _outer_head(place)
+    def fine(values: np.ndarray) -> np.ndarray:
+        return upsample(values, mask.shape)
+
+    brain = draw_inside(place, bleeds, scan.ring, scan.pixel_mm, fine, mask)
     # A thick slice that grazes the vault shows a broad ring of half bone.
-    edge = np.hypot(1.2 * scan.pixel_mm, 0.8 * scan.slice_spacing_mm * place.slope)
-    inside = coverage(place.depth, np.maximum(edge, 1.0))
-    _blend(image, brain, inside)
-    _skull_base(image, place)
-    mask |= (place.depth > 0).astype(np.uint8) << MASK_BITS.index("cavity")
-    hollow = np.minimum(place.ventricles, place.depth)
-    mask |= (hollow > 0).astype(np.uint8) << MASK_BITS.index("ventricles")
+    slanted = 0.8 * scan.slice_spacing_mm * place.slope
+    image = outer_head(place, background, scan.pixel_mm, slanted)
+    edge = np.hypot(1.2 * scan.pixel_mm, fine(slanted))
+    blend(image, fine(brain), coverage(fine(place.depth), np.maximum(edge, 1.0)))
+    base = skull_base(place)
+    if base is not None:
+        blend(image, *(fine(part) for part in base))
     return image
-
-
-def _brain(place: HeadSlice) -> np.ndarray:
-    """Return brain with its fluid spaces and vessels, as if it filled all space."""
-    head = place.head
-    cortex = np.minimum(place.depth, place.sulcus_distance) - 1.2 * head.atrophy
-    grey_part = coverage(4.5 - cortex, 2.0) * coverage(place.depth * -1 + 24, 4.0)
-    grey_part = np.maximum(grey_part, coverage(place.deep_grey, 2.0))
-    if place.reaches(-70, 20):  # the cerebellum shows no white matter at this contrast
-        below = np.minimum(place.y - 8, 10 - 0.62 * np.abs(place.x) - place.z)
-        grey_part = np.maximum(grey_part, coverage(below, 4.0))
-    brain = head.white + (head.grey - head.white) * grey_part
-    if head.deep_hu:
-        _blend(brain, head.deep_hu, coverage(place.deep_grey, 2.0))
-    fissure = 0.4 + 1.6 * head.atrophy
-    film = 0.5 + 2.0 * head.atrophy - place.depth
-    fluid = np.maximum(np.maximum(place.sulci, film), place.falx + fissure + head.falx_mm / 2)
-    fluid = np.maximum(np.maximum(fluid, place.cisterns), place.ventricles)
-    _blend(brain, CSF, coverage(fluid, 1.4))
-    if place.reaches(-32, -8):
-        for vessel in head.vessels:
-            _blob(brain, vessel, place)
-    return brain
-
-
-def _dura(brain: np.ndarray, place: HeadSlice) -> None:
-    head = place.head
-    _blend(brain, head.falx_hu, coverage(place.falx + head.falx_mm / 2, 1.2))
-    if place.reaches(-30, 22):
-        _blend(brain, head.tentorium_hu, coverage(place.tentorium + head.tentorium_mm / 2, 1.4))
-    _blend(brain, head.sinus_hu, coverage(place.sinuses, 1.4))
-
-
-def _bleed(
-    brain: np.ndarray, bleed: Bleed, place: HeadSlice, pixel_mm: float, mask: np.ndarray
-) -> None:
-    extent = bleed_extent(bleed, place)
-    if extent.max() < -8:
-        return
-    if bleed.rim_mm:
-        rim = coverage(extent + bleed.rim_mm, 2.0) * (place.ventricles < 0)
-        brain += OEDEMA_HU * rim
-    drawn = (extent > 0) & (place.depth > 0)
-    mask |= drawn.astype(np.uint8) << MASK_BITS.index(bleed.subtype)
-    # A slice that only grazes a bleed is half brain: its cap fades below the area of a label.
-    area_mm2 = np.count_nonzero(drawn) * pixel_mm**2
-    _blend(brain, bleed.hu, coverage(extent, 1.2) * (1.0 if area_mm2 >= MIN_AREA_MM2 else 0.35))
-
-
-def _blob(brain: np.ndarray, blob: Blob, place: HeadSlice) -> None:
-    reach = blob.semi_axes[2] + 2
-    if place.reaches(blob.centre[2] - reach, blob.centre[2] + reach):
-        extent = place.ellipsoid(blob.centre, blob.semi_axes)
-        _blend(brain, blob.hu, coverage(extent, 1.2))
-
-
-def _outer_head(place: HeadSlice) -> np.ndarray:
-    """Return skull and scalp around the vault, face and neck below the skull base."""
-    head = place.head
-    outer = -place.vault_depth  # distance outwards from the inner table
-    middle = np.clip(1.6 - np.abs(outer / head.skull_mm - 0.5) * 4, 0, 1)
-    bone = COMPACT_BONE + (DIPLOE - COMPACT_BONE) * middle
-    image = np.where(outer > head.skull_mm + 0.55 * head.scalp_mm, np.float32(SKIN), FAT)
-    _blend(image, AIR, coverage(outer - head.skull_mm - head.scalp_mm, 1.2))
-    _blend(image, bone, coverage(head.skull_mm - outer, 1.0))
-    return image
-
-
-def _skull_base(image: np.ndarray, place: HeadSlice) -> None:
-    """Draw what lies under the cavity: base plate, face, petrous bones, air cells, orbits."""
-    if not place.reaches(-200, 0):
-        return
-    head, x, y, z = place.head, place.x, place.y, place.z
-    across = np.abs(x)
-    below = np.minimum(-place.base_height, place.vault_depth + head.skull_mm + 1)
-    if below.max() > 0:
-        soft = np.where(place.sulcus_distance < 2.2, np.float32(FAT), np.float32(MUSCLE))
-        _blend(image, soft, coverage(below - 4, 2.0))
-        _blend(image, 900, coverage(2.2 - np.abs(below - 2), 1.5))
-        front = np.minimum(-38 - y, below - 3)
-        cells = np.minimum(12 - across, front)
-        _blend(image, np.where(np.sin(0.9 * x) > 0.75, 200, -850), coverage(cells, 1.0))
-        sphenoid = place.ellipsoid((0, -22, -42), (13, 11, 9))
-        _blend(image, 800, coverage(np.minimum(sphenoid + 1.5, below - 1), 1.0))
-        _blend(image, -950, coverage(np.minimum(sphenoid, below - 2), 1.0))
-        for side in (-1, 1):
-            orbit = np.minimum(place.ellipsoid((side * 32, -58, -30), (16, 22, 16)), front + 2)
-            _blend(image, 700, coverage(orbit + 2, 1.0))
-            _blend(image, FAT, coverage(orbit, 1.0))
-            globe = place.ellipsoid((side * 32, -66, -30), (12, 12, 12))
-            _blend(image, 12, coverage(globe, 1.0))
-    if place.reaches(-46, -18):
-        petrous = 7 + 0.06 * across - np.hypot(y - 14 + 0.45 * (46 - across), z + 32)
-        petrous = np.minimum(petrous, np.minimum(across - 15, place.vault_depth + 3))
-        _blend(image, 1200, coverage(petrous, 1.5))
-        mastoid = np.sin(1.1 * x) * np.sin(1.3 * y + z)
-        cells = np.minimum(petrous - 1.5, across - 44)
-        _blend(image, -600, coverage(np.minimum(cells, mastoid * 4), 1.0))
 
 
 def _streaks(place: HeadSlice, scan: Scan, rng: np.random.Generator) -> np.ndarray:
@@ -342,9 +324,11 @@ def _rays(place: HeadSlice, scan: Scan, rng: np.random.Generator) -> np.ndarray:
     strength = scan.ray * math.exp(-(((float(place.z.mean()) - z) / 55) ** 2))
     towards_middle = math.atan2(-y, -x)
     rays = np.zeros_like(place.x)
-    for _ in range(rng.integers(4, 8)):
-        angle = towards_middle + rng.uniform(-0.7, 0.7)
+    for _ in range(rng.integers(5, 12)):
+        angle = towards_middle + rng.uniform(-0.9, 0.9)
         across = (place.x - x) * math.sin(angle) - (place.y - y) * math.cos(angle)
-        profile = np.clip(2 - 2 * np.abs(across) / rng.uniform(2.5, 5.0), 0, 1)
-        rays = np.maximum(rays, profile * (strength * rng.uniform(0.7, 1)))
+        across = across / rng.uniform(1.2, 3.0)
+        # Bright with dark seams: what a ray loses its neighbours get.
+        profile = np.exp(-(across**2)) - 0.5 * np.exp(-((np.abs(across) - 2) ** 2))
+        rays += profile * (strength * rng.uniform(0.5, 1))
     return rays
