@@ -103,7 +103,7 @@ SCALES = {
         fittings={
             "slice": Fitting(32, 6, 1e-3),
             "slab": Fitting(16, 2, 1e-3),
-            "series": Fitting(8, 12, 1e-3),
+            "series": Fitting(8, 18, 1e-3),
         },
         seeds=(0, 1, 2),
         fractions=(0.125, 0.25, 0.5, 1.0),
@@ -528,7 +528,8 @@ def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunC
             balance=scale.balance,
             augment=run.augment or scale.augment,
             intensity=run.intensity,
-            loader_workers=scale.loader_workers,
+            # The stand-in for the library's augmentation is of this process only.
+            loader_workers=0 if run.normalise_first else scale.loader_workers,
         ),
         fit=FitConfig(
             batch_size=fitting.batch_size,

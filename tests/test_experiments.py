@@ -159,6 +159,8 @@ def test_the_scale_of_real_data_has_the_settings_of_the_thesis():
     assert fittings["slab"] == Fitting(16, 5, 1e-4)
     config = base_config(RUNS["2d"], SCALES["rsna"], 0)
     assert (config.data.size, config.data.augment, config.data.balance) == (256, "thesis", False)
+    # Worker processes would augment as the library does.
+    assert base_config(RUNS["2d-normalise-first"], SCALES["rsna"], 0).data.loader_workers == 0
 
 
 def test_runs_come_after_what_they_start_from():
