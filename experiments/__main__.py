@@ -105,8 +105,8 @@ def table(number: int, **options) -> None:
 @click.argument("name")
 @_run_options
 def question(name: str, **options) -> None:
-    """Make what one question needs: leak, views, stride, fractions, memory, intensity, normalise,
-    pretraining."""
+    """Make what one question needs: leak, views, stride, fractions, stride-9, memory, intensity,
+    normalise, pretraining."""
     from experiments.runs import QUESTIONS
     from ich_keras.errors import UsageError
 
@@ -133,6 +133,20 @@ def report(is_tiny, is_small, dicom, labels, work, out) -> None:
         scale = _scale(is_tiny, is_small, dicom)
         out = _out_of(scale.name, work or WORK / f"experiments-{scale.name}")
     click.echo(f"Report: {write_report(out, lambda line: click.echo(line, err=True))}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="PNG"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=4, show_default=True)
+def sheet(folders: tuple[Path, ...], out: Path, seed: int) -> None:
+    """Lay slices of DICOM FOLDERS and phantoms side by side, in the same windows."""
+    from experiments.sheet import write_sheet
+
+    write_sheet(folders, out, seed=seed)
+    click.echo(f"Contact sheet: {out}")
 
 
 def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):

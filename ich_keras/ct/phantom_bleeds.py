@@ -18,7 +18,7 @@ from ich_keras.ct.phantom_head import Head, HeadSlice
 
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
 OEDEMA_HU = -10.0  # difference to the brain around it
-_CONTRAST_HU = 22.0  # least difference to this patient's grey matter
+_CONTRAST_HU = 16.0  # least difference to this patient's grey matter
 _LAYERED = {"subdural": 0.25, "intraparenchymal": 0.08}  # share of bleeds of mixed age
 
 
@@ -62,8 +62,8 @@ class Bleed:
 
 def draw_bleed(subtype: str, head: Head, rng: np.random.Generator) -> Bleed:
     """Draw a bleed of one subtype in a head."""
-    lowest = max(MIN_BLEED_HU + 6, head.grey + _CONTRAST_HU)
-    hu = float(rng.uniform(lowest, MAX_BLEED_HU))
+    lowest = max(MIN_BLEED_HU + 2, head.grey + _CONTRAST_HU)
+    hu = float(rng.triangular(lowest, min(lowest + 6, MAX_BLEED_HU - 4), MAX_BLEED_HU))
     bleed = _DRAW[subtype](head, hu, int(rng.choice((-1, 1))), rng)
     bleed = replace(bleed, mottle=rng.uniform(0, 5))
     if subtype in _LAYERED and rng.random() < _LAYERED[subtype]:

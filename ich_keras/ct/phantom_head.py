@@ -140,7 +140,7 @@ def draw_head(rng: np.random.Generator, hydrocephalus: bool = False) -> Head:
     size = rng.normal(1.0, 0.035)
     semi_axes = tuple(size * rng.normal((66, 81, 71), (2.0, 3.0, 2.0)))
     # Wider than in life (about 33-40): a bright brain must not look like blood to a counter.
-    grey = float(np.clip(rng.normal(38.5, 5.0), 28, 50))
+    grey = float(np.clip(rng.normal(38.5, 6.0), 27, 50))
     atrophy = float(rng.beta(1.4, 1.9))
     wide = rng.uniform(1.1, 1.4) if hydrocephalus else 1.0
     head = Head(
@@ -179,9 +179,9 @@ def _draw_swelling(rng: np.random.Generator) -> tuple[float, float, float, float
 
 def _draw_dura(rng: np.random.Generator) -> dict:
     """Draw the bright normal structures; with contrast medium, as much of them as a bleed."""
-    is_enhanced = rng.random() < 0.5
+    is_enhanced = rng.random() < 0.6
     thickest, dimmest, brightest, sinus_mm = (
-        (3.6, 62.0, 84.0, 10.0) if is_enhanced else (2.2, 48.0, 66.0, 6.5)
+        (4.2, 62.0, 84.0, 11.0) if is_enhanced else (2.2, 48.0, 66.0, 6.5)
     )
     return {
         "falx_mm": rng.uniform(0.4, 1) * thickest,

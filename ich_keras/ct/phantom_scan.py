@@ -14,7 +14,7 @@ from ich_keras.ct.phantom_skull import blend, outer_head, skull_base, upsample
 # Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail
 # in it, and it takes a quarter of the time.
 _COARSE_MM = 0.95
-_METAL_SHARE = 0.10  # of the series, in health as in bleeding
+_METAL_SHARE = 0.12  # of the series, in health as in bleeding
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def draw_scan(
     centre = rng.normal(0, (6, 8, 60))
 
     top_mm = head.semi_axes[2] + head.skull_mm + head.scalp_mm
-    low_mm = rng.uniform(-46, -16)
+    low_mm = rng.uniform(-40, -14)
     high_mm = top_mm + (rng.uniform(2, 10) if rng.random() < 0.12 else -rng.uniform(16, 32))
     along_mm = np.arange(low_mm, high_mm, spacing_mm)
     # The table moves along z whatever the tilt: a tilted stack is sheared, as real ones are. Where
@@ -123,7 +123,7 @@ def draw_scan(
         noise_blur=rng.uniform(0.6, 1.1) * 512**-0.5 * matrix**0.5,
         sharpness=rng.uniform(0, 0.8),
         blur_mm=rng.uniform(0.35, 0.6),
-        ring=float(rng.triangular(0, 4, 16)),
+        ring=float(rng.triangular(0, 6, 20)),
         streak=float(rng.uniform(4, 28)),
         metal=_draw_metal(head, rng) if rng.random() < _METAL_SHARE else None,
         ray=rng.uniform(18, 36),
