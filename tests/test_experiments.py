@@ -15,6 +15,7 @@ from sklearn import metrics as sk
 
 from ich_keras.config import RunConfig
 from ich_keras.data.split import Split, audit, split_by_patient, thesis_slice_split
+from ich_keras.data.trivial import hu_band_counts, trivial_detector
 from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.labels import ANY, LABELS, SUBTYPES
@@ -35,7 +36,7 @@ from experiments.data import Place, claim_work
 from experiments.listing import listing
 from experiments.normalise_first import make_thesis_order, thesis_order
 from experiments.reproduce import Task, reproduce, resolve
-from experiments.results import RESULT, Result, load_result, load_results
+from experiments.results import RESULT, Result, load_result, load_results, trivial_auroc
 from experiments.runs import (
     QUESTIONS,
     RUNS,
@@ -323,6 +324,7 @@ class FakeTraining:
         if len(self.configs) == self.fails_at:
             raise KeyboardInterrupt
         split = make_split(config.data.split, cache.slices, config.seed)
+        split.save(out / "split.json")
         plan = plan_training(cache, config).to_dict()
         data = {"cache": cache.fingerprint, "plan": plan, "synthetic": True}
         write_json(out / "data.json", data)
@@ -425,6 +427,19 @@ def test_no_patient_id_reaches_the_results(place, phantom_cache):
     assert len(pairs) == rows["patient"].nunique() == owner[rows["sop"]].nunique()
 
 
+def test_the_detector_that_counts_voxels_is_scored_on_the_same_slices(phantom_cache):
+    split = split_by_patient(phantom_cache.slices, 0)
+    train, test = (split.indices(phantom_cache.slices, name) for name in ("train", "test"))
+    counts = hu_band_counts(phantom_cache.slices_hu(np.arange(len(phantom_cache.slices))))
+    truth = phantom_cache.slices["any"].to_numpy()
+    values = trivial_detector(counts[train], truth[train], counts[test])
+    found = trivial_auroc(phantom_cache, split)
+    assert found["slice"] == pytest.approx(sk.roc_auc_score(truth[test], values))
+    series = phantom_cache.slices["series_uid"].to_numpy()[test]
+    worst = [(truth[test][series == uid].max(), values[series == uid].max()) for uid in set(series)]
+    assert found["series"] == pytest.approx(sk.roc_auc_score(*zip(*worst, strict=True)))
+
+
 # What is said of it.
 
 
@@ -441,6 +456,7 @@ def made_result(key, seed, rows, level="slice", rule="max", **info):
         metrics["series"] = binary_metrics(labels, aggregate(values, series, rule).to_numpy())
         metrics["series"]["aggregation"] = {"rule": rule}
     content = {"config": {"data": {"view": level}, "fit": {"epochs": 2}}, "metrics": metrics}
+    content["trivial_auroc_any"] = {"slice": 0.7, "series": 0.6}
     history = pd.DataFrame({"epoch": [1, 2], "valid_log_loss": [0.6, 0.5]})
     return Result(key, seed, content | info, table, history, None)
 

@@ -81,7 +81,7 @@ def _draw_epidural(head: Head, hu: float, side: int, rng: np.random.Generator) -
     # Mostly under the temporal and parietal bone, where the middle meningeal artery runs.
     direction = np.array([side * 0.85, rng.uniform(-0.55, 0.55), rng.uniform(-0.1, 0.55)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.triangular(9, 14, 26), rng.uniform(22, 34), 0.0)
+    size = (rng.triangular(8, 12, 24), rng.uniform(22, 34), 0.0)
     return Bleed("epidural", "convexity", hu, side, tuple(point), size)
 
 
@@ -101,7 +101,7 @@ def _draw_subdural(head: Head, hu: float, side: int, rng: np.random.Generator) -
         return Bleed("subdural", "falx", hu, side, centre, size)
     direction = np.array([side * 0.85, rng.uniform(-0.35, 0.35), rng.uniform(0.1, 0.5)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.triangular(4.5, 8, 15), rng.uniform(44, 64), rng.uniform(28, 44))
+    size = (rng.triangular(4, 7, 14), rng.uniform(44, 64), rng.uniform(28, 44))
     return Bleed("subdural", "convexity", hu, side, tuple(point), size)
 
 
@@ -124,7 +124,7 @@ def _draw_subarachnoid(head: Head, hu: float, side: int, rng: np.random.Generato
     kind = str(rng.choice(("sulci", "cisterns", "both"), p=(0.4, 0.25, 0.35)))
     direction = np.array([side * 0.8, rng.uniform(-0.8, 0.8), rng.uniform(-0.05, 0.7)])
     point = head.surface_point(direction / np.linalg.norm(direction))
-    size = (rng.uniform(1.4, 2.3), rng.uniform(24, 40), rng.uniform(0.6, 1.8))
+    size = (rng.uniform(1.3, 2.2), rng.uniform(24, 40), rng.uniform(0.6, 1.8))
     return Bleed("subarachnoid", kind, hu, 0, tuple(point), size)
 
 
@@ -166,7 +166,7 @@ def _intraventricular_extent(bleed: Bleed, place: HeadSlice) -> np.ndarray:
 def _draw_intraparenchymal(head: Head, hu: float, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("deep", "lobar", "cerebellar"), p=(0.45, 0.42, 0.13)))
     # From a small contusion to a haematoma of 80 ml.
-    size = rng.triangular(8, 12, 27) * rng.uniform(0.8, 1.25, 3)
+    size = rng.triangular(7, 10.5, 25) * rng.uniform(0.8, 1.25, 3)
     if kind == "deep":
         centre = rng.normal((side * 23, 0, 8), (3, 6, 4))
     elif kind == "lobar":
