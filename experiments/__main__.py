@@ -140,12 +140,13 @@ def report(is_tiny, is_small, dicom, labels, work, out) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="PNG"
 )
+@click.option("--columns", type=click.IntRange(min=2), default=8, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=4, show_default=True)
-def sheet(folders: tuple[Path, ...], out: Path, seed: int) -> None:
+def sheet(folders: tuple[Path, ...], out: Path, columns: int, seed: int) -> None:
     """Lay slices of DICOM FOLDERS and phantoms side by side, in the same windows."""
     from experiments.sheet import write_sheet
 
-    write_sheet(folders, out, seed=seed)
+    write_sheet(folders, out, columns, seed)
     click.echo(f"Contact sheet: {out}")
 
 

@@ -13,7 +13,7 @@ from ich_keras.ct.window import BRAIN, Window
 from ich_keras.files import atomic_write
 
 BONE = Window(600, 2800)
-_TILE = 220  # pixels
+_TILE = 180  # pixels
 _HEADER = 22
 
 
@@ -55,7 +55,7 @@ def phantom_slices(count: int, seed: int) -> list[np.ndarray]:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:
-    """Lay rows of slices out, each in the brain window and, below, in a bone window.
+    """Lay rows of slices out: the brain window above, a bone window below.
 
     Args:
         rows: title, and int16 (rows, columns) slices, HU.

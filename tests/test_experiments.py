@@ -57,6 +57,7 @@ from experiments.scores import (
     scored,
     under_convention,
 )
+from experiments.sheet import contact_sheet
 from experiments.splits import leaky_split, with_fraction
 from experiments.tables import (
     PUBLISHED,
@@ -566,7 +567,6 @@ def test_words_follow_the_numbers():
 
 
 def test_the_report_needs_nothing_but_the_results(place):
-    pytest.importorskip("matplotlib")
     from experiments.write_up import write_report
 
     reproduce(place, ["2d", "2d-half"], (0, 1), train_run=FakeTraining())
@@ -625,7 +625,6 @@ def test_commands_explain_themselves_and_refuse_nonsense():
 
 @pytest.mark.slow
 def test_the_whole_road_on_the_smallest_scale(tmp_path):
-    pytest.importorskip("matplotlib")
     from experiments.write_up import write_report
 
     scale = replace(
@@ -653,3 +652,27 @@ def test_the_whole_road_on_the_smallest_scale(tmp_path):
     assert len(results["series"][0].predictions) == len(split.members["test"])
     text = write_report(place.out).read_text()
     assert "`series` - `2d`" in text
+
+
+def test_the_sheet_shows_both_windows():
+    hu = np.full((90, 90), 40, np.int16)
+    hu[:45] = 2000
+    sheet = contact_sheet([("one", [hu]), ("two", [hu, hu])])
+    tile, header = 180, 22
+    assert sheet.shape == (2 * (header + 2 * tile), 2 * tile)
+    brain = sheet[header : header + tile, :tile]
+    bone = sheet[header + tile : header + 2 * tile, :tile]
+    # By hand: 40 is the middle of 0..80; of -800..2000 it is 0.3; 2000 is the upper end of both.
+    assert (brain[5, 5], brain[-5, 5], bone[5, 5], bone[-5, 5]) == (255, 128, 255, 76)
+    assert not sheet[header : header + 2 * tile, tile:].any()
+
+
+def test_the_sheet_of_a_folder(phantom_folder, tmp_path):
+    from experiments.__main__ import main
+
+    out = tmp_path / "sheet.png"
+    done = CliRunner().invoke(
+        main, ["sheet", str(phantom_folder / "images"), "--columns", "2", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert out.read_bytes().startswith(b"\x89PNG")
