@@ -18,7 +18,7 @@ from ich_keras.errors import DataError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
-from ich_keras.metrics.intervals import RESAMPLES, bootstrap, paired_bootstrap
+from ich_keras.metrics.intervals import RESAMPLES, bootstrap, paired_bootstrap, unpaired_bootstrap
 
 LEVELS = ("slice", "series")
 # The thesis's names of its metrics -> ours; where they have no like among ours, none.
@@ -200,6 +200,20 @@ def compare(
         len(set(patients)),
         tuple(seeds),
     )
+
+
+def apart(
+    ones: Sequence[Result], others: Sequence[Result], level: str, resamples: int = RESAMPLES
+) -> dict[str, dict] | None:
+    """Compare two models that were scored on samples of their own: `ones` minus `others`, over
+    all seeds; patients of both are drawn together. None where there are fewer than two."""
+    sets = [
+        together([part for result in group if (part := scored(result, level)) is not None])
+        for group in (ones, others)
+    ]
+    if len(set(sets[0][2]) | set(sets[1][2])) < 2:
+        return None
+    return unpaired_bootstrap(*sets, resamples)
 
 
 def aligned(one: Scored, other: Scored, only_shared: bool = False) -> tuple[Scored, Scored]:

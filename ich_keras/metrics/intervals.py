@@ -47,7 +47,7 @@ def bootstrap(
     Raises:
         DataError: shapes differ, or there are fewer than two patients.
     """
-    whole, drawn = _resampled(truth, [values], patients, resamples, seed)
+    whole, drawn = _resampled([(truth, values, patients)], resamples, seed)
     return {name: _interval(whole[0][name], drawn[0][name]) for name in whole[0]}
 
 
@@ -73,7 +73,34 @@ def paired_bootstrap(
     Raises:
         DataError: as `bootstrap`.
     """
-    whole, drawn = _resampled(truth, [values, others], patients, resamples, seed)
+    rows = [(truth, values, patients), (truth, others, patients)]
+    return _differences(*_resampled(rows, resamples, seed))
+
+
+def unpaired_bootstrap(
+    one: tuple[np.ndarray, np.ndarray, Sequence[str]],
+    other: tuple[np.ndarray, np.ndarray, Sequence[str]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Compute how much one model's metrics exceed another's, each on rows of its own.
+
+    Patients of both sets of rows are drawn together: who is in both weighs the same in both.
+
+    Args:
+        one, other: truth int (n, 6), probabilities float (n, 6), patients str (n,); n may differ.
+        resamples, seed: as in `bootstrap`.
+
+    Returns:
+        As `paired_bootstrap`.
+
+    Raises:
+        DataError: as `bootstrap`.
+    """
+    return _differences(*_resampled([one, other], resamples, seed))
+
+
+def _differences(whole: list[dict], drawn: list[dict]) -> dict[str, dict]:
     found = {}
     for name, value in whole[0].items():
         differences = drawn[0][name] - drawn[1][name]
@@ -94,33 +121,36 @@ def _interval(value: float | None, drawn: np.ndarray) -> dict:
     return {"value": value, "low": low, "high": high, "resamples": len(defined)}
 
 
-def _resampled(truth, tables, patients, resamples: int, seed: int):
-    truth = np.asarray(truth) == 1
-    tables = [np.asarray(values, np.float64) for values in tables]
-    numbers, names = pd.factorize(np.asarray(patients, object))
-    if any(values.shape != truth.shape for values in tables) or len(numbers) != len(truth):
-        shapes = ", ".join(str(values.shape) for values in tables)
-        raise DataError(
-            f"truth {truth.shape}, probabilities {shapes}, patients ({len(numbers)},); expected"
-            " the same rows and six labels."
-        )
+def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, list]:
+    """Score sets of rows (truth, probabilities, patients), whole and with patients resampled."""
+    columns, owners = [], []
+    for truth, values, patients in sets:
+        truth, values = np.asarray(truth) == 1, np.asarray(values, np.float64)
+        if values.shape != truth.shape or len(patients) != len(truth):
+            raise DataError(
+                f"truth {truth.shape}, probabilities {values.shape}, patients ({len(patients)},);"
+                " expected the same rows and six labels."
+            )
+        columns.append(_Columns(truth, values))
+        owners.append(np.asarray(patients, object))
+    numbers, names = pd.factorize(np.concatenate(owners))
     if len(names) < 2:
         raise DataError(f"{len(names)} patient(s); resampling needs at least two.")
-    columns = [_Columns(truth, values) for values in tables]
+    parts = np.split(numbers, np.cumsum([len(owner) for owner in owners])[:-1])
     whole = [
         {
             name: _or_none(found[0])
-            for name, found in column.metrics(np.ones((1, len(truth)))).items()
+            for name, found in column.metrics(np.ones((1, len(part)))).items()
         }
-        for column in columns
+        for column, part in zip(columns, parts, strict=True)
     ]
-    drawn = [[] for _ in tables]
-    for weights in _weights(numbers, len(names), resamples, seed):
-        for parts, column in zip(drawn, columns, strict=True):
-            parts.append(column.metrics(weights))
+    drawn: list[list] = [[] for _ in sets]
+    for counts in _draws(len(names), resamples, seed):
+        for scored, column, part in zip(drawn, columns, parts, strict=True):
+            scored.append(column.metrics(counts[:, part].astype(np.float64)))
     joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in drawn
+        {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+        for scored in drawn
     ]
     return whole, joined
 
@@ -129,15 +159,12 @@ def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _weights(
-    numbers: np.ndarray, num_patients: int, resamples: int, seed: int
-) -> Iterator[np.ndarray]:
-    """Yield how often each row is in each resample: float64 (some resamples, rows)."""
+def _draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each patient is in each resample: int (some resamples, patients)."""
     random = np.random.default_rng(seed)
     shares = np.full(num_patients, 1 / num_patients)
     for start in range(0, resamples, _CHUNK):
-        counts = random.multinomial(num_patients, shares, min(_CHUNK, resamples - start))
-        yield counts[:, numbers].astype(np.float64)
+        yield random.multinomial(num_patients, shares, min(_CHUNK, resamples - start))
 
 
 class _Columns:
