@@ -84,7 +84,19 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
     tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds))]
     # The first seed of everything first: it is enough for a first look.
     tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), seeds.index(task.seed)))
-    return [task for task in tasks if not is_kept(place, task.key, task.seed)]
+    absent = [task for task in tasks if not is_kept(place, task.key, task.seed)]
+    # Results may be kept without the work folder; weights to start from are not among them.
+    needed = {other for task in absent for other in RUNS[task.key].depends_on}
+    return [
+        task
+        for task in tasks
+        if task in absent
+        or (
+            task.key in needed
+            and task.seed == seeds[0]
+            and not (place.run_dir(task.key, task.seed) / BEST_WEIGHTS).is_file()
+        )
+    ]
 
 
 def resolve(

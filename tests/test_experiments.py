@@ -372,6 +372,17 @@ def test_what_is_there_is_skipped_and_what_is_half_made_is_made_again(place):
     assert [config.seed for config in again.configs] == [0, 1]
 
 
+def test_weights_to_start_from_are_made_again_when_only_results_were_kept(place, monkeypatch):
+    monkeypatch.setattr(reproducing, "is_kept", lambda place, key, seed: key == "stand-in-2d-18")
+    keys = ["2d-stand-in", "stand-in-2d-18"]
+    first, second = Task("stand-in-2d-18", 0), Task("2d-stand-in", 0)
+    assert reproducing.plan_tasks(place, keys, (0,)) == [first, second]
+    weights = place.run_dir(first.key, 0) / "best.weights.h5"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert reproducing.plan_tasks(place, keys, (0,)) == [second]
+
+
 def test_other_settings_are_refused(place, monkeypatch):
     reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     with pytest.raises(StaleError, match="num_series 24 .now 25"):

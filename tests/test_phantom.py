@@ -239,15 +239,23 @@ def test_the_box_holds_what_it_says(head):
         assert boxed.sum() <= 4 * inside.sum() + 200
 
 
-def test_drawing_soft_tissue_coarsely_changes_no_size():
-    def volumes(matrix):
-        phantom = make_phantom(
-            PhantomSpec(5, 2, 0, ("subdural", "intraparenchymal"), matrix=matrix)
+def test_drawing_soft_tissue_coarsely_moves_and_changes_nothing():
+    def measured(matrix):
+        phantom = _phantom("subdural", "intraparenchymal", patient=2, matrix=matrix)
+        names = (*phantom.spec.subtypes, "cavity")
+        middle = len(phantom.hu) // 2
+        _, rows, columns = np.nonzero(phantom.mask("cavity")[middle : middle + 1])
+        pixels = np.array([columns.mean(), rows.mean()])
+        centre = phantom.scan.origin[middle] + pixels @ phantom.scan.orientation * (
+            phantom.scan.pixel_mm
         )
-        return [phantom.volume_ml(name) for name in (*phantom.spec.subtypes, "cavity")]
+        return [phantom.volume_ml(name) for name in names], centre
 
     # At 512 the brain is drawn on every second pixel, at 256 on every one.
-    assert volumes(512) == pytest.approx(volumes(256), rel=0.01)
+    volumes, centre = measured(512)
+    other_volumes, other_centre = measured(256)
+    assert volumes == pytest.approx(other_volumes, rel=0.01)
+    assert centre == pytest.approx(other_centre, abs=0.1)  # mm; a pixel is 0.47
 
 
 def test_a_holder_lies_behind_the_head_and_not_in_it():
