@@ -55,7 +55,12 @@ def _run_options(command):
             metavar="DIR",
             help="Converted weights; default: where ich_keras keeps them.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
         click.option(
             "--jobs",
             type=click.IntRange(min=1),
@@ -160,7 +165,11 @@ def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):
         if given
     ]
     if len(named) != 1:
-        raise UsageError("no scale, or several; expected one of --tiny, --small, --dicom DIR.")
+        raise UsageError(
+            f"{'several scales' if named else 'no scale'}; expected one of --tiny, --small,"
+            " --dicom DIR.",
+            "`report` takes --out DIR instead.",
+        )
     return require_scale(named[0])
 
 
@@ -189,9 +198,9 @@ def _reproduce(
     from ich_keras.errors import UsageError
     from ich_keras.models.weights import FOLDER_VARIABLE
 
-    scale = _scale(is_tiny, is_small, dicom)
     if (dicom is None) != (labels is None):
         raise UsageError("--dicom and --labels belong together.")
+    scale = _scale(is_tiny, is_small, dicom)
     if weights_dir is not None:
         # Through the environment, so that worker processes look there too.
         os.environ[FOLDER_VARIABLE] = str(weights_dir.absolute())
@@ -222,10 +231,15 @@ def _reproduce(
 def _seeds(text: str) -> tuple[int, ...]:
     from ich_keras.errors import UsageError
 
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise UsageError(f"--seeds {text!r}; expected different whole numbers, like 0,1,2.")
-    return tuple(int(part) for part in parts)
+    if not text:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) if part.isdecimal() else -1 for part in parts]
+    if not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise UsageError(
+            f"--seeds {text!r}; expected different whole numbers below 2^32, like 0,1,2."
+        )
+    return tuple(seeds)
 
 
 if __name__ == "__main__":

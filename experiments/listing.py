@@ -13,6 +13,7 @@ from experiments.tables import PUBLISHED
 from experiments.times import expected_seconds, expected_time
 from ich_keras.report import markdown_table
 
+_OPTION = {"tiny": "--tiny", "small": "--small", "rsna": "--dicom DIR --labels CSV"}
 _MACHINE = {"tiny": "2 cores", "small": "2 cores", "rsna": "1 GPU"}
 
 
@@ -43,7 +44,9 @@ def listing() -> str:
                 f"`{key}`",
                 run.title,
                 ", ".join(needed),
-                f"`python -m experiments {command}`",
+                f"`python -m experiments {command} {_OPTION[min(scales, key=list(SCALES).index)]}`"
+                if scales
+                else "n/a",
                 ", ".join(f"{name} ({_MACHINE[name]})" for name in scales),
                 ", ".join(f"{name} {expected_time(key, SCALES[name])}" for name in scales),
                 "n/a" if published is None else f"loss {published:.4f}",
@@ -66,7 +69,7 @@ def _total(name: str) -> str:
         (key, seed)
         for key in keys
         if not RUNS[key].needs_weights
-        for seed in seeds_of(key, scale.seeds)
+        for seed in seeds_of(key, scale.seeds, scale)
     ]
     hours = sum(expected_seconds(key, scale) for key, _ in runs) / 3600
     return (

@@ -49,13 +49,12 @@ def absent_weights(key: str) -> str:
         return ""
     try:
         find_weights(source, run.preset)
-    except UsageError as error:
+    except UsageError:
         if source == MEDICALNET_2D:
             return (
                 f"weights-convert collapse --weights FILE.weights.h5 --preset {run.preset} --out"
                 f" {weights_folder() / source}.weights.h5"
             )
-        del error
         return f"weights-convert convert --source {source} --checkpoint FILE.pth"
     return ""
 
@@ -81,9 +80,10 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
             )
         if not command:
             usable.append(key)
-    tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds))]
+    tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds), place.scale)]
     # The first seed of everything first: it is enough for a first look.
-    tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), seeds.index(task.seed)))
+    order = (*seeds, *place.scale.seeds)
+    tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), order.index(task.seed)))
     absent = [task for task in tasks if not is_kept(place, task.key, task.seed)]
     # Results may be kept without the work folder; weights to start from are not among them.
     needed = {other for task in absent for other in RUNS[task.key].depends_on}
@@ -93,22 +93,19 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
         if task in absent
         or (
             task.key in needed
-            and task.seed == seeds[0]
+            and task.seed == place.scale.seeds[0]
             and not (place.run_dir(task.key, task.seed) / BEST_WEIGHTS).is_file()
         )
     ]
 
 
-def resolve(
-    place: Place, task: Task, cache: CTCache, first_seed: int | None = None
-) -> tuple[RunConfig, dict]:
+def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, dict]:
     """Fill in what a declaration leaves to the data: split, weights, and what `like` asks for.
 
     Args:
         place: of the experiments.
         task: the run.
         cache: the one it trains on.
-        first_seed: of the runs that are made for one seed only; None: the scale's.
 
     Returns:
         (configuration, {"samples_per_epoch", "operations_per_sample"}).
@@ -118,12 +115,11 @@ def resolve(
     config = base_config(run, place.scale, seed, place.device)
     split = split_path(folder, run.split, cache.slices, seed, run.fraction)
     config = replace(config, data=replace(config.data, split=split))
-    first = place.scale.seeds[0] if first_seed is None else first_seed
     if run.weights is not None:
-        config = replace(config, weights=_weights(place, run.weights, run.preset, first))
+        config = replace(config, weights=_weights(place, run.weights, run.preset))
     if run.like is not None:
         what, key = run.like
-        other, cost = resolve(place, Task(key, seed), cache, first)
+        other, cost = resolve(place, Task(key, seed), cache)
         config = _like(config, what, cache, other, cost)
     plan = plan_training(cache, config)
     return config, {
@@ -167,24 +163,25 @@ def _cost(config: RunConfig):
     return cost(classifier(network(settled(config))))
 
 
-def _weights(place: Place, weights: str, preset_name: str, first_seed: int) -> str:
+def _weights(place: Place, weights: str, preset_name: str) -> str:
     kind, _, key = weights.partition(":")
+    if kind not in ("run", "collapsed"):
+        return weights
+    best = place.run_dir(key, place.scale.seeds[0]) / BEST_WEIGHTS
     if kind == "run":
-        return str(place.run_dir(key, first_seed) / BEST_WEIGHTS)
-    if kind == "collapsed":
-        path = place.work / f"{key}-2d.weights.h5"
-        if not path.is_file():
-            from weights_convert import collapse
+        return str(best)
+    # In the run's own folder, so that it goes when the run is made again.
+    path = best.with_name("collapsed.weights.h5")
+    if not path.is_file():
+        from weights_convert import collapse
 
-            collapse(place.run_dir(key, first_seed) / BEST_WEIGHTS, preset_name, path)
-        return str(path)
-    return weights
+        collapse(best, preset_name, path)
+    return str(path)
 
 
 def make_run(
     place: Place,
     task: Task,
-    first_seed: int,
     tell: Tell | None = None,
     train_run: Callable = train,
 ) -> Task:
@@ -193,7 +190,6 @@ def make_run(
     Args:
         place: claimed, its cache made.
         task: the run.
-        first_seed: the seed of the runs that are made once.
         tell: called with single lines of text.
         train_run: called as `ich_keras.training.train`.
 
@@ -204,14 +200,16 @@ def make_run(
     run, folder = RUNS[task.key], place.run_dir(task.key, task.seed)
     cache = CTCache.open(place.cache_dir(run.split == "other"))
     mark = folder.with_name(f"{folder.name}.json")
-    wanted = {"declaration": declaration(task.key, place.scale, task.seed)}
-    is_finished = (folder / FINISHED).is_file() and mark.is_file()
+    wanted = {"declaration": declaration(task.key, place.scale, task.seed, place.source)}
+    is_finished = mark.is_file() and all(
+        (folder / name).is_file() for name in (FINISHED, BEST_WEIGHTS)
+    )
     if is_finished and read_json(mark) != wanted:
         raise StaleError(
             f"{folder} is a run that was declared otherwise.",
-            "Remove it, or give another --work.",
+            "Remove that folder, or give another --work.",
         )
-    config, cost = resolve(place, task, cache, first_seed)
+    config, cost = resolve(place, task, cache)
     if not is_finished:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(mark, wanted)
@@ -251,7 +249,7 @@ def reproduce(
     Args:
         place: of the experiments.
         keys: of runs; see `chosen_runs`.
-        seeds: the first of them is that of the runs that are made once.
+        seeds: of the runs that are made for several.
         progress: called as progress(step, done, total), while data are made.
         tell: called with single lines of text.
         train_run: called as `ich_keras.training.train`, where there is one job.
@@ -266,7 +264,9 @@ def reproduce(
     tell = tell or (lambda line: None)
     claim_work(place)
     tasks = plan_tasks(place, keys, seeds)
-    total = sum(len(seeds_of(key, tuple(seeds))) for key in keys if not absent_weights(key))
+    total = sum(
+        len(seeds_of(key, tuple(seeds), place.scale)) for key in keys if not absent_weights(key)
+    )
     tell(f"{len(tasks)} of {total} runs to make; the others are there.")
     if not tasks:
         return 0
@@ -282,25 +282,23 @@ def reproduce(
         ]
         done = 0
         for stage in stages:
-            for task in _made(place, stage, seeds[0], tell, train_run):
+            for task in _made(place, stage, tell, train_run):
                 done += 1
                 tell(f"{task}: done ({done}/{len(tasks)})")
     return len(tasks)
 
 
-def _made(
-    place: Place, tasks: list[Task], first_seed: int, tell: Tell, train_run: Callable
-) -> Iterator[Task]:
+def _made(place: Place, tasks: list[Task], tell: Tell, train_run: Callable) -> Iterator[Task]:
     if place.jobs == 1:
         _start(place.threads)
         for task in tasks:
-            yield make_run(place, task, first_seed, tell, train_run)
+            yield make_run(place, task, tell, train_run)
             _forget()
         return
     threads = max(1, place.threads // place.jobs)
     pool = ProcessPoolExecutor(place.jobs, process_context(), _start, (threads,))
     try:
-        waiting = {pool.submit(_make_apart, place, task, first_seed) for task in tasks}
+        waiting = {pool.submit(_make_apart, place, task) for task in tasks}
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -317,8 +315,8 @@ def _made(
             process.terminate()
 
 
-def _make_apart(place: Place, task: Task, first_seed: int) -> Task:
-    made = make_run(place, task, first_seed, lambda line: print(line, flush=True))
+def _make_apart(place: Place, task: Task) -> Task:
+    made = make_run(place, task, lambda line: print(line, flush=True))
     _forget()
     return made
 

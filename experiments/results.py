@@ -12,6 +12,7 @@ A patient is a running number over the data set, never a PatientID.
 import dataclasses
 import functools
 import gzip
+import hashlib
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -96,6 +97,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     table = pd.read_csv(run_dir / "predictions-test.csv", dtype={"sop_instance_uid": str})
     numbers = patient_numbers(cache)
     _write(out / PREDICTIONS, _kept_rows(table, numbers))
+    (out / AUGMENTED).unlink(missing_ok=True)
     if RUNS[key].is_thesis:
         _write(out / AUGMENTED, _kept_rows(_augmented(config, cache, run_dir, table), numbers))
     history = pd.read_csv(run_dir / HISTORY)
@@ -114,7 +116,12 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "key": key,
             "title": RUNS[key].title,
             "seed": seed,
-            "declaration": declaration(key, place.scale, seed),
+            "declaration": declaration(key, place.scale, seed, place.source),
+            "files": {
+                name: hashlib.sha256((out / name).read_bytes()).hexdigest()
+                for name in (PREDICTIONS, HISTORY, AUGMENTED)
+                if (out / name).is_file()
+            },
             "scale": place.scale.name,
             "synthetic": data["synthetic"],
             "cache": data["cache"],
@@ -240,27 +247,53 @@ def is_kept(place: Place, key: str, seed: int) -> bool:
     Raises:
         StaleError: what is kept was declared otherwise.
     """
-    path = place.result_dir(key, seed) / RESULT
-    if not path.is_file():
+    folder = place.result_dir(key, seed)
+    if not (folder / RESULT).is_file():
         return False
-    info = read_json(path)
-    if info["declaration"] != declaration(key, place.scale, seed):
+    info = _read_info(folder)
+    if info["declaration"] != declaration(key, place.scale, seed, place.source):
         raise StaleError(
-            f"{path.parent} is the result of a run that was declared otherwise (its date:"
+            f"{folder} is the result of a run that was declared otherwise (its date:"
             f" {info['date']}).",
             "Give another --out and --work, or remove that folder and the run's.",
         )
     return True
 
 
+def _read_info(folder: Path) -> dict:
+    """Read result.json and check that the files beside it are those it was written for.
+
+    Raises:
+        StaleError: one is damaged or missing.
+    """
+    try:
+        info = read_json(folder / RESULT)
+        checksums = dict(info["files"])
+        _ = info["declaration"], info["date"], info["cache"]
+    except (StaleError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, RESULT) from error
+    for name, checksum in checksums.items():
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+            raise _damaged(folder, name)
+    return info
+
+
+def _damaged(folder: Path, name: str) -> StaleError:
+    return StaleError(
+        f"{folder / name} is missing or damaged.",
+        f"Remove {folder}: the command that made it makes it again.",
+    )
+
+
 def load_result(out: Path, key: str, seed: int) -> Result:
     """Read a kept run.
 
     Raises:
-        StaleError: it is not there.
+        StaleError: it is not there, or damaged.
     """
     folder = out / "runs" / f"{key}-s{seed}"
-    info = read_json(folder / RESULT)
+    info = _read_info(folder)
     augmented = folder / AUGMENTED
     return Result(
         key,
@@ -281,7 +314,7 @@ def load_results(out: Path) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for path in sorted(out.glob(f"runs/*/{RESULT}")):
         key, _, seed = path.parent.name.rpartition("-s")
-        if key in RUNS:
+        if key in RUNS and seed.isdecimal():
             found.setdefault(key, []).append(load_result(out, key, int(seed)))
     for is_other in (False, True):
         caches = _caches(found, is_other)

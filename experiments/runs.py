@@ -153,7 +153,7 @@ class Run:
         intensity, augment: as in `RunConfig`; None takes the scale's.
         normalise_first: imitate the thesis's order, normalisation before brightness and contrast.
         published: key of `tables.PUBLISHED`.
-        first_seed: made for the first seed only.
+        first_seed: made for the scale's first seed only.
     """
 
     title: str
@@ -586,23 +586,23 @@ def data_settings(scale: Scale, source: Source | None = None) -> dict:
     return content | ({} if source is None else asdict(source))
 
 
-def declaration(key: str, scale: Scale, seed: int) -> str:
+def declaration(key: str, scale: Scale, seed: int, source: Source | None = None) -> str:
     """Return the fingerprint of all that is declared about a run: a stored result of another one
     is stale."""
     run = RUNS[key]
     content = {
         "run": {name: value for name, value in asdict(run).items() if name != "title"},
         "config": base_config(run, scale, seed).to_dict(),
-        "data": data_settings(scale),
+        "data": data_settings(scale, source),
     }
     # Where it runs decides no number that is compared.
     for name in ("device", "backend"):
         del content["config"][name]
     others = [*run.depends_on, *([run.like[1]] if run.like else [])]
-    content["others"] = {other: declaration(other, scale, seed) for other in others}
+    content["others"] = {other: declaration(other, scale, seed, source) for other in others}
     return fingerprint(content)
 
 
-def seeds_of(key: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the seeds a run is made for."""
-    return seeds[:1] if RUNS[key].first_seed else seeds
+def seeds_of(key: str, seeds: tuple[int, ...], scale: Scale) -> tuple[int, ...]:
+    """Return the seeds a run is made for: those asked for, or the scale's first."""
+    return scale.seeds[:1] if RUNS[key].first_seed else seeds

@@ -10,6 +10,7 @@ from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.phantom import make_phantom, plan_phantoms
 from ich_keras.ct.series import index_folder
 from ich_keras.ct.window import BRAIN, Window
+from ich_keras.errors import UsageError
 from ich_keras.files import atomic_write
 
 BONE = Window(600, 2800)
@@ -89,7 +90,13 @@ def write_sheet(folders: Sequence[Path | str], out: Path, count: int = 8, seed: 
         out: the file.
         count: slices a row.
         seed: of the phantoms.
+
+    Raises:
+        UsageError: `out` is no .png.
+        DataError: a folder has no CT slice.
     """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out} is no name of a picture; expected one that ends in .png.")
     rows = [(f"real: {Path(folder).name}", real_slices(folder, count)) for folder in folders]
     phantoms = phantom_slices(2 * count, seed)
     rows.append(("phantoms (synthetic), healthy", phantoms[:count]))

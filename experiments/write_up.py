@@ -10,7 +10,7 @@ import numpy as np
 from experiments.figures import curve_points, draw_all
 from experiments.reproduce import absent_weights
 from experiments.results import Result, load_results
-from experiments.runs import QUESTIONS, RUNS, SCALES, TABLE_RUNS, TABLES
+from experiments.runs import QUESTIONS, RUNS, TABLE_RUNS, TABLES
 from experiments.scores import (
     LEVELS,
     THESIS_NAMES,
@@ -47,6 +47,21 @@ _TABLE_1 = (
     ("2d-resnet50-4-epochs", "2d-50-stand-in", "2d-50-stand-in-thesis"),
 )
 TABLE_1_EPOCHS = 4
+# Below these the report draws no line: percentile intervals of a few patients are too narrow, and
+# one training says little about the next.
+LEAST_SEEDS, LEAST_PATIENTS = 3, 30
+
+_CONVENTION = (
+    "Thesis convention: its split, on which the same held-out samples choose the model; each"
+    " held-out sample changed once by its random augmentation; means over batches of its size"
+    " (32 slices, 16 slabs, 1 series), an undefined rate counting as 0. Not imitated: its"
+    " reading faults (zeros for unreadable files, neighbours from the rows of a table), windows"
+    " before resizing, normalising before brightness, and the changing rules for undefined"
+    " rates. Constants on the same samples: under the convention its loss is that of the"
+    " training set's prevalence, its other metrics those of never any haemorrhage. Skill: 1 -"
+    " loss / loss of the constant (log loss against the prevalence, Hamming loss and error"
+    " against never any haemorrhage)."
+)
 
 Results = Mapping[str, Sequence[Result]]
 
@@ -69,8 +84,11 @@ def write_report(out: Path, tell=None) -> Path:
     if not results:
         raise StaleError(f"{out} has no finished run.", "`python -m experiments all --tiny` first.")
     lines = [*_head(results), *_runs_section(results)]
-    for table in TABLES:
+    shown = [table for table in TABLES if set(TABLE_RUNS[table]) & set(results)]
+    for table in shown:
         lines += _table_1(results) if table == 1 else _table(table, results)
+    if set(shown) - {1}:
+        lines += [_CONVENTION, ""]
     for name in QUESTIONS:
         if tell is not None:
             tell(f"question {name}")
@@ -105,7 +123,6 @@ def mark_of(results: Results) -> str:
 
 def _head(results: Results) -> list[str]:
     info = _all(results)[0].info
-    scale = SCALES.get(info["scale"])
     lines = [f"# Experiments: scale `{info['scale']}`", "", f"*{mark_of(results)}.*", ""]
     if any(result.info["synthetic"] for result in _all(results)):
         lines += [
@@ -115,18 +132,18 @@ def _head(results: Results) -> list[str]:
             " they can be read, not compared.",
             "",
         ]
-    if scale is not None and len(scale.seeds) == 1:
+    seeds = {result.seed for result in _all(results)}
+    patients = min(result.info["patients"]["test"] for result in _all(results))
+    if len(seeds) < LEAST_SEEDS or patients < LEAST_PATIENTS:
         lines += [
-            f"**Too small for any conclusion**: {scale.title}.",
+            f"**Too small for any conclusion**: {len(seeds)} seed(s), {patients} test patients in"
+            f" the smallest run; expected at least {LEAST_SEEDS} and {LEAST_PATIENTS}.",
             "",
         ]
     return [
         *lines,
         f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
-        " [the README of experiments](../../README.md)"
-        if info["scale"] == "small"
-        else f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
-        " experiments/README.md.",
+        " experiments/README.md of the clone.",
         "",
         "All models of a seed have the same test patients. Intervals are 95 %, from resampled"
         " patients: the rows of all seeds are put together, and a drawn patient brings the rows of"
@@ -192,8 +209,10 @@ def bounds(row: dict | None, digits: int = 4) -> str:
     return f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
 
 
-def verdict(row: dict) -> str:
+def verdict(row: dict, patients: int) -> str:
     """Say where an interval lies, and no more."""
+    if patients < LEAST_PATIENTS:
+        return "too few patients"
     if row["low"] is None:
         return "not defined often enough"
     if row["low"] > 0:
@@ -287,19 +306,7 @@ def _table(table: int, results: Results) -> list[str]:
             _network_table(results[key], results.get(thesis_key, []), thesis_key),
             "",
         ]
-    return [
-        *lines,
-        "Thesis convention: its split, on which the same held-out samples choose the model; each"
-        " held-out sample changed once by its random augmentation; means over batches of its size"
-        " (32 slices, 16 slabs, 1 series), an undefined rate counting as 0. Not imitated: its"
-        " reading faults (zeros for unreadable files, neighbours from the rows of a table), windows"
-        " before resizing, normalising before brightness, and the changing rules for undefined"
-        " rates. Constants on the same samples: under the convention its loss is that of the"
-        " training set's prevalence, its other metrics those of never any haemorrhage. Skill: 1 -"
-        " loss / loss of the constant (log loss against the prevalence, Hamming loss and error"
-        " against never any haemorrhage).",
-        "",
-    ]
+    return lines
 
 
 def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key: str) -> str:
@@ -394,10 +401,12 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
                     spread(seed_values_of_baseline(group, level, "log_loss")),
                     spread([value for value in skill if value is not None], 3),
                     spread(trivial_values(group, level), 3),
+                    ", ".join(_rules(group)) if level == "series" else "",
                 ]
             )
     header = ["run", "level", "log loss", "95 % interval", "AUROC(any)", "95 % interval"]
     header += ["log loss of the prevalence", "skill", "counting voxels: AUROC(any)"]
+    header += ["slices to series by"]
     return [
         markdown_table(header, rows),
         "",
@@ -406,6 +415,12 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
         " series its worst slice. A network that does not beat it has learned nothing else.",
         "",
     ]
+
+
+def _rules(results: Sequence[Result]) -> list[str]:
+    """Return the rules by which a run's slices became series, chosen on each seed's validation."""
+    found = (result.info["metrics"]["series"].get("aggregation") for result in results)
+    return sorted({choice["rule"] for choice in found if choice})
 
 
 def _differences(found: Sequence[tuple[str, str, str, Difference]]) -> list[str]:
@@ -425,7 +440,7 @@ def _differences(found: Sequence[tuple[str, str, str, Difference]]) -> list[str]
                     bounds(row),
                     spread(per_seed),
                     f"{difference.num_samples} of {difference.num_patients}",
-                    verdict(row),
+                    verdict(row, difference.num_patients),
                 ]
             )
     header = ["difference", "level", "metric", "all seeds together", "95 % interval"]
@@ -444,6 +459,7 @@ def _leak(results: Results) -> list[str]:
         return []
     fair, leaky = intervals(results["2d"], "slice"), intervals(results["2d-leaky"], "slice")
     gap = apart(results["2d-leaky"], results["2d"], "slice")
+    patients = len({n for result in results["2d"] for n in result.predictions["patient"]})
     rows = []
     names = ["log_loss", "rsna_log_loss", *(f"auroc/{n}" for n in LABELS)]
     names += [f"log_loss/{label}" for label in LABELS]
@@ -455,7 +471,7 @@ def _leak(results: Results) -> list[str]:
                 f"{format_metric(one['value'])} ({bounds(one)})",
                 f"{format_metric(other['value'])} ({bounds(other)})",
                 f"{format_metric(gap[name]['value'])} ({bounds(gap[name])})",
-                verdict(gap[name]),
+                verdict(gap[name], patients),
             ]
         )
     trained = " and ".join(
@@ -509,7 +525,7 @@ def _fractions_note(results: Results) -> list[str]:
 
 def _figures(results: Results, out: Path) -> list[str]:
     made = draw_all(results, out, mark_of(results))
-    lines = ["## Figures", ""]
+    lines = ["## Figures", ""] if made else []
     for name, title in made.items():
         lines += [f"**{title}** ({mark_of(results)})", "", f"![{title}]({name})", ""]
     return lines

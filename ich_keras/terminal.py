@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -61,14 +62,34 @@ class Group(click.Group):
     command_class = Command
 
 
+_SECONDS_TO_ONCE_MORE = 0.2
+_report_others: list = []  # what Python did with lost exceptions before
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
 def _terminate(number, frame) -> None:
-    sys.exit(EXIT_TERMINATED)
+    raise _Terminated(EXIT_TERMINATED)
 
 
 def catch_termination() -> None:
     """Turn SIGTERM into an orderly exit."""
     # As an exception, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.unraisablehook is not _once_more:
+        _report_others.append(sys.unraisablehook)
+        sys.unraisablehook = _once_more
+
+
+def _once_more(lost) -> None:
+    """Send SIGTERM again when Python dropped the exception: it came in a destructor (of a loader's
+    workers, say), and the program would go on for hours."""
+    if isinstance(lost.exc_value, _Terminated):
+        threading.Timer(_SECONDS_TO_ONCE_MORE, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        _report_others[-1](lost)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The command line as users meet it: help, the whole road, one clear line for every mistake."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 
 from ich_keras.cli import _run_config, main, train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.errors import EXIT_TERMINATED
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 
 
@@ -323,3 +326,28 @@ def test_another_view_takes_its_own_defaults_not_those_of_the_file(tmp_path):
     flat = _run_config(path, nothing | {"preset": "resnet18_2d"})
     assert (flat.data, flat.fit) == (DataConfig(size=64), whole.fit)
     assert _run_config(path, nothing | {"preset": "resnet18_3d"}).data == slab.data
+
+
+def test_a_termination_that_python_drops_is_sent_again():
+    script = """
+import os, signal, time
+from ich_keras.terminal import catch_termination
+
+class Loader:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+catch_termination()
+loader = Loader()
+del loader
+print("went on", flush=True)
+time.sleep(20)
+print("to the end", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=15
+    )
+    assert done.returncode == EXIT_TERMINATED, done.stderr
+    assert done.stdout.splitlines() == ["went on"]
+    assert "Traceback" not in done.stderr

@@ -326,6 +326,7 @@ class FakeTraining:
             raise KeyboardInterrupt
         split = make_split(config.data.split, cache.slices, config.seed)
         split.save(out / "split.json")
+        (out / "best.weights.h5").touch()
         plan = plan_training(cache, config).to_dict()
         data = {"cache": cache.fingerprint, "plan": plan, "synthetic": True}
         write_json(out / "data.json", data)
@@ -381,6 +382,44 @@ def test_weights_to_start_from_are_made_again_when_only_results_were_kept(place,
     weights.parent.mkdir(parents=True)
     weights.touch()
     assert reproducing.plan_tasks(place, keys, (0,)) == [second]
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.csv.gz", "history.csv"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "other"])
+def test_damaged_results_are_named_and_made_again(place, name, damage):
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    path = place.result_dir("2d", 0) / name
+    raw = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        changed = {"empty": b"", "cut": raw[: len(raw) // 2], "other": b"{}"}[damage]
+        path.write_bytes(changed)
+    if (name, damage) == ("result.json", "gone"):
+        assert load_results(place.out) == {}
+    else:
+        with pytest.raises(StaleError, match=f"{name} is missing or damaged") as refusal:
+            load_results(place.out)
+        assert f"Remove {path.parent}" in refusal.value.hint
+        with pytest.raises(StaleError, match=f"{name} is missing or damaged"):
+            reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    shutil.rmtree(path.parent)
+    assert reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1)) == 1
+    assert path.read_bytes() == raw or name == "result.json"
+
+
+def test_results_of_other_dicom_files_are_refused(place, tmp_path):
+    real = replace(FAKE, num_series=None)
+    here, there = (
+        replace(place, work=tmp_path / name, scale=real, source=Source(name, "labels.csv"))
+        for name in ("here", "there")
+    )
+    claim_work(here)
+    shutil.copytree(place.cache_dir(), here.cache_dir())
+    reproduce(here, ["2d"], (0,), train_run=FakeTraining())
+    assert reproduce(here, ["2d"], (0,), train_run=FakeTraining(fails_at=1)) == 0
+    with pytest.raises(StaleError, match="declared otherwise"):
+        reproduce(there, ["2d"], (0,), train_run=FakeTraining())
 
 
 def test_other_settings_are_refused(place, monkeypatch):
@@ -566,10 +605,11 @@ def test_seeds_are_put_together_and_shown_apart():
 def test_words_follow_the_numbers():
     from experiments.write_up import bounds, loss_after, spread, verdict
 
-    assert verdict({"low": 0.1, "high": 0.3}) == "above 0"
-    assert verdict({"low": -0.3, "high": -0.1}) == "below 0"
-    assert verdict({"low": -0.1, "high": 0.1}) == "includes 0"
-    assert verdict({"low": None, "high": None}) == "not defined often enough"
+    assert verdict({"low": 0.1, "high": 0.3}, 100) == "above 0"
+    assert verdict({"low": -0.3, "high": -0.1}, 100) == "below 0"
+    assert verdict({"low": -0.1, "high": 0.1}, 100) == "includes 0"
+    assert verdict({"low": None, "high": None}, 100) == "not defined often enough"
+    assert verdict({"low": 0.1, "high": 0.3}, 10) == "too few patients"
     assert spread([]) == bounds(None) == "n/a"
     assert spread([0.5]) == "0.5000"
     assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
@@ -623,10 +663,16 @@ def test_commands_explain_themselves_and_refuse_nonsense():
     for command in ("all", "table", "question", "list", "report"):
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
     for words, said in (
-        (["all"], "no scale, or several"),
-        (["all", "--tiny", "--small"], "no scale, or several"),
+        (["all"], "no scale"),
+        (["all", "--tiny", "--small"], "several scales"),
+        (["all", "--labels", __file__], "--dicom and --labels belong together"),
+        (["all", "--tiny", "--device", "gpu"], "'gpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["question", "which", "--tiny"], "expected one of leak"),
-        (["all", "--tiny", "--seeds", "0,0"], "different whole numbers"),
+        *(
+            (["all", "--tiny", "--seeds", seeds], "different whole numbers")
+            for seeds in ("0,0", "0,00", ",", "-1", "1.5", str(2**32))
+        ),
+        (["sheet", "--out", "sheet.xyz"], "expected one that ends in .png"),
         (["table", "5", "--tiny"], "5"),
     ):
         found = CliRunner().invoke(main, words)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import warnings
 from dataclasses import replace
 
@@ -444,6 +445,9 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(tmp_path, monkeypatc
         ({"matrix": 8}, "matrix is 8"),
         ({"workers": -1}, "-1 workers"),
         ({"slice_spacing_mm": (8.0, 5.0)}, "slice spacing is 8.0 to 5.0 mm"),
+        ({"slice_spacing_mm": (5.0, math.inf)}, "slice spacing is 5.0 to inf mm"),
+        ({"slice_spacing_mm": (5.0, math.nan)}, "slice spacing is 5.0 to nan mm"),
+        ({"num_series": 10**9}, "1000000000 series asked for; expected .* at most 1,000,000"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, arguments, message):

@@ -60,6 +60,7 @@ _RSNA_SHARES = {
     name: count / 538 for name, count in zip(SUBTYPES, (22, 329, 240, 262, 224), strict=True)
 }
 _MAX_SERIES = 8  # of one patient
+_MOST_SERIES = 10**6  # of a data set: ten times what was ever published
 _ENCODING_PERIOD = 100  # of as many series in a row four have a rare encoding: 96 % do not
 
 
@@ -96,9 +97,9 @@ class PhantomSpec:
         if self.matrix < 32:
             raise UsageError(f"matrix is {self.matrix}; expected at least 32.")
         low, high = self.slice_spacing_mm
-        if not 0.5 <= low <= high:
+        if not 0.5 <= low <= high <= 20:
             raise UsageError(
-                f"slice spacing is {low} to {high} mm; expected 0.5 <= lowest <= highest."
+                f"slice spacing is {low} to {high} mm; expected 0.5 <= lowest <= highest <= 20."
             )
 
 
@@ -164,8 +165,10 @@ def plan_phantoms(
     if mix not in MIXES:
         raise UsageError(f"mix {mix!r}; expected one of {', '.join(MIXES)}.")
     prevalence = MIXES[mix] if prevalence is None else prevalence
-    if num_series < 1:
-        raise UsageError(f"{num_series} series asked for; expected at least 1.")
+    if not 1 <= num_series <= _MOST_SERIES:
+        raise UsageError(
+            f"{num_series} series asked for; expected at least 1, at most {_MOST_SERIES:,}."
+        )
     if not 0 <= prevalence <= 1:
         raise UsageError(f"prevalence is {prevalence}; expected 0 to 1.")
     if not 1 <= series_per_patient <= _MAX_SERIES:
