@@ -214,9 +214,11 @@ def _reproduce(
         threads=threads,
         jobs=jobs,
     )
+    from experiments.figures import require_matplotlib
     from experiments.reproduce import reproduce
     from experiments.write_up import write_report
 
+    require_matplotlib()  # now rather than after hours
     with terminal_progress() as progress:
         reproduce(
             place,

@@ -73,6 +73,8 @@ def claim_work(place: Place) -> None:
         write_json(mark, settings)
         return
     found = read_json(mark)
+    if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
+        raise StaleError(f"{mark} is damaged.", "Give another --work, or remove this one.")
     if found != settings:
         here, there = _flat(settings), _flat(found)
         differing = sorted(name for name in here | there if here.get(name) != there.get(name))

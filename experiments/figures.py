@@ -19,13 +19,23 @@ _COLUMN = LABELS.index(ANY)
 _POINTS = 200  # of a curve; more would only make the file larger
 
 
-def _pyplot():
+def require_matplotlib():
+    """Import matplotlib.
+
+    Raises:
+        EnvironmentProblem: it is absent.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise EnvironmentProblem(
             "matplotlib is not installed; the figures need it.", "pip install '.[experiments]'"
         ) from error
+    return matplotlib
+
+
+def _pyplot():
+    matplotlib = require_matplotlib()
     matplotlib.use("Agg")
     # The same numbers give the same bytes.
     matplotlib.rcParams.update({"svg.hashsalt": "ich_keras", "font.size": 9})

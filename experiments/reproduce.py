@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.data import Place, claim_work, open_or_make
-from experiments.results import is_kept, keep_result
+from experiments.results import is_kept, keep_result, require_same_cache
 from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
 from experiments.splits import split_path
 from ich_keras.config import RunConfig
@@ -22,7 +22,6 @@ from ich_keras.prediction import BEST_WEIGHTS, network
 from ich_keras.processes import process_context
 from ich_keras.training import MODEL, STATE, plan_training, settled, train
 
-DECLARED = "declared.json"
 FINISHED = "metrics-test.json"
 # Large, and of no use once the results are kept; the best weights stay.
 _LARGE = (STATE, MODEL)
@@ -264,14 +263,22 @@ def reproduce(
     tell = tell or (lambda line: None)
     claim_work(place)
     tasks = plan_tasks(place, keys, seeds)
-    total = sum(
-        len(seeds_of(key, tuple(seeds), place.scale)) for key in keys if not absent_weights(key)
-    )
+    usable = [key for key in keys if not absent_weights(key)]
+    total = sum(len(seeds_of(key, tuple(seeds), place.scale)) for key in usable)
     tell(f"{len(tasks)} of {total} runs to make; the others are there.")
+    kept = [
+        (key, seed)
+        for key in usable
+        for seed in seeds_of(key, tuple(seeds), place.scale)
+        if Task(key, seed) not in tasks and RUNS[key].split != "other"
+    ]
+    if place.cache_dir().is_dir():
+        require_same_cache(place, CTCache.open(place.cache_dir()), kept)
     if not tasks:
         return 0
     with lock(place.work / "experiment.lock"):
         cache = open_or_make(place, progress=progress, tell=tell)
+        require_same_cache(place, cache, kept)
         others = {RUNS[task.key].split == "other" for task in tasks}
         if True in others:
             open_or_make(place, is_other=True, progress=progress, tell=tell)

@@ -260,6 +260,26 @@ def is_kept(place: Place, key: str, seed: int) -> bool:
     return True
 
 
+def require_same_cache(place: Place, cache: CTCache, kept: Sequence[tuple[str, int]]) -> None:
+    """Refuse kept results that stand on other data than the cache of the work folder.
+
+    Args:
+        place: of the experiments.
+        cache: of the work folder.
+        kept: key and seed of finished runs that were trained on it.
+
+    Raises:
+        StaleError: one stands on other data, or is damaged.
+    """
+    for key, seed in kept:
+        folder = place.result_dir(key, seed)
+        if _read_info(folder)["cache"] != cache.fingerprint:
+            raise StaleError(
+                f"{folder} is a result on other data than {cache.path}.",
+                "Give another --out, or remove the results.",
+            )
+
+
 def _read_info(folder: Path) -> dict:
     """Read result.json and check that the files beside it are those it was written for.
 
@@ -270,8 +290,13 @@ def _read_info(folder: Path) -> dict:
         info = read_json(folder / RESULT)
         checksums = dict(info["files"])
         _ = info["declaration"], info["date"], info["cache"]
+        name = f"{info['key']}-s{info['seed']}"
     except (StaleError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, RESULT) from error
+    if folder.name != name:
+        raise StaleError(
+            f"{folder} holds the result of {name}.", f"Call the folder {name} again, or remove it."
+        )
     for name, checksum in checksums.items():
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != checksum:

@@ -1,4 +1,4 @@
-"""A contact sheet: real slices and phantoms side by side, in the same windows."""
+"""A contact sheet: slices of one's own and phantoms side by side, in the same windows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _TILE = 180  # pixels
 _HEADER = 22
 
 
-def real_slices(folder: Path | str, count: int) -> list[np.ndarray]:
+def slices_of(folder: Path | str, count: int) -> list[np.ndarray]:
     """Read slices of a folder, evenly spaced over all its series, inferior to superior.
 
     Returns:
@@ -97,7 +97,7 @@ def write_sheet(folders: Sequence[Path | str], out: Path, count: int = 8, seed: 
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out} is no name of a picture; expected one that ends in .png.")
-    rows = [(f"real: {Path(folder).name}", real_slices(folder, count)) for folder in folders]
+    rows = [(Path(folder).name, slices_of(folder, count)) for folder in folders]
     phantoms = phantom_slices(2 * count, seed)
     rows.append(("phantoms (synthetic), healthy", phantoms[:count]))
     rows.append(("phantoms (synthetic), bleeding", phantoms[count:]))

@@ -113,7 +113,7 @@ def mark_of(results: Results) -> str:
     )
     seeds = sorted({result.seed for result in every})
     hours = sum(info["seconds"] for info in infos) / 3600
-    data = SYNTHETIC if any(info["synthetic"] for info in infos) else "RSNA 2019"
+    data = SYNTHETIC if any(info["synthetic"] for info in infos) else "DICOM files, not synthetic"
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
         f"{data}; {when}; {'; '.join(machines)}; seeds {', '.join(map(str, seeds))};"

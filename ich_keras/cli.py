@@ -83,7 +83,7 @@ def main() -> None:
     "--prevalence", type=float, help="Part of the patients that bleed; default: 0.5, for rsna 0.4."
 )
 @click.option(
-    "--series-per-patient", type=float, default=1.3, show_default=True, help="On average, 1 to 8."
+    "--series-per-patient", type=float, default=1.3, show_default=True, help="On average, 1 to 4."
 )
 @WORKERS
 def phantom(out: Path, num_series: int, seed: int, workers: int | None, **options) -> None:

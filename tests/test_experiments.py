@@ -408,6 +408,23 @@ def test_damaged_results_are_named_and_made_again(place, name, damage):
     assert path.read_bytes() == raw or name == "result.json"
 
 
+def test_results_under_another_name_or_on_other_data_are_refused(place):
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    folder = place.result_dir("2d", 0)
+    renamed = folder.rename(folder.with_name("slab-s0"))
+    with pytest.raises(StaleError, match="slab-s0 holds the result of 2d-s0"):
+        load_results(place.out)
+    renamed.rename(folder)
+    info = read_json(folder / RESULT)
+    write_json(folder / RESULT, info | {"cache": "0" * 64})
+    for keys in (["2d"], ["2d", "series"]):
+        with pytest.raises(StaleError, match="a result on other data than"):
+            reproduce(place, keys, (0,), train_run=FakeTraining())
+    write_json(place.work / "experiment.json", [])
+    with pytest.raises(StaleError, match="experiment.json is damaged"):
+        claim_work(place)
+
+
 def test_results_of_other_dicom_files_are_refused(place, tmp_path):
     real = replace(FAKE, num_series=None)
     here, there = (

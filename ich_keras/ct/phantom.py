@@ -59,7 +59,7 @@ MIXES = {"even": 0.5, "rsna": 0.4}
 _RSNA_SHARES = {
     name: count / 538 for name, count in zip(SUBTYPES, (22, 329, 240, 262, 224), strict=True)
 }
-_MAX_SERIES = 8  # of one patient
+_MOST_PER_PATIENT = 8  # series; the mean is at most half of it, so that the cut shows nowhere
 _MOST_SERIES = 10**6  # of a data set: ten times what was ever published
 _ENCODING_PERIOD = 100  # of as many series in a row four have a rare encoding: 96 % do not
 
@@ -94,8 +94,8 @@ class PhantomSpec:
             raise UsageError(
                 f"unknown encoding {self.encoding!r}.", f"Known: {', '.join(ENCODINGS)}."
             )
-        if self.matrix < 32:
-            raise UsageError(f"matrix is {self.matrix}; expected at least 32.")
+        if not 32 <= self.matrix <= 2048:
+            raise UsageError(f"matrix is {self.matrix}; expected at least 32, at most 2048.")
         low, high = self.slice_spacing_mm
         if not 0.5 <= low <= high <= 20:
             raise UsageError(
@@ -159,7 +159,7 @@ def plan_phantoms(
         prevalence: part of the patients that bleed; None takes 0.5, with RSNA's mix 0.4.
         slice_spacing_mm: lowest and highest distance of slices.
         mix: "even" or "rsna".
-        series_per_patient: on average, at least 1; series of a patient show the same head and the
+        series_per_patient: on average, 1 to 4; series of a patient show the same head and the
             same bleeds in other poses, and so leak across splits that do not keep patients whole.
     """
     if mix not in MIXES:
@@ -171,9 +171,10 @@ def plan_phantoms(
         )
     if not 0 <= prevalence <= 1:
         raise UsageError(f"prevalence is {prevalence}; expected 0 to 1.")
-    if not 1 <= series_per_patient <= _MAX_SERIES:
+    if not 1 <= series_per_patient <= _MOST_PER_PATIENT / 2:
         raise UsageError(
-            f"{series_per_patient} series per patient; expected 1 to {_MAX_SERIES} on average."
+            f"{series_per_patient} series per patient; expected 1 to {_MOST_PER_PATIENT // 2} on"
+            " average."
         )
     if seed < 0:
         raise UsageError(f"seed is {seed}; expected 0 or more.")
@@ -187,7 +188,7 @@ def plan_phantoms(
             main = main_subtypes[bleeders % len(SUBTYPES)]
             subtypes = _draw_even(main, rng) if mix == "even" else _draw_as_rsna(rng)
             bleeders += 1
-        for _ in range(1 + min(rng.poisson(series_per_patient - 1), _MAX_SERIES - 1)):
+        for _ in range(1 + min(rng.poisson(series_per_patient - 1), _MOST_PER_PATIENT - 1)):
             rare = len(specs) % _ENCODING_PERIOD
             encoding = list(ENCODINGS)[rare if rare < len(ENCODINGS) else 0]
             specs.append(
