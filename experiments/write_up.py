@@ -133,7 +133,10 @@ def _head(results: Results) -> list[str]:
             "",
         ]
     seeds = {result.seed for result in _all(results)}
-    patients = min(result.info["patients"]["test"] for result in _all(results))
+    patients = min(
+        (r.info["patients"]["test"] for r in _all(results) if RUNS[r.key].split != "other"),
+        default=0,
+    )
     if len(seeds) < LEAST_SEEDS or patients < LEAST_PATIENTS:
         lines += [
             f"**Too small for any conclusion**: {len(seeds)} seed(s), {patients} test patients in"
