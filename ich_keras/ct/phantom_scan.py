@@ -14,6 +14,7 @@ from ich_keras.ct.phantom_skull import blend, outer_head, skull_base, upsample
 # Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail
 # in it, and it takes a quarter of the time.
 _COARSE_MM = 0.95
+_AIR_NOISE = 0.45  # beside the head, of the noise in its middle
 _METAL_SHARE = 0.12  # of the series, in health as in bleeding
 
 
@@ -187,8 +188,7 @@ def scan_slice(
     """
     matrix = len(mask)
     image = _table(scan, index, matrix)
-    air_noise = np.full((1, 1), 0.45, np.float32)
-    quantum = np.broadcast_to(air_noise, image.shape)
+    quantum = np.full_like(image, _AIR_NOISE)
     steps = scan.rotation @ scan.orientation.T * scan.pixel_mm  # per column and per row
     start = scan.rotation @ (scan.origin[index] - scan.centre)
     factor = max(1, round(_COARSE_MM / scan.pixel_mm))
@@ -197,9 +197,9 @@ def scan_slice(
     if box is not None:
         place = _coarse_slice(head, start, steps, box, factor)
         image[box] = _draw_head(place, bleeds, scan, image[box], mask[box])
-        quantum = quantum.copy()
         # Most photons are lost on the longest way, through the middle of the head.
-        inside = 0.45 + 0.55 * np.clip((place.vault_depth + 25) / 45, 0, 1)
+        inside = np.clip((place.vault_depth + 25) / 45, 0, 1)
+        inside = _AIR_NOISE + (1 - _AIR_NOISE) * inside
         quantum[box] = upsample(inside, image[box].shape)
     blur = scan.blur_mm / scan.pixel_mm
     image = cv2.GaussianBlur(image, (0, 0), max(blur, 0.3))
