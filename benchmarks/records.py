@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ich_keras import __version__
+from ich_keras.environment import device_name
 from ich_keras.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,18 +62,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def device_name(device: str) -> str:
-    """Return what the maker calls the processor or GPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def slug(text: str) -> str:

@@ -20,26 +20,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
-from benchmarks.records import device_name
 from experiments.data import Place
 from experiments.runs import RUNS, declaration
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
 from ich_keras.data.split import Split
-from ich_keras.data.trivial import hu_band_counts, trivial_detector
+from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples
-from ich_keras.environment import environment_record
+from ich_keras.environment import device_name, environment_record
 from ich_keras.errors import StaleError
 from ich_keras.evaluation import SPLIT
 from ich_keras.files import atomic_write, read_json, write_json
-from ich_keras.labels import ANY, LABELS
+from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
 from ich_keras.prediction import CONFIG, load_run, probabilities, run_intensity, run_view
 from ich_keras.training import DATA, HISTORY, WEIGHTS
 
-_SLICES_AT_A_TIME = 1000  # a whole data set does not fit into memory
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
 _KEPT_METRICS = (
     *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
@@ -145,7 +142,9 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "slices": plan["num_slices"],
             "warning": plan["warning"],
             "note": plan["note"],
-            "trivial_auroc_any": trivial_auroc(cache, Split.load(run_dir / SPLIT)),
+            "trivial_auroc_any": trivial_auroc(
+                cache.slices, _band_counts(cache.path), Split.load(run_dir / SPLIT)
+            ),
             "metrics": {
                 level: {name: part[name] for name in _KEPT_METRICS if name in part}
                 for level, part in metrics.items()
@@ -154,44 +153,10 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     )
 
 
-def trivial_auroc(cache: CTCache, split: Split) -> dict[str, float | None]:
-    """Score the detector that only counts voxels per HU band, on the same train and test slices.
-
-    Returns:
-        AUROC of `any` at "slice" and at "series" level (a series is as bad as its worst slice);
-        None where the test slices are all alike.
-
-    Raises:
-        DataError: the training slices are all alike.
-    """
-    counts = _band_counts(cache.path)
-    train, test = (split.indices(cache.slices, name) for name in ("train", "test"))
-    truth = cache.slices[ANY].to_numpy()
-    table = pd.DataFrame(
-        {
-            "value": trivial_detector(counts[train], truth[train], counts[test]),
-            "truth": truth[test],
-        }
-    )
-    levels = {
-        "slice": table,
-        "series": table.groupby(cache.slices["series_uid"].to_numpy()[test]).max(),
-    }
-    return {
-        level: float(roc_auc_score(rows["truth"], rows["value"]))
-        if rows["truth"].nunique() == 2
-        else None
-        for level, rows in levels.items()
-    }
-
-
 @functools.lru_cache(maxsize=2)
 def _band_counts(path: Path) -> np.ndarray:
     """Count voxels per HU band in all slices of a cache: once, for all runs on it."""
-    cache = CTCache.open(path)
-    rows = np.arange(len(cache.slices))
-    parts = np.array_split(rows, -(-len(rows) // _SLICES_AT_A_TIME))
-    return np.concatenate([hu_band_counts(cache.slices_hu(part)) for part in parts])
+    return cache_band_counts(CTCache.open(path))
 
 
 def _weights_record(run_dir: Path) -> dict | None:

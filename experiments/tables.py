@@ -7,7 +7,8 @@ metrics were computed, and table 3 is what a predictor that always says "no" sco
 
 from dataclasses import dataclass
 
-from ich_keras.labels import LABELS
+from ich_keras.ct.phantom import RSNA_POSITIVE_SERIES, RSNA_SERIES
+from ich_keras.labels import ANY
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ PUBLISHED = {
     ),
 }
 
-# The validation set of table 3: series, healthy ones, and positive ones per label.
-SERIES_VALIDATION = 1350
-SERIES_HEALTHY = 812
-SERIES_POSITIVE = dict(zip(LABELS, (22, 329, 240, 262, 224, 538), strict=True))
+# The validation set of table 3: series, positive ones per label, and healthy ones.
+SERIES_VALIDATION, SERIES_POSITIVE = RSNA_SERIES, RSNA_POSITIVE_SERIES
+SERIES_HEALTHY = RSNA_SERIES - RSNA_POSITIVE_SERIES[ANY]

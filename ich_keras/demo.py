@@ -8,17 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.phantom_dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.data.cache import CTCache
 from ich_keras.data.split import Split
-from ich_keras.data.trivial import hu_band_counts, trivial_detector
+from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.evaluation import SPLIT
 from ich_keras.files import read_json, require_absent, write_json
-from ich_keras.labels import ANY, LABELS
+from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
 from ich_keras.prediction import Progress
 from ich_keras.preparation import make_cache, prepare_index
@@ -160,15 +159,7 @@ def run_demo(
 
 def _compare(cache: CTCache, split: Split) -> tuple[float, dict[str, int]]:
     """Score the trivial detector on the same patients; count positive held-out patients."""
-    from sklearn.metrics import roc_auc_score
-
-    train_rows, test_rows = (split.indices(cache.slices, name) for name in ("train", "test"))
-    counts = hu_band_counts(cache.slices_hu(np.arange(len(cache.slices))))
-    truth = cache.slices[ANY].to_numpy()
-    values = trivial_detector(counts[train_rows], truth[train_rows], counts[test_rows])
-    test: pd.DataFrame = cache.slices.iloc[test_rows]
+    trivial = trivial_auroc(cache.slices, cache_band_counts(cache), split)
+    test: pd.DataFrame = cache.slices.iloc[split.indices(cache.slices, "test")]
     patients = test.groupby("patient_id")[list(LABELS)].max().sum()
-    return (
-        float(roc_auc_score(truth[test_rows], values)),
-        {label: int(patients[label]) for label in LABELS},
-    )
+    return trivial["slice"], {label: int(patients[label]) for label in LABELS}

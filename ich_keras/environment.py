@@ -238,3 +238,15 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     rows.append(("free disk", free > 2, f"{free:.1f} GiB in {Path(folder).resolve()}"))
     rows.append(("cores", True, str(os.cpu_count())))
     return rows
+
+
+def device_name(device: str) -> str:
+    """Return what the maker calls the processor or GPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

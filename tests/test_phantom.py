@@ -275,8 +275,11 @@ def test_a_holder_lies_behind_the_head_and_not_in_it():
 
 
 def test_noise_is_correlated_as_the_kernel_says():
-    soft, sharp = (_noise(replace(_phantom().scan, noise=5.0, noise_blur=1.0, sharpness=value), 128,
-                          np.random.default_rng(0)) for value in (0.0, 0.8))  # fmt: skip
+    scan = replace(_phantom().scan, noise=5.0, noise_blur=1.0)
+    soft, sharp = (
+        _noise(replace(scan, sharpness=value), 128, np.random.default_rng(0))
+        for value in (0.0, 0.8)
+    )
     for noise in (soft, sharp):
         assert noise.std() == pytest.approx(5, rel=1e-3)
 

@@ -20,7 +20,7 @@ from ich_keras.ct.phantom_brain import MASK_BITS, MIN_AREA_MM2
 from ich_keras.ct.phantom_head import Head, draw_head
 from ich_keras.ct.phantom_scan import Scan, draw_scan, scan_slice
 from ich_keras.errors import UsageError
-from ich_keras.labels import SUBTYPES
+from ich_keras.labels import ANY, LABELS, SUBTYPES
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,13 @@ ENCODINGS = {
     "unsigned-12-at-1000": Encoding(12, False, -1000, -1000, -1000, 3095),
     "wrapped-12": Encoding(12, False, 0, -1000, -1000, 3095),
 }
+# Series of RSNA 2019 with each finding, among 1,350 (the thesis's validation set of whole series).
+RSNA_SERIES = 1350
+RSNA_POSITIVE_SERIES = dict(zip(LABELS, (22, 329, 240, 262, 224, 538), strict=True))
 # How bleeds are spread over patients -> which part of the patients bleeds unless told otherwise.
-MIXES = {"even": 0.5, "rsna": 0.4}
-# Of bleeding series, those with a subtype: 538 of 1,350 series of RSNA 2019 (the thesis's
-# validation set of whole series).
-_RSNA_SHARES = {
-    name: count / 538 for name, count in zip(SUBTYPES, (22, 329, 240, 262, 224), strict=True)
-}
+MIXES = {"even": 0.5, "rsna": round(RSNA_POSITIVE_SERIES[ANY] / RSNA_SERIES, 2)}
 _MOST_PER_PATIENT = 8  # series; the mean is at most half of it, so that the cut shows nowhere
-_MOST_SERIES = 10**6  # of a data set: ten times what was ever published
+_MOST_SERIES = 10**6  # of a data set; RSNA 2019 has about 21,700
 _ENCODING_PERIOD = 100  # of as many series in a row four have a rare encoding: 96 % do not
 
 
@@ -205,13 +203,15 @@ def _draw_even(main: str, rng: np.random.Generator) -> tuple[str, ...]:
 
 def _draw_as_rsna(rng: np.random.Generator) -> tuple[str, ...]:
     # Draws without any bleed are drawn again, which raises all shares alike: by 1 / (1 - none).
-    chances = np.array(list(_RSNA_SHARES.values()))
+    shares = np.array([RSNA_POSITIVE_SERIES[name] for name in SUBTYPES])
+    shares = shares / RSNA_POSITIVE_SERIES[ANY]
+    chances = shares
     for _ in range(50):
-        chances = np.array(list(_RSNA_SHARES.values())) * (1 - np.prod(1 - chances))
+        chances = shares * (1 - np.prod(1 - chances))
     while True:
         drawn = rng.random(len(chances)) < chances
         if drawn.any():
-            return tuple(name for name, is_in in zip(_RSNA_SHARES, drawn, strict=True) if is_in)
+            return tuple(name for name, is_in in zip(SUBTYPES, drawn, strict=True) if is_in)
 
 
 def make_phantom(spec: PhantomSpec) -> Phantom:

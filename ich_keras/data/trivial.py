@@ -6,12 +6,18 @@ place. The demo and the reports print this detector beside the network, trained 
 
 import cv2
 import numpy as np
+import pandas as pd
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ich_keras.data.cache import CTCache
+from ich_keras.data.split import Split
 from ich_keras.errors import DataError
+from ich_keras.labels import ANY
 
+_SLICES_AT_A_TIME = 1000  # a whole data set does not fit into memory
 BONE_HU = 300
 # Edges of the bands, HU: blood is 50-80, calcifications are above.
 BAND_EDGES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 150, 300)
@@ -77,3 +83,43 @@ def trivial_detector(
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     model.fit(np.log1p(train_counts), train_any)
     return model.predict_proba(np.log1p(test_counts))[:, 1]
+
+
+def cache_band_counts(cache: CTCache) -> np.ndarray:
+    """Count the voxels of every slice of a cache: float64 (slices, bands), see `hu_band_counts`."""
+    rows = np.arange(len(cache.slices))
+    parts = np.array_split(rows, -(-len(rows) // _SLICES_AT_A_TIME))
+    return np.concatenate([hu_band_counts(cache.slices_hu(part)) for part in parts])
+
+
+def trivial_auroc(
+    slices: pd.DataFrame, counts: np.ndarray, split: Split
+) -> dict[str, float | None]:
+    """Train the detector on the training slices of a split and score it on the test slices.
+
+    Args:
+        slices: the slice table, with labels.
+        counts: float (slices, bands) of `cache_band_counts`, row by row.
+        split: who trains and who is scored.
+
+    Returns:
+        AUROC of `any` at "slice" and at "series" level (a series is as bad as its worst slice);
+        None where the test slices are all alike.
+
+    Raises:
+        DataError: the training slices are all alike.
+    """
+    train, test = (split.indices(slices, name) for name in ("train", "test"))
+    truth = slices[ANY].to_numpy()
+    values = trivial_detector(counts[train], truth[train], counts[test])
+    table = pd.DataFrame({"value": values, "truth": truth[test]})
+    levels = {
+        "slice": table,
+        "series": table.groupby(slices["series_uid"].to_numpy()[test]).max(),
+    }
+    return {
+        level: float(roc_auc_score(rows["truth"], rows["value"]))
+        if rows["truth"].nunique() == 2
+        else None
+        for level, rows in levels.items()
+    }
