@@ -284,7 +284,7 @@ def train_main(
 
     size_is_given = options["size"] is not None or config_file is not None
     config = _run_config(config_file, options)
-    choose_backend(config.backend)
+    backend = choose_backend(config.backend)
     workers = _cores() if workers is None else workers
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     with terminal_progress() as progress:
@@ -293,7 +293,7 @@ def train_main(
             _demo(out, config, plan, workers, progress)
             return
         device = choose_device(config.device)
-        click.echo(f"Backend {config.backend}, device {device}.")
+        click.echo(f"Backend {backend}, device {device}.")
         if download:
             # The one place that looks up at weights_convert, and only when asked to.
             from weights_convert.fetching import ensure_weights
@@ -313,7 +313,6 @@ def _required(value, option: str):
 def _run_config(config_file: Path | None, options: dict):
     """Lay the given options over a config file, or over the defaults."""
     from ich_keras.config import RunConfig
-    from ich_keras.environment import choose_backend
     from ich_keras.files import read_json
 
     content = {}
@@ -323,9 +322,7 @@ def _run_config(config_file: Path | None, options: dict):
         except (StaleError, IsADirectoryError) as error:
             raise UsageError(f"--config {config_file}: {error}") from error
     content = RunConfig.from_dict(content).to_dict()
-    if config_file is None:
-        content["backend"] = choose_backend(options["backend"])
-    else:
+    if config_file is not None:
         _forget_other_view(content, options)
     for name, value in options.items():
         if value is None:
@@ -373,10 +370,11 @@ def _demo(out: Path, config, plan: bool, workers: int, progress) -> None:
     if plan:
         raise UsageError("--plan needs --dicom or --cache.", "The demo takes about four minutes.")
     from ich_keras.demo import run_demo
-    from ich_keras.environment import choose_device
+    from ich_keras.environment import choose_backend, choose_device
 
     device = choose_device(config.device)
-    click.echo(f"Demo on synthetic head CT; backend {config.backend}, device {device}.")
+    backend = choose_backend(config.backend)
+    click.echo(f"Demo on synthetic head CT; backend {backend}, device {device}.")
     began = time.monotonic()
     result = run_demo(
         out,

@@ -93,7 +93,7 @@ class RunConfig:
         weights: a `.weights.h5` file or the name of converted weights; None starts from scratch.
         norm: "batch", "frozen" or "group"; see `ModelSpec`.
         seed: of everything random.
-        backend: Keras'.
+        backend: Keras'; None takes the one it runs on, else KERAS_BACKEND, else torch.
         device: "auto", "cpu" or "cuda".
         precision: "float32", "bfloat16" or "float16" for all but the head and the loss; "auto"
             takes bfloat16 where the hardware computes in it.
@@ -105,7 +105,7 @@ class RunConfig:
     weights: str | None = None
     norm: str = "batch"
     seed: int = 0
-    backend: str = "torch"
+    backend: str | None = None
     device: str = "auto"
     precision: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
@@ -155,7 +155,7 @@ class RunConfig:
                 "Add --weights, or take norm 'group'.",
             )
         for name, value, known in (
-            ("backend", self.backend, BACKENDS),
+            ("backend", self.backend, (None, *BACKENDS)),
             ("norm", self.norm, NORMS),
             ("device", self.device, DEVICES),
             ("precision", self.precision, ("auto", *PRECISIONS)),

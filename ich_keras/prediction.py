@@ -13,7 +13,12 @@ from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.inputs import intensity_of, resize_hu, slice_input, stack_slices, volume_input
 from ich_keras.data.views import View, make_samples
-from ich_keras.environment import choose_backend, choose_device, choose_precision
+from ich_keras.environment import (
+    choose_backend,
+    choose_device,
+    choose_precision,
+    loaded_backend,
+)
 from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, require_absent
 from ich_keras.labels import LABELS, NUM_LABELS
@@ -172,8 +177,11 @@ def probabilities(
     from ich_keras.models.classifier import ends_in_logits
 
     parts, done = [], 0
+    # Of Keras' backends only torch takes the loaders' tensors in `predict_on_batch`.
+    takes_tensors = loaded_backend() == "torch"
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        inputs = inputs if takes_tensors else np.asarray(inputs)
         parts.append(np.asarray(model.predict_on_batch(inputs), np.float32))
         done += len(parts[-1])
         if progress is not None:

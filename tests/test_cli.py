@@ -181,7 +181,7 @@ def mistakes(folder, tmp_path):
         "negative batch": (2, "fit.batch_size is -3", "train", *data, "--batch-size", -3),
         "unknown split": (2, "split 'patients'", "train", *data, "--split", "patients"),
         "unknown device": (2, "device is 'tpu'", "train", *data, "--device", "tpu"),
-        "unknown backend": (2, "backend 'mxnet'", "train", *data, "--backend", "mxnet"),
+        "unknown backend": (2, "backend is 'mxnet'", "train", *data, "--backend", "mxnet"),
         "other backend": (
             2,
             "already loaded",

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import cv2
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -331,6 +332,7 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
     assert told[0].startswith(f"Training {what} from scratch")
     assert ("8 batches a step" in told[0]) == (kind == "series")
     config = json.loads((folder / "config.json").read_text())
+    assert config["backend"] == keras.config.backend()
     assert config["data"]["view"] == kind
     assert config["data"]["intensity"] == "wide"
     assert config["fit"]["batch_size"] == {"slab": 16, "series": 1}[kind]
