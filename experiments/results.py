@@ -143,7 +143,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "warning": plan["warning"],
             "note": plan["note"],
             "trivial_auroc_any": trivial_auroc(
-                cache.slices, _band_counts(cache.path), Split.load(run_dir / SPLIT)
+                cache, Split.load(run_dir / SPLIT), counts=_band_counts(cache.path)
             ),
             "metrics": {
                 level: {name: part[name] for name in _KEPT_METRICS if name in part}

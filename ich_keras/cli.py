@@ -480,7 +480,7 @@ def evaluate(run_dir, cache_dir, labels, split, backend, device) -> None:
     from ich_keras import evaluation
     from ich_keras.environment import choose_backend
     from ich_keras.preparation import open_cache
-    from ich_keras.report import markdown_table, summary_rows
+    from ich_keras.report import markdown_table, summary_rows, trivial_line
     from ich_keras.terminal import terminal_progress
 
     choose_backend(backend)
@@ -492,6 +492,8 @@ def evaluate(run_dir, cache_dir, labels, split, backend, device) -> None:
         click.echo(f"\nPer {level}, {split} split:\n")
         header = ["metric", "model", "prevalence", "all negative", "skill"]
         click.echo(markdown_table(header, summary_rows(found)))
+        if trivial_line(found):
+            click.echo(f"\n{trivial_line(found)}")
     click.echo(f"\nWritten to {run_dir}: metrics-{split}.json, predictions-{split}.csv")
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache import CTCache
 from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
+from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, write_json
@@ -58,10 +60,10 @@ def evaluate(
     Returns:
         {"slice": metrics, "series": metrics}, of a run on whole series only the latter; each as
         `binary_metrics` gives them, and "intervals" (by patients), "calibration" and "operating"
-        (thresholds). A series' label is positive when any slice's is; its probability is what a
-        run on whole series says, or its slices' aggregated by the rule in "aggregation". Rule,
-        temperature and thresholds are chosen when the validation split is evaluated, and kept in
-        choices.json for the others.
+        (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
+        positive when any slice's is; its probability is what a run on whole series says, or its
+        slices' aggregated by the rule in "aggregation". Rule, temperature and thresholds are
+        chosen when the validation split is evaluated, and kept in choices.json for the others.
 
     Raises:
         UsageError: unknown split.
@@ -116,6 +118,10 @@ def evaluate(
         "series": series_labels(train).mean().to_list(),
     }
     metrics = _metrics(run_dir, split, view.kind, rows, truth, values, prevalence)
+    if is_synthetic(cache.slices):
+        trivial = trivial_auroc(cache, members, split)
+        for level in metrics:
+            metrics[level]["trivial_auroc_any"] = trivial[level]
     atomic_write(run_dir / f"predictions-{split}.csv", csv_text(table))
     write_json(run_dir / f"metrics-{split}.json", metrics)
     return metrics

@@ -55,6 +55,18 @@ def summary_rows(metrics: dict) -> list[list[str]]:
     ]
 
 
+def trivial_line(metrics: dict) -> str:
+    """Say what counting voxels achieves on the same phantoms; "" on other data.
+
+    Args:
+        metrics: of one level, as `ich_keras.evaluation.evaluate` returns them.
+    """
+    if "trivial_auroc_any" not in metrics:
+        return ""
+    found = format_metric(metrics["trivial_auroc_any"], 3)
+    return f"Counting voxels per HU band instead, AUROC(any): {found}."
+
+
 def _split_section(title: str, metrics: dict) -> list[str]:
     lines = [f"## {title}", ""]
     for level, part in metrics.items():
@@ -79,6 +91,7 @@ def _split_section(title: str, metrics: dict) -> list[str]:
                 ],
             ),
             "",
+            *([trivial_line(part), ""] if trivial_line(part) else []),
             *_beyond_rankings(part),
         ]
     return lines

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache import CTCache
 from ich_keras.data.inputs import INTENSITIES
@@ -401,13 +402,6 @@ def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
         line += f", {config.fit.accumulate} batches a step"
     line += f", {config.precision}"
     return line + "."
-
-
-def is_synthetic(slices: pd.DataFrame) -> bool:
-    """Tell whether any slice comes from a phantom: no clinical claim may rest on it."""
-    from ich_keras.ct.phantom_dicom import PATIENT_PREFIX
-
-    return bool(slices["patient_id"].str.startswith(PATIENT_PREFIX).any())
 
 
 def _epochs(loader, config: RunConfig, progress: Progress | None):

@@ -5,7 +5,7 @@ import json
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ich_keras.ct.phantom_dicom import PATIENT_PREFIX
+from ich_keras.ct.phantom_dicom import PATIENT_PREFIX, is_synthetic
 from ich_keras.data.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import hu_band_counts, trivial_detector
@@ -13,7 +13,6 @@ from ich_keras.demo import DemoSettings, run_demo
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
 from ich_keras.terminal import terminal_progress
-from ich_keras.training import is_synthetic
 
 TINY = DemoSettings(num_series=24, matrix=64, size=32, epochs=1)
 
@@ -35,6 +34,10 @@ def test_the_demo_walks_the_whole_road(tmp_path):
     metrics = json.loads((result.run_dir / "metrics-test.json").read_text())["slice"]
     assert summary["auroc"] == metrics["auroc"]
     assert any("AUROC(any): " in line for line in told)
+    trivial = (
+        f"Counting voxels per HU band instead, AUROC(any): {summary['trivial_auroc_any']:.3f}."
+    )
+    assert trivial in (result.run_dir / "report.md").read_text()
     assert str(result.run_dir / "report.md") in told[-1]
 
     cache = CTCache.open(tmp_path / "demo" / "cache")

@@ -506,7 +506,8 @@ def test_the_detector_that_counts_voxels_is_scored_on_the_same_slices(phantom_ca
     counts = hu_band_counts(phantom_cache.slices_hu(np.arange(len(phantom_cache.slices))))
     truth = phantom_cache.slices["any"].to_numpy()
     values = trivial_detector(counts[train], truth[train], counts[test])
-    found = trivial_auroc(phantom_cache.slices, cache_band_counts(phantom_cache), split)
+    found = trivial_auroc(phantom_cache, split)
+    assert trivial_auroc(phantom_cache, split, counts=cache_band_counts(phantom_cache)) == found
     assert found["slice"] == pytest.approx(sk.roc_auc_score(truth[test], values))
     series = phantom_cache.slices["series_uid"].to_numpy()[test]
     worst = [(truth[test][series == uid].max(), values[series == uid].max()) for uid in set(series)]

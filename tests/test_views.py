@@ -24,6 +24,8 @@ from ich_keras.data.inputs import (
     stack_slices,
     volume_input,
 )
+from ich_keras.data.split import Split
+from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import AIR, View, make_samples
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
@@ -338,6 +340,10 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
     assert config["fit"]["batch_size"] == {"slab": 16, "series": 1}[kind]
     metrics = evaluate(folder, phantom_cache, "test")
     assert set(metrics) == ({"slice", "series"} if kind == "slab" else {"series"})
+    trivial = trivial_auroc(phantom_cache, Split.load(folder / "split.json"))
+    assert {level: part["trivial_auroc_any"] for level, part in metrics.items()} == {
+        level: trivial[level] for level in metrics
+    }
     predictions = pd.read_csv(folder / "predictions-test.csv")
     members = set(json.loads((folder / "split.json").read_text())["members"]["test"])
     assert set(predictions["series_instance_uid"]) == members

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 from pydicom import config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -71,6 +72,15 @@ def hex_identifier(number: int, seed: int, digits: int) -> str:
 def patient_id(spec: PhantomSpec) -> str:
     """Return the PatientID of a phantom; its prefix marks it as synthetic in every table."""
     return PATIENT_PREFIX + hex_identifier(spec.patient, spec.seed, 8).removeprefix("ID_")
+
+
+def is_synthetic(slices: pd.DataFrame) -> bool:
+    """Tell whether any slice comes from a phantom: no clinical claim may rest on it.
+
+    Args:
+        slices: with the column patient_id.
+    """
+    return bool(slices["patient_id"].str.startswith(PATIENT_PREFIX).any())
 
 
 def sop_instance_uids(spec: PhantomSpec, num_slices: int) -> list[str]:

@@ -85,37 +85,49 @@ def trivial_detector(
     return model.predict_proba(np.log1p(test_counts))[:, 1]
 
 
-def cache_band_counts(cache: CTCache) -> np.ndarray:
-    """Count the voxels of every slice of a cache: float64 (slices, bands), see `hu_band_counts`."""
-    rows = np.arange(len(cache.slices))
-    parts = np.array_split(rows, -(-len(rows) // _SLICES_AT_A_TIME))
+def cache_band_counts(cache: CTCache, rows: np.ndarray | None = None) -> np.ndarray:
+    """Count the voxels of slices of a cache.
+
+    Args:
+        cache: any.
+        rows: int (n,), of `cache.slices`; None takes all.
+
+    Returns:
+        float64 (n, bands), see `hu_band_counts`.
+    """
+    rows = np.arange(len(cache.slices)) if rows is None else np.asarray(rows)
+    parts = np.array_split(rows, max(1, -(-len(rows) // _SLICES_AT_A_TIME)))
     return np.concatenate([hu_band_counts(cache.slices_hu(part)) for part in parts])
 
 
 def trivial_auroc(
-    slices: pd.DataFrame, counts: np.ndarray, split: Split
+    cache: CTCache, split: Split, part: str = "test", counts: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """Train the detector on the training slices of a split and score it on the test slices.
+    """Train the detector on the training slices of a split and score it on another part.
 
     Args:
-        slices: the slice table, with labels.
-        counts: float (slices, bands) of `cache_band_counts`, row by row.
+        cache: with labels.
         split: who trains and who is scored.
+        part: which is scored: train, valid or test.
+        counts: float (slices, bands) of `cache_band_counts`, row by row; None counts now.
 
     Returns:
         AUROC of `any` at "slice" and at "series" level (a series is as bad as its worst slice);
-        None where the test slices are all alike.
-
-    Raises:
-        DataError: the training slices are all alike.
+        None where the training or the scored slices are all alike.
     """
-    train, test = (split.indices(slices, name) for name in ("train", "test"))
-    truth = slices[ANY].to_numpy()
-    values = trivial_detector(counts[train], truth[train], counts[test])
-    table = pd.DataFrame({"value": values, "truth": truth[test]})
+    train, scored = (split.indices(cache.slices, name) for name in ("train", part))
+    truth = cache.slices[ANY].to_numpy()
+    if len(np.unique(truth[train])) != 2:
+        return {"slice": None, "series": None}
+    train_counts, scored_counts = (
+        cache_band_counts(cache, rows) if counts is None else counts[rows]
+        for rows in (train, scored)
+    )
+    values = trivial_detector(train_counts, truth[train], scored_counts)
+    table = pd.DataFrame({"value": values, "truth": truth[scored]})
     levels = {
         "slice": table,
-        "series": table.groupby(slices["series_uid"].to_numpy()[test]).max(),
+        "series": table.groupby(cache.slices["series_uid"].to_numpy()[scored]).max(),
     }
     return {
         level: float(roc_auc_score(rows["truth"], rows["value"]))
