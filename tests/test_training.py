@@ -71,6 +71,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         ),
     }
     assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of(
+        backend=keras.config.backend(),
         device="cpu",
         data={"intensity": "windows", "view": "slice", "slices": 1},
         fit={"accumulate": 1},
