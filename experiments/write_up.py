@@ -415,7 +415,27 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
         "",
         "Mean over seeds (range); intervals over the rows of all seeds together. Counting voxels: a"
         " logistic regression on how many voxels lie in each band of HU, on the same slices; of a"
-        " series its worst slice. A network that does not beat it has learned nothing else.",
+        " series its worst slice.",
+        "",
+        *hardly_learned(keys, results),
+    ]
+
+
+def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
+    """Name the runs whose ranking is no better than that of the detector that counts voxels."""
+    behind = [
+        f"`{key}` per {level}"
+        for key in keys
+        for level in LEVELS
+        if (values := seed_values(results[key], level, "auroc/any"))
+        and (counting := trivial_values(results[key], level))
+        and np.mean(values) <= np.mean(counting)
+    ]
+    if not behind:
+        return []
+    return [
+        f"**Not above counting voxels**, in the mean AUROC(any): {', '.join(behind)}. Such a"
+        " network has hardly learned at this budget; a comparison with it says that, and no more.",
         "",
     ]
 

@@ -562,6 +562,19 @@ def test_pairs_are_aligned_by_name():
     assert series.num_samples == 10
 
 
+def test_networks_that_have_hardly_learned_are_named():
+    from experiments.write_up import hardly_learned
+
+    results = {
+        "2d": [made_result("2d", 0, some_rows(1))],
+        "slab": [made_result("slab", 0, some_rows(1, quality=0.0))],
+    }
+    (line, _) = hardly_learned(("2d", "slab"), results)
+    assert "`slab` per slice" in line
+    assert "`2d`" not in line
+    assert hardly_learned(("2d",), results) == []
+
+
 def test_pairs_on_other_samples_are_refused_or_cut_to_the_shared_ones():
     rows = some_rows(1)
     one, other = made_result("a", 0, rows), made_result("b", 0, rows[8:])
