@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from experiments.runs import RUNS, Run, Scale
+from experiments.runs import RUNS, Run, Scale, fitting_of
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def _samples(run: Run, scale: Scale) -> float:
 
 def _epochs(key: str, scale: Scale) -> float:
     run = RUNS[key]
-    epochs = scale.fittings[run.view].epochs
+    epochs = fitting_of(run, scale).epochs
     if run.like is None or run.like[0] == "memory":
         return epochs
     what, base_key = run.like
     base = RUNS[base_key]
-    samples = _samples(base, scale) * scale.fittings[base.view].epochs / _samples(run, scale)
+    samples = _samples(base, scale) * fitting_of(base, scale).epochs / _samples(run, scale)
     if what == "steps":
         return samples
     return samples * _speed(base, scale).multiply_adds / _speed(run, scale).multiply_adds

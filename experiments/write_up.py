@@ -10,7 +10,7 @@ import numpy as np
 from experiments.figures import curve_points, draw_all
 from experiments.reproduce import absent_weights
 from experiments.results import Result, load_results
-from experiments.runs import QUESTIONS, RUNS, TABLE_RUNS, TABLES
+from experiments.runs import QUESTIONS, RUNS, SCALES, TABLE_RUNS, TABLES, is_made_at
 from experiments.scores import (
     LEVELS,
     THESIS_NAMES,
@@ -356,7 +356,12 @@ def _question(name: str, results: Results) -> list[str]:
     if not finished or (not question.in_all and set(finished) <= _shared_runs(name)):
         return []
     lines = [f"## {name}: {question.title}", ""]
-    absent = [key for key in question.runs if key not in results]
+    scale = SCALES.get(results[finished[0]][0].info["scale"])
+    absent = [
+        key
+        for key in question.runs
+        if key not in results and (scale is None or is_made_at(RUNS[key], scale))
+    ]
     if absent:
         lines += [f"Not run: {', '.join(f'`{key}`' for key in absent)}.", ""]
     lines += _scores_table(finished, results)

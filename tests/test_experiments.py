@@ -170,6 +170,22 @@ def test_the_scale_of_real_data_has_the_settings_of_the_thesis():
     assert base_config(RUNS["2d-normalise-first"], SCALES["rsna"], 0).data.loader_workers == 0
 
 
+def test_stand_ins_may_be_fitted_longer_than_the_rest():
+    small = SCALES["small"]
+    own, usual = small.other_fittings["slab"], small.fittings["slab"]
+    assert own.epochs > usual.epochs
+    fitted = {
+        key: base_config(RUNS[key], small, 0).fit.epochs
+        for key in ("stand-in-3d-18", "stand-in-2d-18", "slab-medicalnet", "slab")
+    }
+    assert fitted == {
+        "stand-in-3d-18": own.epochs,
+        "stand-in-2d-18": small.fittings["slice"].epochs,
+        "slab-medicalnet": usual.epochs,
+        "slab": usual.epochs,
+    }
+
+
 def test_runs_come_after_what_they_start_from():
     tiny = SCALES["tiny"]
     keys = chosen_runs(tiny, TABLES, tuple(QUESTIONS))
@@ -653,7 +669,7 @@ def test_words_follow_the_numbers():
     assert loss_after(made_result("2d", 0, some_rows(0)), 4) == 0.5
 
 
-def test_the_report_needs_nothing_but_the_results(place):
+def test_the_report_needs_nothing_but_the_results(place, monkeypatch):
     from experiments.write_up import write_report
 
     reproduce(place, ["2d", "2d-half"], (0, 1), train_run=FakeTraining())
@@ -665,8 +681,13 @@ def test_the_report_needs_nothing_but_the_results(place):
     assert (
         "n/a: weights not fetched (`weights-convert convert --source torchvision_resnet18" in text
     )
-    assert "0.0823" not in text or "as published" in text
     assert "| `2d` - `2d-half` | slice |" in text
+    assert "Not run: `slab`, `series`, `2d-eighth`, `2d-quarter`, `slab-eighth`," in text
+    # A scale that has no quarters and eighths does not lack them.
+    monkeypatch.setitem(SCALES, FAKE.name, FAKE)
+    of_scale = write_report(alone).read_text()
+    assert "Not run: `slab`, `series`, `slab-half`, `series-half`." in of_scale
+    monkeypatch.delitem(SCALES, FAKE.name)
     for name in ("learning-curves", "reliability", "roc-pr", "labels"):
         path = alone / "figures" / f"{name}.svg"
         assert path.stat().st_size < 150_000
