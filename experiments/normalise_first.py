@@ -44,6 +44,7 @@ def make_thesis_order():
             albumentations.Affine(
                 translate_percent=(-augment.MAX_SHIFT, augment.MAX_SHIFT),
                 scale=(1 - augment.MAX_SCALE, 1 + augment.MAX_SCALE),
+                keep_ratio=True,
                 rotate=(-augment.MAX_ROTATION_DEGREES, augment.MAX_ROTATION_DEGREES),
                 interpolation=cv2.INTER_LINEAR,
                 border_mode=cv2.BORDER_REFLECT_101,
@@ -56,7 +57,8 @@ def make_thesis_order():
 
     def change(windows: np.ndarray, seed: int) -> np.ndarray:
         windows = geometric(windows, seed)
-        moves.set_random_seed(seed)
+        # Another stream than the first flip's, which began at `seed` itself.
+        augment.seed_pipeline(moves, augment.sample_seed(seed, 0, 0))
         windows = np.clip(moves(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
         random = np.random.default_rng([seed, 3])
         if random.random() >= augment.BRIGHTNESS_PROBABILITY:

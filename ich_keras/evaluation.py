@@ -10,7 +10,7 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache import CTCache
-from ich_keras.data.labels import series_labels
+from ich_keras.data.labels import is_labelled, series_labels
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples
@@ -58,12 +58,14 @@ def evaluate(
         progress: called as progress("evaluating", done, total).
 
     Returns:
-        {"slice": metrics, "series": metrics}, of a run on whole series only the latter; each as
+        {"slice": metrics, "series": metrics}, of a run on whole series only the latter, of a part
+        that does not hold its series whole (a split by slices) only the former; each as
         `binary_metrics` gives them, and "intervals" (by patients), "calibration" and "operating"
         (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
         positive when any slice's is; its probability is what a run on whole series says, or its
         slices' aggregated by the rule in "aggregation". Rule, temperature and thresholds are
-        chosen when the validation split is evaluated, and kept in choices.json for the others.
+        chosen when the validation split is evaluated for the first time, which training does, and
+        kept in choices.json.
 
     Raises:
         UsageError: unknown split.
@@ -117,7 +119,8 @@ def evaluate(
         "slice": train[list(LABELS)].mean().to_list(),
         "series": series_labels(train).mean().to_list(),
     }
-    metrics = _metrics(run_dir, split, view.kind, rows, truth, values, prevalence)
+    is_whole = _holds_series_whole(cache, indices)
+    metrics = _metrics(run_dir, split, view.kind, is_whole, rows, truth, values, prevalence)
     if is_synthetic(cache.slices):
         trivial = trivial_auroc(cache, members, split)
         for level in metrics:
@@ -142,15 +145,28 @@ class _Level:
     patients: np.ndarray
 
 
-def _metrics(run_dir, split, kind, rows, truth, values, prevalence) -> dict:
+def _holds_series_whole(cache: CTCache, indices: np.ndarray) -> bool:
+    """Whether a part has every labelled slice of its series: a series known by some of its slices
+    has neither its label nor its probability."""
+    series = cache.slices["series_uid"].to_numpy()
+    in_part = np.zeros(len(series), bool)
+    in_part[indices] = True
+    others = is_labelled(cache.slices) & ~in_part
+    return not np.isin(series[indices], series[others]).any()
+
+
+def _metrics(run_dir, split, kind, is_whole, rows, truth, values, prevalence) -> dict:
     """Score both levels; what has to be chosen is chosen on the validation split and kept."""
     # Without a PatientID (only splits by name allow that) each series stands for itself.
     patients = rows["patient_id"].where(rows["patient_id"] != "", rows["series_uid"]).to_numpy()
     levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
     choices = read_json(run_dir / CHOICES) if (run_dir / CHOICES).is_file() else {}
-    if kind != "series":
+    # Once: predictions and the metrics of other splits stand on them.
+    is_choosing = split == CHOOSING and not choices
+    is_aggregated = kind != "series" and is_whole
+    if is_aggregated:
         uids = rows["series_uid"].to_numpy()
-        if split == CHOOSING:
+        if is_choosing:
             rule, losses = choose_rule(truth, values, uids)
             choices["aggregation"] = {"rule": rule, "chosen_on": CHOOSING, "log_loss": losses}
         rule = choices.get("aggregation", {"rule": DEFAULT_RULE})["rule"]
@@ -160,7 +176,7 @@ def _metrics(run_dir, split, kind, rows, truth, values, prevalence) -> dict:
             series.to_numpy(),
             pd.Series(patients, index=uids).groupby(level=0).first()[series.index].to_numpy(),
         )
-    if split == CHOOSING:
+    if is_choosing:
         choices |= {name: _choose(level) for name, level in levels.items()}
         write_json(run_dir / CHOICES, choices)
     metrics = {
@@ -172,7 +188,7 @@ def _metrics(run_dir, split, kind, rows, truth, values, prevalence) -> dict:
         }
         for name, level in levels.items()
     }
-    if kind != "series":
+    if is_aggregated:
         metrics["series"]["aggregation"] = choices.get("aggregation", {"rule": DEFAULT_RULE})
     return metrics
 

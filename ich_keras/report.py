@@ -110,8 +110,9 @@ def _beyond_rankings(part: dict) -> list[str]:
     """Return what is said about aggregation, intervals, calibration and operating points."""
     lines = []
     if "aggregation" in part:
-        rule = part["aggregation"]["rule"]
-        lines += [f"A series' probability: {rule} of its slices' (chosen on validation).", ""]
+        rule, is_chosen = part["aggregation"]["rule"], "chosen_on" in part["aggregation"]
+        why = "chosen on validation" if is_chosen else "nothing was chosen on validation"
+        lines += [f"A series' probability: {rule} of its slices' ({why}).", ""]
     if part.get("intervals"):
         log_loss = part["intervals"]["metrics"]["log_loss"]
         lines += [
@@ -215,7 +216,10 @@ def write_report(run_dir: Path | str) -> Path:
         "",
         markdown_table(
             list(history.columns),
-            [[f"{value:.6g}" for value in row] for row in history.itertuples(index=False)],
+            [
+                ["n/a" if pd.isna(value) else f"{value:.6g}" for value in row]
+                for row in history.itertuples(index=False)
+            ],
         ),
     ]
     atomic_write(run_dir / REPORT, "\n".join(lines) + "\n")

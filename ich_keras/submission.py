@@ -28,7 +28,8 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
 
     Raises:
         UsageError: `out` exists, or the predictions cannot be opened.
-        DataError: a column is absent, an image is there twice, or a value is no probability.
+        DataError: a column is absent, an image has no name or is there twice, or a value is no
+            probability.
     """
     out = require_absent(Path(out))
     if not isinstance(predictions, pd.DataFrame):
@@ -45,9 +46,14 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
             "Give the predictions.csv of a run on slices or slabs.",
         )
     uids = predictions["sop_instance_uid"]
+    is_nameless = uids.isna() | (uids == "")
+    if is_nameless.any():
+        raise DataError(
+            f"{is_nameless.sum()} image(s) of the predictions have no sop_instance_uid."
+        )
     if uids.duplicated().any():
         raise DataError(f"image {uids[uids.duplicated()].iloc[0]} is predicted more than once.")
-    values = predictions[list(LABELS)]
+    values = predictions[list(LABELS)].apply(pd.to_numeric, errors="coerce")
     outside = ~((values >= 0) & (values <= 1)).all(axis=1)
     if outside.any():
         raise DataError(f"image {uids[outside].iloc[0]} has values that are no probabilities.")

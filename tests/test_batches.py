@@ -142,6 +142,36 @@ def test_augmentation_refuses_hounsfield_units(wrong):
         make_augmentation()(wrong, 0)
 
 
+def test_the_steps_of_an_augmentation_are_independent(monkeypatch):
+    from ich_keras.data import augment as module
+
+    image = np.random.default_rng(0).random((24, 24, 3)).astype(np.float32)
+    turned = {
+        (across, down): image[:: -1 if down else 1, :: -1 if across else 1]
+        for across in (False, True)
+        for down in (False, True)
+    }
+
+    def drawn(seeds=400):
+        change = make_augmentation()
+        return [change(image, seed) for seed in range(seeds)]
+
+    monkeypatch.setattr(module, "BRIGHTNESS_PROBABILITY", 0.0)
+    found = drawn()
+    counts = [sum(np.array_equal(one, flipped) for one in found) for flipped in turned.values()]
+    # Each of the four ways to flip comes without a movement in one image of eight: 50 of 400.
+    assert all(30 <= count <= 70 for count in counts), counts
+    # Moved, and nothing else of the geometry tied to it: the others are about half.
+    assert 160 <= len(found) - sum(counts) <= 240
+
+    monkeypatch.setattr(module, "BRIGHTNESS_PROBABILITY", 1.0)
+    monkeypatch.setattr(module, "AFFINE_PROBABILITY", 0.0)
+    monkeypatch.setattr(module, "FLIP_PROBABILITY", 0.0)
+    means = np.array([one.mean() for one in drawn(200)]) - image.mean()
+    assert (means > 0.02).sum() > 40
+    assert (means < -0.02).sum() > 40
+
+
 def test_flips_are_left_right_only():
     windows = np.random.default_rng(0).random((16, 16, 3), np.float32)
     flip = make_augmentation("flip")

@@ -29,6 +29,16 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
+def seed_pipeline(pipeline, seed: int) -> None:
+    """Give each step of an albumentations pipeline a random stream of its own.
+
+    The pipeline's `set_random_seed` gives the same seed to all of them: they would be applied
+    together or not at all, and by amounts that hang together.
+    """
+    for number, step in enumerate(pipeline.transforms):
+        step.set_random_seed(sample_seed(seed, 0, number) if number else seed)
+
+
 def require_augmentation(name: str | None) -> None:
     """Refuse a name that is no augmentation's; None is none at all.
 
@@ -72,6 +82,7 @@ def make_augmentation(name: str = "thesis"):
             albumentations.Affine(
                 translate_percent=(-MAX_SHIFT, MAX_SHIFT),
                 scale=(1 - MAX_SCALE, 1 + MAX_SCALE),
+                keep_ratio=True,
                 rotate=(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),
                 interpolation=cv2.INTER_LINEAR,
                 border_mode=cv2.BORDER_REFLECT_101,
@@ -91,7 +102,7 @@ def make_augmentation(name: str = "thesis"):
                 f"augmentation received {windows.dtype} values from {windows.min()} to"
                 f" {windows.max()}; expected windows, float32 in 0..1."
             )
-        pipeline.set_random_seed(seed)
+        seed_pipeline(pipeline, seed)
         # Slices as channels of one image: one draw for all of them.
         image = windows if windows.ndim == 3 else _as_channels(windows)
         image = np.clip(pipeline(image=image)["image"], 0.0, 1.0, dtype=np.float32)

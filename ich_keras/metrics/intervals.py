@@ -47,8 +47,33 @@ def bootstrap(
     Raises:
         DataError: shapes differ, or there are fewer than two patients.
     """
-    whole, drawn = _resampled([(truth, values, patients)], resamples, seed)
-    return {name: _interval(whole[0][name], drawn[0][name]) for name in whole[0]}
+    return mean_bootstrap([(truth, values, patients)], resamples, seed)
+
+
+def mean_bootstrap(
+    models: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str]]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Compute the means of several models' metrics, such as those of one training's seeds.
+
+    Each model is scored on rows of its own: ranking the rows of several models among each other
+    would compare probabilities that were never meant to be compared. Patients are drawn once for
+    all: who is in the rows of several models weighs the same in each.
+
+    Args:
+        models: of each truth int (n, 6), probabilities float (n, 6), patients str (n,); n may
+            differ.
+        resamples, seed: as in `bootstrap`.
+
+    Returns:
+        As `bootstrap`; a mean is defined where the metric is for every model.
+
+    Raises:
+        DataError: as `bootstrap`.
+    """
+    whole, drawn = _resampled(models, resamples, seed)
+    return {name: _interval(_mean(whole, name), _mean(drawn, name)) for name in whole[0]}
 
 
 def paired_bootstrap(
@@ -73,51 +98,54 @@ def paired_bootstrap(
     Raises:
         DataError: as `bootstrap`.
     """
-    rows = [(truth, values, patients), (truth, others, patients)]
-    return _differences(*_resampled(rows, resamples, seed))
+    return mean_paired_bootstrap([(truth, values, others, patients)], resamples, seed)
 
 
-def unpaired_bootstrap(
-    one: tuple[np.ndarray, np.ndarray, Sequence[str]],
-    other: tuple[np.ndarray, np.ndarray, Sequence[str]],
+def mean_paired_bootstrap(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[str]]],
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Compute how much one model's metrics exceed another's, each on rows of its own.
-
-    Patients of both sets of rows are drawn together: who is in both weighs the same in both.
+    """Compute the mean of `paired_bootstrap`'s differences over several pairs of models.
 
     Args:
-        one, other: truth int (n, 6), probabilities float (n, 6), patients str (n,); n may differ.
+        pairs: of each truth int (n, 6), probabilities of the two models float (n, 6), patients
+            str (n,); n may differ between pairs. Patients are drawn once for all.
         resamples, seed: as in `bootstrap`.
 
     Returns:
-        As `paired_bootstrap`.
+        As `paired_bootstrap`; a mean is defined where the metric is for every model.
 
     Raises:
         DataError: as `bootstrap`.
     """
-    return _differences(*_resampled([one, other], resamples, seed))
-
-
-def _differences(whole: list[dict], drawn: list[dict]) -> dict[str, dict]:
+    ones = [(truth, values, patients) for truth, values, _, patients in pairs]
+    others = [(truth, values, patients) for truth, _, values, patients in pairs]
+    whole, drawn = _resampled([*ones, *others], resamples, seed)
     found = {}
-    for name, value in whole[0].items():
-        differences = drawn[0][name] - drawn[1][name]
-        other = whole[1][name]
-        difference = None if value is None or other is None else value - other
+    for name in whole[0]:
+        value, differences = (
+            _mean(part[: len(pairs)], name) - _mean(part[len(pairs) :], name)
+            for part in (whole, drawn)
+        )
         defined = differences[~np.isnan(differences)]
-        found[name] = _interval(difference, differences) | {
+        found[name] = _interval(value, differences) | {
             "share_above_0": float((defined > 0).mean()) if len(defined) else None
         }
     return found
 
 
-def _interval(value: float | None, drawn: np.ndarray) -> dict:
+def _mean(scored: Sequence[dict], name: str):
+    """Average a metric over models: float, or float (resamples,); NaN where one is."""
+    return np.mean([metrics[name] for metrics in scored], axis=0)
+
+
+def _interval(value: float, drawn: np.ndarray) -> dict:
     defined = drawn[~np.isnan(drawn)]
     low = high = None
     if len(defined) >= 0.9 * len(drawn):
         low, high = (float(q) for q in np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    value = None if np.isnan(value) else float(value)
     return {"value": value, "low": low, "high": high, "resamples": len(defined)}
 
 
@@ -138,10 +166,7 @@ def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, 
         raise DataError(f"{len(names)} patient(s); resampling needs at least two.")
     parts = np.split(numbers, np.cumsum([len(owner) for owner in owners])[:-1])
     whole = [
-        {
-            name: _or_none(found[0])
-            for name, found in column.metrics(np.ones((1, len(part)))).items()
-        }
+        {name: found[0] for name, found in column.metrics(np.ones((1, len(part)))).items()}
         for column, part in zip(columns, parts, strict=True)
     ]
     drawn: list[list] = [[] for _ in sets]
@@ -153,10 +178,6 @@ def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, 
         for scored in drawn
     ]
     return whole, joined
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def _draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
