@@ -165,15 +165,20 @@ def _roc_pr(pyplot, results):
     if not views:
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2))
-    for view in views:
-        truth, values = _pooled(results[view], "series")
-        labels, chances = truth[:, _COLUMN], values[:, _COLUMN]
-        if labels.min() == labels.max():
-            continue
-        false, true, _ = roc_curve(labels, chances)
-        axes[0].plot(*_thinned(false, true), label=view)
-        precision, recall, _ = precision_recall_curve(labels, chances)
-        axes[1].plot(*_thinned(recall, precision), label=view)
+    for number, view in enumerate(views):
+        name = view
+        # Each seed's model by itself: its probabilities do not rank another's.
+        for result in results[view]:
+            found = scored(result, "series")
+            labels, chances = found.truth[:, _COLUMN], found.values[:, _COLUMN]
+            if labels.min() == labels.max():
+                continue
+            look = {"color": f"C{number}", "linewidth": 1.2, "label": name}
+            false, true, _ = roc_curve(labels, chances)
+            axes[0].plot(*_thinned(false, true), **look)
+            precision, recall, _ = precision_recall_curve(labels, chances)
+            axes[1].plot(*_thinned(recall, precision), **look)
+            name = None  # once in the legend
     for axis, title, across, up in (
         (axes[0], "ROC, series level", "1 - specificity", "sensitivity"),
         (axes[1], "precision-recall, series level", "recall", "precision"),

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.data import Place
-from experiments.runs import RUNS, declaration
+from experiments.runs import RUNS, SCALES, declaration
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
 from ich_keras.data.split import Split
@@ -215,14 +215,18 @@ def is_kept(place: Place, key: str, seed: int) -> bool:
     folder = place.result_dir(key, seed)
     if not (folder / RESULT).is_file():
         return False
-    info = _read_info(folder)
-    if info["declaration"] != declaration(key, place.scale, seed, place.source):
+    wanted = declaration(key, place.scale, seed, place.source)
+    _require_declared(_read_info(folder), folder, wanted)
+    return True
+
+
+def _require_declared(info: dict, folder: Path, wanted: str) -> None:
+    if info["declaration"] != wanted:
         raise StaleError(
             f"{folder} is the result of a run that was declared otherwise (its date:"
             f" {info['date']}).",
             "Give another --out and --work, or remove that folder and the run's.",
         )
-    return True
 
 
 def require_same_cache(place: Place, cache: CTCache, kept: Sequence[tuple[str, int]]) -> None:
@@ -299,13 +303,18 @@ def load_results(out: Path) -> dict[str, list[Result]]:
     """Read all kept runs: key -> results by seed. Runs that are no longer declared are left out.
 
     Raises:
-        StaleError: they stand on different data.
+        StaleError: they stand on different data, or one was declared otherwise.
     """
     found: dict[str, list[Result]] = {}
     for path in sorted(out.glob(f"runs/*/{RESULT}")):
         key, _, seed = path.parent.name.rpartition("-s")
         if key in RUNS and seed.isdecimal():
-            found.setdefault(key, []).append(load_result(out, key, int(seed)))
+            result = load_result(out, key, int(seed))
+            scale = SCALES.get(result.info["scale"])
+            # What DICOM files were declared is known only to whoever has them.
+            if scale is not None and scale.is_synthetic:
+                _require_declared(result.info, path.parent, declaration(key, scale, int(seed)))
+            found.setdefault(key, []).append(result)
     for is_other in (False, True):
         caches = _caches(found, is_other)
         if len(caches) > 1:

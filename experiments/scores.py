@@ -1,9 +1,9 @@
 """From kept predictions to numbers: means over seeds, intervals, differences of paired models.
 
-Intervals: the rows of all seeds are put together (each seed's model answers for its own test
-patients), and patients are drawn with replacement; a patient who is in the test set of several
-seeds is drawn with all of those rows. Metrics are then those of the rows together. The range over
-seeds stands beside.
+A number is the mean of the seeds' metrics: each seed's model is scored on its own test patients,
+and the rows of two models are never ranked among each other. Intervals: patients are drawn with
+replacement, once for all seeds; a patient who is in the test set of several seeds is drawn in each.
+The range over seeds stands beside.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ import pandas as pd
 
 from experiments.convention import thesis_metrics
 from experiments.results import Result
+from experiments.runs import SCALES
 from ich_keras.errors import DataError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
-from ich_keras.metrics.intervals import RESAMPLES, bootstrap, paired_bootstrap, unpaired_bootstrap
+from ich_keras.metrics.intervals import RESAMPLES, mean_bootstrap, mean_paired_bootstrap
 
 LEVELS = ("slice", "series")
 # The thesis's names of its metrics -> ours; where they have no like among ours, none.
@@ -33,7 +34,7 @@ THESIS_NAMES = {
     "specificity": "specificity",
 }
 # Its batch sizes, over which it averaged.
-THESIS_BATCH = {"slice": 32, "slab": 16, "series": 1}
+THESIS_BATCH = {view: fitting.batch_size for view, fitting in SCALES["rsna"].fittings.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,10 @@ def scored(result: Result, level: str) -> Scored | None:
         return Scored(pd.Index(table["sop"]), patients, truth, values)
     if result.is_series:
         return Scored(pd.Index(table["series"]), patients, truth, values)
-    rule = result.info["metrics"]["series"].get("aggregation", {}).get("rule", DEFAULT_RULE)
+    found = result.info["metrics"].get("series")
+    if found is None:
+        return None  # its test set has not the whole of its series
+    rule = found.get("aggregation", {}).get("rule", DEFAULT_RULE)
     series = table["series"].to_numpy()
     found = aggregate(values, series, rule)
     labels = aggregate(truth, series).to_numpy().astype(int)
@@ -91,9 +95,11 @@ def scored(result: Result, level: str) -> Scored | None:
 
 
 def pick(metrics: dict, name: str) -> float | None:
-    """Look up "log_loss" or "auroc/any" in what `binary_metrics` returned."""
+    """Look up "log_loss", "auroc/any" or "log_loss/any" in what `binary_metrics` returned."""
     kind, _, label = name.partition("/")
-    return metrics[kind][label] if label else metrics[kind]
+    if not label:
+        return metrics[kind]
+    return metrics[kind][label] if kind in ("auroc", "ap") else metrics["per_label"][label][kind]
 
 
 def seed_values(results: Sequence[Result], level: str, name: str) -> list[float]:
@@ -107,7 +113,7 @@ def seed_values(results: Sequence[Result], level: str, name: str) -> list[float]
 
 
 def together(parts: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put the rows of several seeds together: truth, values, patients."""
+    """Put the rows of several seeds together, for curves: truth, values, patients."""
     return (
         np.concatenate([part.truth for part in parts]),
         np.concatenate([part.values for part in parts]),
@@ -118,15 +124,12 @@ def together(parts: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def intervals(
     results: Sequence[Result], level: str, resamples: int = RESAMPLES
 ) -> dict[str, dict] | None:
-    """Return every metric over the rows of all seeds, with 95 % intervals by patients; None where
+    """Return the mean over seeds of every metric, with 95 % intervals by patients; None where
     there is nothing, or one patient only."""
     parts = [part for result in results if (part := scored(result, level)) is not None]
-    if not parts:
+    if len({patient for part in parts for patient in part.patients}) < 2:
         return None
-    truth, values, patients = together(parts)
-    if len(set(patients)) < 2:
-        return None
-    return bootstrap(truth, values, patients, resamples)
+    return mean_bootstrap([(p.truth, p.values, p.patients) for p in parts], resamples)
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,13 @@ class Difference:
     """One model minus another on the same samples.
 
     Args:
-        together: metric -> value, low, high, share_above_0, over the rows of all seeds.
+        mean: over seeds, metric -> value, low, high, share_above_0.
         per_seed: metric -> the difference of each seed (None where undefined).
         num_samples, num_patients: compared, over all seeds.
         seeds: that both models have.
     """
 
-    together: dict[str, dict]
+    mean: dict[str, dict]
     per_seed: dict[str, list[float | None]]
     num_samples: int
     num_patients: int
@@ -154,7 +157,7 @@ def compare(
     only_shared: bool = False,
     resamples: int = RESAMPLES,
 ) -> Difference | None:
-    """Compare two models, seed by seed and over all seeds together.
+    """Compare two models seed by seed, and in the mean over seeds.
 
     Args:
         ones, others: their results; seeds that one of them lacks are left out.
@@ -183,37 +186,25 @@ def compare(
             seeds.append(result.seed)
     if not pairs:
         return None
-    truth, values, patients = together([one for one, _ in pairs])
-    if len(set(patients)) < 2:
+    num_patients = len({patient for one, _ in pairs for patient in one.patients})
+    if num_patients < 2:
         return None
-    other_values = np.concatenate([other.values for _, other in pairs])
-    found = paired_bootstrap(truth, values, other_values, patients, resamples)
+    found = mean_paired_bootstrap(
+        [(one.truth, one.values, other.values, one.patients) for one, other in pairs], resamples
+    )
     per_seed = [
         (binary_metrics(one.truth, one.values), binary_metrics(other.truth, other.values))
         for one, other in pairs
     ]
-    names = ("log_loss", "rsna_log_loss", *(f"{k}/{n}" for k in ("auroc", "ap") for n in LABELS))
+    names = ["log_loss", "rsna_log_loss"]
+    names += [f"{kind}/{label}" for kind in ("auroc", "log_loss") for label in LABELS]
     return Difference(
         found,
         {name: [_minus(pick(a, name), pick(b, name)) for a, b in per_seed] for name in names},
-        len(truth),
-        len(set(patients)),
+        sum(len(one.names) for one, _ in pairs),
+        num_patients,
         tuple(seeds),
     )
-
-
-def apart(
-    ones: Sequence[Result], others: Sequence[Result], level: str, resamples: int = RESAMPLES
-) -> dict[str, dict] | None:
-    """Compare two models that were scored on samples of their own: `ones` minus `others`, over
-    all seeds; patients of both are drawn together. None where there are fewer than two."""
-    sets = [
-        together([part for result in group if (part := scored(result, level)) is not None])
-        for group in (ones, others)
-    ]
-    if len(set(sets[0][2]) | set(sets[1][2])) < 2:
-        return None
-    return unpaired_bootstrap(*sets, resamples)
 
 
 def aligned(one: Scored, other: Scored, only_shared: bool = False) -> tuple[Scored, Scored]:
@@ -241,19 +232,25 @@ def _minus(one: float | None, other: float | None) -> float | None:
 
 
 def under_convention(result: Result) -> dict[str, float]:
-    """Return the thesis's metrics of a run: held-out samples changed at random, in their order,
-    means over batches of the thesis's size."""
-    table = result.predictions if result.augmented is None else result.augmented
+    """Return the thesis's metrics of a run: held-out samples changed at random, in the thesis's
+    order, means over batches of its size."""
+    table = _in_thesis_order(result.predictions if result.augmented is None else result.augmented)
     batch = THESIS_BATCH[result.info["config"]["data"]["view"]]
     return thesis_metrics(
         table[list(TRUTH_COLUMNS)].to_numpy(), table[list(LABELS)].to_numpy(), batch
     )
 
 
+def _in_thesis_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort samples as its split does, by image ID (series by theirs): slices of one series lie
+    scattered over its batches."""
+    return table.sort_values(["sop", "series"], kind="stable")
+
+
 def constant_under_convention(result: Result) -> dict[str, float]:
     """Return what constants score on the held-out samples of `under_convention`, batch by batch:
     the loss of the training set's prevalence, all else of never any haemorrhage."""
-    truth = result.predictions[list(TRUTH_COLUMNS)].to_numpy()
+    truth = _in_thesis_order(result.predictions)[list(TRUTH_COLUMNS)].to_numpy()
     config, metrics = result.info["config"]["data"], result.info["metrics"]
     baseline = metrics["series" if result.is_series else "slice"]["baseline"]["prevalence"]
     prevalence = np.array([baseline["probabilities"][label] for label in LABELS])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from experiments.runs import RUNS, Run, Scale, fitting_of
+from experiments.splits import LEAKY_PART
+from ich_keras.data.split import FRACTIONS
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ SPEEDS = {
     # Not measured: the dilated network on slices, taken as a slab of one.
     ("resnet18_2d_medicalnet", "slice"): {64: Speed(0.0054, 0.16), 96: Speed(0.0118, 0.36)},
 }
-TRAINING_PART = 0.7  # of the patients
-VALID_PART = 0.15
+TRAINING_PART, VALID_PART, _ = FRACTIONS  # of the patients
+THESIS_PARTS = 0.8, 0.2
 HEAD_MM = 100  # of a phantom's slices: mean number times mean spacing
 POSITIVE = 0.31  # of phantom slices; about half of the series
 OVERHEAD_SECONDS = 9  # building, weights and state on disk, evaluation, intervals
@@ -45,7 +47,8 @@ def expected_seconds(key: str, scale: Scale) -> float | None:
         return None
     run = RUNS[key]
     speed, epochs = _speed(run, scale), _epochs(key, scale)
-    valid = VALID_PART * _all_samples(run, scale) * FORWARD
+    part = THESIS_PARTS[1] if run.is_thesis else VALID_PART
+    valid = part * _all_samples(run, scale) * FORWARD
     return OVERHEAD_SECONDS + epochs * speed.seconds * (_samples(run, scale) + valid)
 
 
@@ -67,7 +70,9 @@ def _all_samples(run: Run, scale: Scale) -> float:
 def _samples(run: Run, scale: Scale) -> float:
     """Training samples an epoch, as many negative as positive ones."""
     balanced = 1.0 if run.view == "series" else 2 * POSITIVE
-    part = 0.8 if run.is_thesis else TRAINING_PART
+    part = THESIS_PARTS[0] if run.is_thesis else TRAINING_PART
+    if run.split == "leaky":
+        part *= LEAKY_PART
     return part * run.fraction * balanced * _all_samples(run, scale)
 
 

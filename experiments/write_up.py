@@ -15,7 +15,6 @@ from experiments.scores import (
     LEVELS,
     THESIS_NAMES,
     Difference,
-    apart,
     compare,
     constant_under_convention,
     intervals,
@@ -148,11 +147,12 @@ def _head(results: Results) -> list[str]:
         f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
         " experiments/README.md of the clone.",
         "",
-        "All models of a seed have the same test patients. Intervals are 95 %, from resampled"
-        " patients: the rows of all seeds are put together, and a drawn patient brings the rows of"
-        " all the seeds in whose test set it is. They hold for these trained models on other"
-        " patients; what another training would give shows in the range over seeds. No correction"
-        " is made for the number of comparisons.",
+        "All models on the patient split of a seed have the same test patients (those on the"
+        " thesis's split and the stand-ins on other phantoms have their own). Numbers are means"
+        " over seeds. Intervals are 95 %, from resampled patients: drawn once for all seeds, a"
+        " patient counts in each seed in whose test set it is. They hold for these trained models"
+        " on other patients; what another training would give shows in the range over seeds. No"
+        " correction is made for the number of comparisons.",
         "",
     ]
 
@@ -212,10 +212,12 @@ def bounds(row: dict | None, digits: int = 4) -> str:
     return f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
 
 
-def verdict(row: dict, patients: int) -> str:
+def verdict(row: dict, patients: int, seeds: int = LEAST_SEEDS) -> str:
     """Say where an interval lies, and no more."""
     if patients < LEAST_PATIENTS:
         return "too few patients"
+    if seeds < LEAST_SEEDS:
+        return "too few seeds"
     if row["low"] is None:
         return "not defined often enough"
     if row["low"] > 0:
@@ -418,11 +420,22 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
     return [
         markdown_table(header, rows),
         "",
-        "Mean over seeds (range); intervals over the rows of all seeds together. Counting voxels: a"
-        " logistic regression on how many voxels lie in each band of HU, on the same slices; of a"
-        " series its worst slice.",
+        "Mean over seeds (range), and its interval. Counting voxels: a logistic regression on how"
+        " many voxels lie in each band of HU, on the same slices; of a series its worst slice.",
         "",
+        *_balance_note([result for key in keys for result in results[key]]),
         *hardly_learned(keys, results),
+    ]
+
+
+def _balance_note(results: Sequence[Result]) -> list[str]:
+    if not any(r.info["config"]["data"]["balance"] and not r.is_series for r in results):
+        return []
+    return [
+        "Slices and slabs were trained on as many positive as negative samples and are scored on"
+        " all of them: their log loss contains that shift, their AUROC does not. Series were"
+        " trained nearly as they are, about half of them positive.",
+        "",
     ]
 
 
@@ -447,32 +460,34 @@ def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
 
 def _rules(results: Sequence[Result]) -> list[str]:
     """Return the rules by which a run's slices became series, chosen on each seed's validation."""
-    found = (result.info["metrics"]["series"].get("aggregation") for result in results)
+    found = (result.info["metrics"].get("series", {}).get("aggregation") for result in results)
     return sorted({choice["rule"] for choice in found if choice})
 
 
-def _differences(found: Sequence[tuple[str, str, str, Difference]]) -> list[str]:
+def _differences(
+    found: Sequence[tuple[str, str, str, Difference]], metrics: Sequence[str] = _HEADLINE
+) -> list[str]:
     if not found:
         return []
     rows = []
     for one, other, level, difference in found:
-        for metric in _HEADLINE:
-            row = difference.together[metric]
+        for metric in metrics:
+            row = difference.mean[metric]
             per_seed = [value for value in difference.per_seed[metric] if value is not None]
             rows.append(
                 [
                     f"`{one}` - `{other}`",
                     level,
                     metric,
-                    format_metric(row["value"]),
-                    bounds(row),
                     spread(per_seed),
+                    bounds(row),
+                    ", ".join(map(str, difference.seeds)),
                     f"{difference.num_samples} of {difference.num_patients}",
-                    verdict(row, difference.num_patients),
+                    verdict(row, difference.num_patients, len(difference.seeds)),
                 ]
             )
-    header = ["difference", "level", "metric", "all seeds together", "95 % interval"]
-    header += ["mean of the seeds (range)", "samples of patients", "the interval"]
+    header = ["difference", "level", "metric", "mean of the seeds (range)", "95 % interval"]
+    header += ["seeds", "samples of patients", "the interval"]
     return [
         "On the same test patients, paired (log loss: below 0 is better; AUROC: above 0 is"
         " better):",
@@ -485,51 +500,27 @@ def _differences(found: Sequence[tuple[str, str, str, Difference]]) -> list[str]
 def _leak(results: Results) -> list[str]:
     if "2d" not in results or "2d-leaky" not in results:
         return []
-    fair, leaky = intervals(results["2d"], "slice"), intervals(results["2d-leaky"], "slice")
-    gap = apart(results["2d-leaky"], results["2d"], "slice")
-    patients = len({n for result in results["2d"] for n in result.predictions["patient"]})
-    rows = []
-    names = ["log_loss", "rsna_log_loss", *(f"auroc/{n}" for n in LABELS)]
-    names += [f"log_loss/{label}" for label in LABELS]
-    for name in names if fair and leaky and gap else ():
-        one, other = fair[name], leaky[name]
-        rows.append(
-            [
-                name,
-                f"{format_metric(one['value'])} ({bounds(one)})",
-                f"{format_metric(other['value'])} ({bounds(other)})",
-                f"{format_metric(gap[name]['value'])} ({bounds(gap[name])})",
-                verdict(gap[name], patients),
-            ]
-        )
-    trained = " and ".join(
-        f"{np.mean([r.info['slices']['train'] for r in results[key]]):,.0f}"
-        for key in ("2d", "2d-leaky")
-    )
-    lines = [
-        f"Each model on its own held-out slices, trained on {trained} slices (mean over seeds; as"
-        " many positive and as many negative ones, where there are enough). These held-out sets"
-        " differ, and so does what chooses the epoch:",
-        "",
-        markdown_table(
-            [
-                *("metric", "patient split (interval)", "slices split (interval)"),
-                *("difference (interval)", "the interval"),
-            ],
-            rows,
-        ),
-        "",
-    ]
     found = compare(results["2d-leaky"], results["2d"], "slice", only_shared=True)
     if found is None:
-        return [*lines, "No slice was held out by both splits; no paired comparison.", ""]
+        return ["No slice was held out by both splits; no paired comparison.", ""]
+    patients, slices = (
+        " and ".join(
+            f"{np.mean([r.info[what]['train'] for r in results[key]]):,.0f}"
+            for key in ("2d-leaky", "2d")
+        )
+        for what in ("patients", "slices")
+    )
+    names = [*_HEADLINE, "rsna_log_loss"]
+    names += [f"{kind}/{label}" for kind in ("auroc", "log_loss") for label in LABELS]
     return [
-        *lines,
-        "Paired: slices that the leaky split held out and that belong to test patients of the"
-        " patient split, scored by both models. The leaky model was trained on other slices of"
-        " these patients, the other model on none of theirs:",
+        "The slices that the leaky split held out of the patient split's test patients, scored by"
+        f" both models. They trained on {patients} patients and {slices} slices (leaky and patient"
+        " split, mean over seeds), with as many optimiser steps, and neither chose its epoch on"
+        " these slices; the leaky model was trained on other slices of these patients, the other"
+        " on none of theirs. It had fewer slices, so that the difference is, if anything, too"
+        " small:",
         "",
-        *_differences([("2d-leaky", "2d", "slice", found)]),
+        *_differences([("2d-leaky", "2d", "slice", found)], tuple(dict.fromkeys(names))),
     ]
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from sklearn import metrics as sk
 
 from ich_keras.config import RunConfig
-from ich_keras.data.split import Split, audit, split_by_patient, thesis_slice_split
+from ich_keras.data.split import Split, audit, split_by_patient
 from ich_keras.data.trivial import (
     cache_band_counts,
     hu_band_counts,
@@ -260,21 +260,26 @@ def test_fractions_are_nested_and_leave_valid_and_test_alone():
         with_fraction(whole, slices, 0.3)
 
 
-def test_the_leaky_split_trains_on_as_many_slices_and_leaks():
+def test_the_leaky_split_has_as_many_patients_and_leaks():
     slices = many_patients()
     fair = split_by_patient(slices, 0)
-    leaky = leaky_split(slices, fair, 0)
-    counts = [
-        slices[ANY].iloc[split.indices(slices, "train")].value_counts().to_dict()
-        for split in (fair, leaky)
-    ]
-    assert counts[0] == counts[1]
-    held_out = thesis_slice_split(slices).members["test"]
-    assert leaky.members["test"] == leaky.members["valid"] == held_out
-    assert not set(leaky.members["train"]) & set(held_out)
+    leaky = leaky_split(slices, fair)
+    patients = {
+        part: [
+            set(slices["patient_id"].iloc[split.indices(slices, part)]) for split in (fair, leaky)
+        ]
+        for part in ("train", "valid", "test")
+    }
+    assert len(patients["train"][0]) == len(patients["train"][1])
+    assert patients["test"][1] <= patients["test"][0] <= patients["train"][1]
+    assert not patients["valid"][1] & patients["test"][1]  # who chooses the epoch reports nothing
+    counts = {part: len(uids) for part, uids in leaky.members.items()}
+    assert counts["train"] == pytest.approx(0.8 * sum(counts.values()), abs=1)
     shared = audit(leaky, slices)["shared"]["train/test"]
-    assert shared["patients"] > 0 and shared["slices"] == 0
+    assert shared["patients"] == len(patients["test"][1]) and shared["slices"] == 0
     assert "too good" in leaky.warning
+    assert leaky_split(slices, fair) == leaky
+    assert leaky_split(slices, split_by_patient(slices, 1)) != leaky
 
 
 def test_normalised_before_brightness_is_cut_to_the_range_of_images():
@@ -570,10 +575,10 @@ def test_pairs_are_aligned_by_name():
     shuffled = [other[i] for i in np.random.default_rng(0).permutation(len(other))]
     straight = compare([made_result("a", 0, rows)], [made_result("b", 0, other)], "slice")
     mixed = compare([made_result("a", 0, rows)], [made_result("b", 0, shuffled)], "slice")
-    assert straight.together == mixed.together
+    assert straight.mean == mixed.mean
     assert straight.per_seed == mixed.per_seed
     # Halving keeps every ranking within a label.
-    assert straight.together["auroc/any"]["value"] == pytest.approx(0)
+    assert straight.mean["auroc/any"]["value"] == pytest.approx(0)
     series = compare([made_result("a", 0, rows)], [made_result("b", 0, shuffled)], "series")
     assert series.num_samples == 10
 
@@ -598,7 +603,7 @@ def test_pairs_on_other_samples_are_refused_or_cut_to_the_shared_ones():
         compare([one], [other], "slice")
     found = compare([one], [other], "slice", only_shared=True)
     assert (found.num_samples, found.num_patients, found.seeds) == (32, 4, (0,))
-    assert found.together["log_loss"]["value"] == 0
+    assert found.mean["log_loss"]["value"] == 0
     assert compare([one], [made_result("b", 1, rows)], "slice") is None  # no seed in common
     turned = [(*row[:4], 1 - row[4]) for row in rows]
     with pytest.raises(DataError, match="different labels"):
@@ -637,21 +642,109 @@ def test_numbers_by_hand():
     )
 
 
-def test_seeds_are_put_together_and_shown_apart():
+def test_seeds_are_averaged_and_shown_apart():
     seeds = (0, 1)
     good = [made_result("a", s, some_rows(s, 1.0)) for s in seeds]
     bad = [made_result("b", s, some_rows(s + 10, 0.2)) for s in seeds]
     found = compare(good, bad, "slice")
     assert found.num_samples == 80
     assert found.num_patients == 5  # the same five patients in both seeds
+    for name in ("log_loss", "log_loss/any", "auroc/any"):
+        each = [seed_metric(g, name) - seed_metric(b, name) for g, b in zip(good, bad, strict=True)]
+        assert found.per_seed[name] == pytest.approx(each)
+        assert found.mean[name]["value"] == pytest.approx(np.mean(each))
+        # What stands beside the interval is what the interval is of.
+        mean = np.mean([seed_metric(g, name) for g in good])
+        assert intervals(good, "slice")[name]["value"] == pytest.approx(mean)
+    assert found.mean["log_loss"]["high"] < 0
+
+
+def seed_metric(result, name):
+    part = scored(result, "slice")
+    kind, _, label = name.partition("/")
+    column = LABELS.index(label) if label else slice(None)
+    truth, values = part.truth[:, column], part.values[:, column]
+    if kind == "auroc":
+        return sk.roc_auc_score(truth, values)
+    clipped = np.clip(values, 1e-7, 1 - 1e-7)
+    return -np.log(np.where(truth == 1, clipped, 1 - clipped)).mean()
+
+
+def test_probabilities_of_one_seed_do_not_rank_those_of_another():
+    rows = some_rows(0)
+    lower = [(*row[:3], row[3] / 10, row[4]) for row in rows]  # the same ranking, other numbers
+    results = [made_result("a", 0, rows), made_result("a", 1, lower)]
+    alone = intervals(results[:1], "slice")["auroc/any"]
+    assert intervals(results, "slice")["auroc/any"] == alone
+
+
+def test_parts_of_series_have_no_series_level():
+    result = made_result("2d-thesis", 0, some_rows(0))
+    del result.info["metrics"]["series"]
+    assert scored(result, "series") is None
+    assert intervals([result], "series") is None
+    assert compare([result], [result], "series") is None
+
+
+def cells(lines, begin):
+    """The cells of the first row of a table that begins so."""
+    (row, *_) = (r for line in lines for r in line.splitlines() if r.startswith(f"| {begin} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_tables_put_each_number_into_its_column():
+    from experiments.write_up import _table, _table_1, bounds
+
+    sound, thesis = (
+        made_result(key, 0, some_rows(seed))
+        for seed, key in enumerate(("2d-stand-in", "2d-stand-in-thesis"))
+    )
+    results = {"2d-stand-in": [sound], "2d-stand-in-thesis": [thesis]}
+    metric, published, convention, constant, ours, interval, prevalence, never, skill = cells(
+        _table(2, results), "loss"
+    )
+    assert (metric, published, never) == ("loss", "0.0823", "n/a")
+    # Forty slices are two batches of the thesis, by name: n0, n1, n10, ...
+    order = sorted(range(40), key=lambda i: f"n{i}")
+    truth, values = thesis.predictions[list(TRUTH_COLUMNS)], thesis.predictions[list(LABELS)]
+    truth, values = truth.to_numpy()[order], np.clip(values.to_numpy()[order], 1e-7, 1 - 1e-7)
+    entropy = -np.log(np.where(truth == 1, values, 1 - values))
+    assert convention == f"{(entropy[:32].mean() + entropy[32:].mean()) / 2:.4f}"
+    assert ours == f"{seed_metric(sound, 'log_loss'):.4f}"
+    assert interval == bounds(intervals([sound], "slice")["log_loss"])
+    rates = scored(sound, "slice").truth.mean(axis=0)
+    by_hand = -(rates * np.log(rates) + (1 - rates) * np.log(1 - rates)).mean()
+    assert prevalence == f"{by_hand:.4f}"
+    assert skill == f"{1 - seed_metric(sound, 'log_loss') / by_hand:.3f}"
+    assert float(constant) == pytest.approx(by_hand, abs=0.03)  # in batches of other shares
+    row = cells(_table(2, results), "auroc of any")
+    assert row[4] == f"{seed_metric(sound, 'auroc/any'):.4f}"
+    assert row[6] == "counting voxels: 0.7000"
+
+    row = cells(_table_1(results), RUNS["2d-stand-in"].title)
+    assert row[1:5] == ["0.0927", "0.5000", "0.5000", ours]
+    assert row[5:] == [interval, prevalence, skill]
+
+
+def test_the_leak_is_shown_on_shared_slices():
+    from experiments.write_up import _leak
+
+    counts = {"patients": {"train": 30}, "slices": {"train": 200}}
+    fewer = {"patients": {"train": 30}, "slices": {"train": 160}}
+    fair = [made_result("2d", s, some_rows(s, count=40), **counts) for s in range(3)]
+    leaky = [made_result("2d-leaky", s, some_rows(s + 5, 1.5)[:24], **fewer) for s in range(3)]
+    lines = _leak({"2d": fair, "2d-leaky": leaky})
+    assert "They trained on 30 and 30 patients and 160 and 200 slices" in lines[0]
+    row = cells(lines, "`2d-leaky` - `2d`")
+    shared = [made_result("2d", s, some_rows(s, count=40)[:24]) for s in range(3)]
     each = [
-        binary_metrics(scored(g, "slice").truth, scored(g, "slice").values)["log_loss"]
-        - binary_metrics(scored(b, "slice").truth, scored(b, "slice").values)["log_loss"]
-        for g, b in zip(good, bad, strict=True)
+        seed_metric(one, "log_loss") - seed_metric(other, "log_loss")
+        for one, other in zip(leaky, shared, strict=True)
     ]
-    assert found.per_seed["log_loss"] == pytest.approx(each)
-    assert found.together["log_loss"]["value"] == pytest.approx(np.mean(each))
-    assert found.together["log_loss"]["high"] < 0
+    assert row[2] == "log_loss"
+    assert row[3] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
+    assert row[5:] == ["0, 1, 2", "72 of 3", "too few patients"]
+    assert _leak({"2d": fair}) == []
 
 
 def test_words_follow_the_numbers():
@@ -662,6 +755,7 @@ def test_words_follow_the_numbers():
     assert verdict({"low": -0.1, "high": 0.1}, 100) == "includes 0"
     assert verdict({"low": None, "high": None}, 100) == "not defined often enough"
     assert verdict({"low": 0.1, "high": 0.3}, 10) == "too few patients"
+    assert verdict({"low": 0.1, "high": 0.3}, 100, 1) == "too few seeds"
     assert spread([]) == bounds(None) == "n/a"
     assert spread([0.5]) == "0.5000"
     assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
@@ -669,8 +763,11 @@ def test_words_follow_the_numbers():
     assert loss_after(made_result("2d", 0, some_rows(0)), 4) == 0.5
 
 
-def test_the_report_needs_nothing_but_the_results(place, monkeypatch):
+def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
     from experiments.write_up import write_report
+    from ich_keras.models.weights import FOLDER_VARIABLE
+
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "no-weights"))
 
     reproduce(place, ["2d", "2d-half"], (0, 1), train_run=FakeTraining())
     alone = place.out.parent / "elsewhere"
@@ -687,6 +784,11 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch):
     monkeypatch.setitem(SCALES, FAKE.name, FAKE)
     of_scale = write_report(alone).read_text()
     assert "Not run: `slab`, `series`, `slab-half`, `series-half`." in of_scale
+    # Nor may its results have been declared otherwise.
+    with monkeypatch.context() as patched:
+        patched.setitem(RUNS, "2d", replace(RUNS["2d"], augment="thesis"))
+        with pytest.raises(StaleError, match="declared otherwise"):
+            write_report(alone)
     monkeypatch.delitem(SCALES, FAKE.name)
     for name in ("learning-curves", "reliability", "roc-pr", "labels"):
         path = alone / "figures" / f"{name}.svg"

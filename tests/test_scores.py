@@ -20,7 +20,13 @@ from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.metrics.aggregation import RULES, aggregate, choose_rule
 from ich_keras.metrics.binary import binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
-from ich_keras.metrics.intervals import _Columns, bootstrap, paired_bootstrap, unpaired_bootstrap
+from ich_keras.metrics.intervals import (
+    _Columns,
+    bootstrap,
+    mean_bootstrap,
+    mean_paired_bootstrap,
+    paired_bootstrap,
+)
 from ich_keras.metrics.operating import (
     THRESHOLDS,
     choose_thresholds,
@@ -178,28 +184,40 @@ def test_differences_are_paired():
     assert width < one["log_loss"]["high"] - one["log_loss"]["low"]
 
 
-def test_differences_of_models_on_rows_of_their_own():
+def test_means_of_models_on_rows_of_their_own():
     truth, values, patients = table(300)
     both = truth, values, patients
-    worse = np.clip(values + np.where(truth == 1, -0.1, 0.1), 0.01, 0.99)
-    # On the same rows it is the paired difference, draw for draw.
-    found = unpaired_bootstrap(both, (truth, worse, patients), resamples=100)
-    assert found == paired_bootstrap(truth, values, worse, patients, resamples=100)
-    # Rows in another order, some of them missing: values by hand, patients matched by name.
+    # Rows in another order, some of them missing: patients are matched by name.
     order = np.random.default_rng(0).permutation(300)[:200]
-    found = unpaired_bootstrap(both, tuple(part[order] for part in both), resamples=100)
-    expected = log_loss(truth[:, 5], values[:, 5])
-    expected -= log_loss(truth[order, 5], values[order, 5])
-    assert found["log_loss/any"]["value"] == pytest.approx(expected)
-    # Patients of their own: as wide as independent intervals say.
+    fewer = tuple(part[order] for part in both)
+    found = mean_bootstrap([both, fewer], resamples=100)
+    expected = log_loss(truth[:, 5], values[:, 5]) + log_loss(truth[order, 5], values[order, 5])
+    assert found["log_loss/any"]["value"] == pytest.approx(expected / 2)
+    # The same rows twice know no more than once.
+    assert mean_bootstrap([both, both], resamples=100) == bootstrap(*both, resamples=100)
+    # Patients of their own do: the interval is narrower by the root of two.
     strangers = truth, values, np.array([f"other {name}" for name in patients])
-    apart = unpaired_bootstrap(both, strangers, resamples=400)["log_loss"]
+    apart = mean_bootstrap([both, strangers], resamples=400)["log_loss"]
     alone = bootstrap(*both, resamples=400)["log_loss"]
-    assert apart["value"] == 0
     width = alone["high"] - alone["low"]
-    assert apart["high"] - apart["low"] == pytest.approx(2**0.5 * width, rel=0.2)
+    assert apart["high"] - apart["low"] == pytest.approx(width / 2**0.5, rel=0.2)
+    # A metric that one model has not, the mean has not.
+    none = np.zeros_like(truth), values, patients
+    assert mean_bootstrap([both, none], resamples=50)["auroc/any"]["value"] is None
     with pytest.raises(DataError, match="expected the same rows"):
-        unpaired_bootstrap(both, (truth, values[:9], patients))
+        mean_bootstrap([both, (truth, values[:9], patients)])
+
+
+def test_means_of_differences():
+    truth, values, patients = table(300)
+    worse = np.clip(values + np.where(truth == 1, -0.1, 0.1), 0.01, 0.99)
+    pairs = [(truth, values, worse, patients), (truth, values, values, patients)]
+    found = mean_paired_bootstrap(pairs, resamples=100)
+    one = paired_bootstrap(truth, values, worse, patients, resamples=100)
+    for name, row in one.items():
+        for key in ("value", "low", "high"):
+            assert found[name][key] == pytest.approx(row[key] / 2), name
+        assert found[name]["share_above_0"] == row["share_above_0"]
 
 
 def test_what_is_undefined_has_no_interval():

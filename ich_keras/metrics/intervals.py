@@ -207,6 +207,8 @@ class _Columns:
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Score under weights (resamples, rows): metric -> float64 (resamples,), NaN undefined."""
         total = weights.sum(axis=1)
+        # Of several models' few patients a resample may have none of one model's.
+        total[total == 0] = np.nan
         entropy = weights @ self._entropy / total[:, np.newaxis]
         found = {
             "log_loss": entropy.mean(axis=1),
