@@ -34,8 +34,8 @@ from ich_keras.evaluation import SPLIT
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
-from ich_keras.prediction import CONFIG, load_run, probabilities, run_intensity, run_view
-from ich_keras.training import DATA, HISTORY, WEIGHTS
+from ich_keras.prediction import CONFIG, DATA, load_run, probabilities, run_intensity, run_view
+from ich_keras.training import HISTORY, WEIGHTS
 
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
 _KEPT_METRICS = (

@@ -59,7 +59,8 @@ def save_state(folder: Path, model, epoch: int, state: dict) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
     replace(temporary, folder / name)
     write_json(folder / POINTER, {"state": name})
-    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
+    # By number: as text, epoch 10000 comes before 9999.
+    for old in sorted(folder.glob("epoch-*"), key=lambda p: int(p.name.split("-")[1]))[:-KEPT]:
         shutil.rmtree(old)
 
 

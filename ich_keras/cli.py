@@ -289,7 +289,9 @@ def train_main(
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     with terminal_progress() as progress:
         if dicom is None and cache_dir is None:
-            _refuse_without_data(labels, options)
+            _refuse_without_data(
+                options | {"labels": labels, "config": config_file, "download": download or None}
+            )
             _demo(out, config, plan, workers, progress)
             return
         device = choose_device(config.device)
@@ -352,10 +354,10 @@ def _forget_other_view(content: dict, options: dict) -> None:
         content["fit"][name] = getattr(FitConfig(), name)
 
 
-def _refuse_without_data(labels: Path | None, options: dict) -> None:
+def _refuse_without_data(options: dict) -> None:
     given = [n for n, v in options.items() if v is not None and n not in _DEMO_OPTIONS]
-    if labels is not None or given:
-        names = ", ".join(f"--{n.replace('_', '-')}" for n in (["labels"] if labels else given))
+    if given:
+        names = ", ".join(f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
             f"{names} given, but no data.",
             "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
@@ -393,8 +395,9 @@ def _train_on_data(
     from dataclasses import replace
 
     from ich_keras.files import require_absent
+    from ich_keras.prediction import require_size
     from ich_keras.preparation import make_cache, open_cache, prepare_index
-    from ich_keras.training import plan_training, require_size, settled, train
+    from ich_keras.training import plan_training, settled, train
 
     require_absent(out)
     # Beside the run, not in it: the next run on the same data uses it again.

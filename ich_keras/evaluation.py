@@ -29,6 +29,7 @@ from ich_keras.prediction import (
     load_run,
     probabilities,
     probability_table,
+    require_size,
     run_intensity,
     run_view,
 )
@@ -68,7 +69,7 @@ def evaluate(
         kept in choices.json.
 
     Raises:
-        UsageError: unknown split.
+        UsageError: unknown split, or the cache's slices are smaller than the network's input.
         StaleError: not a finished run, or the cache lacks slices of the split.
         DataError: the cache has no labels.
     """
@@ -79,6 +80,7 @@ def evaluate(
         config, model = load_run(run_dir, device)
     else:
         config = RunConfig.from_dict(read_json(run_dir / CONFIG))
+    require_size(config, cache)
     members = Split.load(run_dir / SPLIT)
     _require_members(members, split, cache)
 

@@ -11,6 +11,8 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
+from ich_keras.data.cache import CTCache
+from ich_keras.data.cache_tables import verdicts_after_reading
 from ich_keras.data.inputs import intensity_of, resize_hu, slice_input, stack_slices, volume_input
 from ich_keras.data.views import View, make_samples
 from ich_keras.environment import (
@@ -32,6 +34,8 @@ DEFAULT_SLICES = {"slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
 DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
 
 CONFIG = "config.json"
+DATA = "data.json"
+CACHE_SIZE = "cache_size"  # of data.json
 BEST_WEIGHTS = "best.weights.h5"
 CHOICES = "choices.json"  # made on the validation split: see `ich_keras.evaluation`
 # What says which slice a row of predictions is about.
@@ -120,6 +124,20 @@ def run_view(config: RunConfig) -> View:
             f"Take view {other}, or another preset (`ich presets`).",
         )
     return view
+
+
+def require_size(config: RunConfig, cache: CTCache) -> None:
+    """Refuse an input larger than the cached slices.
+
+    Raises:
+        UsageError: enlarging would only blur.
+    """
+    if config.data.size > cache.size:
+        raise UsageError(
+            f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
+            " pixels.",
+            f"Work at {cache.size} or less, or build a larger cache.",
+        )
 
 
 def run_rule(run_dir: Path | str) -> str:
@@ -224,6 +242,7 @@ def predict_index(
     intensity: str = "windows",
     view: View | None = None,
     rule: str = DEFAULT_RULE,
+    cache_size: int | None = None,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -238,6 +257,8 @@ def predict_index(
         intensity: of the run.
         view: of the run; None takes single slices.
         rule: from slices to series, a key of `ich_keras.metrics.aggregation.RULES`.
+        cache_size: rows and columns of the cache the network was trained from, at which HU become
+            windows (`ich_keras.data.inputs`); None takes `size`.
 
     Raises:
         DataError: nothing could be predicted.
@@ -251,7 +272,7 @@ def predict_index(
         rows = index.slices.groupby("series_uid", sort=False).indices
         for series in index.series.itertuples():
             table = index.slices.iloc[rows[series.series_uid]]
-            hu, found = _read_series(table, size, rejects)
+            hu, found = _read_series(table, cache_size or size, rejects)
             if not len(found):
                 continue
             alone = pd.DataFrame([series]).assign(num_slices=len(found))
@@ -264,15 +285,20 @@ def predict_index(
                 continue
             kept.append(found)
             for start in range(0, len(usable), batch_size):
-                yield _inputs(hu, samples, usable[start : start + batch_size], intensity)
+                yield _inputs(hu, samples, usable[start : start + batch_size], size, intensity)
 
     total = len(index.series) if view.kind == "series" else len(index.slices)
     values = probabilities(model, _full_batches(inputs(), batch_size), total, progress)
     rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
     rejected = pd.concat([index.rejects, rejected]) if rejects else index.rejects
     if not kept:
+        counts = ", ".join(f"{n} {code}" for code, n in rejected["code"].value_counts().items())
         raise DataError(
-            f"no slice of {len(rejected)} files could be predicted.", "rejects.csv would list all."
+            f"no slice of {len(rejected)} files could be predicted.",
+            f"Rejected: {counts}; the first: {rejected['path'].iloc[0]}:"
+            f" {rejected['detail'].iloc[0]}"
+            if counts
+            else "There is no usable slice.",
         )
     slices = index.slices.loc[np.concatenate(kept)]
     if view.kind == "series":
@@ -281,9 +307,10 @@ def predict_index(
     else:
         table = probability_table(slices, values)
         series = _aggregated(table, rule)
+    kept_rows = index.slices.index.isin(slices.index)
     return FolderPrediction(
         table,
-        _with_verdicts(series, index),
+        _with_verdicts(series, index, kept_rows),
         rejected.sort_values("path").reset_index(drop=True),
     )
 
@@ -301,14 +328,14 @@ def _read_series(table: pd.DataFrame, size: int, rejects: list) -> tuple[np.ndar
     return (np.stack(hu) if hu else np.zeros((0, size, size), np.int16)), np.array(found, np.int64)
 
 
-def _inputs(hu: np.ndarray, samples, chosen: np.ndarray, intensity: str) -> np.ndarray:
+def _inputs(hu: np.ndarray, samples, chosen: np.ndarray, size: int, intensity: str) -> np.ndarray:
     if not samples.view.is_volume:
-        return slice_input(hu[chosen], intensity=intensity)
+        return slice_input(hu[chosen], size, intensity)
     stacks = [
         stack_slices(hu, samples.rows[i], None if samples.shifts is None else samples.shifts[i])
         for i in chosen
     ]
-    return volume_input(np.stack(stacks), intensity=intensity)
+    return volume_input(np.stack(stacks), size, intensity)
 
 
 def _full_batches(parts: Iterable[np.ndarray], batch_size: int):
@@ -338,8 +365,9 @@ def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFram
     return series.rename_axis("series_instance_uid")
 
 
-def _with_verdicts(series: pd.DataFrame, index: SeriesIndex) -> pd.DataFrame:
+def _with_verdicts(series: pd.DataFrame, index: SeriesIndex, kept: np.ndarray) -> pd.DataFrame:
     verdicts = index.series.set_index("series_uid")["verdict"]
+    verdicts[:] = verdicts_after_reading(verdicts, index.slices, kept)
     series.insert(1, "verdict", verdicts.reindex(series.index))
     return series.reset_index()
 
@@ -385,6 +413,8 @@ def predict_folder(
         run_intensity(config),
         view,
         run_rule(run_dir),
+        # Runs older than the entry: as if their cache had the size of the input.
+        read_json(run_dir / DATA).get(CACHE_SIZE),
     )
     if out is not None:
         if result.slices is not None:

@@ -47,13 +47,28 @@ class Command(click.Command):
             raise _Failure(
                 f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT
             ) from error
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get(TRACEBACK) or not _is_out_of_memory(error):
+                raise
             raise _Failure(
-                "out of memory.", "Use a smaller --batch-size or --size.", EXIT_ENVIRONMENT
+                "out of memory.",
+                "Use a smaller --batch-size or --size; training also takes --accumulate and"
+                " --recompute stage.",
+                EXIT_ENVIRONMENT,
             ) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises RuntimeError on processors, and its own kind of it on a GPU; it is not imported
+    # here, where commands that do without it start quickly.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 class Group(click.Group):

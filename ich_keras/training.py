@@ -29,11 +29,14 @@ from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS
 from ich_keras.prediction import (
     BEST_WEIGHTS,
+    CACHE_SIZE,
     CONFIG,
+    DATA,
     DEFAULT_BATCH,
     Progress,
     network,
     probabilities,
+    require_size,
     run_view,
 )
 
@@ -42,7 +45,6 @@ DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
 
 HISTORY = "history.csv"
 ENVIRONMENT = "environment.json"
-DATA = "data.json"
 WEIGHTS = "weights.json"
 STATE = "state"
 MODEL = "model.keras"
@@ -146,6 +148,13 @@ def _plan(
     epoch = epoch_plan(
         samples, chosen["train"], config.fit.batch_size, seed=0, balance=config.data.balance
     )
+    total_steps = epoch.num_batches * config.fit.epochs
+    if total_steps < config.fit.accumulate:
+        raise UsageError(
+            f"{total_steps} batches in all ({config.fit.epochs} epochs), of which"
+            f" {config.fit.accumulate} make one step of the optimiser: no weight would change.",
+            "Give fewer --accumulate, more --epochs or more data.",
+        )
     tables = {name: slices.iloc[rows] for name, rows in indices.items()}
     return TrainingPlan(
         num_slices={name: len(table) for name, table in tables.items()},
@@ -154,7 +163,7 @@ def _plan(
         num_positive={label: int(tables["train"][label].sum()) for label in LABELS},
         samples_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
         steps_per_epoch=epoch.num_batches,
-        total_steps=epoch.num_batches * config.fit.epochs,
+        total_steps=total_steps,
         learning_rate=config.learning_rate,
         warning=split.warning,
         note=split.note,
@@ -169,20 +178,6 @@ def _weights_line(config: RunConfig) -> str:
         return ""
     path = find_weights(config.weights, config.preset)
     return f"{path} ({origin(read_record(path))})"
-
-
-def require_size(config: RunConfig, cache: CTCache) -> None:
-    """Refuse an input larger than the cached slices.
-
-    Raises:
-        UsageError: enlarging would only blur.
-    """
-    if config.data.size > cache.size:
-        raise UsageError(
-            f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
-            " pixels.",
-            f"Train at {cache.size} or less, or build a larger cache.",
-        )
 
 
 def seconds_per_step(config: RunConfig, repeats: int = 2) -> float:
@@ -246,10 +241,12 @@ def _with_intensity(config: RunConfig) -> RunConfig:
         record = read_record(find_weights(config.weights, config.preset))
     if config.data.intensity is not None:
         return config
-    intensity = record.get("intensity")
-    if intensity is None:
-        channels = PRESETS[config.preset].spec.channels
-        intensity = next(n for n, i in INTENSITIES.items() if i.channels == channels)
+    network_of_file = record.get("network") or {}
+    # The channels as they are in the file: `weights-convert` may have changed them.
+    channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
+    fitting = [name for name, known in INTENSITIES.items() if known.channels == channels]
+    made_for = record.get("intensity")
+    intensity = made_for if made_for in fitting or not fitting else fitting[0]
     return replace(config, data=replace(config.data, intensity=intensity))
 
 
@@ -352,6 +349,7 @@ def train(
             {
                 "cache": cache.fingerprint,
                 "slices": len(cache.slices),
+                CACHE_SIZE: cache.size,
                 "plan": plan.to_dict(),
                 "synthetic": is_synthetic(cache.slices),
             },

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_keras.data.augment import make_augmentation, sample_seed
-from ich_keras.data.batches import EpochPlan, slice_batches
+from ich_keras.data.batches import CTDataset, EpochPlan, epoch_plan, slice_batches
 from ich_keras.data.inputs import slice_input
+from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
 
@@ -179,6 +180,20 @@ def test_flips_are_left_right_only():
     assert seen == {windows.tobytes(), windows[:, ::-1].tobytes()}
     with pytest.raises(UsageError, match="augmentation 'rotate'; expected one of thesis, flip"):
         make_augmentation("rotate")
+
+
+def test_what_has_no_label_is_not_trained_on(phantom_cache):
+    slices = phantom_cache.slices.copy()
+    slices.loc[3:9, list(LABELS)] = -1
+    samples = make_samples(slices, phantom_cache.series, View())
+    plan = epoch_plan(samples, seed=0)
+    assert sorted(plan.indices) == [i for i in range(len(slices)) if not 3 <= i <= 9]
+    with pytest.raises(DataError, match="2 of 5 slices to train on have no label"):
+        epoch_plan(samples, np.array([1, 2, 3, 4, 10]), seed=0)
+    # In order, as for prediction, all of them come; their labels are no numbers.
+    assert len(epoch_plan(samples).indices) == len(slices)
+    _, labels = CTDataset(phantom_cache.pixels, samples, 24)[0, np.array([2, 3])]
+    assert np.isfinite(labels[0]).all() and np.isnan(labels[1]).all()
 
 
 def test_what_cannot_be_batched_is_refused(phantom_cache):

@@ -150,6 +150,7 @@ def mistakes(folder, tmp_path):
     other.write_text("\n".join(["ID,Label", *rows]) + "\n")
     swapped = tmp_path / "swapped.csv"
     swapped.write_text("Label,ID\n0,ID_0123456789_any\n")
+    (tmp_path / "own.json").write_text("{}")
     data = ("--dicom", images, "--labels", csv, "--out", out)
     return {
         "nothing readable": (3, "no CT slice", "train", "--dicom", full, "--labels", csv),
@@ -191,6 +192,14 @@ def mistakes(folder, tmp_path):
             "jax" if __import__("keras").config.backend() != "jax" else "torch",
         ),
         "options without data": (2, "--epochs given, but no data", "train", "--epochs", 1),
+        "config without data": (
+            2,
+            "--config given, but no data",
+            "train",
+            "--config",
+            tmp_path / "own.json",
+        ),
+        "download without data": (2, "--download given, but no data", "train", "--download"),
         "plan of the demo": (2, "--plan needs --dicom or --cache", "train", "--plan"),
         "no cache": (2, "does not exist", "train", "--cache", tmp_path / "none"),
         "cache is none": (6, "manifest", "train", "--cache", full),
@@ -351,3 +360,25 @@ print("to the end", flush=True)
     assert done.returncode == EXIT_TERMINATED, done.stderr
     assert done.stdout.splitlines() == ["went on"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_a_way_out(error):
+    from ich_keras.terminal import Command
+
+    result = CliRunner().invoke(Command("train", callback=lambda: raise_(error)), [])
+    assert result.exit_code == 4
+    assert result.output.startswith("Error: out of memory.\nHint: Use a smaller --batch-size")
+    other = CliRunner().invoke(Command("train", callback=lambda: raise_(RuntimeError("else"))), [])
+    assert isinstance(other.exception, RuntimeError)
+
+
+def raise_(error):
+    raise error

@@ -11,8 +11,10 @@ import pytest
 
 from ich_keras import checkpoints, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.ct.series import index_folder
 from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
+from ich_keras.files import write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
@@ -83,6 +85,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
     data = json.loads((run / "data.json").read_text())
     assert data["synthetic"] is True
     assert data["cache"] == phantom_cache.fingerprint
+    assert data["cache_size"] == phantom_cache.size
 
 
 def test_metrics_can_be_made_again_from_the_predictions(run):
@@ -120,8 +123,14 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
             interval = found["intervals"]["metrics"]["log_loss"]
             assert interval["low"] <= found["log_loss"] <= interval["high"]
             assert interval["value"] == pytest.approx(found["log_loss"])
-    # Evaluating test again changes no choice; the series' probabilities follow the kept rule.
+    # Evaluating again changes no choice; the series' probabilities follow the kept rule.
     before = (run / "choices.json").read_text()
+    other = choices["slice"] | {"temperature": 3.0}
+    write_json(run / "choices.json", choices | {"slice": other})
+    assert evaluate(run, phantom_cache, "valid")["slice"]["calibration"]["temperature"] == 3.0
+    assert json.loads((run / "choices.json").read_text())["slice"] == other
+    (run / "choices.json").write_text(before)
+    evaluate(run, phantom_cache, "valid")
     again = evaluate(run, phantom_cache, "test")
     assert (run / "choices.json").read_text() == before
     predictions = pd.read_csv(run / "predictions-test.csv")
@@ -239,12 +248,21 @@ def test_it_can_overfit_so_labels_meet_pixels(phantom_cache, tmp_path):
     assert "deliberate overfitting" in (out / "report.md").read_text()
 
 
-def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path):
-    wild = config_of(fit={"learning_rate": 1e30, "epochs": 3})
+def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path, monkeypatch):
+    save_state = checkpoints.save_state
+
+    def then_fast(folder, model, epoch, state):
+        save_state(folder, model, epoch, state)
+        model.optimizer.learning_rate = 1e30
+
+    monkeypatch.setattr(checkpoints, "save_state", then_fast)
+    monkeypatch.setattr(training, "save_state", then_fast, raising=False)
     with pytest.raises(DivergedError) as caught:
-        train(wild, phantom_cache, tmp_path / "run")
+        train(config_of(fit={"epochs": 3}), phantom_cache, tmp_path / "run")
     assert caught.value.exit_code == 5
-    for file in (tmp_path / "run").rglob("*.weights.h5"):
+    files = list((tmp_path / "run").rglob("*.weights.h5"))
+    assert {file.name for file in files} == {"best.weights.h5", checkpoints.WEIGHTS}
+    for file in files:
         model = classifier(PRESETS[NARROW].spec)
         model.load_weights(file)
         assert all(np.isfinite(np.asarray(w)).all() for w in model.get_weights())
@@ -321,6 +339,9 @@ def test_a_crash_before_the_pointer_moves_keeps_the_state_before(tmp_path, monke
         checkpoints.save_state(tmp_path, model, epoch, {})
     assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 4
     assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-0003", "epoch-0004"]
+    for epoch in (9_999, 10_000):
+        checkpoints.save_state(tmp_path, model, epoch, {})
+    assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 10_000
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
@@ -441,12 +462,16 @@ def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cach
     from ich_keras.models.weights import save_weights
 
     path, model = converted
-    record = {"network": PRESETS[NARROW].spec.to_dict(), "intensity": "head-z-score"}
+    one_channel = dataclasses.replace(PRESETS[NARROW].spec, input_shape=(None, None, 1)).to_dict()
+    record = {"network": one_channel, "intensity": "head-z-score"}
     save_weights(model, path, record)
     assert training._with_intensity(config_of(weights="own")).data.intensity == "head-z-score"
     given = config_of(weights="own", data={"intensity": "windows"})
     assert training._with_intensity(given).data.intensity == "windows"
     assert training._with_intensity(config_of()).data.intensity == "windows"
+    # Made for three windows, and then given one channel by `weights-convert`.
+    save_weights(model, path, record | {"intensity": "windows"})
+    assert training._with_intensity(config_of(weights="own")).data.intensity == "wide"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
@@ -496,3 +521,73 @@ def test_every_way_to_take_a_step_makes_a_run(precision, fit, phantom_cache, tmp
     np.testing.assert_allclose(
         saved.predict_on_batch(image), model.predict_on_batch(image), rtol=1e-3, atol=1e-5
     )
+
+
+def test_weights_whose_channels_were_changed_can_be_trained_from(
+    converted, phantom_cache, tmp_path, monkeypatch
+):
+    from weights_convert import change_channels
+
+    path, _ = converted
+    grey = change_channels(path, tmp_path / "grey.weights.h5", 1)
+    config = config_of(weights=str(grey), fit={"epochs": 1})
+    out = train(config, phantom_cache, tmp_path / "run")
+    assert json.loads((out / "config.json").read_text())["data"]["intensity"] == "wide"
+    assert load_run(out)[1].input_shape == (None, 48, 48, 1)
+
+
+def test_a_training_without_a_single_step_is_refused(phantom_cache):
+    steps = plan_training(phantom_cache, config_of(fit={"epochs": 1})).steps_per_epoch
+    plan_training(phantom_cache, config_of(fit={"epochs": 1, "accumulate": steps}))
+    with pytest.raises(UsageError, match=f"{steps} batches in all.*no weight would change"):
+        plan_training(phantom_cache, config_of(fit={"epochs": 1, "accumulate": steps + 1}))
+
+
+def test_an_input_larger_than_the_cache_is_refused(run, phantom_cache):
+    small = types.SimpleNamespace(size=32)
+    for work in (lambda: evaluate(run, small), lambda: train(config_of(), small, run / "none")):
+        with pytest.raises(UsageError, match="data.size is 48, but the cache holds 32x32"):
+            work()
+
+
+def test_parts_of_series_are_not_scored_as_series(phantom_cache, phantom_folder, tmp_path):
+    config = config_of(data={"split": "thesis-slices"}, fit={"epochs": 1})
+    out = train(config, phantom_cache, tmp_path / "run")
+    for part in ("valid", "test"):
+        assert set(json.loads((out / f"metrics-{part}.json").read_text())) == {"slice"}
+    assert "Per series" not in (out / "report.md").read_text()
+    assert len(predict_folder(out, phantom_folder / "images").series)
+
+
+def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch):
+    """A slice lost inside a series is a gap; a folder of which nothing can be read tells why."""
+    from ich_keras import prediction
+    from ich_keras.errors import RejectedFile
+
+    images = phantom_folder / "images"
+    table = index_folder(images).slices
+    sizes = table.groupby("series_uid", sort=False).size()
+    torn, shorter = sizes.index[:2]
+    inside = table.loc[table["series_uid"] == torn, "container"].iloc[sizes[torn] // 2]
+    last = table.loc[table["series_uid"] == shorter, "container"].iloc[-1]
+    lost, read_hu = {inside, last}, prediction.read_hu
+
+    def read(path):
+        if path in lost:
+            raise RejectedFile("NO_DECODER", "a kind of JPEG")
+        return read_hu(path)
+
+    monkeypatch.setattr(prediction, "read_hu", read)
+    found = predict_folder(run, images)
+    before = index_folder(images).series.set_index("series_uid")["verdict"]
+    after = found.series.set_index("series_instance_uid")["verdict"]
+    assert "gap" not in before[torn] and "gap" in after[torn].split(",")
+    pd.testing.assert_series_equal(
+        after.drop(torn), before[after.index].drop(torn), check_names=False
+    )
+    assert found.rejects["path"].isin(lost).sum() == 2
+    lost |= set(table["container"])
+    with pytest.raises(DataError, match=f"no slice of {len(table)} files could be") as caught:
+        predict_folder(run, images)
+    assert caught.value.hint.startswith(f"Rejected: {len(table)} NO_DECODER; the first: ")
+    assert caught.value.hint.endswith(": a kind of JPEG")

@@ -131,9 +131,9 @@ def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[s
     import torch
 
     output = model(torch.from_numpy(images), training=True)
-    (output * torch.from_numpy(direction).to(output.dtype)).mean().backward()
+    (output * torch.from_numpy(direction).to(output)).mean().backward()
     return {
-        name: to_torch(variable.value.grad.numpy())
+        name: to_torch(variable.value.grad.cpu().numpy())
         for name, variable in variables_by_name(model).items()
         if variable.trainable
     }

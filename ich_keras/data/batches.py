@@ -77,7 +77,7 @@ class CTDataset(Dataset):
 
         Returns:
             float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
-            of slabs and series; and float32 (n, 6) labels (NaN where the cache has none).
+            of slabs and series; and float32 (n, 6) labels (NaN where there are none).
         """
         epoch, indices = key
         intensity = intensity_of(self._intensity)
@@ -91,6 +91,7 @@ class CTDataset(Dataset):
             labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
         else:
             labels = self._samples.labels[indices].astype(np.float32)
+            labels[labels < 0] = np.nan
         return intensity.normalise(windows, is_volume), labels
 
     def mask(self, indices: np.ndarray) -> np.ndarray:
@@ -248,13 +249,19 @@ def epoch_plan(
     """Plan the epochs of some samples; see `batches` for the arguments.
 
     Raises:
-        DataError: no samples, or balancing without both positives and negatives.
+        DataError: no samples, samples without labels that are asked for in training, or balancing
+            without both positives and negatives.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1.")
     if seed is not None and seed < 0:
         raise UsageError(f"seed is {seed}; expected 0 or more.")
-    indices = np.flatnonzero(samples.usable) if indices is None else np.asarray(indices)
+    # A seed means training: there every sample needs its label.
+    must_be_labelled = seed is not None and samples.labels is not None
+    if indices is None:
+        is_labelled = samples.labels[:, 0] >= 0 if must_be_labelled else True
+        indices = np.flatnonzero(samples.usable & is_labelled)
+    indices = np.asarray(indices)
     kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
         raise DataError(f"no {kind} to make batches of.")
@@ -262,6 +269,12 @@ def epoch_plan(
         raise UsageError(
             f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"
             f" expected whole numbers from 0 to {len(samples) - 1}."
+        )
+    if must_be_labelled and (samples.labels[indices] < 0).any():
+        without = int((samples.labels[indices] < 0).any(axis=1).sum())
+        raise DataError(
+            f"{without} of {len(indices)} {kind} to train on have no label.",
+            "Leave them out of indices, or give the cache their labels.",
         )
     positive = np.zeros(len(indices), bool)
     if samples.labels is not None:
@@ -296,7 +309,8 @@ def view_batches(
         cache: with labels joined.
         view: what a sample is.
         indices: int (n,), numbers of samples: rows of `cache.slices` for slices and slabs, of
-            `cache.series` for series; None takes all that the view uses.
+            `cache.series` for series; None takes all that the view uses, with a seed (training)
+            those of them that have labels.
         batch_size: samples a batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
@@ -315,7 +329,7 @@ def view_batches(
         (n, slices, size, size, channels).
 
     Raises:
-        DataError: no samples, or balancing without both positives and negatives.
+        DataError: see `epoch_plan`.
         StaleError: the cache lacks what the view needs.
     """
     require_augmentation(augment)

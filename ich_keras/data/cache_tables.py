@@ -71,12 +71,22 @@ def tables_after_reading(
     lengths = by_series.size()
     series = index.series.drop(columns=list(LABELS), errors="ignore").set_index("series_uid")
     series = series.loc[lengths.index].assign(num_slices=lengths)
-    torn = _series_with_new_gaps(all_slices, kept)
-    series["verdict"] = [
-        _with_gap(verdict) if uid in torn else verdict
-        for uid, verdict in zip(series.index, series["verdict"], strict=True)
-    ]
+    series["verdict"] = verdicts_after_reading(series["verdict"], all_slices, kept)
     return CacheTables(slices, series.reset_index()[_columns(index.series)], rejects)
+
+
+def verdicts_after_reading(
+    verdicts: pd.Series, all_slices: pd.DataFrame, kept: np.ndarray
+) -> list[str]:
+    """Add "gap" to the verdicts of series that lost a slice between two others.
+
+    Args:
+        verdicts: by series_uid.
+        all_slices: the index' table, in order.
+        kept: bool (len(all_slices),), what could be read.
+    """
+    torn = _series_with_new_gaps(all_slices, kept)
+    return [_with_gap(text) if uid in torn else text for uid, text in verdicts.items()]
 
 
 def with_labels(tables: CacheTables, slices: pd.DataFrame) -> CacheTables:

@@ -126,6 +126,8 @@ def _layer_kind(layer) -> tuple[str, tuple]:
     if kind is layers.Dense:
         _require(layer.activation is keras.activations.linear, layer, "has an activation")
         _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
+        # Values are channels-first here: the last axis would be the columns.
+        _require(len(layer.input.shape) == 2, layer, "works on more than one axis")
         return "dense", ()
     if kind is layers.BatchNormalization:
         _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")

@@ -23,13 +23,13 @@ NORMS = ("batch", "frozen", "group")
 NAMINGS = ("image", "video")
 # Where the outputs of a backbone can be tapped, in the order of the computation.
 FEATURES = ("stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
-# What can be kept as it is while the rest is trained: all up to and including that part.
 # The steps of `fit`, and what may be computed twice in them: see `ich_keras.models.steps`.
 STEPS = ("fast", "stock")
 # What one part that is computed again is: its layers share this beginning of their names.
 RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
 # Keras' policy of each precision.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+# What can be kept as it is while the rest is trained: all up to and including that part.
 FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")
 
 # A kernel, stride or dilation: one number for all axes, or one per axis (slices, rows, columns).

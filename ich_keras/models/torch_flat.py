@@ -27,6 +27,8 @@ from ich_keras.models.presets import RECOMPUTE
 
 # The head and what follows it stay in float32 whatever the precision.
 FULL_PRECISION = ("dense", "dropout", "sigmoid")
+# Whose results must not be overwritten: their gradient needs them, or they are their source's.
+_NOT_TO_OVERWRITE = ("relu", "sigmoid", "subsample", "detach", "dropout")
 
 # Pixels of a slice up to which slices are not made channels.
 _SMALL_IMAGE = 16
@@ -94,7 +96,8 @@ class FlatFunction:
         later = {s for step in graph.steps if id(step) not in own for s in step.sources}
         left = made & (later | set(graph.outputs))
         # Values that may be overwritten: nobody but the next step of this part reads them.
-        owned = {value for value in made - left if graph.readers[value] == 1}
+        needed = {step.target for step in steps if step.kind in _NOT_TO_OVERWRITE}
+        owned = {value for value in made - left - needed if graph.readers[value] == 1}
         last_reader = {source: step.target for step in steps for source in step.sources}
         operations = tuple(
             (

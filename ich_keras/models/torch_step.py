@@ -368,7 +368,6 @@ def _half_after(error: RuntimeError, num_samples: int) -> int:
     half = num_samples // 2
     warnings.warn(
         f"{num_samples} samples do not fit into memory at once; predicting {half} at a time.",
-        ResourceWarning,
         stacklevel=2,
     )
     return half
