@@ -236,7 +236,8 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 )
 @click.option(
     "--precision",
-    help="auto (default: bfloat16 where the hardware has it), float32, bfloat16 or float16.",
+    help="auto (default: bfloat16 on torch where the hardware has it), float32, bfloat16 or"
+    " float16.",
 )
 @click.option("--step", help="fast (default) or stock: Keras' own steps.")
 @click.option(
@@ -413,8 +414,8 @@ def _train_on_data(
     if existing:
         cached = open_cache(cache_dir, labels)
         if index is not None:
-            cached.require(index=index.usable(), size=config.data.size)
-        elif not size_is_given:
+            cached.require(index=index.usable())
+        if not size_is_given:
             config = replace(config, data=replace(config.data, size=cached.size))
         require_size(config, cached)
         tables = cached

@@ -46,7 +46,8 @@ def prepare_index(
         if tell is not None:
             tell(repr(table))
             tell(str(join))
-    return first_series(index, limit_series)
+    # Scouts and other planes are not what a limit is about.
+    return index if limit_series is None else first_series(index.usable(), limit_series)
 
 
 def first_series(index: SeriesIndex, count: int | None) -> SeriesIndex:

@@ -599,6 +599,10 @@ def test_stale_names_each_differing_field(index, tmp_path, monkeypatch):
     fewer = dataclasses.replace(index, slices=index.slices.iloc[:-1], series=index.series.iloc[:-1])
     with pytest.raises(StaleError, match=r"size is 16 .*; inputs is .* in the cache, .* wanted"):
         cache.require(size=32, index=fewer)
+    merged = index.slices.assign(patient_id=index.slices["patient_id"].iloc[0])
+    count = (merged["patient_id"] != index.slices["patient_id"]).sum()
+    with pytest.raises(StaleError, match=f"{count} slices have another PatientID in the cache"):
+        cache.require(index=dataclasses.replace(index, slices=merged))
     monkeypatch.setattr("ich_keras.data.cache.RESAMPLING", "nearest/2")
     with pytest.raises(StaleError, match=r"resampling is pad.* in the cache, nearest/2 wanted"):
         cache.require()

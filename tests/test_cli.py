@@ -244,6 +244,8 @@ NAMES = (
     "unknown backend",
     "other backend",
     "options without data",
+    "config without data",
+    "download without data",
     "plan of the demo",
     "no cache",
     "cache is none",

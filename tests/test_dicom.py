@@ -129,7 +129,9 @@ def test_native_values_are_those_of_pydicom(bits, signed, intercept, syntax, see
         PixelRepresentation=int(signed),
         RescaleIntercept=intercept,
     )
-    expected = pydicom.dcmread(io.BytesIO(content)).pixel_array.astype(int) + intercept
+    stored = pydicom.dcmread(io.BytesIO(content)).pixel_array.astype(int)
+    expected = stored + intercept
+    expected[(stored == -32768) & (expected < -32768)] = -1024
     if expected.max() > 32767 or expected.min() < -32768:
         assert refused(content).code == "BAD_RESCALE"
     elif not read_slice(io.BytesIO(content)).repaired:
@@ -454,6 +456,20 @@ def test_bad_rescale(slope, intercept, message):
     error = refused(to_bytes(dataset))
     assert error.code == "BAD_RESCALE"
     assert message in error.detail
+
+
+def test_the_filling_around_the_field_of_view_is_air():
+    values = tiny_values().astype(np.int16)
+    values[0, :5] = -32768
+    settings = {"BitsStored": 16, "PixelRepresentation": 1, "RescaleIntercept": -1024}
+    content = tiny_file(values.view(np.uint16), EXPLICIT, **settings)
+    hu = read_hu(io.BytesIO(content))
+    assert (hu[0, :5] == -1024).all()
+    np.testing.assert_array_equal(hu[1:], values[1:] - 1024)
+    # One more is a value like any other, and does not fit.
+    values[0, 0] = -32767
+    content = tiny_file(values.view(np.uint16), EXPLICIT, **settings)
+    assert "give -33791 to" in refused(content).detail
 
 
 def raw_text(keyword, text):

@@ -20,6 +20,7 @@ NATIVE = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
 
 # Between soft tissue and air: below is air or lung, above is body.
 AIR_BELOW_HU = -500
+AIR_HU = -1024
 # Share of a slice's pixels that must be wrapped air before the 12-bit repair is applied.
 WRAPPED_AIR_SHARE = 0.05
 MAX_FRAGMENTS = 10_000
@@ -207,14 +208,19 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         slope, intercept: HU = slope * stored + intercept.
 
     Returns:
-        int16 (rows, columns), HU.
+        int16 (rows, columns), HU. The lowest value that signed 16 bits can store becomes air where
+        its HU would not fit: scanners fill what lies outside their field of view with it.
 
     Raises:
         RejectedFile: BAD_RESCALE, the result does not fit into int16.
 
     Source:
-        DICOM PS3.3 C.11.1.1.2.
+        DICOM PS3.3 C.11.1.1.2; padding: C.7.5.1.1.2.
     """
+    is_filling = stored == _HU.min
+    if is_filling.any() and not is_filling.all() and _HU.min * slope + intercept < _HU.min:
+        inside = np.where(is_filling, stored[~is_filling].min(), stored)
+        return np.where(is_filling, np.int16(AIR_HU), to_hu(inside, slope, intercept))
     low, high = (round(int(v) * slope + intercept) for v in (stored.min(), stored.max()))
     if low < _HU.min or high > _HU.max:
         raise RejectedFile(

@@ -7,6 +7,7 @@ Worker processes import this module: it must not import keras.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -195,6 +196,11 @@ class _EpochSampler(Sampler):
             yield self.epoch, indices
 
 
+def _one_thread(worker: int) -> None:
+    # The processes are the parallelism: OpenCV would start a thread for each core in each of them.
+    cv2.setNumThreads(1)
+
+
 class CTLoader(DataLoader):
     """A DataLoader that knows its epoch.
 
@@ -213,6 +219,7 @@ class CTLoader(DataLoader):
             persistent_workers=workers > 0,
             multiprocessing_context=START_METHOD if workers > 0 else None,
             timeout=WORKER_TIMEOUT_SECONDS if workers > 0 else 0,
+            worker_init_fn=_one_thread if workers > 0 else None,
             # Of its own: torch would draw a number from the global generator on every pass, and
             # the network's dropout would depend on how often somebody looked.
             generator=torch.Generator(),

@@ -257,9 +257,15 @@ class CTCache:
             if self.manifest[field] != value
         ]
         if index is not None and not differing:
-            differing = self._differences_of_versions(index)
+            differing = self._differing_patients(index) or self._differences_of_versions(index)
         if differing:
             raise StaleError(f"{self.path} is stale: {'; '.join(differing)}.", REBUILD)
+
+    def _differing_patients(self, index: "SeriesIndex") -> list[str]:
+        """Compare whose each slice is: splits follow the cache's patients."""
+        wanted = index.slices.set_index(UID)["patient_id"].reindex(self.slices[UID])
+        count = int((wanted.to_numpy() != self.slices["patient_id"].to_numpy()).sum())
+        return [f"{count} slices have another PatientID in the cache"] if count else []
 
     def _differences_of_versions(self, index: "SeriesIndex") -> list[str]:
         """Read some slices again if the libraries changed; return what changed if they differ."""

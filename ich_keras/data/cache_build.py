@@ -137,6 +137,8 @@ def build_folder(
         "resampling": RESAMPLING,
         "compression": settings.compression,
         "inputs": inputs,
+        # Of the rows: `inputs` is of a set, and stays where corrected PatientIDs move them.
+        "order": files.fingerprint(index.slices[UID].tolist()),
         "versions": pixel_versions(),
         "shards": [asdict(shard) for shard in shards],
     }

@@ -43,7 +43,8 @@ HEAD_ABOVE_HU = -500  # what is denser than this is head (or holder), not air
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
     """Resize one slice of HU to a square.
 
-    A slice that is not square is first padded with air, centred, so that nothing is stretched.
+    A matrix that is not square is first padded with air, centred, so that nothing is stretched;
+    pixels that are not square stay as they are.
     Shrinking averages areas (no aliasing); enlarging interpolates linearly.
 
     Args:
