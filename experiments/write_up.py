@@ -440,22 +440,33 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
 
 
 def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
-    """Name the runs whose ranking is no better than that of the detector that counts voxels."""
-    behind = [
-        f"`{key}` per {level}"
-        for key in keys
-        for level in LEVELS
-        if (values := seed_values(results[key], level, "auroc/any"))
-        and (counting := trivial_values(results[key], level))
-        and np.mean(values) <= np.mean(counting)
-    ]
-    if not behind:
+    """Name the trainings whose ranking is no better than that of the detector that counts voxels."""
+    named = []
+    for key in keys:
+        for level in LEVELS:
+            behind = [result.seed for result in results[key] if _is_behind(result, level)]
+            if behind:
+                which = (
+                    "every seed" if len(behind) == len(results[key]) else f"of seed {_and(behind)}"
+                )
+                named.append(f"`{key}` per {level} ({which})")
+    if not named:
         return []
     return [
-        f"**Not above counting voxels**, in the mean AUROC(any): {', '.join(behind)}. Such a"
-        " network has hardly learned at this budget; a comparison with it says that, and no more.",
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has hardly"
+        " learned at this budget; a comparison with it says that, and no more.",
         "",
     ]
+
+
+def _is_behind(result: Result, level: str) -> bool:
+    values = seed_values([result], level, "auroc/any")
+    counting = trivial_values([result], level)
+    return bool(values and counting) and values[0] <= counting[0]
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
 
 
 def _rules(results: Sequence[Result]) -> list[str]:

@@ -587,11 +587,16 @@ def test_networks_that_have_hardly_learned_are_named():
     from experiments.write_up import hardly_learned
 
     results = {
-        "2d": [made_result("2d", 0, some_rows(1))],
-        "slab": [made_result("slab", 0, some_rows(1, quality=0.0))],
+        "2d": [made_result("2d", seed, some_rows(1)) for seed in range(3)],
+        "slab": [made_result("slab", s, some_rows(s, quality=0.0)) for s in range(2)],
+        "series": [
+            made_result("series", seed, some_rows(1, quality=quality), "series")
+            for seed, quality in enumerate((1.0, 0.0, 0.0))
+        ],
     }
-    (line, _) = hardly_learned(("2d", "slab"), results)
-    assert "`slab` per slice" in line
+    (line, _) = hardly_learned(("2d", "slab", "series"), results)
+    assert "`slab` per slice (every seed)" in line
+    assert "`series` per series (of seed 1 and 2)" in line
     assert "`2d`" not in line
     assert hardly_learned(("2d",), results) == []
 
