@@ -440,21 +440,20 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
 
 
 def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
-    """Name the trainings whose ranking is no better than that of the detector that counts voxels."""
+    """Name the trainings that rank no better than the detector that counts voxels."""
     named = []
     for key in keys:
         for level in LEVELS:
             behind = [result.seed for result in results[key] if _is_behind(result, level)]
             if behind:
-                which = (
-                    "every seed" if len(behind) == len(results[key]) else f"of seed {_and(behind)}"
-                )
+                is_every = len(behind) == len(results[key])
+                which = "every seed" if is_every else f"of seed {' and '.join(map(str, behind))}"
                 named.append(f"`{key}` per {level} ({which})")
     if not named:
         return []
     return [
-        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has hardly"
-        " learned at this budget; a comparison with it says that, and no more.",
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has"
+        " hardly learned at this budget; a comparison with it says that, and no more.",
         "",
     ]
 
@@ -463,10 +462,6 @@ def _is_behind(result: Result, level: str) -> bool:
     values = seed_values([result], level, "auroc/any")
     counting = trivial_values([result], level)
     return bool(values and counting) and values[0] <= counting[0]
-
-
-def _and(numbers: Sequence[int]) -> str:
-    return " and ".join(map(str, numbers))
 
 
 def _rules(results: Sequence[Result]) -> list[str]:
