@@ -101,7 +101,7 @@ SCALES = {
         size=96,
         # At 8 mm a head of 140 mm has 18; longer series are sampled evenly.
         series_slices=16,
-        # A sample of a slab costs 13 times as much as a slice, one of a series 25 times. With two
+        # A sample of a slab costs 13 times as much as a slice, one of a series 7 times. With two
         # epochs slabs did not beat counting voxels. With four and a rate of 1e-3 one of two seeds
         # did, the other at 3e-4 alone (validation split; batches of 8 bear less than those of 32).
         fittings={

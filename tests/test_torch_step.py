@@ -606,7 +606,7 @@ def test_a_sum_does_not_overwrite_what_a_gradient_needs():
         return keras.layers.Conv2D(3, 1, dtype="float64")(x)
 
     x = keras.layers.Add(dtype="float64")([relu(conv(image)), conv(image)])
-    # A view of its source, which is an output as well.
+    # A view of x, which another layer reads as well.
     other = keras.layers.Add(dtype="float64")([x[:, ::1, ::1, :], conv(x)])
     pooled = keras.layers.GlobalAveragePooling2D(dtype="float64")(relu(other))
     model = keras.Model(image, keras.layers.Dense(6, dtype="float64", name="fc")(pooled))

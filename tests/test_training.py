@@ -256,7 +256,6 @@ def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path,
         model.optimizer.learning_rate = 1e30
 
     monkeypatch.setattr(checkpoints, "save_state", then_fast)
-    monkeypatch.setattr(training, "save_state", then_fast, raising=False)
     with pytest.raises(DivergedError) as caught:
         train(config_of(fit={"epochs": 3}), phantom_cache, tmp_path / "run")
     assert caught.value.exit_code == 5
@@ -524,7 +523,7 @@ def test_every_way_to_take_a_step_makes_a_run(precision, fit, phantom_cache, tmp
 
 
 def test_weights_whose_channels_were_changed_can_be_trained_from(
-    converted, phantom_cache, tmp_path, monkeypatch
+    converted, phantom_cache, tmp_path
 ):
     from weights_convert import change_channels
 

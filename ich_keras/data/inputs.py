@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from ich_keras.ct.pixels import AIR_HU
 from ich_keras.ct.window import WIDE, WINDOWS, Window
 from ich_keras.errors import UsageError
 
 # Names the rule of `resize_hu`; part of a cache's fingerprint: change it when the rule changes.
 RESAMPLING = "pad-square-air/area-down/linear-up/1"
-AIR_HU = -1024
 
 
 @dataclass(frozen=True)
