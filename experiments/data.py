@@ -133,6 +133,6 @@ def open_or_make(
     )
     cache = make_cache(index, path, scale.size, workers=workers, progress=progress)
     if place.source is None:
-        # The cache has all that is needed; drawing them again gives the same bytes.
+        # The cache has all that is needed, and they can be drawn again.
         shutil.rmtree(phantoms)
     return cache

@@ -619,6 +619,19 @@ def test_a_moved_data_set_and_other_labels_are_not_stale(own_index, tmp_path):
     assert labelled.fingerprint == cache.fingerprint
 
 
+def test_positions_computed_on_another_processor_are_not_stale(own_index, tmp_path):
+    cache = build(own_index, tmp_path / "cache")
+    positions = own_index.slices["position_mm"]
+
+    def with_positions(values):
+        return dataclasses.replace(own_index, slices=own_index.slices.assign(position_mm=values))
+
+    for towards in (-np.inf, np.inf):
+        cache.require(index=with_positions(np.nextafter(positions, towards)))
+    with pytest.raises(StaleError, match="inputs is .* in the cache, .* wanted"):
+        cache.require(index=with_positions(positions + 0.1))
+
+
 def test_other_library_versions_are_accepted_when_the_pixels_are_equal(own_index, tmp_path):
     cache = build(own_index, tmp_path / "cache")
     edit_manifest(cache.path, versions={**cache.manifest["versions"], "pydicom": "0.9"})

@@ -82,7 +82,9 @@ class _StartedShard:
 def inputs_fingerprint(index: "SeriesIndex") -> str:
     """Return a fingerprint of the slices of an index and of their order in space.
 
-    Paths and times do not enter: a data set that was moved is still the same.
+    Paths and times do not enter: a data set that was moved is still the same, and so it is on
+    another processor: positions, computed from the files, enter in whole micrometres, because their
+    last digits differ there.
 
     Args:
         index: a SeriesIndex, as it goes into the cache.
@@ -91,7 +93,7 @@ def inputs_fingerprint(index: "SeriesIndex") -> str:
     columns = (UID, "series_uid", "slice_index", "file_size", "position_mm")
     rows = zip(*(slices[name].tolist() for name in columns), strict=True)
     return files.fingerprint(
-        sorted([*identity, float(position).hex()] for *identity, position in rows)
+        sorted([*identity, round(position * 1000)] for *identity, position in rows)
     )
 
 
