@@ -169,6 +169,7 @@ def _runs_section(results: Results) -> list[str]:
                 f"`{key}`",
                 infos[0]["title"],
                 ", ".join(str(result.seed) for result in group),
+                ", ".join(sorted({info["config"]["precision"] for info in infos})),
                 _mean_text([info["patients"]["train"] for info in infos], 0),
                 _mean_text([info["patients"]["test"] for info in infos], 0),
                 _mean_text([info["config"]["fit"]["epochs"] for info in infos], 0),
@@ -178,12 +179,13 @@ def _runs_section(results: Results) -> list[str]:
                 _mean_text([info["seconds"] for info in infos], 0),
             ]
         )
-    header = ["run", "what", "seeds", "training patients", "test patients", "epochs", "steps"]
-    header += ["samples seen", "operations (10^12 multiply-adds)", "seconds"]
+    header = ["run", "what", "seeds", "precision", "training patients", "test patients", "epochs"]
+    header += ["steps", "samples seen", "operations (10^12 multiply-adds)", "seconds"]
     return [
         "## Runs",
         "",
-        "Means over seeds. Operations: three times the forward pass, of all training samples."
+        "Means over seeds. Precision: bfloat16 where the processor has instructions for it, float32"
+        " where it has not. Operations: three times the forward pass, of all training samples."
         " Seconds: training and validation after each epoch.",
         "",
         markdown_table(header, rows),

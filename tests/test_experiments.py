@@ -731,6 +731,24 @@ def test_tables_put_each_number_into_its_column():
     assert row[5:] == [interval, prevalence, skill]
 
 
+def test_runs_are_shown_as_means_with_every_precision_they_had():
+    from experiments.write_up import _runs_section
+
+    def trained(seed, precision, steps):
+        info = {"title": "slices", "patients": {"train": 10 + seed, "test": 5}, "steps": steps}
+        info |= {"samples_seen": 8 * steps, "training_operations": 3e12, "seconds": 60.0}
+        config = {"precision": precision, "fit": {"epochs": 2}, "data": {"view": "slice"}}
+        return made_result("2d", seed, some_rows(seed), config=config, **info)
+
+    mixed = [trained(0, "float32", 100), trained(2, "bfloat16", 300)]
+    row = cells(_runs_section({"2d": mixed}), "`2d`")
+    assert row == (
+        ["`2d`", "slices", "0, 2", "bfloat16, float32", "11", "5", "2", "200", "1,600", "3.0", "60"]
+    )
+    alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
+    assert alone[2:4] == ["0", "float32"]
+
+
 def test_the_leak_is_shown_on_shared_slices():
     from experiments.write_up import _leak
 
