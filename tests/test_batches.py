@@ -1,12 +1,14 @@
 """Batches: the same for any number of workers, in every epoch, through `fit` and after a resume."""
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from ich_keras.data.augment import make_augmentation, sample_seed
-from ich_keras.data.batches import CTDataset, EpochPlan, epoch_plan, slice_batches
+from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan, epoch_plan, slice_batches
 from ich_keras.data.inputs import slice_input
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
@@ -46,6 +48,18 @@ def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
     for workers in (1, 2):
         loader = slice_batches(phantom_cache, indices, workers=workers, **settings)
         assert_same(passes(loader, 3), expected)
+
+
+class _ThreadsOfOpenCV(Dataset):
+    """Gives, for any batch, how many threads OpenCV uses in the process that is asked."""
+
+    def __getitem__(self, wanted):
+        return cv2.getNumThreads()
+
+
+def test_workers_do_not_multiply_threads():
+    plan = EpochPlan(np.arange(3), np.zeros(3, bool), batch_size=1)
+    assert list(CTLoader(_ThreadsOfOpenCV(), plan, workers=1)) == [1, 1, 1]
 
 
 def test_a_resumed_training_sees_what_an_uninterrupted_one_saw(phantom_cache):

@@ -341,6 +341,24 @@ def test_a_partial_build_of_other_settings_is_not_reused(index, tmp_path, monkey
     assert content(cache.path) == content(build(index, tmp_path / "other", size=20).path)
 
 
+def test_a_partial_build_in_another_order_is_not_reused(tmp_path, monkeypatch):
+    index = write_folder(tmp_path / "dicom", (4, 4, 4))
+    monkeypatch.setattr(cache_build, "_write_manifest", _raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(index, tmp_path / "cache")
+    monkeypatch.undo()
+    # The first patient's ID is corrected and comes last: the same slices of the same sizes.
+    for path in (tmp_path / "dicom").glob("s1-*.dcm"):
+        dataset = pydicom.dcmread(path)
+        dataset.PatientID = "Q1"
+        dataset.save_as(path)
+    moved = index_folder(tmp_path / "dicom")
+    assert cache_build.inputs_fingerprint(moved) == cache_build.inputs_fingerprint(index)
+    assert moved.slices["patient_id"].iloc[0] == "P2"
+    cache = build(moved, tmp_path / "cache")
+    assert content(cache.path) == content(build(moved, tmp_path / "other").path)
+
+
 def _raise_interrupt(*_):
     raise KeyboardInterrupt
 

@@ -18,6 +18,7 @@ from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import REJECT_COLUMNS, SERIES_COLUMNS, SLICE_COLUMNS, make_table
 from ich_keras.ct.walk import read_all
 from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
+from ich_keras.preparation import prepare_index
 
 CORONAL = (1, 0, 0, 0, 0, -1)
 TABLES = ("slices", "series", "rejects")
@@ -650,3 +651,16 @@ def test_an_edited_index_is_refused(tmp_path, content):
     (tmp_path / "index" / "index.json").write_text(content)
     with pytest.raises(StaleError, match="damaged|schema None"):
         SeriesIndex.load(tmp_path / "index")
+
+
+def test_a_limit_counts_series_that_can_be_used(tmp_path):
+    scout = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    write_series(tmp_path, [0], series="1.2.1", prefix="scout", ImageType=scout)
+    write_series(tmp_path, [0, 5, 10], series="1.2.2", prefix="first")
+    write_series(tmp_path, [0, 5, 10], series="1.2.3", prefix="second")
+    index = prepare_index(tmp_path, limit_series=1)
+    assert index.series["series_uid"].tolist() == ["1.2.2"]
+    assert index.slices["series_uid"].tolist() == ["1.2.2"] * 3
+    assert index.rejects["code"].tolist() == ["LOCALIZER"]
+    with pytest.raises(UsageError, match="--limit-series is 0; expected at least 1"):
+        prepare_index(tmp_path, limit_series=0)
