@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.data import Place, claim_work, open_or_make
 from experiments.results import is_kept, keep_result, require_same_cache
 from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
-from experiments.splits import split_path
+from experiments.splits import FOLDER, split_path
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
@@ -110,7 +110,7 @@ def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, dict]:
         (configuration, {"samples_per_epoch", "operations_per_sample"}).
     """
     run, seed = RUNS[task.key], task.seed
-    folder = place.work / "splits"
+    folder = place.work / FOLDER
     config = base_config(run, place.scale, seed, place.device)
     split = split_path(folder, run.split, cache.slices, seed, run.fraction)
     config = replace(config, data=replace(config.data, split=split))

@@ -100,6 +100,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     history = pd.read_csv(run_dir / HISTORY)
     atomic_write(out / HISTORY, (run_dir / HISTORY).read_text(encoding="utf-8"))
     data, metrics = read_json(run_dir / DATA), read_json(run_dir / "metrics-test.json")
+    split = Split.load(run_dir / SPLIT)
     plan = data["plan"]
     samples = cost["samples_per_epoch"] * len(history)
     content = config.to_dict()
@@ -143,7 +144,9 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "warning": plan["warning"],
             "note": plan["note"],
             "trivial_auroc_any": trivial_auroc(
-                cache, Split.load(run_dir / SPLIT), counts=_band_counts(cache.path)
+                cache,
+                *(split.indices(cache.slices, part) for part in ("train", "test")),
+                counts=_band_counts(cache.path),
             ),
             "metrics": {
                 level: {name: part[name] for name in _KEPT_METRICS if name in part}

@@ -204,7 +204,7 @@ def _network(
     split = "thesis-series" if view == "series" else "thesis-slices"
     return {
         f"{key}-{name}{suffix}": Run(
-            f"{title}, {what}{', thesis split' if suffix else ''}",
+            f"{title}, {what}{', thesis split and augmentation' if suffix else ''}",
             preset,
             view,
             weights=weights,
@@ -251,8 +251,8 @@ RUNS: dict[str, Run] = {
     "stand-in-2d-50": Run(
         "ResNet-50 on other phantoms", "resnet50_2d", "slice", split="other", first_seed=True
     ),
-    # On slabs: the labels of whole series, one for all of a volume, taught it nothing from these
-    # 107 patients. MedicalNet itself learned from segmentations, a label per voxel.
+    # On slabs, whose labels are of single slices: MedicalNet itself learned from segmentations, a
+    # label per voxel. 107 patients teach it little; the report says where it has hardly learned.
     "stand-in-3d-18": Run(
         "MedicalNet's ResNet-18 on slabs of other phantoms",
         "resnet18_3d_medicalnet",
@@ -268,7 +268,7 @@ RUNS: dict[str, Run] = {
     "series": Run(RUN_TITLES["series"], "resnet18_3d", "series", intensity="windows"),
     # Tables 1 to 4.
     "2d-thesis": Run(
-        "2D ResNet-18 on slices, from scratch, thesis split",
+        "2D ResNet-18 on slices, from scratch, thesis split and augmentation",
         "resnet18_2d",
         "slice",
         split="thesis-slices",

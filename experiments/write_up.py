@@ -167,7 +167,7 @@ def _runs_section(results: Results) -> list[str]:
         rows.append(
             [
                 f"`{key}`",
-                infos[0]["title"],
+                RUNS[key].title,
                 ", ".join(str(result.seed) for result in group),
                 ", ".join(sorted({info["config"]["precision"] for info in infos})),
                 _mean_text([info["patients"]["train"] for info in infos], 0),
@@ -190,6 +190,7 @@ def _runs_section(results: Results) -> list[str]:
         "",
         markdown_table(header, rows),
         "",
+        *hardly_learned([key for key in RUNS if key in results], results),
     ]
 
 
@@ -250,6 +251,7 @@ def _table_1(results: Results) -> list[str]:
         rows.append(
             [
                 RUNS[sound].title,
+                _seeds_text(group),
                 format_metric(PUBLISHED[published].loss),
                 spread([loss_after(r) for r in results[thesis]])
                 if thesis in results
@@ -261,18 +263,43 @@ def _table_1(results: Results) -> list[str]:
                 spread([value for value in skill if value is not None], 3),
             ]
         )
-    header = ["network", "as published", "thesis split, validation", "patient split, validation"]
-    header += ["patient split, test", "95 % interval", "constant: prevalence", "skill"]
+    header = ["network", "seeds", "as published", "thesis split and augmentation, validation"]
+    header += ["patient split, validation", "patient split, test", "95 % interval"]
+    header += ["constant: prevalence", "skill"]
     return [
         f"## Table 1: {_TABLE_TITLES[1]}",
         "",
         markdown_table(header, rows),
         "",
         f"Validation: log loss after {TABLE_1_EPOCHS} epochs, or after the last of fewer. Test: of"
-        " the best epoch by validation. Skill: 1 - loss / loss of the constant. A constant answer"
-        " of no haemorrhage has no finite log loss.",
+        " the best epoch by validation. The two validation columns differ in the split and in how"
+        " training was augmented; what the split alone does is under *leak*. Skill: 1 - loss / loss"
+        " of the constant. A constant answer of no haemorrhage has no finite log loss.",
         "",
+        *_source_notes([sound for _, sound, _ in _TABLE_1], results),
     ]
+
+
+def _seeds_text(group: Sequence[Result]) -> str:
+    """Name the seeds, and say where they are too few to conclude from."""
+    if not group:
+        return "n/a"
+    few = "" if len(group) >= LEAST_SEEDS else " (too few)"
+    return ", ".join(str(result.seed) for result in group) + few
+
+
+def _source_notes(keys: Sequence[str], results: Results) -> list[str]:
+    """Say which runs start from a network that has hardly learned itself."""
+    notes = []
+    for key in keys:
+        for source in RUNS[key].depends_on:
+            if key in results and source in results and hardly_learned([source], results):
+                notes += [
+                    f"`{key}` starts from `{source}`, which does not rank above counting voxels"
+                    " itself: it says little about starting from learned weights.",
+                    "",
+                ]
+    return notes
 
 
 def seed_values_of_baseline(results: Sequence[Result], level: str, name: str) -> list[float]:
@@ -308,10 +335,11 @@ def _table(table: int, results: Results) -> list[str]:
                 lines += [f"**{RUNS[key].title}**: {_absent(key)}.", ""]
             continue
         lines += [
-            f"**{RUNS[key].title}**",
+            f"**{RUNS[key].title}** (seeds {_seeds_text(results[key])})",
             "",
             _network_table(results[key], results.get(thesis_key, []), thesis_key),
             "",
+            *_source_notes([key], results),
         ]
     return lines
 
@@ -402,6 +430,7 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
                 [
                     f"`{key}`",
                     level,
+                    _seeds_text(group),
                     *(
                         text
                         for metric in _HEADLINE
@@ -416,7 +445,7 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
                     ", ".join(_rules(group)) if level == "series" else "",
                 ]
             )
-    header = ["run", "level", "log loss", "95 % interval", "AUROC(any)", "95 % interval"]
+    header = ["run", "level", "seeds", "log loss", "95 % interval", "AUROC(any)", "95 % interval"]
     header += ["log loss of the prevalence", "skill", "counting voxels: AUROC(any)"]
     header += ["slices to series by"]
     return [
@@ -511,10 +540,14 @@ def _leak(results: Results) -> list[str]:
     found = compare(results["2d-leaky"], results["2d"], "slice", only_shared=True)
     if found is None:
         return ["No slice was held out by both splits; no paired comparison.", ""]
+    compared = {
+        key: [result.info for result in results[key] if result.seed in found.seeds]
+        for key in ("2d-leaky", "2d")
+    }
     patients, slices = (
         " and ".join(
-            f"{np.mean([r.info[what]['train'] for r in results[key]]):,.0f}"
-            for key in ("2d-leaky", "2d")
+            f"{np.mean([info[what]['train'] for info in infos]):,.0f}"
+            for infos in compared.values()
         )
         for what in ("patients", "slices")
     )

@@ -10,10 +10,10 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache import CTCache
-from ich_keras.data.labels import is_labelled, series_labels
+from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
-from ich_keras.data.views import make_samples
+from ich_keras.data.views import make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
@@ -23,8 +23,10 @@ from ich_keras.metrics.calibration import calibration, fit_temperature, with_tem
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
 from ich_keras.prediction import (
+    CACHE_SIZE,
     CHOICES,
     CONFIG,
+    DATA,
     Progress,
     load_run,
     probabilities,
@@ -69,7 +71,7 @@ def evaluate(
         kept in choices.json.
 
     Raises:
-        UsageError: unknown split, or the cache's slices are smaller than the network's input.
+        UsageError: unknown split, or the cache's slices have another size than those trained from.
         StaleError: not a finished run, or the cache lacks slices of the split.
         DataError: the cache has no labels.
     """
@@ -81,6 +83,14 @@ def evaluate(
     else:
         config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     require_size(config, cache)
+    # Runs older than the entry lack it.
+    trained_at = read_json(run_dir / DATA).get(CACHE_SIZE, cache.size)
+    if cache.size != trained_at:
+        raise UsageError(
+            f"the cache's slices have {cache.size}x{cache.size} pixels, those the run was trained"
+            f" from {trained_at}x{trained_at}: windowed and resized, they are not the same images.",
+            f"Give a cache of size {trained_at}.",
+        )
     members = Split.load(run_dir / SPLIT)
     _require_members(members, split, cache)
 
@@ -116,15 +126,20 @@ def evaluate(
     else:
         table = probability_table(rows, values)
     table[list(TRUTH_COLUMNS)] = truth
-    train = cache.slices.iloc[train_indices]
+    # Without what the view skips, as the network's own numbers.
+    scored_rows, train_rows = (
+        samples.usable_rows(cache.slices, part) for part in (indices, train_indices)
+    )
+    train = cache.slices.iloc[train_rows]
     prevalence = {
         "slice": train[list(LABELS)].mean().to_list(),
         "series": series_labels(train).mean().to_list(),
     }
-    is_whole = _holds_series_whole(cache, indices)
+    # A series known by some of its slices has neither its label nor its probability.
+    is_whole = not series_of_rows(cache.slices, indices)[1].any()
     metrics = _metrics(run_dir, split, view.kind, is_whole, rows, truth, values, prevalence)
     if is_synthetic(cache.slices):
-        trivial = trivial_auroc(cache, members, split)
+        trivial = trivial_auroc(cache, train_rows, scored_rows)
         for level in metrics:
             metrics[level]["trivial_auroc_any"] = trivial[level]
     atomic_write(run_dir / f"predictions-{split}.csv", csv_text(table))
@@ -145,16 +160,6 @@ class _Level:
     truth: np.ndarray
     values: np.ndarray
     patients: np.ndarray
-
-
-def _holds_series_whole(cache: CTCache, indices: np.ndarray) -> bool:
-    """Whether a part has every labelled slice of its series: a series known by some of its slices
-    has neither its label nor its probability."""
-    series = cache.slices["series_uid"].to_numpy()
-    in_part = np.zeros(len(series), bool)
-    in_part[indices] = True
-    others = is_labelled(cache.slices) & ~in_part
-    return not np.isin(series[indices], series[others]).any()
 
 
 def _metrics(run_dir, split, kind, is_whole, rows, truth, values, prevalence) -> dict:

@@ -22,12 +22,18 @@ from hypothesis import strategies as st
 from ich_keras import files
 from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.series import SeriesIndex, index_folder
-from ich_keras.data import cache_build
+from ich_keras.data import cache_build, cache_fill
 from ich_keras.data.cache import CTCache, build_cache
 from ich_keras.data.cache_build import plan_shards
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.labels import LabelTable
-from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
+from ich_keras.errors import (
+    DataError,
+    EnvironmentProblem,
+    RejectedFile,
+    StaleError,
+    UsageError,
+)
 from ich_keras.labels import LABELS
 
 SIZE = 16
@@ -658,6 +664,26 @@ def test_other_library_versions_are_accepted_when_the_pixels_are_equal(own_index
     write_slice(Path(own_index.slices["container"][0]), 9, 9)
     with pytest.raises(
         StaleError, match=r"pydicom is 0\.9 in the cache.*1 of 16 slices read again"
+    ):
+        cache.require(index=own_index)
+
+
+def test_slices_that_can_be_read_now_make_a_cache_stale(own_index, tmp_path, monkeypatch):
+    read_resized = cache_fill.read_resized
+
+    def read_without_decoder(container, *options):
+        if Path(container).name in ("s1-0.dcm", "s3-2.dcm"):
+            raise RejectedFile("NO_DECODER", "no decoder")
+        return read_resized(container, *options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_fill, "read_resized", read_without_decoder)
+        patched.setattr("ich_keras.data.cache.read_resized", read_without_decoder)
+        cache = build(own_index, tmp_path / "cache")
+        assert len(cache) == len(own_index.slices) - 2
+        cache.require(index=own_index)
+    with pytest.raises(
+        StaleError, match="2 of 2 slices tried again, of 2 that could not be read, can be read now"
     ):
         cache.require(index=own_index)
 

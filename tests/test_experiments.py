@@ -63,7 +63,7 @@ from experiments.scores import (
     under_convention,
 )
 from experiments.sheet import contact_sheet
-from experiments.splits import leaky_split, with_fraction
+from experiments.splits import FOLDER, leaky_split, with_fraction
 from experiments.tables import (
     PUBLISHED,
     SERIES_HEALTHY,
@@ -527,8 +527,9 @@ def test_the_detector_that_counts_voxels_is_scored_on_the_same_slices(phantom_ca
     counts = hu_band_counts(phantom_cache.slices_hu(np.arange(len(phantom_cache.slices))))
     truth = phantom_cache.slices["any"].to_numpy()
     values = trivial_detector(counts[train], truth[train], counts[test])
-    found = trivial_auroc(phantom_cache, split)
-    assert trivial_auroc(phantom_cache, split, counts=cache_band_counts(phantom_cache)) == found
+    found = trivial_auroc(phantom_cache, train, test)
+    counted = cache_band_counts(phantom_cache)
+    assert trivial_auroc(phantom_cache, train, test, counts=counted) == found
     assert found["slice"] == pytest.approx(sk.roc_auc_score(truth[test], values))
     series = phantom_cache.slices["series_uid"].to_numpy()[test]
     worst = [(truth[test][series == uid].max(), values[series == uid].max()) for uid in set(series)]
@@ -727,26 +728,53 @@ def test_tables_put_each_number_into_its_column():
     assert row[6] == "counting voxels: 0.7000"
 
     row = cells(_table_1(results), RUNS["2d-stand-in"].title)
-    assert row[1:5] == ["0.0927", "0.5000", "0.5000", ours]
-    assert row[5:] == [interval, prevalence, skill]
+    assert row[1:6] == ["0 (too few)", "0.0927", "0.5000", "0.5000", ours]
+    assert row[6:] == [interval, prevalence, skill]
 
 
 def test_runs_are_shown_as_means_with_every_precision_they_had():
     from experiments.write_up import _runs_section
 
     def trained(seed, precision, steps):
-        info = {"title": "slices", "patients": {"train": 10 + seed, "test": 5}, "steps": steps}
+        info = {"patients": {"train": 10 + seed, "test": 5}, "steps": steps}
         info |= {"samples_seen": 8 * steps, "training_operations": 3e12, "seconds": 60.0}
         config = {"precision": precision, "fit": {"epochs": 2}, "data": {"view": "slice"}}
         return made_result("2d", seed, some_rows(seed), config=config, **info)
 
     mixed = [trained(0, "float32", 100), trained(2, "bfloat16", 300)]
     row = cells(_runs_section({"2d": mixed}), "`2d`")
-    assert row == (
-        ["`2d`", "slices", "0, 2", "bfloat16, float32", "11", "5", "2", "200", "1,600", "3.0", "60"]
-    )
+    assert row[:4] == ["`2d`", RUNS["2d"].title, "0, 2", "bfloat16, float32"]
+    assert row[4:] == ["11", "5", "2", "200", "1,600", "3.0", "60"]
     alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
     assert alone[2:4] == ["0", "float32"]
+
+
+def test_what_starts_from_a_network_that_has_not_learned_says_so():
+    from experiments.write_up import _runs_section, _table, _table_1
+
+    info = {"patients": {"train": 10, "test": 5}, "steps": 1, "samples_seen": 1}
+    info |= {"training_operations": 1e12, "seconds": 60.0}
+    config = {
+        "precision": "float32",
+        "fit": {"epochs": 2},
+        "data": {"view": "slice", "balance": False},
+    }
+
+    def made(key, quality):
+        rows = some_rows(0, quality)
+        return [made_result(key, 0, rows, config=config, **info)]
+
+    good = {"stand-in-2d-18": made("stand-in-2d-18", 1.0), "2d-stand-in": made("2d-stand-in", 1.0)}
+    bad = good | {"stand-in-2d-18": made("stand-in-2d-18", 0.0)}
+    said = "`2d-stand-in` starts from `stand-in-2d-18`, which does not rank above counting"
+    for lines in (_table_1(bad), _table(2, bad)):
+        assert any(line.startswith(said) for line in lines)
+        assert "(too few)" in "".join(lines)
+    for lines in (_table_1(good), _table(2, good), _table(2, {"2d-stand-in": good["2d-stand-in"]})):
+        assert not any(line.startswith(said) for line in lines)
+    named = [line for line in _runs_section(bad) if "Not above counting voxels" in line]
+    assert ["`stand-in-2d-18` per slice (every seed)" in line for line in named] == [True]
+    assert not any("Not above counting voxels" in line for line in _runs_section(good))
 
 
 def test_the_leak_is_shown_on_shared_slices():
@@ -767,6 +795,9 @@ def test_the_leak_is_shown_on_shared_slices():
     assert row[2] == "log_loss"
     assert row[3] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
     assert row[5:] == ["0, 1, 2", "72 of 3", "too few patients"]
+    # Only of the seeds that are compared.
+    more = made_result("2d", 3, some_rows(3), patients={"train": 90}, slices={"train": 999})
+    assert _leak({"2d": [*fair, more], "2d-leaky": leaky}) == lines
     assert _leak({"2d": fair}) == []
 
 
@@ -887,7 +918,7 @@ def test_the_whole_road_on_the_smallest_scale(tmp_path):
     assert info["synthetic"]
     assert info["training_operations"] > 0
     assert not (place.run_dir("2d", 0) / "model.keras").exists()
-    split = Split.load(place.work / "splits" / "patient-s0.json")
+    split = Split.load(place.work / FOLDER / "patient-s0.json")
     assert len(results["series"][0].predictions) == len(split.members["test"])
     text = write_report(place.out).read_text()
     assert "`series` - `2d`" in text

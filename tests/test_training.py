@@ -123,6 +123,10 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
             interval = found["intervals"]["metrics"]["log_loss"]
             assert interval["low"] <= found["log_loss"] <= interval["high"]
             assert interval["value"] == pytest.approx(found["log_loss"])
+    # Not on slices of another size, which would become other images.
+    larger = types.SimpleNamespace(size=64, slices=phantom_cache.slices)
+    with pytest.raises(UsageError, match="have 64x64 pixels, those the run was trained from 48x48"):
+        evaluate(run, larger, "valid")
     # Evaluating again changes no choice; the series' probabilities follow the kept rule.
     before = (run / "choices.json").read_text()
     other = choices["slice"] | {"temperature": 3.0}
@@ -338,7 +342,7 @@ def test_a_crash_before_the_pointer_moves_keeps_the_state_before(tmp_path, monke
         checkpoints.save_state(tmp_path, model, epoch, {})
     assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 4
     assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-0003", "epoch-0004"]
-    for epoch in (9_999, 10_000):
+    for epoch in (9_998, 9_999, 10_000):
         checkpoints.save_state(tmp_path, model, epoch, {})
     assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 10_000
 

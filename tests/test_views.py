@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -26,7 +27,7 @@ from ich_keras.data.inputs import (
 )
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import trivial_auroc
-from ich_keras.data.views import AIR, View, make_samples
+from ich_keras.data.views import AIR, View, make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.labels import LABELS
@@ -189,12 +190,29 @@ def test_tilted_series_are_kept_skipped_or_straightened():
         samples = make_samples(slices, series, replace(view, tilted="skip"))
         every = samples.of_rows(slices, np.arange(7))
         np.testing.assert_array_equal(every, skipped)
+        np.testing.assert_array_equal(samples.usable_rows(slices, np.arange(1, 6)), [1, 2])
         with pytest.raises(DataError, match="samples are of tilted series, which are skipped"):
             samples.of_rows(slices, np.arange(3, 7))
         with pytest.raises(StaleError, match="lacks shear_row and shear_column"):
             make_samples(slices, series, replace(view, tilted="deshear"))
         with pytest.raises(DataError, match="4 valid samples|1 valid samples"):
             samples.of_rows(slices, np.arange(3, 7), "valid")
+
+
+def test_series_of_rows_says_which_are_torn():
+    slices, _ = tables([3, 4, 2])
+    slices.loc[3, list(LABELS)] = -1  # without a label: nobody misses it
+    for rows, touched, torn in (
+        ([0, 1, 2], [0], [False]),
+        ([1, 8], [0, 2], [True, True]),
+        ([4, 5, 6, 7, 8], [1, 2], [False, False]),
+        ([], [], []),
+    ):
+        found = series_of_rows(slices, np.array(rows, int))
+        np.testing.assert_array_equal(found[0], touched)
+        np.testing.assert_array_equal(found[1], torn)
+    unlabelled = slices.drop(columns=list(LABELS))
+    assert series_of_rows(unlabelled, np.array([0]))[1].tolist() == [False]
 
 
 @pytest.mark.parametrize("degrees", [18.5, -12.0])
@@ -341,7 +359,9 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
     assert config["fit"]["batch_size"] == {"slab": 16, "series": 1}[kind]
     metrics = evaluate(folder, phantom_cache, "test")
     assert set(metrics) == ({"slice", "series"} if kind == "slab" else {"series"})
-    trivial = trivial_auroc(phantom_cache, Split.load(folder / "split.json"))
+    split = Split.load(folder / "split.json")
+    rows = [split.indices(phantom_cache.slices, part) for part in ("train", "test")]
+    trivial = trivial_auroc(phantom_cache, *rows)
     assert {level: part["trivial_auroc_any"] for level, part in metrics.items()} == {
         level: trivial[level] for level in metrics
     }
@@ -392,6 +412,33 @@ def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_fol
     rejected = result.rejects[result.rejects["code"] == "TILTED"]
     assert len(rejected) == index.slices["series_uid"].isin(tilted).sum()
     assert not set(result.series["series_instance_uid"]) & set(tilted)
+
+
+def test_what_a_run_skips_is_in_no_metric(run, phantom_cache, tmp_path):
+    _, folder, _ = run
+    out = shutil.copytree(folder, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["data"]["tilted"] = "skip"
+    (out / "config.json").write_text(json.dumps(config))
+    metrics = evaluate(out, phantom_cache, "test")
+    split = Split.load(out / "split.json")
+    slices = phantom_cache.slices
+    verdicts = phantom_cache.series.set_index("series_uid")["verdict"]
+    is_kept = ~slices["series_uid"].map(verdicts).str.contains("tilted").to_numpy()
+    rows = [
+        found[is_kept[found]]
+        for found in (split.indices(slices, part) for part in ("train", "test"))
+    ]
+    assert 0 < len(rows[1]) < len(split.indices(slices, "test"))
+    trivial = trivial_auroc(phantom_cache, *rows)
+    assert {level: part["trivial_auroc_any"] for level, part in metrics.items()} == {
+        level: trivial[level] for level in metrics
+    }
+    train, test = (slices.iloc[part] for part in rows)
+    rate = train.groupby("series_uid")["any"].max().mean()
+    assert metrics["series"]["n"]["samples"] == test["series_uid"].nunique()
+    constant = metrics["series"]["baseline"]["prevalence"]["probabilities"]["any"]
+    assert constant == pytest.approx(rate)
 
 
 def test_samples_of_a_bigger_cache_are_read_once_a_batch(phantom_cache, monkeypatch):

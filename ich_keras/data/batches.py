@@ -271,7 +271,8 @@ def epoch_plan(
     indices = np.asarray(indices)
     kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
-        raise DataError(f"no {kind} to make batches of.")
+        nothing = "no sample of the view has a label" if must_be_labelled else "there is no sample"
+        raise DataError(f"no {kind} to make batches of: {nothing}, or indices are empty.")
     if indices.dtype.kind not in "iu" or not 0 <= indices.min() <= indices.max() < len(samples):
         raise UsageError(
             f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"

@@ -46,6 +46,7 @@ SHARD_BYTES = 2**30
 MIN_SIZE = 8
 MAX_SIZE = 4096
 REREAD_SLICES = 16
+_SOURCE = ["container", "rows", "columns"]  # what `read_resized` takes of an index
 
 
 def build_cache(
@@ -237,8 +238,9 @@ class CTCache:
     def require(self, size: int | None = None, index: "SeriesIndex | None" = None) -> None:
         """Check that the cache is what a run would build now.
 
-        When other versions of the libraries that make pixels were used, 16 slices are read again
-        and must be equal.
+        When other versions of what makes pixels were used, 16 slices are read again and must be
+        equal. Of the slices that could not be read 16 are tried again, and must still fail: a
+        decoder may have been installed since.
 
         Args:
             size: the size wanted; None takes the cache's.
@@ -257,7 +259,11 @@ class CTCache:
             if self.manifest[field] != value
         ]
         if index is not None and not differing:
-            differing = self._differing_patients(index) or self._differences_of_versions(index)
+            differing = (
+                self._differing_patients(index)
+                or self._differences_of_versions(index)
+                or self._readable_now(index)
+            )
         if differing:
             raise StaleError(f"{self.path} is stale: {'; '.join(differing)}.", REBUILD)
 
@@ -277,21 +283,41 @@ class CTCache:
         ]
         if not changed:
             return []
-        rows = np.unique(np.linspace(0, len(self) - 1, REREAD_SLICES).astype(int))
-        columns = [UID, "container", "rows", "columns"]
-        table = index.slices[columns].set_index(UID).loc[self.slices[UID].iloc[rows]]
+        rows = _some(len(self))
+        table = index.slices.set_index(UID).loc[self.slices[UID].iloc[rows], _SOURCE]
         facts = table.itertuples(index=False, name=None)
         equal = [self._equals_again(row, *fact) for row, fact in zip(rows, facts, strict=True)]
         if all(equal):
             return []
         return [*changed, f"{equal.count(False)} of {len(rows)} slices read again differ"]
 
+    def _readable_now(self, index: "SeriesIndex") -> list[str]:
+        """Try again some slices that the cache lists as rejects."""
+        lost = index.slices.loc[~index.slices[UID].isin(self.slices[UID]), _SOURCE]
+        chosen = lost.iloc[_some(len(lost))]
+        found = [self._read_again(*fact) for fact in chosen.itertuples(index=False, name=None)]
+        count = sum(hu is not None for hu in found)
+        if not count:
+            return []
+        return [
+            f"{count} of {len(found)} slices tried again, of {len(lost)} that could not be read,"
+            " can be read now"
+        ]
+
     def _equals_again(self, number: int, container: str, rows: int, columns: int) -> bool:
+        hu = self._read_again(container, rows, columns)
+        return hu is not None and np.array_equal(hu, self.slice_hu(number))
+
+    def _read_again(self, container: str, rows: int, columns: int) -> np.ndarray | None:
         try:
-            hu, _ = read_resized(container, rows, columns, self.size)
+            return read_resized(container, rows, columns, self.size)[0]
         except RejectedFile:
-            return False
-        return np.array_equal(hu, self.slice_hu(number))
+            return None
+
+
+def _some(count: int) -> np.ndarray:
+    """Choose up to REREAD_SLICES of so many, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, REREAD_SLICES)).astype(int))
 
 
 def _count(entries: list[ShardEntry]) -> int:

@@ -23,6 +23,9 @@ from ich_keras.data.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.errors import RejectedFile
 from ich_keras.processes import process_context
 
+# Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
+READING = "padding-is-air/2"
+
 BLOCK_BYTES = 8 * 2**20
 BLOCK_SLICES = 64
 
@@ -51,8 +54,9 @@ class Filled:
 
 
 def pixel_versions() -> dict[str, str]:
-    """Return the versions of the libraries that cached pixels depend on."""
-    return {"numpy": np.__version__, "opencv": cv2.__version__, "pydicom": pydicom.__version__}
+    """Return the versions of what cached pixels depend on: libraries, and our own reading."""
+    versions = {"numpy": np.__version__, "opencv": cv2.__version__, "pydicom": pydicom.__version__}
+    return versions | {"reading": READING}
 
 
 def blocks(

@@ -13,7 +13,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ich_keras.data.cache import CTCache
-from ich_keras.data.split import Split
 from ich_keras.errors import DataError
 from ich_keras.labels import ANY
 
@@ -101,21 +100,19 @@ def cache_band_counts(cache: CTCache, rows: np.ndarray | None = None) -> np.ndar
 
 
 def trivial_auroc(
-    cache: CTCache, split: Split, part: str = "test", counts: np.ndarray | None = None
+    cache: CTCache, train: np.ndarray, scored: np.ndarray, counts: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """Train the detector on the training slices of a split and score it on another part.
+    """Train the detector on some slices and score it on others.
 
     Args:
         cache: with labels.
-        split: who trains and who is scored.
-        part: which is scored: train, valid or test.
+        train, scored: int (n,), rows of its slices.
         counts: float (slices, bands) of `cache_band_counts`, row by row; None counts now.
 
     Returns:
         AUROC of `any` at "slice" and at "series" level (a series is as bad as its worst slice);
         None where the training or the scored slices are all alike.
     """
-    train, scored = (split.indices(cache.slices, name) for name in ("train", part))
     truth = cache.slices[ANY].to_numpy()
     if len(np.unique(truth[train])) != 2:
         return {"slice": None, "series": None}

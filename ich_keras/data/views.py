@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ich_keras.data.labels import series_labels
+from ich_keras.data.labels import is_labelled, series_labels
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LABELS
 
@@ -161,28 +161,49 @@ class Samples:
             )
         return kept
 
-    def _whole_series(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    def usable_rows(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        """Leave out the slices of what is skipped.
+
+        Args:
+            slices: the table that the samples were made of.
+            rows: int (n,), rows of it.
+        """
+        if self.view.kind != "series":
+            return rows[self.usable[rows]]
         numbers, _ = pd.factorize(slices["series_uid"])
-        inside = np.zeros(len(slices), bool)
-        inside[rows] = True
-        labelled = self._labelled(slices)
-        touched = np.bincount(numbers, inside, len(self)) > 0
-        missing = np.bincount(numbers, labelled & ~inside, len(self)) > 0
-        torn = np.flatnonzero(touched & missing)
+        return rows[self.usable[numbers[rows]]]
+
+    def _whole_series(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        touched, is_torn = series_of_rows(slices, rows)
+        torn = touched[is_torn]
         if len(torn):
-            uid = slices["series_uid"].to_numpy()[numbers == torn[0]][0]
+            uid = slices["series_uid"].drop_duplicates().iloc[torn[0]]
             raise DataError(
                 f"the split tears {len(torn):,} series apart, {uid} first: some of its slices are"
                 " in one part, some in another; a series is one sample.",
                 'Take a split by patient or by series ("thesis-series").',
             )
-        return np.flatnonzero(touched)
+        return touched
 
-    @staticmethod
-    def _labelled(slices: pd.DataFrame) -> np.ndarray:
-        if not set(LABELS) <= set(slices):
-            return np.zeros(len(slices), bool)
-        return (slices[list(LABELS)] >= 0).all(axis=1).to_numpy()
+
+def series_of_rows(slices: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the series that some slices belong to, and which of them they tear apart.
+
+    Args:
+        slices: the table, series after series.
+        rows: int (n,), rows of it.
+
+    Returns:
+        (int64 (m,), numbers of series in the order of the table; bool (m,), whether a labelled
+        slice of it is not among the rows).
+    """
+    numbers, uids = pd.factorize(slices["series_uid"])
+    inside = np.zeros(len(slices), bool)
+    inside[rows] = True
+    has_labels = set(LABELS) <= set(slices)
+    outside = is_labelled(slices) & ~inside if has_labels else np.zeros(len(slices), bool)
+    touched = np.flatnonzero(np.bincount(numbers, inside, len(uids)))
+    return touched, np.bincount(numbers, outside, len(uids))[touched] > 0
 
 
 def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samples:
