@@ -48,7 +48,7 @@ class Scale:
         phantom_seed, matrix, slice_spacing_mm: as in `write_phantoms`.
         other_series, other_seed: the other phantoms, on which the stand-ins for pretrained weights
             are trained.
-        other_fittings: per view, where the stand-ins are fitted otherwise than the rest.
+        other_fittings: per preset, where a stand-in is fitted otherwise than the rest.
     """
 
     name: str
@@ -113,7 +113,10 @@ SCALES = {
         fractions=(0.25, 0.5, 1.0),
         num_series=400,
         other_series=200,
-        other_fittings={"slab": Fitting(8, 12, 3e-4)},
+        other_fittings={
+            "resnet18_3d_medicalnet": Fitting(8, 12, 3e-4),
+            "resnet50_2d": Fitting(32, 12, 1e-3),
+        },
     ),
     # Batch sizes, rates and epochs are the thesis's (its sections 4.3 and 5.2, and its source).
     "rsna": Scale(
@@ -551,7 +554,7 @@ def require_scale(name: str) -> Scale:
 
 def fitting_of(run: Run, scale: Scale) -> Fitting:
     """Return how a run's network is fitted."""
-    own = scale.other_fittings.get(run.view) if run.split == "other" else None
+    own = scale.other_fittings.get(run.preset) if run.split == "other" else None
     return own or scale.fittings[run.view]
 
 

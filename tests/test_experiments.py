@@ -172,7 +172,7 @@ def test_the_scale_of_real_data_has_the_settings_of_the_thesis():
 
 def test_stand_ins_may_be_fitted_longer_than_the_rest():
     small = SCALES["small"]
-    own, usual = small.other_fittings["slab"], small.fittings["slab"]
+    own, usual = small.other_fittings["resnet18_3d_medicalnet"], small.fittings["slab"]
     assert own.epochs > usual.epochs
     fitted = {
         key: base_config(RUNS[key], small, 0).fit.epochs
