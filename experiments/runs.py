@@ -443,17 +443,24 @@ class Question:
         runs: keys of `RUNS`.
         pairs: (one, other): compared on the same test patients, one minus other.
         in_all: whether `all` asks it.
+        only_shared: whether the two held out different samples, and are compared on those that
+            both did.
     """
 
     title: str
     runs: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...] = ()
     in_all: bool = False
+    only_shared: bool = False
 
 
 QUESTIONS = {
     "leak": Question(
-        "How much does splitting slices one by one flatter a model?", ("2d", "2d-leaky"), (), True
+        "How much does splitting slices one by one flatter a model?",
+        ("2d", "2d-leaky"),
+        (("2d-leaky", "2d"),),
+        True,
+        only_shared=True,
     ),
     "views": Question(
         "Slice, slab or series, at equal patients and at equal operations?",
@@ -479,7 +486,11 @@ QUESTIONS = {
     "fractions": Question(
         "Can computation replace data? Equal optimiser steps on fewer patients.",
         ("2d", "slab", "series", *_fractions()),
-        (("2d", "2d-half"), ("slab", "slab-half"), ("series", "series-half")),
+        (
+            *(("2d", "2d-half"), ("slab", "slab-half"), ("series", "series-half")),
+            # Five slices a sample on half of the patients, beside one a sample on all of them.
+            *(("slab-half", "2d"), ("series-half", "2d")),
+        ),
         True,
     ),
     "memory": Question(

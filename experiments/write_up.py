@@ -1,6 +1,7 @@
 """README.md of the results: tables beside the thesis's, questions, figures. What it says is worked
 out from the numbers; nothing is concluded in advance."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,8 @@ from ich_keras.report import NOT_CLINICAL, markdown_table
 
 README = "README.md"
 SYNTHETIC = "phantoms (synthetic): says nothing about patients"
-_HEADLINE = ("log_loss", "auroc/any")
+_RANKING = "auroc/any"
+_HEADLINE = ("log_loss", _RANKING)
 _TABLE_TITLES = {
     1: "loss after four epochs, three networks on slices",
     2: "2D ResNet-18 on slices",
@@ -63,6 +65,7 @@ _CONVENTION = (
 )
 
 Results = Mapping[str, Sequence[Result]]
+Compared = tuple[str, str, str, Difference]  # one, other, level, one minus other
 
 
 def write_report(out: Path, tell=None) -> Path:
@@ -82,16 +85,19 @@ def write_report(out: Path, tell=None) -> Path:
     results = load_results(out)
     if not results:
         raise StaleError(f"{out} has no finished run.", "`python -m experiments all --tiny` first.")
-    lines = [*_head(results), *_runs_section(results)]
+    compared = {}
+    for name in QUESTIONS:
+        if tell is not None:
+            tell(f"question {name}")
+        compared[name] = _compared(name, results)
+    lines = [*_head(results), *_in_short(compared, results), *_runs_section(results)]
     shown = [table for table in TABLES if set(TABLE_RUNS[table]) & set(results)]
     for table in shown:
         lines += _table_1(results) if table == 1 else _table(table, results)
     if set(shown) - {1}:
         lines += [_CONVENTION, ""]
     for name in QUESTIONS:
-        if tell is not None:
-            tell(f"question {name}")
-        lines += _question(name, results)
+        lines += _question(name, results, compared[name])
     lines += _figures(results, out)
     path = out / README
     atomic_write(path, "\n".join(lines).rstrip() + "\n")
@@ -153,6 +159,48 @@ def _head(results: Results) -> list[str]:
         " patient counts in each seed in whose test set it is. They hold for these trained models"
         " on other patients; what another training would give shows in the range over seeds. No"
         " correction is made for the number of comparisons.",
+        "",
+    ]
+
+
+def _compared(name: str, results: Results) -> list[Compared]:
+    """Compare what a question puts side by side, at each level that both have."""
+    question = QUESTIONS[name]
+    return [
+        (one, other, level, found)
+        for one, other in question.pairs
+        if one in results and other in results
+        for level in LEVELS
+        if (found := compare(results[one], results[other], level, question.only_shared))
+    ]
+
+
+def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> list[str]:
+    """Say of each comparison that `all` makes how far the two lie apart, in one line."""
+    rows = []
+    for name, question in QUESTIONS.items():
+        # Views balance their samples differently, and their log loss has that in it.
+        metrics = _HEADLINE if question.only_shared else (_RANKING,)
+        pairs = compared[name] if question.in_all else ()
+        for (one, other, level, difference), metric in itertools.product(pairs, metrics):
+            row = _difference_row(one, other, level, difference, metric)
+            weak = [
+                f"`{key}` (seed {', '.join(map(str, seeds))})"
+                for key in (one, other)
+                if (seeds := sorted({*_behind(results[key], level)} & {*difference.seeds}))
+            ]
+            said = f"; not above counting voxels: {', '.join(weak)}" if weak else ""
+            rows.append([name, *row[:6], row[-1] + said])
+    if not rows:
+        return []
+    header = ["question", "difference", "level", "metric", "mean of the seeds (range)"]
+    return [
+        "## In short",
+        "",
+        "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). What"
+        " the runs are, and all metrics, stand below.",
+        "",
+        markdown_table([*header, "95 % interval", "seeds", "the interval"], rows),
         "",
     ]
 
@@ -382,7 +430,7 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
     return markdown_table(header, rows)
 
 
-def _question(name: str, results: Results) -> list[str]:
+def _question(name: str, results: Results, compared: Sequence[Compared]) -> list[str]:
     question = QUESTIONS[name]
     finished = [key for key in question.runs if key in results]
     if not finished or (not question.in_all and set(finished) <= _shared_runs(name)):
@@ -398,17 +446,10 @@ def _question(name: str, results: Results) -> list[str]:
         lines += [f"Not run: {', '.join(f'`{key}`' for key in absent)}.", ""]
     lines += _scores_table(finished, results)
     if name == "leak":
-        return lines + _leak(results)
+        return lines + _leak(results, compared)
     if name == "fractions":
         lines += _fractions_note(results)
-    differences = [
-        (one, other, level, found)
-        for one, other in question.pairs
-        if one in results and other in results
-        for level in LEVELS
-        if (found := compare(results[one], results[other], level)) is not None
-    ]
-    return lines + _differences(differences)
+    return lines + _differences(compared)
 
 
 def _shared_runs(name: str) -> set[str]:
@@ -475,7 +516,7 @@ def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
     named = []
     for key in keys:
         for level in LEVELS:
-            behind = [result.seed for result in results[key] if _is_behind(result, level)]
+            behind = _behind(results[key], level)
             if behind:
                 is_every = len(behind) == len(results[key])
                 which = "every seed" if is_every else f"of seed {' and '.join(map(str, behind))}"
@@ -489,10 +530,15 @@ def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
     ]
 
 
-def _is_behind(result: Result, level: str) -> bool:
-    values = seed_values([result], level, "auroc/any")
-    counting = trivial_values([result], level)
-    return bool(values and counting) and values[0] <= counting[0]
+def _behind(group: Sequence[Result], level: str) -> list[int]:
+    """Return the seeds whose network ranks no better than counting voxels."""
+    return [
+        result.seed
+        for result in group
+        if (values := seed_values([result], level, _RANKING))
+        and (counting := trivial_values([result], level))
+        and values[0] <= counting[0]
+    ]
 
 
 def _rules(results: Sequence[Result]) -> list[str]:
@@ -501,28 +547,10 @@ def _rules(results: Sequence[Result]) -> list[str]:
     return sorted({choice["rule"] for choice in found if choice})
 
 
-def _differences(
-    found: Sequence[tuple[str, str, str, Difference]], metrics: Sequence[str] = _HEADLINE
-) -> list[str]:
+def _differences(found: Sequence[Compared], metrics: Sequence[str] = _HEADLINE) -> list[str]:
     if not found:
         return []
-    rows = []
-    for one, other, level, difference in found:
-        for metric in metrics:
-            row = difference.mean[metric]
-            per_seed = [value for value in difference.per_seed[metric] if value is not None]
-            rows.append(
-                [
-                    f"`{one}` - `{other}`",
-                    level,
-                    metric,
-                    spread(per_seed),
-                    bounds(row),
-                    ", ".join(map(str, difference.seeds)),
-                    f"{difference.num_samples} of {difference.num_patients}",
-                    verdict(row, difference.num_patients, len(difference.seeds)),
-                ]
-            )
+    rows = [_difference_row(*compared, metric) for compared in found for metric in metrics]
     header = ["difference", "level", "metric", "mean of the seeds (range)", "95 % interval"]
     header += ["seeds", "samples of patients", "the interval"]
     return [
@@ -534,21 +562,34 @@ def _differences(
     ]
 
 
-def _leak(results: Results) -> list[str]:
+def _difference_row(
+    one: str, other: str, level: str, difference: Difference, metric: str
+) -> list[str]:
+    row = difference.mean[metric]
+    return [
+        f"`{one}` - `{other}`",
+        level,
+        metric,
+        spread([value for value in difference.per_seed[metric] if value is not None]),
+        bounds(row),
+        ", ".join(map(str, difference.seeds)),
+        f"{difference.num_samples} of {difference.num_patients}",
+        verdict(row, difference.num_patients, len(difference.seeds)),
+    ]
+
+
+def _leak(results: Results, compared: Sequence[Compared]) -> list[str]:
     if "2d" not in results or "2d-leaky" not in results:
         return []
-    found = compare(results["2d-leaky"], results["2d"], "slice", only_shared=True)
-    if found is None:
+    if not compared:
         return ["No slice was held out by both splits; no paired comparison.", ""]
-    compared = {
-        key: [result.info for result in results[key] if result.seed in found.seeds]
+    seeds = compared[0][3].seeds
+    infos = [
+        [result.info for result in results[key] if result.seed in seeds]
         for key in ("2d-leaky", "2d")
-    }
+    ]
     patients, slices = (
-        " and ".join(
-            f"{np.mean([info[what]['train'] for info in infos]):,.0f}"
-            for infos in compared.values()
-        )
+        " and ".join(f"{np.mean([i[what]['train'] for i in group]):,.0f}" for group in infos)
         for what in ("patients", "slices")
     )
     names = [*_HEADLINE, "rsna_log_loss"]
@@ -561,7 +602,7 @@ def _leak(results: Results) -> list[str]:
         " on none of theirs. It had fewer slices, so that the difference is, if anything, too"
         " small:",
         "",
-        *_differences([("2d-leaky", "2d", "slice", found)], tuple(dict.fromkeys(names))),
+        *_differences(compared, tuple(dict.fromkeys(names))),
     ]
 
 

@@ -778,13 +778,14 @@ def test_what_starts_from_a_network_that_has_not_learned_says_so():
 
 
 def test_the_leak_is_shown_on_shared_slices():
-    from experiments.write_up import _leak
+    from experiments.write_up import _compared, _leak
 
     counts = {"patients": {"train": 30}, "slices": {"train": 200}}
     fewer = {"patients": {"train": 30}, "slices": {"train": 160}}
     fair = [made_result("2d", s, some_rows(s, count=40), **counts) for s in range(3)]
     leaky = [made_result("2d-leaky", s, some_rows(s + 5, 1.5)[:24], **fewer) for s in range(3)]
-    lines = _leak({"2d": fair, "2d-leaky": leaky})
+    results = {"2d": fair, "2d-leaky": leaky}
+    lines = _leak(results, _compared("leak", results))
     assert "They trained on 30 and 30 patients and 160 and 200 slices" in lines[0]
     row = cells(lines, "`2d-leaky` - `2d`")
     shared = [made_result("2d", s, some_rows(s, count=40)[:24]) for s in range(3)]
@@ -797,8 +798,35 @@ def test_the_leak_is_shown_on_shared_slices():
     assert row[5:] == ["0, 1, 2", "72 of 3", "too few patients"]
     # Only of the seeds that are compared.
     more = made_result("2d", 3, some_rows(3), patients={"train": 90}, slices={"train": 999})
-    assert _leak({"2d": [*fair, more], "2d-leaky": leaky}) == lines
-    assert _leak({"2d": fair}) == []
+    results["2d"] = [*fair, more]
+    assert _leak(results, _compared("leak", results)) == lines
+    assert _compared("leak", {"2d": fair}) == _leak({"2d": fair}, []) == []
+
+
+def test_the_report_begins_with_every_comparison_in_one_line():
+    from experiments.write_up import _compared, _in_short
+
+    results = {
+        "slab": [made_result("slab", s, some_rows(s, 1.5)) for s in range(3)],
+        "2d": [made_result("2d", s, some_rows(s, 0.0 if s == 1 else 0.8)) for s in range(3)],
+        "slab-9": [made_result("slab-9", s, some_rows(s)) for s in range(3)],
+    }
+    compared = {name: _compared(name, results) for name in QUESTIONS}
+    assert len(compared["stride-9"]) == 2  # per slice and per series
+    lines = _in_short(compared, results)
+    # Of questions that `all` asks.
+    assert not any("slab-9" in line for line in lines)
+    table = next(line for line in lines if line.startswith("| question"))
+    row = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    each = [
+        seed_metric(one, "auroc/any") - seed_metric(other, "auroc/any")
+        for one, other in zip(results["slab"], results["2d"], strict=True)
+    ]
+    assert row[:4] == ["views", "`slab` - `2d`", "slice", "auroc/any"]
+    assert row[4] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
+    assert row[6] == "0, 1, 2"
+    assert row[7] == "too few patients; not above counting voxels: `2d` (seed 1)"
+    assert _in_short({name: [] for name in QUESTIONS}, results) == []
 
 
 def test_words_follow_the_numbers():
