@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
 from ich_keras.prediction import BEST_WEIGHTS, network
-from ich_keras.processes import process_context
+from ich_keras.processes import process_pool
 from ich_keras.training import MODEL, STATE, plan_training, settled, train
 
 FINISHED = "metrics-test.json"
@@ -303,7 +303,7 @@ def _made(place: Place, tasks: list[Task], tell: Tell, train_run: Callable) -> I
             _forget()
         return
     threads = max(1, place.threads // place.jobs)
-    pool = ProcessPoolExecutor(place.jobs, process_context(), _start, (threads,))
+    pool = process_pool(place.jobs, _start, threads)
     try:
         waiting = {pool.submit(_make_apart, place, task) for task in tasks}
         while waiting:

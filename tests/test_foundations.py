@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -263,3 +264,48 @@ def test_public_names_exist():
         assert callable(value) or isinstance(value, (str, tuple)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ich_keras.nothing
+
+
+WORK_THAT_WRITES = """
+import sys, time
+from pathlib import Path
+from ich_keras.processes import process_pool
+
+def begin(folder):
+    (Path(folder) / "begun").touch()
+
+def work(folder):
+    number = 0
+    while True:
+        number += 1
+        (Path(folder) / "number").write_text(str(number))
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    pool = process_pool(1, begin, sys.argv[1])
+    pool.submit(work, sys.argv[1]).result()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WORK_THAT_WRITES)
+    number = tmp_path / "number"
+
+    def wait_until(is_so, seconds=60):
+        end = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path)]) as run:
+        wait_until(number.exists)
+        run.kill()
+    assert (tmp_path / "begun").exists()
+
+    def stands_still():
+        before = number.read_text()
+        time.sleep(0.5)
+        return number.read_text() == before
+
+    wait_until(stands_still, 20)

@@ -16,7 +16,6 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from ich_keras.ct.phantom import (
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
 from ich_keras.labels import LABELS
-from ich_keras.processes import process_context
+from ich_keras.processes import process_pool
 
 # No patient of RSNA is called that: theirs are ID_<hex>.
 PATIENT_PREFIX = "PHANTOM_"
@@ -243,7 +242,7 @@ def _write_all(
         return
     try:
         # Processes take the place of OpenCV's threads.
-        with ProcessPoolExecutor(workers, process_context(), cv2.setNumThreads, (1,)) as pool:
+        with process_pool(workers, cv2.setNumThreads, 1) as pool:
             yield from pool.map(write, specs)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(

@@ -5,14 +5,13 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ich_keras.ct.dicom import read_header
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.errors import EnvironmentProblem, RejectedFile
-from ich_keras.processes import process_context
+from ich_keras.processes import process_pool
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,7 +75,7 @@ def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 0 or num_tasks <= 1:
         yield map
         return
-    pool = ProcessPoolExecutor(min(workers, num_tasks), mp_context=process_context())
+    pool = process_pool(min(workers, num_tasks))
     try:
         yield pool.map
     except BrokenProcessPool as error:

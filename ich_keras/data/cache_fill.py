@@ -8,7 +8,6 @@ import contextlib
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ich_keras.data.inputs import resize_hu
 from ich_keras.data.shard_writer import write_at
 from ich_keras.data.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.errors import RejectedFile
-from ich_keras.processes import process_context
+from ich_keras.processes import process_pool
 
 # Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
 READING = "padding-is-air/2"
@@ -91,7 +90,7 @@ def mapper(workers: int) -> Iterator[Callable]:
     if workers == 0:
         yield map
         return
-    pool = ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker)
+    pool = process_pool(workers, _start_worker)
     try:
         yield pool.map
     finally:
