@@ -10,7 +10,7 @@ from experiments.runs import (
     seeds_of,
 )
 from experiments.tables import PUBLISHED
-from experiments.times import expected_seconds, expected_time
+from experiments.times import IN_FLOAT32, TWO_AT_A_TIME, expected_seconds, expected_time
 from ich_keras.report import markdown_table
 
 _OPTION = {"tiny": "--tiny", "small": "--small", "rsna": "--dicom DIR --labels CSV"}
@@ -74,5 +74,6 @@ def _total(name: str) -> str:
     hours = sum(expected_seconds(key, scale) for key, _ in runs) / 3600
     return (
         f"`all --{name}`: {len(runs)} trainings, about {hours:.1f} h on one core,"
-        f" {hours / 2:.1f} h with --jobs 2 on two."
+        f" {hours / 2 * TWO_AT_A_TIME:.1f} h with --jobs 2 on two; on processors without"
+        f" instructions for bfloat16 about {IN_FLOAT32} times that."
     )
