@@ -152,7 +152,11 @@ def test_declarations_are_valid_at_every_scale():
                 run.weights.startswith("collapsed:") or RUNS[other].preset == run.preset
                 for other in run.depends_on
             )
-        assert all(fraction == 2 ** round(np.log2(fraction)) for fraction in scale.fractions)
+        assert all(
+            fraction == 2 ** round(np.log2(fraction))
+            for fractions in scale.fractions.values()
+            for fraction in fractions
+        )
     for question in QUESTIONS.values():
         assert set(question.runs) <= set(RUNS)
         assert {key for pair in question.pairs for key in pair} <= set(question.runs)
@@ -193,6 +197,8 @@ def test_runs_come_after_what_they_start_from():
         assert all(keys.index(other) < keys.index(key) for other in RUNS[key].depends_on)
     assert "2d-half" in keys
     assert "2d-eighth" not in keys  # not among the fractions of this scale
+    small = chosen_runs(SCALES["small"], (), ("fractions",))
+    assert [key for key in small if "quarter" in key] == ["2d-quarter", "series-quarter"]
     assert chosen_runs(tiny, (2,)) == [
         *("2d-pretrained", "2d-pretrained-thesis"),
         *("stand-in-2d-18", "2d-stand-in", "2d-stand-in-thesis"),
@@ -319,7 +325,7 @@ FAKE = Scale(
         "series": Fitting(2, 1, 1e-3),
     },
     seeds=(0, 1),
-    fractions=(0.5, 1.0),
+    fractions={"slice": (0.5,), "slab": (0.5,), "series": (0.5,)},
     warmup_steps=0,
     num_series=24,
 )
