@@ -10,9 +10,9 @@ A patient is a running number over the data set, never a PatientID.
 """
 
 import dataclasses
-import functools
 import gzip
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -146,7 +146,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "trivial_auroc_any": trivial_auroc(
                 cache,
                 *(split.indices(cache.slices, part) for part in ("train", "test")),
-                counts=_band_counts(cache.path),
+                counts=_band_counts(cache),
             ),
             "metrics": {
                 level: {name: part[name] for name in _KEPT_METRICS if name in part}
@@ -156,10 +156,15 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     )
 
 
-@functools.lru_cache(maxsize=2)
-def _band_counts(path: Path) -> np.ndarray:
-    """Count voxels per HU band in all slices of a cache: once, for all runs on it."""
-    return cache_band_counts(CTCache.open(path))
+def _band_counts(cache: CTCache) -> np.ndarray:
+    """Count voxels per HU band in all slices of a cache: once, for all runs on it. RSNA's take
+    minutes, so the counts stay beside the cache."""
+    path = cache.path.with_name(f"{cache.path.name}-bands-{cache.fingerprint[:16]}.npy")
+    if not path.is_file():
+        content = io.BytesIO()
+        np.save(content, cache_band_counts(cache))
+        atomic_write(path, content.getvalue())
+    return np.load(path)
 
 
 def _weights_record(run_dir: Path) -> dict | None:
@@ -193,7 +198,7 @@ def _augmented(
     )
     plan = EpochPlan(chosen, np.zeros(len(chosen), bool), config.fit.batch_size)
     _, model = load_run(run_dir, config.device)
-    values = probabilities(model, CTLoader(dataset, plan), len(chosen))
+    values = probabilities(model, CTLoader(dataset, plan, config.data.loader_workers), len(chosen))
     changed = table.copy()
     changed[list(LABELS)] = values
     return changed
@@ -243,9 +248,10 @@ def require_same_cache(place: Place, cache: CTCache, kept: Sequence[tuple[str, i
     Raises:
         StaleError: one stands on other data, or is damaged.
     """
+    fingerprint = cache.fingerprint
     for key, seed in kept:
         folder = place.result_dir(key, seed)
-        if _read_info(folder)["cache"] != cache.fingerprint:
+        if _read_info(folder)["cache"] != fingerprint:
             raise StaleError(
                 f"{folder} is a result on other data than {cache.path}.",
                 "Give another --out, or remove the results.",

@@ -116,6 +116,7 @@ def evaluate(
         size=config.data.size,
         intensity=run_intensity(config),
         samples=samples,
+        workers=config.data.loader_workers,
     )
     values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
 

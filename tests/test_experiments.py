@@ -384,7 +384,7 @@ class FakeTraining:
         write_json(out / "metrics-test.json", levels)
 
 
-def test_what_is_there_stays_and_what_is_half_made_is_made_again(place):
+def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         reproduce(place, ["2d", "2d-half"], (0,), train_run=FakeTraining(fails_at=2))
     assert load_results(place.out).keys() == {"2d"}
@@ -400,7 +400,9 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place):
     shutil.rmtree(place.result_dir("2d", 0))
     assert reproduce(place, ["2d", "2d-half"], (0,), train_run=again) == 1
     assert len(again.configs) == 1
-    # Another seed is another run.
+    # Another seed is another run. Voxels are counted once for all of them.
+    assert len(list(place.work.glob("cache-bands-*.npy"))) == 1
+    monkeypatch.setattr("experiments.results.cache_band_counts", None)
     reproduce(place, ["2d"], (0, 1), train_run=again)
     assert [config.seed for config in again.configs] == [0, 1]
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ich_keras.ct.window import WIDE, WINDOWS
 from ich_keras.data.inputs import (
     AIR_HU,
     INTENSITIES,
@@ -55,6 +56,32 @@ def test_windows_by_hand():
     np.testing.assert_allclose(windows[0, 0], [60 / 80, 80 / 200, 210 / 380], rtol=1e-6)
     np.testing.assert_array_equal(slice_windows(np.full((1, 1), -3024, np.int16)), 0)
     np.testing.assert_array_equal(slice_windows(np.full((1, 1), 3071, np.int16)), 1)
+
+
+def test_every_hounsfield_unit_is_windowed_as_the_window_says():
+    hu = np.arange(-(2**15), 2**15).astype(np.int16).reshape(256, 256)
+    for windows in (WINDOWS, (WIDE,)):
+        expected = np.stack([window(hu) for window in windows], axis=-1)
+        np.testing.assert_array_equal(slice_windows(hu, windows=windows), expected)
+        turned = hu[::-1, ::-2]
+        np.testing.assert_array_equal(slice_windows(turned, windows=windows), expected[::-1, ::-2])
+        np.testing.assert_allclose(
+            slice_windows(hu.astype(np.float32), windows=windows), expected, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (4, 5, 3), (2, 3, 4, 5, 3)])
+def test_normalising_is_the_formula_for_any_shape(shape):
+    windows = np.random.default_rng(0).random(shape, np.float32)
+    before = windows.copy()
+    mean, std = (
+        np.array(THESIS_NORMALISATION.mean, "f4"),
+        np.array(THESIS_NORMALISATION.std, "f4"),
+    )
+    found = normalise(windows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, (windows - mean) / std)
+    np.testing.assert_array_equal(windows, before)
 
 
 def test_normalisation_is_last_and_the_thesis_one():

@@ -144,10 +144,22 @@ def test_all_slices_of_a_volume_are_changed_alike(name, channels):
     changed = 0
     for seed in range(12):
         found = augment(volume, seed)
-        alone = np.stack([augment(image, seed) for image in volume])
-        np.testing.assert_allclose(found, alone, atol=1e-6)
+        # Slices as channels of one image have one draw by construction.
+        as_one = augment(volume.transpose(1, 2, 0, 3).reshape(24, 24, -1), seed)
+        as_one = as_one.reshape(24, 24, 7, channels).transpose(2, 0, 1, 3)
+        np.testing.assert_allclose(found, as_one, atol=1e-6)
         changed += not np.array_equal(found, volume)
     assert changed > 3
+
+
+@pytest.mark.parametrize("name", ["thesis", "flip"])
+def test_a_whole_series_in_three_windows_is_changed_alike(name):
+    # As channels of one image there would be 180, more than OpenCV 5 takes.
+    augment = make_augmentation(name)
+    slice_ = np.random.default_rng(0).random((24, 24, 3), np.float32)
+    for seed in range(8):
+        found = augment(np.repeat(slice_[np.newaxis], 60, axis=0), seed)
+        np.testing.assert_array_equal(found, np.repeat(augment(slice_, seed)[np.newaxis], 60, 0))
 
 
 def test_half_of_the_volumes_are_turned_upside_down(phantom_cache):

@@ -8,6 +8,8 @@ its order use a cache at 512 and a smaller input size: `slice_windows` then wind
 resizes linearly.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,7 +82,10 @@ def slice_windows(
     Returns:
         float32, the shape of `hu` (resized) with a last axis of len(windows), values 0..1.
     """
-    stacked = np.stack([window(hu) for window in windows], axis=-1)
+    if hu.dtype == np.int16:
+        stacked = np.take(_window_table(windows), hu.view(np.uint16), axis=0)
+    else:
+        stacked = np.stack([window(hu) for window in windows], axis=-1)
     if size is None or stacked.shape[-3:-1] == (size, size):
         return stacked
     if stacked.shape[-2] != stacked.shape[-3]:
@@ -95,6 +100,14 @@ def slice_windows(
     return resized.reshape(*stacked.shape[:-3], size, size, stacked.shape[-1])
 
 
+@functools.lru_cache(maxsize=8)
+def _window_table(windows: tuple[Window, ...]) -> np.ndarray:
+    """Return all that 16 bits can hold, windowed: float32 (65536, windows), by HU read as
+    unsigned. Looking up takes a third of the time of computing, or less."""
+    hu = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    return np.stack([window(hu) for window in windows], axis=-1)
+
+
 def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALISATION):
     """Shift and scale stacked windows, the last step before the network.
 
@@ -105,9 +118,13 @@ def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALI
     Returns:
         float32 of the same shape.
     """
-    mean = np.asarray(normalisation.mean, np.float32)
-    std = np.asarray(normalisation.std, np.float32)
-    return (windows - mean) / std
+    # By rows: numpy is slow along an axis of three.
+    columns = math.prod(windows.shape[-2:-1])
+    mean = np.tile(np.asarray(normalisation.mean, np.float32), columns)
+    std = np.tile(np.asarray(normalisation.std, np.float32), columns)
+    shifted = windows.reshape(*windows.shape[:-2], -1) - mean
+    shifted /= std
+    return shifted.reshape(windows.shape)
 
 
 def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:

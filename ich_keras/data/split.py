@@ -394,7 +394,10 @@ def _tables(split: Split, slices: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _common(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, set]:
-    return {group: set(one[column]) & set(other[column]) for group, column in _GROUPS.items()}
+    return {
+        group: set(one[column].unique()) & set(other[column].unique())
+        for group, column in _GROUPS.items()
+    }
 
 
 def _count(table: pd.DataFrame) -> dict:

@@ -9,6 +9,7 @@ Source:
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -197,11 +198,8 @@ class _Columns:
         self._entropy = -np.log(np.where(truth, clipped, 1 - clipped))
         self._squares = ((values - truth) ** 2).mean(axis=1)
         self._is_exact = ((values >= THRESHOLD) == truth).all(axis=1)
-        self._orders = [np.argsort(-column, kind="stable") for column in values.T]
-        # Where a new, lower value begins: rows of equal value are one threshold.
-        self._starts = [
-            np.flatnonzero(np.diff(column[order], prepend=np.inf))
-            for column, order in zip(values.T, self._orders, strict=True)
+        self._rankings = [
+            _ranking(truth[:, column], values[:, column]) for column in range(len(LABELS))
         ]
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -216,27 +214,62 @@ class _Columns:
             "brier": weights @ self._squares / total,
             "exact_match": weights @ self._is_exact / total,
         }
-        rankings = [self._rankings(weights, column) for column in range(len(LABELS))]
+        # Rows first: what is gathered below lies together. Sums are whole numbers, in which
+        # float32 is exact up to 2**24.
+        by_row = np.ascontiguousarray(
+            weights.T, np.float32 if np.nansum(total) < 2**24 else np.float64
+        )
+        scored = [ranking.score(by_row) for ranking in self._rankings]
         for number, metric in enumerate(("auroc", "ap")):
-            for name, ranking in zip(LABELS, rankings, strict=True):
-                found[f"{metric}/{name}"] = ranking[number]
+            for name, score in zip(LABELS, scored, strict=True):
+                found[f"{metric}/{name}"] = score[number]
         for column, name in enumerate(LABELS):
             found[f"log_loss/{name}"] = entropy[:, column]
         return found
 
-    def _rankings(self, weights: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
-        order, starts = self._orders[column], self._starts[column]
-        truth = self._truth[order, column]
-        sorted_weights = weights[:, order]
-        positive = np.add.reduceat(sorted_weights * truth, starts, axis=1)
-        negative = np.add.reduceat(sorted_weights * ~truth, starts, axis=1)
-        above = positive.cumsum(axis=1)  # positives at or above each threshold
-        false = negative.cumsum(axis=1)
-        num_positive, num_negative = above[:, -1], false[:, -1]
+
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """The rows by falling probability of one label. Of rows of equal probability, which are one
+    threshold, each counts as in their middle (AUROC), or as at their end (precision).
+
+    Args:
+        order: int (n,), the rows.
+        positive: int (p,), places of the positive ones in `order`.
+        tie: int (2, p), places where the rows of each one's probability begin and end.
+        ahead: int (2, p), positive rows before those places.
+    """
+
+    order: np.ndarray
+    positive: np.ndarray
+    tie: np.ndarray
+    ahead: np.ndarray
+
+    def score(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return AUROC and average precision under weights (rows, resamples)."""
+        resamples = weights.shape[1]
+        rows = np.zeros((len(self.order) + 1, resamples), weights.dtype)
+        np.cumsum(weights[self.order], axis=0, out=rows[1:])
+        own = weights[self.order[self.positive]].astype(np.float64)
+        hits = np.zeros((len(own) + 1, resamples))
+        np.cumsum(own, axis=0, out=hits[1:])
+        hits_before, hits_upto = hits[self.ahead[0]], hits[self.ahead[1]]
+        rows_before, rows_upto = (rows[places].astype(np.float64) for places in self.tie)
+        num_positive = hits[-1]
+        num_negative = rows[-1] - num_positive
         with np.errstate(invalid="ignore", divide="ignore"):
-            # A negative counts the positives above it, and half of those of its own value.
-            pairs = (negative * (above - positive / 2)).sum(axis=1)
-            auroc = pairs / (num_positive * num_negative)
-            precision = np.where(above + false > 0, above / (above + false), 0.0)
-            ap = (positive * precision).sum(axis=1) / num_positive
+            # A positive stands above the negatives after its tie, and half of those within it.
+            above = num_negative - (rows_upto - hits_upto + rows_before - hits_before) / 2
+            auroc = (own * above).sum(axis=0) / (num_positive * num_negative)
+            precision = np.where(rows_upto > 0, hits_upto / rows_upto, 0.0)
+            ap = (own * precision).sum(axis=0) / num_positive
         return auroc, ap
+
+
+def _ranking(truth: np.ndarray, values: np.ndarray) -> _Ranking:
+    order = np.argsort(-values, kind="stable")
+    positive = np.flatnonzero(truth[order])
+    starts = np.flatnonzero(np.diff(values[order], prepend=np.inf))
+    group = np.searchsorted(starts, positive, side="right") - 1
+    tie = np.stack([starts[group], np.append(starts[1:], len(order))[group]])
+    return _Ranking(order, positive, tie, np.searchsorted(positive, tie))
