@@ -253,7 +253,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
     "--loader-workers",
     type=int,
     metavar="N",
-    help="Processes that make batches during training; default 0. The batches are the same.",
+    help="Processes that make batches; default 0. The batches are the same.",
 )
 @click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
 @click.option("--seed", type=int, help="Default 0.")
