@@ -1,9 +1,13 @@
 """From a run and a folder of DICOM files to six probabilities per slice and per series."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 
@@ -21,11 +25,18 @@ from ich_keras.environment import (
     choose_precision,
     loaded_backend,
 )
-from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
+from ich_keras.errors import (
+    DataError,
+    EnvironmentProblem,
+    RejectedFile,
+    StaleError,
+    UsageError,
+)
 from ich_keras.files import atomic_write, read_json, require_absent
 from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
+from ich_keras.processes import map_ahead, process_pool
 
 Progress = Callable[[str, int, int], None]
 
@@ -243,10 +254,12 @@ def predict_index(
     view: View | None = None,
     rule: str = DEFAULT_RULE,
     cache_size: int | None = None,
+    workers: int = 0,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
-    One series is in memory at a time, resized.
+    One series is in memory at a time, resized; with workers, as many more as are read ahead, two
+    for each of them.
 
     Args:
         model: from `load_run`.
@@ -259,20 +272,26 @@ def predict_index(
         rule: from slices to series, a key of `ich_keras.metrics.aggregation.RULES`.
         cache_size: rows and columns of the cache the network was trained from, at which HU become
             windows (`ich_keras.data.inputs`); None takes `size`.
+        workers: processes that read; 0 reads in this one. The result does not depend on it.
 
     Raises:
         DataError: nothing could be predicted.
+        EnvironmentProblem: a worker process died.
     """
     view = view or View()
     index = index.usable()
     kept: list[np.ndarray] = []
     rejects: list[tuple[str, str, str]] = []
+    rows = index.slices.groupby("series_uid", sort=False).indices
+    paths = index.slices["container"].to_numpy()
 
-    def inputs():
-        rows = index.slices.groupby("series_uid", sort=False).indices
-        for series in index.series.itertuples():
+    def inputs(read: Callable):
+        files = (paths[rows[uid]].tolist() for uid in index.series["series_uid"])
+        for series, content in zip(index.series.itertuples(), read(files), strict=True):
+            hu, is_read, bad = content
+            rejects.extend(bad)
             table = index.slices.iloc[rows[series.series_uid]]
-            hu, found = _read_series(table, cache_size or size, rejects)
+            found = table.index.to_numpy()[is_read]
             if not len(found):
                 continue
             alone = pd.DataFrame([series]).assign(num_slices=len(found))
@@ -288,7 +307,9 @@ def predict_index(
                 yield _inputs(hu, samples, usable[start : start + batch_size], size, intensity)
 
     total = len(index.series) if view.kind == "series" else len(index.slices)
-    values = probabilities(model, _full_batches(inputs(), batch_size), total, progress)
+    with _reading(cache_size or size, min(workers, len(index.series))) as read:
+        batches = _full_batches(inputs(read), batch_size)
+        values = probabilities(model, batches, total, progress)
     rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
     rejected = pd.concat([index.rejects, rejected]) if rejects else index.rejects
     if not kept:
@@ -315,17 +336,46 @@ def predict_index(
     )
 
 
-def _read_series(table: pd.DataFrame, size: int, rejects: list) -> tuple[np.ndarray, np.ndarray]:
-    """Read what can be read of one series: HU (n, size, size), and the rows' index labels."""
-    hu, found = [], []
-    for row in table.itertuples():
+@contextlib.contextmanager
+def _reading(size: int, workers: int) -> Iterator[Callable[[Iterable[list[str]]], Iterator]]:
+    """Yield what reads series after series, each a list of files: see `_read_series`."""
+    one = partial(_read_series, size)
+    if workers == 0:
+        yield partial(map, one)
+        return
+    # Processes take the place of OpenCV's threads.
+    pool = process_pool(workers, cv2.setNumThreads, 1)
+    try:
+        yield lambda series: map_ahead(pool, one, series, 2 * workers)
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "a process that read slices has died (killed, or out of memory).",
+            "Run again with fewer workers. A script that uses workers needs an"
+            " `if __name__ == '__main__':` guard.",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_series(
+    size: int, paths: list[str]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+    """Read what can be read of one series.
+
+    Returns:
+        (HU, int16 (n, size, size); which of the files they are, bool (len(paths),); path, code and
+        detail of the others).
+    """
+    hu, rejects = [], []
+    is_read = np.zeros(len(paths), bool)
+    for number, path in enumerate(paths):
         try:
-            hu.append(resize_hu(read_hu(row.container), size))
+            hu.append(resize_hu(read_hu(path), size))
         except RejectedFile as reject:
-            rejects.append((row.container, reject.code, reject.detail))
-            continue
-        found.append(row.Index)
-    return (np.stack(hu) if hu else np.zeros((0, size, size), np.int16)), np.array(found, np.int64)
+            rejects.append((path, reject.code, reject.detail))
+        else:
+            is_read[number] = True
+    return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), is_read, rejects
 
 
 def _inputs(hu: np.ndarray, samples, chosen: np.ndarray, size: int, intensity: str) -> np.ndarray:
@@ -389,7 +439,7 @@ def predict_folder(
         out: a new folder for predictions.csv (not of whole series), series.csv and rejects.csv;
             None writes nothing.
         batch_size: samples a step; None takes that of the run.
-        workers: processes that read headers; 0 reads them in this one.
+        workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
 
@@ -397,6 +447,7 @@ def predict_folder(
         UsageError: `out` exists, or `dicom_dir` does not.
         StaleError: `run_dir` is not a finished run.
         DataError: not one usable slice.
+        EnvironmentProblem: a worker process died.
     """
     if out is not None:
         out = require_absent(out)
@@ -415,6 +466,7 @@ def predict_folder(
         run_rule(run_dir),
         # Runs older than the entry: as if their cache had the size of the input.
         read_json(run_dir / DATA).get(CACHE_SIZE),
+        workers,
     )
     if out is not None:
         if result.slices is not None:

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 
 # Forking a process that runs threads (torch, OpenCV) can hang; Windows has no forkserver.
 _METHODS = multiprocessing.get_all_start_methods()
@@ -22,7 +24,20 @@ def process_pool(workers: int, begin: Callable | None = None, *args) -> ProcessP
     return ProcessPoolExecutor(workers, context, _begin, (begin, *args))
 
 
+def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """Yield function(item) in the order of the items, as `pool.map` does, but with at most `ahead`
+    results begun and not yet taken: for results too large to hold them all."""
+    begun = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
 def _begin(begin: Callable | None, *args) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:
         begin(*args)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,7 @@ from ich_keras import errors, files
 from ich_keras.config import RunConfig
 from ich_keras.environment import choose_backend, choose_device, decoders, versions
 from ich_keras.errors import EnvironmentProblem, RejectedFile, StaleError, UsageError
+from ich_keras.processes import map_ahead
 
 
 class Crash(Exception):
@@ -264,6 +266,22 @@ def test_public_names_exist():
         assert callable(value) or isinstance(value, (str, tuple)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ich_keras.nothing
+
+
+def test_no_more_is_begun_ahead_than_asked_for():
+    asked = []
+
+    def items():
+        for number in range(20):
+            asked.append(number)
+            yield number
+
+    with ThreadPoolExecutor(3) as pool:
+        found = map_ahead(pool, lambda number: -number, items(), 5)
+        for number in range(20):
+            assert next(found) == -number
+            assert len(asked) <= number + 5
+        assert next(found, None) is None
 
 
 WORK_THAT_WRITES = """

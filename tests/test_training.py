@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import types
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,7 +15,13 @@ import pytest
 from ich_keras import checkpoints, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import index_folder
-from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
+from ich_keras.errors import (
+    DataError,
+    DivergedError,
+    EnvironmentProblem,
+    StaleError,
+    UsageError,
+)
 from ich_keras.evaluation import evaluate
 from ich_keras.files import write_json
 from ich_keras.labels import LABELS
@@ -21,7 +30,7 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
-from ich_keras.prediction import load_run, predict_folder, probabilities
+from ich_keras.prediction import load_run, predict_folder, predict_index, probabilities
 from ich_keras.training import plan_training, train
 
 NARROW = "narrow"
@@ -219,6 +228,36 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     assert (tmp_path / "out" / "rejects.csv").is_file()
     with pytest.raises(UsageError, match="already exists"):
         predict_folder(run, phantom_folder / "images", tmp_path / "out")
+
+
+def test_workers_predict_the_same(run, phantom_folder, tmp_path):
+    index = index_folder(shutil.copytree(phantom_folder / "images", tmp_path / "images"))
+    torn = Path(index.slices["container"].iloc[3])
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    config, model = load_run(run)
+    alone, together = (
+        predict_index(model, config.data.size, index, workers=workers) for workers in (0, 2)
+    )
+    for name in ("slices", "series", "rejects"):
+        pd.testing.assert_frame_equal(getattr(together, name), getattr(alone, name))
+    assert str(torn) in set(together.rejects["path"])
+    left_out = set(index.slices["sop_instance_uid"]) - set(together.slices["sop_instance_uid"])
+    assert left_out == {index.slices["sop_instance_uid"].iloc[3]}
+
+
+def die(size, paths):
+    """Stand in for `_read_series` in a worker process that is killed."""
+    os._exit(9)
+
+
+def test_a_worker_that_dies_while_predicting_is_an_error(run, phantom_folder, monkeypatch):
+    from ich_keras import prediction
+
+    monkeypatch.setattr(prediction, "_read_series", die)
+    index = index_folder(phantom_folder / "images")
+    config, model = load_run(run)
+    with pytest.raises(EnvironmentProblem, match="that read slices has died"):
+        predict_index(model, config.data.size, index, workers=1)
 
 
 def test_evaluate_repeats_the_numbers(run, phantom_cache):

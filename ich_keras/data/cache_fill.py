@@ -5,7 +5,6 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 """
 
 import contextlib
-import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,16 +89,11 @@ def mapper(workers: int) -> Iterator[Callable]:
     if workers == 0:
         yield map
         return
-    pool = process_pool(workers, _start_worker)
+    pool = process_pool(workers, cv2.setNumThreads, 1)
     try:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    cv2.setNumThreads(1)
 
 
 def fill_block(block: Block) -> Filled:
