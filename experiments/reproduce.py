@@ -1,4 +1,4 @@
-"""Making runs: what is there is skipped, what is half made is made again."""
+"""Making runs: what is there is skipped, what is half made goes on or is made again."""
 
 import contextlib
 import multiprocessing
@@ -15,12 +15,20 @@ from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seed
 from experiments.splits import FOLDER, split_path
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
-from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
 from ich_keras.prediction import BEST_WEIGHTS, network
 from ich_keras.processes import process_pool
-from ich_keras.training import MODEL, STATE, plan_training, settled, train
+from ich_keras.training import (
+    MODEL,
+    STATE,
+    is_interrupted,
+    plan_training,
+    resume,
+    settled,
+    train,
+)
 
 FINISHED = "metrics-test.json"
 # Large, and of no use once the results are kept; the best weights stay.
@@ -195,7 +203,11 @@ def make_run(
     Raises:
         StaleError: the finished folder belongs to a run that was declared otherwise.
     """
-    tell = tell or (lambda line: None)
+
+    def tell_of_task(line: str) -> None:
+        if tell is not None:
+            tell(f"{task}: {line}")
+
     run, folder = RUNS[task.key], place.run_dir(task.key, task.seed)
     cache = CTCache.open(place.cache_dir(run.split == "other"))
     mark = folder.with_name(f"{folder.name}.json")
@@ -210,14 +222,26 @@ def make_run(
         )
     config, cost = resolve(place, task, cache)
     if not is_finished:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(mark, wanted)
+        goes_on = is_interrupted(folder) and mark.is_file() and read_json(mark) == wanted
         with _order(run.normalise_first):
-            train_run(config, cache, folder, tell=lambda line: tell(f"{task}: {line}"))
+            if not goes_on or not _resumed(folder, cache, tell_of_task):
+                shutil.rmtree(folder, ignore_errors=True)
+                write_json(mark, wanted)
+                train_run(config, cache, folder, tell=tell_of_task)
     keep_result(place, task.key, task.seed, cache, cost)
     for name in _LARGE:
         _remove(folder / name)
     return task
+
+
+def _resumed(folder: Path, cache: CTCache, tell: Tell) -> bool:
+    """Go on with an interrupted training, unless what it left is of no use."""
+    try:
+        resume(folder, cache, tell=tell)
+    except (StaleError, DataError) as error:
+        tell(f"cannot go on, starts anew: {error}")
+        return False
+    return True
 
 
 def _order(normalise_first: bool):
@@ -315,8 +339,8 @@ def _made(place: Place, tasks: list[Task], tell: Tell, train_run: Callable) -> I
             "a process that trained died.", "Out of memory? Give fewer --jobs."
         ) from error
     finally:
-        # After an error or an interruption nobody waits for hours; the next start makes again
-        # what is half made.
+        # After an error or an interruption nobody waits for hours; the next start goes on
+        # with what is half made.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()

@@ -56,6 +56,7 @@ _PUBLIC = {
     "DataConfig": "ich_keras.config",
     "FitConfig": "ich_keras.config",
     "train": "ich_keras.training",
+    "resume": "ich_keras.training",
     "evaluate": "ich_keras.evaluation",
     "predict_folder": "ich_keras.prediction",
 }

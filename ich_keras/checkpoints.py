@@ -6,11 +6,13 @@ it names is whole. The state before the latest is kept as a reserve.
 """
 
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from ich_keras.errors import StaleError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_path, read_json, replace, write_json
 from ich_keras.models.weights import load_weights, save_weights
 
@@ -59,36 +61,78 @@ def save_state(folder: Path, model, epoch: int, state: dict) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
     replace(temporary, folder / name)
     write_json(folder / POINTER, {"state": name})
-    # By number: as text, epoch 10000 comes before 9999.
-    for old in sorted(folder.glob("epoch-*"), key=lambda p: int(p.name.split("-")[1]))[:-KEPT]:
+    for old in sorted(folder.glob("epoch-*"), key=lambda path: _number(path.name))[:-KEPT]:
         shutil.rmtree(old)
 
 
-def load_state(folder: Path, model) -> dict:
-    """Put the latest state back into a compiled model of the same network.
+def load_state(folder: Path, model, tell: Callable[[str], None] | None = None) -> dict:
+    """Put the latest state that is whole back into a compiled model of the same network.
+
+    Args:
+        folder: the run's `state` folder.
+        model: compiled.
+        tell: called with one line of text for each damaged state passed over.
 
     Returns:
         The JSON that was given to `save_state`, with `epoch`.
 
     Raises:
-        StaleError: no state, a damaged one, or one of another network.
+        StaleError: no state, all of them damaged, or one of another network.
+        DataError: the same, of its weights file.
     """
-    state_folder = folder / read_json(folder / POINTER)["state"]
-    state = read_json(state_folder / STATE)
-    load_weights(model, state_folder / WEIGHTS, needs_head=True)
+    names = sorted((p.name for p in folder.glob("epoch-*")), key=_number, reverse=True)
+    latest = _latest(folder / POINTER)
+    if latest is not None:
+        names = [name for name in names if _number(name) <= latest]
+    problem = StaleError(f"{folder} holds no state of a training.", "Start the training anew.")
+    for number, name in enumerate(names):
+        try:
+            return _load(folder / name, model)
+        except (StaleError, DataError, UsageError) as error:
+            problem = problem if number else error
+            if tell is not None:
+                tell(f"State passed over: {error}")
+    raise problem
+
+
+def _latest(pointer: Path) -> int | None:
+    """Return the epoch that the pointer names; None when it is lost: a folder that has its name
+    is whole, because that came last."""
+    try:
+        return _number(read_json(pointer)["state"])
+    except (StaleError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def _number(name: str) -> int:
+    # By number: as text, epoch 10000 comes before 9999.
+    return int(name.split("-")[1])
+
+
+def _load(folder: Path, model) -> dict:
+    state = read_json(folder / STATE)
+    arrays = _arrays(folder / VARIABLES)
+    load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     wanted = _other_variables(model)
-    with np.load(state_folder / VARIABLES, allow_pickle=False) as arrays:
-        differing = set(wanted) ^ set(arrays.files) or {
-            name for name, v in wanted.items() if tuple(v.shape) != arrays[name].shape
-        }
-        if differing:
-            raise StaleError(
-                f"{state_folder} belongs to another network or optimiser:"
-                f" {len(differing)} variables differ, {min(differing)} first.",
-                "Resume with the configuration the run began with.",
-            )
-        for name, variable in wanted.items():
-            variable.assign(arrays[name])
+    differing = set(wanted) ^ set(arrays) or {
+        name for name, v in wanted.items() if tuple(v.shape) != arrays[name].shape
+    }
+    if differing:
+        raise StaleError(
+            f"{folder} belongs to another network or optimiser:"
+            f" {len(differing)} variables differ, {min(differing)} first.",
+            "Resume with the configuration the run began with.",
+        )
+    for name, variable in wanted.items():
+        variable.assign(arrays[name])
     return state
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise StaleError(f"{path} is damaged ({error}).", "Start the training anew.") from error

@@ -4,8 +4,10 @@ Every command parses, calls one public function and prints. Nothing heavy is imp
 command runs: `--help` answers at once, and `--backend` acts before Keras is loaded.
 """
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -257,6 +259,12 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 )
 @click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
 @click.option("--seed", type=int, help="Default 0.")
+@click.option(
+    "--resume",
+    type=FOLDER,
+    metavar="RUN",
+    help="Go on with an interrupted training; takes --cache and --labels only.",
+)
 @BACKEND
 @click.option("--device", help="auto (default), cpu or cuda; cuda fails when it is not there.")
 @WORKERS
@@ -270,6 +278,7 @@ def train_main(
     workers: int | None,
     plan: bool,
     download: bool,
+    resume: Path | None,
     **options,
 ) -> None:
     """Train a classifier, keep its best weights, evaluate them.
@@ -283,6 +292,11 @@ def train_main(
     from ich_keras.environment import choose_backend, choose_device
     from ich_keras.terminal import terminal_progress
 
+    if resume is not None:
+        others = {"dicom": dicom, "out": out, "config": config_file, "workers": workers}
+        flags = {"plan": plan or None, "download": download or None}
+        _resume(resume, cache_dir, labels, options | others | flags)
+        return
     size_is_given = options["size"] is not None or config_file is not None
     config = _run_config(config_file, options)
     backend = choose_backend(config.backend)
@@ -355,12 +369,64 @@ def _forget_other_view(content: dict, options: dict) -> None:
         content["fit"][name] = getattr(FitConfig(), name)
 
 
-def _refuse_without_data(options: dict) -> None:
-    given = [n for n, v in options.items() if v is not None and n not in _DEMO_OPTIONS]
+def _resume(run_dir: Path, cache_dir: Path | None, labels: Path | None, options: dict) -> None:
+    from ich_keras.preparation import open_cache
+    from ich_keras.terminal import terminal_progress
+    from ich_keras.training import resume
+
+    given = _names(options)
     if given:
-        names = ", ".join(f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
-            f"{names} given, but no data.",
+            f"{given} given with --resume: the run's own configuration holds.",
+            "Leave it out, or start a new training.",
+        )
+    cache_dir = cache_dir or _cache_beside(run_dir)
+    if not cache_dir.exists():
+        raise UsageError(
+            f"the cache {cache_dir} does not exist.",
+            "Add --cache: the one the training began with.",
+        )
+    cached = open_cache(cache_dir, labels)
+    with terminal_progress() as progress, _how_to_go_on(run_dir, cache_dir):
+        resume(run_dir, cached, progress=progress, tell=click.echo)
+    _show_result(run_dir)
+
+
+def _cache_beside(run_dir: Path) -> Path:
+    # Beside the run, not in it: the next run on the same data uses it again.
+    return run_dir.absolute().with_name(f"{run_dir.absolute().name}-cache")
+
+
+@contextlib.contextmanager
+def _how_to_go_on(run_dir: Path, cache_dir: Path) -> Iterator[None]:
+    """Say, when a training is interrupted (Ctrl-C or SIGTERM), which command goes on."""
+    from ich_keras.training import is_interrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_interrupted(run_dir):
+            cache = "" if cache_dir == _cache_beside(run_dir) else f" --cache {cache_dir}"
+            click.echo(f"To go on: ich-train --resume {run_dir}{cache}", err=True)
+        raise
+
+
+def _show_result(run_dir: Path) -> None:
+    click.echo((run_dir / "report.md").read_text(encoding="utf-8").split("## History")[0])
+    click.echo(f"Run folder: {run_dir}")
+
+
+def _names(options: dict, but: tuple[str, ...] = ()) -> str:
+    """Return the options that were given, as they are typed, without some."""
+    given = [name for name, value in options.items() if value is not None and name not in but]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def _refuse_without_data(options: dict) -> None:
+    given = _names(options, but=_DEMO_OPTIONS)
+    if given:
+        raise UsageError(
+            f"{given} given, but no data.",
             "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
             " --out, --seed, --backend, --device and --workers.",
         )
@@ -401,8 +467,7 @@ def _train_on_data(
     from ich_keras.training import plan_training, settled, train
 
     require_absent(out)
-    # Beside the run, not in it: the next run on the same data uses it again.
-    cache_dir = cache_dir or out.absolute().with_name(f"{out.absolute().name}-cache")
+    cache_dir = cache_dir or _cache_beside(out)
     if dicom is not None and labels is None:
         raise UsageError("--labels is missing.", "Training needs --labels stage_2_train.csv.")
     index = None
@@ -432,9 +497,9 @@ def _train_on_data(
         return
     if not existing:
         cached = make_cache(index, cache_dir, size, workers, progress)
-    run_dir = train(config, cached, out, progress=progress, tell=click.echo)
-    click.echo((run_dir / "report.md").read_text(encoding="utf-8").split("## History")[0])
-    click.echo(f"Run folder: {run_dir}")
+    with _how_to_go_on(out, cache_dir):
+        train(config, cached, out, progress=progress, tell=click.echo)
+    _show_result(out)
 
 
 def _show_plan(training, config) -> None:

@@ -22,9 +22,9 @@ from ich_keras.environment import (
     choose_precision,
     environment_record,
 )
-from ich_keras.errors import DataError, DivergedError, UsageError
+from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import SPLIT, evaluate
-from ich_keras.files import atomic_write, require_absent, write_json
+from ich_keras.files import atomic_write, lock, read_json, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS
 from ich_keras.prediction import (
@@ -39,6 +39,7 @@ from ich_keras.prediction import (
     require_size,
     run_view,
 )
+from ich_keras.report import REPORT, write_report
 
 # Batches whose gradients make one step: batches of one series are too few samples for one.
 DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
@@ -48,6 +49,7 @@ ENVIRONMENT = "environment.json"
 WEIGHTS = "weights.json"
 STATE = "state"
 MODEL = "model.keras"
+LOCK = "training.lock"  # while it runs
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,150 @@ def train(
     tell = tell or (lambda line: None)
     require_size(config, cache)
     config = _resolved(config)
+    ready = _ready(config, cache)
+    try:
+        with lock(out / LOCK):
+            write_json(out / CONFIG, config.to_dict())
+            environment = environment_record(config.device)
+            write_json(out / ENVIRONMENT, {**environment, "seed": config.seed})
+            write_json(
+                out / DATA,
+                {
+                    "cache": cache.fingerprint,
+                    "slices": len(cache.slices),
+                    CACHE_SIZE: cache.size,
+                    "plan": ready.plan.to_dict(),
+                    "synthetic": is_synthetic(cache.slices),
+                },
+            )
+            ready.split.save(out / SPLIT)
+            if ready.loaded is not None:
+                write_json(out / WEIGHTS, {**asdict(ready.loaded), "path": str(ready.loaded.path)})
+                tell(f"Weights: {ready.loaded}.")
+            tell(_beginning(config, ready.plan))
+            _fit(ready, out, _Fitting(), progress, tell)
+            _finish(config, cache, out, progress)
+    finally:
+        # Without one finished epoch the folder holds nothing worth its name.
+        if not (out / STATE).is_dir():
+            shutil.rmtree(out, ignore_errors=True)
+    (out / LOCK).unlink()
+    return out
+
+
+def resume(
+    run_dir: Path | str,
+    cache: CTCache,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
+    """Go on with a training that was interrupted, after its last finished epoch.
+
+    On a CPU, with the same versions and as many threads, weights and history are bit-equal to
+    those of a training that was not interrupted.
+
+    Args:
+        run_dir: the run folder that `train` left; its configuration and split hold.
+        cache: the one the training began with.
+        progress, tell: as of `train`.
+
+    Returns:
+        The run folder, as `train` leaves it.
+
+    Raises:
+        UsageError: the run is finished.
+        StaleError: no interrupted training, another cache or other labels than it began with, all
+            states damaged, or it is still running.
+        DivergedError: as `train`.
+    """
+    run_dir, tell = Path(run_dir), tell or (lambda line: None)
+    if (run_dir / REPORT).is_file():
+        raise UsageError(f"the training in {run_dir} is finished.", f"Look at its {REPORT}.")
+    if not is_interrupted(run_dir):
+        raise StaleError(
+            f"{run_dir} is not an interrupted training: it has no state of a finished epoch.",
+            "Give a folder that ich-train has begun, or start anew.",
+        )
+    with lock(run_dir / LOCK):
+        began = RunConfig.from_dict(read_json(run_dir / CONFIG))
+        config = _resolved(_of_run(began, run_dir))
+        ready = _ready(config, cache)
+        _require_same_data(run_dir, cache, ready.plan)
+
+        from ich_keras.checkpoints import load_state
+
+        state = load_state(run_dir / STATE, ready.model, tell)
+        rows = state["history"]
+        fitting = _Fitting(
+            rows,
+            state["best_loss"],
+            state["best_epoch"],
+            began=time.perf_counter() - rows[-1]["seconds"],
+        )
+        tell(f"Going on after epoch {state['epoch']} of {config.fit.epochs}.")
+        if state["epoch"] < config.fit.epochs:
+            _fit(ready, run_dir, fitting, progress, tell, done=state["epoch"])
+        _finish(config, cache, run_dir, progress)
+    (run_dir / LOCK).unlink()
+    return run_dir
+
+
+def is_interrupted(run_dir: Path) -> bool:
+    """Whether a training has finished an epoch there, but not all of its work."""
+    return any((run_dir / STATE).glob("epoch-*")) and not (run_dir / REPORT).is_file()
+
+
+def _of_run(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Return the configuration of a run that goes on: its own split, and its own weights instead
+    of those it started from, which need not be there any more."""
+    fit = replace(config.fit, learning_rate=config.learning_rate)
+    data = replace(config.data, split=str(run_dir / SPLIT))
+    return replace(config, weights=None, data=data, fit=fit)
+
+
+def _require_same_data(run_dir: Path, cache: CTCache, plan: TrainingPlan) -> None:
+    before = read_json(run_dir / DATA)
+    if before["cache"] != cache.fingerprint:
+        raise StaleError(
+            f"{cache.path} is not the cache that the training in {run_dir} began with: fingerprint"
+            f" {cache.fingerprint[:12]}, not {before['cache'][:12]}.",
+            "Give that cache.",
+        )
+    said = {"warning", "note", "weights"}
+    now = plan.to_dict()
+    differing = [
+        f"{name} {now[name]}, not {before['plan'].get(name)}"
+        for name in now
+        if name not in said and now[name] != before["plan"].get(name)
+    ]
+    if differing:
+        raise StaleError(
+            f"the training in {run_dir} began with other data: {'; '.join(differing)}.",
+            "Give the labels it began with.",
+        )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a training needs, made from its configuration and a cache."""
+
+    config: RunConfig
+    plan: TrainingPlan
+    split: Split
+    model: object
+    loaded: object
+    loader: object
+    validation: object
+    valid_labels: np.ndarray
+
+
+def _ready(config: RunConfig, cache: CTCache) -> _Ready:
+    """Make network and batches.
+
+    Args:
+        config: settled.
+        cache: with labels.
+    """
     split, indices = split_indices(cache.slices, config)
     view = run_view(config)
     samples = make_samples(cache.slices, cache.series, view)
@@ -340,51 +486,30 @@ def train(
         **common,
     )
     validation = view_batches(cache, view, chosen["valid"], **common)
+    valid_labels = samples.labels[chosen["valid"]]
+    return _Ready(config, plan, split, model, loaded, loader, validation, valid_labels)
 
-    try:
-        write_json(out / CONFIG, config.to_dict())
-        write_json(out / ENVIRONMENT, {**environment_record(config.device), "seed": config.seed})
-        write_json(
-            out / DATA,
-            {
-                "cache": cache.fingerprint,
-                "slices": len(cache.slices),
-                CACHE_SIZE: cache.size,
-                "plan": plan.to_dict(),
-                "synthetic": is_synthetic(cache.slices),
-            },
-        )
-        split.save(out / SPLIT)
-        if loaded is not None:
-            write_json(out / WEIGHTS, {**asdict(loaded), "path": str(loaded.path)})
-            tell(f"Weights: {loaded}.")
-        tell(_beginning(config, plan))
-        fitting = _Fitting()
-        model.fit(
-            loader,
-            epochs=config.fit.epochs,
-            shuffle=False,  # the loader does it
-            verbose=0,
-            callbacks=[
-                _epochs(loader, config, progress),
-                _validation(
-                    model,
-                    validation,
-                    samples.labels[chosen["valid"]],
-                    out,
-                    fitting,
-                    tell,
-                    config,
-                    progress,
-                ),
-            ],
-        )
-    finally:
-        # Without one finished epoch the folder holds nothing worth its name.
-        if not (out / STATE).is_dir():
-            shutil.rmtree(out, ignore_errors=True)
-    _finish(config, cache, out, progress)
-    return out
+
+def _fit(
+    ready: _Ready,
+    out: Path,
+    fitting: _Fitting,
+    progress: Progress | None,
+    tell: Callable[[str], None],
+    done: int = 0,
+) -> None:
+    """Train from epoch `done` on, keeping weights and state in `out` after each."""
+    ready.model.fit(
+        ready.loader,
+        epochs=ready.config.fit.epochs,
+        initial_epoch=done,
+        shuffle=False,  # the loader does it
+        verbose=0,
+        callbacks=[
+            _epochs(ready.loader, ready.config, progress),
+            _validation(ready, out, fitting, tell, progress),
+        ],
+    )
 
 
 def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
@@ -426,7 +551,7 @@ def _epochs(loader, config: RunConfig, progress: Progress | None):
     return Epochs()
 
 
-def _validation(model, validation, labels, out, fitting, tell, config, progress):
+def _validation(ready: _Ready, out, fitting, tell, progress):
     """Return the callback that validates, keeps the best weights and saves the state."""
     import keras
 
@@ -434,6 +559,7 @@ def _validation(model, validation, labels, out, fitting, tell, config, progress)
     from ich_keras.metrics.binary import binary_metrics, format_metric
     from ich_keras.models.weights import require_finite, save_weights
 
+    config, model, labels = ready.config, ready.model, ready.valid_labels
     record = {
         "network": network(config).to_dict(),
         "preset": config.preset,
@@ -452,7 +578,9 @@ def _validation(model, validation, labels, out, fitting, tell, config, progress)
                 )
             try:
                 require_finite(model, f"after epoch {epoch + 1}")
-                values = probabilities(model, validation, len(labels), progress, step="validating")
+                values = probabilities(
+                    model, ready.validation, len(labels), progress, step="validating"
+                )
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error
             metrics = binary_metrics(labels, values)
@@ -495,7 +623,6 @@ def _finish(config: RunConfig, cache: CTCache, out: Path, progress: Progress | N
     """Evaluate the best weights and write the report and the `.keras` file."""
     from ich_keras.checkpoints import save_model
     from ich_keras.prediction import load_run
-    from ich_keras.report import write_report
 
     _, model = load_run(out, config.device)
     # In float32 for whoever loads it: other machines may have no faster type.

@@ -26,6 +26,40 @@ def test_every_help_answers(name):
     assert "Usage:" in result.output
 
 
+def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_path, monkeypatch):
+    from ich_keras import checkpoints
+
+    monkeypatch.setitem(PRESETS, "narrow", Preset(ModelSpec((32, 32, 3), width=8), "narrow"))
+    run, save_state = tmp_path / "run", checkpoints.save_state
+
+    def interrupted(*state):
+        save_state(*state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_state", interrupted)
+    train = ("train", "--cache", phantom_cache_folder, "--preset", "narrow", "--size", 32)
+    stopped = ich(*train, "--epochs", 2, "--out", run)
+    assert stopped.exit_code == 130
+    go_on = f"To go on: ich-train --resume {run} --cache {phantom_cache_folder}"
+    assert go_on in stopped.output
+    monkeypatch.setattr(checkpoints, "save_state", save_state)
+    for wrong, message in [
+        (("--epochs", 3, "--no-balance"), "--epochs, --balance given with --resume"),
+        (("--plan",), "--plan given with --resume"),
+        ((), f"the cache {tmp_path / 'run-cache'} does not exist"),
+    ]:
+        refused = ich("train", "--resume", run, *wrong)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    done = ich("train", "--resume", run, "--cache", phantom_cache_folder)
+    assert done.exit_code == 0, done.output
+    assert "Going on after epoch 1 of 2." in done.output
+    assert f"Run folder: {run}" in done.output
+    assert len(pd.read_csv(run / "history.csv")) == 2
+    again = ich("train", "--resume", run, "--cache", phantom_cache_folder)
+    assert again.exit_code == 2 and "is finished" in again.output
+
+
 def test_ich_train_is_the_train_command():
     assert main.commands["train"] is train_main
 

@@ -407,6 +407,39 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypa
     assert [config.seed for config in again.configs] == [0, 1]
 
 
+@pytest.mark.parametrize("problem", [None, StaleError("damaged."), DataError("damaged.")])
+def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
+    folder, training, went_on, told = place.run_dir("2d", 0), FakeTraining(), [], []
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1))
+    (folder / "state" / "epoch-0001").mkdir(parents=True)
+
+    def resume(out, cache, tell):
+        went_on.append(out)
+        if problem is not None:
+            raise problem
+        config = RunConfig.from_dict(read_json(out / "config.json"))
+        shutil.rmtree(out)
+        FakeTraining()(config, cache, out)
+
+    monkeypatch.setattr(reproducing, "resume", resume)
+    assert reproduce(place, ["2d"], (0,), tell=told.append, train_run=training) == 1
+    assert went_on == [folder]
+    assert len(training.configs) == (problem is not None)
+    assert ("2d seed 0: cannot go on, starts anew: damaged." in told) == (problem is not None)
+    assert load_results(place.out).keys() == {"2d"}
+
+
+def test_an_interrupted_run_that_was_declared_otherwise_starts_anew(place, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1))
+    folder, training = place.run_dir("2d", 0), FakeTraining()
+    (folder / "state" / "epoch-0001").mkdir(parents=True)
+    write_json(folder.with_name("2d-s0.json"), {"declaration": "another"})
+    monkeypatch.setattr(reproducing, "resume", None)
+    assert reproduce(place, ["2d"], (0,), train_run=training) == len(training.configs) == 1
+
+
 def test_weights_to_start_from_are_made_again_when_only_results_were_kept(place, monkeypatch):
     monkeypatch.setattr(reproducing, "is_kept", lambda place, key, seed: key == "stand-in-2d-18")
     keys = ["2d-stand-in", "stand-in-2d-18"]

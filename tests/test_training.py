@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ich_keras import checkpoints, training
+from ich_keras import checkpoints, files, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import index_folder
 from ich_keras.errors import (
@@ -361,6 +361,149 @@ def test_state_brings_a_training_back_exactly(tmp_path):
     one_epoch(resumed, batches[2:])
     for one, other in zip(model.weights, resumed.weights, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=one.path)
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def crash_after(monkeypatch):
+    """Let the next training die once an epoch is saved, or in the evaluation of a split."""
+    save_state, evaluate_split = checkpoints.save_state, training.evaluate
+
+    def arrange(moment):
+        def saved(folder, model, epoch, state):
+            save_state(folder, model, epoch, state)
+            if epoch == moment:
+                raise Crash
+
+        def evaluated(out, cache, split, **options):
+            if split == moment:
+                raise Crash
+            return evaluate_split(out, cache, split, **options)
+
+        monkeypatch.setattr(checkpoints, "save_state", saved)
+        monkeypatch.setattr(training, "evaluate", evaluated)
+
+    return arrange
+
+
+def arrays_of(folder):
+    model = classifier(PRESETS[NARROW].spec)
+    model.load_weights(folder / "best.weights.h5")
+    with np.load(folder / "state" / "epoch-0004" / "variables.npz") as slots:
+        return [np.asarray(w) for w in model.get_weights()] + [slots[k] for k in sorted(slots)]
+
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
+    phantom_cache, tmp_path, crash_after
+):
+    # An odd number of batches, two of which make one step: half a step is carried over.
+    config = config_of(fit={"epochs": 4, "accumulate": 2, "schedule": "cosine"})
+    assert plan_training(phantom_cache, config).steps_per_epoch % 2
+    whole = train(config, phantom_cache, tmp_path / "whole")
+    run, told = tmp_path / "run", []
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config, phantom_cache, run)
+    as_begun = (run / "config.json").read_text()
+    for moment in (3, "test"):
+        crash_after(moment)
+        with pytest.raises(Crash):
+            training.resume(run, phantom_cache, tell=told.append)
+        assert training.is_interrupted(run)
+    crash_after(None)
+    assert training.resume(run, phantom_cache, tell=told.append) == run
+    assert [line for line in told if line.startswith("Going on")] == [
+        f"Going on after epoch {epoch} of 4." for epoch in (1, 3, 4)
+    ]
+    for one, other in zip(arrays_of(run), arrays_of(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    histories = [pd.read_csv(folder / "history.csv") for folder in (run, whole)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in histories))
+    assert histories[0]["seconds"].is_monotonic_increasing
+    for name in ("metrics-valid.json", "metrics-test.json", "predictions-test.csv", "choices.json"):
+        assert (run / name).read_text() == (whole / name).read_text()
+    assert (run / "config.json").read_text() == as_begun
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    with pytest.raises(UsageError, match="the training in .* is finished"):
+        training.resume(run, phantom_cache)
+
+
+def test_it_goes_on_without_the_weights_it_began_from(run, phantom_cache, tmp_path, crash_after):
+    first = Path(shutil.copy(run / "best.weights.h5", tmp_path / "first.weights.h5"))
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config_of(weights=str(first)), phantom_cache, tmp_path / "run")
+    first.unlink()
+    crash_after(None)
+    history = pd.read_csv(training.resume(tmp_path / "run", phantom_cache) / "history.csv")
+    assert history["epoch"].tolist() == [1, 2]
+
+
+def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
+    out = tmp_path / "run"
+    out.mkdir()
+    with pytest.raises(StaleError, match="is not an interrupted training: it has no state"):
+        training.resume(out, phantom_cache)
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config_of(), phantom_cache, out)
+    with (
+        files.lock(out / "training.lock"),
+        pytest.raises(StaleError, match="training.lock is locked by another process"),
+    ):
+        training.resume(out, phantom_cache)
+    data = files.read_json(out / "data.json")
+    write_json(out / "data.json", data | {"cache": "0" * 64})
+    with pytest.raises(StaleError, match="is not the cache that the training .* not 000000000000"):
+        training.resume(out, phantom_cache)
+    plan = data["plan"] | {"num_positive": data["plan"]["num_positive"] | {"any": 7}}
+    write_json(out / "data.json", data | {"plan": plan})
+    with pytest.raises(
+        StaleError, match="began with other data: num_positive {.*}, not {.*'any': 7"
+    ):
+        training.resume(out, phantom_cache)
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "variables.npz", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_state_is_passed_over(tmp_path, name, damage):
+    model, batches = narrow_model(0)
+    for epoch in (1, 2):
+        model.train_on_batch(*batches[epoch])
+        checkpoints.save_state(tmp_path, model, epoch, {})
+        if epoch == 1:
+            before = [np.array(v) for v in (*model.weights, *model.optimizer.variables)]
+    path = tmp_path / "epoch-0002" / name
+    raw = path.read_bytes()
+    path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    again, told = narrow_model(1)[0], []
+    assert checkpoints.load_state(tmp_path, again, told.append)["epoch"] == 1
+    after = (*again.weights, *again.optimizer.variables)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, np.asarray(other))
+    assert len(told) == 1 and told[0].startswith("State passed over: ") and "epoch-0002" in told[0]
+    shutil.rmtree(tmp_path / "epoch-0001")
+    with pytest.raises((StaleError, DataError, UsageError), match="epoch-0002"):
+        checkpoints.load_state(tmp_path, again)
+    shutil.rmtree(tmp_path / "epoch-0002")
+    with pytest.raises(StaleError, match="holds no state of a training"):
+        checkpoints.load_state(tmp_path, again)
+
+
+def test_a_lost_pointer_takes_the_newest_state(tmp_path):
+    model, batches = narrow_model(0)
+    model.train_on_batch(*batches[0])
+    for epoch in (9, 10):
+        checkpoints.save_state(tmp_path, model, epoch, {})
+    for content in ("", "{}", '{"state": 3}', '{"state": "epoch"}', None):
+        pointer = tmp_path / checkpoints.POINTER
+        pointer.write_text(content) if content is not None else pointer.unlink()
+        assert checkpoints.load_state(tmp_path, model)["epoch"] == 10
 
 
 def test_a_crash_before_the_pointer_moves_keeps_the_state_before(tmp_path, monkeypatch):
