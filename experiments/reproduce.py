@@ -15,14 +15,17 @@ from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seed
 from experiments.splits import FOLDER, split_path
 from ich_keras.config import RunConfig
 from ich_keras.data.cache import CTCache
-from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
+from ich_keras.environment import choose_device
+from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
 from ich_keras.prediction import BEST_WEIGHTS, network
 from ich_keras.processes import process_pool
+from ich_keras.report import REPORT
 from ich_keras.training import (
     MODEL,
     STATE,
+    changed_environment,
     is_interrupted,
     plan_training,
     resume,
@@ -30,7 +33,7 @@ from ich_keras.training import (
     train,
 )
 
-FINISHED = "metrics-test.json"
+FINISHED = REPORT  # written last
 # Large, and of no use once the results are kept; the best weights stay.
 _LARGE = (STATE, MODEL)
 
@@ -222,9 +225,11 @@ def make_run(
         )
     config, cost = resolve(place, task, cache)
     if not is_finished:
-        goes_on = is_interrupted(folder) and mark.is_file() and read_json(mark) == wanted
+        is_same = mark.is_file() and read_json(mark) == wanted
+        goes_on = is_same and is_interrupted(folder)
+        device = choose_device(config.device)
         with _order(run.normalise_first):
-            if not goes_on or not _resumed(folder, cache, tell_of_task):
+            if not goes_on or not _resumed(folder, cache, device, tell_of_task):
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(mark, wanted)
                 train_run(config, cache, folder, tell=tell_of_task)
@@ -234,11 +239,16 @@ def make_run(
     return task
 
 
-def _resumed(folder: Path, cache: CTCache, tell: Tell) -> bool:
-    """Go on with an interrupted training, unless what it left is of no use."""
+def _resumed(folder: Path, cache: CTCache, device: str, tell: Tell) -> bool:
+    """Go on with an interrupted training, unless what it left is of no use: damaged, or of other
+    versions, of which the kept result would name the last ones only."""
+    changes = changed_environment(folder, device)
+    if changes:
+        tell(f"cannot go on, starts anew: {'; '.join(changes)}")
+        return False
     try:
         resume(folder, cache, tell=tell)
-    except (StaleError, DataError) as error:
+    except LostState as error:
         tell(f"cannot go on, starts anew: {error}")
         return False
     return True

@@ -5,6 +5,7 @@
 it names is whole. The state before the latest is kept as a reserve.
 """
 
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.errors import DataError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_path, read_json, replace, write_json
 from ich_keras.models.weights import load_weights, save_weights
 
@@ -21,6 +22,8 @@ WEIGHTS = "model.weights.h5"
 VARIABLES = "variables.npz"
 STATE = "state.json"
 KEPT = 2
+_PARTIAL = ".partial-"
+_NAME = re.compile(r"epoch-(\d{4,})")
 
 
 def save_model(model, path: Path) -> None:
@@ -49,7 +52,7 @@ def save_state(folder: Path, model, epoch: int, state: dict) -> None:
     import keras
 
     name = f"epoch-{epoch:04d}"
-    temporary = folder / f".partial-{name}"
+    temporary = folder / f"{_PARTIAL}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_weights(model, temporary / WEIGHTS)
@@ -61,12 +64,19 @@ def save_state(folder: Path, model, epoch: int, state: dict) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
     replace(temporary, folder / name)
     write_json(folder / POINTER, {"state": name})
-    for old in sorted(folder.glob("epoch-*"), key=lambda path: _number(path.name))[:-KEPT]:
-        shutil.rmtree(old)
+    for old in _epochs(folder)[KEPT:]:
+        shutil.rmtree(folder / f"epoch-{old:04d}")
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a training left a state after some epoch."""
+    return bool(_epochs(folder))
 
 
 def load_state(folder: Path, model, tell: Callable[[str], None] | None = None) -> dict:
     """Put the latest state that is whole back into a compiled model of the same network.
+
+    What a crash left of an unfinished state is removed.
 
     Args:
         folder: the run's `state` folder.
@@ -77,40 +87,48 @@ def load_state(folder: Path, model, tell: Callable[[str], None] | None = None) -
         The JSON that was given to `save_state`, with `epoch`.
 
     Raises:
-        StaleError: no state, all of them damaged, or one of another network.
-        DataError: the same, of its weights file.
+        LostState: no state, all of them damaged, or of another network.
     """
-    names = sorted((p.name for p in folder.glob("epoch-*")), key=_number, reverse=True)
-    latest = _latest(folder / POINTER)
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    epochs, latest = _epochs(folder), _latest(folder / POINTER)
     if latest is not None:
-        names = [name for name in names if _number(name) <= latest]
-    problem = StaleError(f"{folder} holds no state of a training.", "Start the training anew.")
-    for number, name in enumerate(names):
+        epochs = [epoch for epoch in epochs if epoch <= latest]
+    problems = []
+    for epoch in epochs:
         try:
-            return _load(folder / name, model)
+            return _load(folder / f"epoch-{epoch:04d}", model)
         except (StaleError, DataError, UsageError) as error:
-            problem = problem if number else error
+            problems.append(error)
             if tell is not None:
                 tell(f"State passed over: {error}")
-    raise problem
+    if problems:
+        raise LostState(problems[0].message, problems[0].hint) from problems[0]
+    raise LostState(f"{folder} holds no state of a training.", "Start the training anew.")
+
+
+def _epochs(folder: Path) -> list[int]:
+    """Return the epochs whose states are there, latest first."""
+    # By number: as text, epoch 10000 comes before 9999.
+    found = [_NAME.fullmatch(path.name) for path in folder.glob("epoch-*")]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def _latest(pointer: Path) -> int | None:
     """Return the epoch that the pointer names; None when it is lost: a folder that has its name
     is whole, because that came last."""
     try:
-        return _number(read_json(pointer)["state"])
-    except (StaleError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+        name = read_json(pointer)["state"]
+    except (StaleError, KeyError, TypeError):
         return None
-
-
-def _number(name: str) -> int:
-    # By number: as text, epoch 10000 comes before 9999.
-    return int(name.split("-")[1])
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    return int(match[1]) if match else None
 
 
 def _load(folder: Path, model) -> dict:
     state = read_json(folder / STATE)
+    if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
+        raise StaleError(f"{folder / STATE} is damaged.", "Start the training anew.")
     arrays = _arrays(folder / VARIABLES)
     load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
@@ -134,5 +152,6 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    # zipfile takes a flipped bit for encryption (RuntimeError) or for a method it lacks.
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise StaleError(f"{path} is damaged ({error}).", "Start the training anew.") from error

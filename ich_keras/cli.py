@@ -6,6 +6,7 @@ command runs: `--help` answers at once, and `--backend` acts before Keras is loa
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,7 +264,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
     "--resume",
     type=FOLDER,
     metavar="RUN",
-    help="Go on with an interrupted training; takes --cache and --labels only.",
+    help="Go on with an interrupted training; takes --cache, --labels and --device only.",
 )
 @BACKEND
 @click.option("--device", help="auto (default), cpu or cuda; cuda fails when it is not there.")
@@ -295,7 +296,8 @@ def train_main(
     if resume is not None:
         others = {"dicom": dicom, "out": out, "config": config_file, "workers": workers}
         flags = {"plan": plan or None, "download": download or None}
-        _resume(resume, cache_dir, labels, options | others | flags)
+        device = options.pop("device")
+        _resume(resume, cache_dir, labels, device, options | others | flags)
         return
     size_is_given = options["size"] is not None or config_file is not None
     config = _run_config(config_file, options)
@@ -369,10 +371,12 @@ def _forget_other_view(content: dict, options: dict) -> None:
         content["fit"][name] = getattr(FitConfig(), name)
 
 
-def _resume(run_dir: Path, cache_dir: Path | None, labels: Path | None, options: dict) -> None:
+def _resume(
+    run_dir: Path, cache_dir: Path | None, labels: Path | None, device: str | None, options: dict
+) -> None:
     from ich_keras.preparation import open_cache
     from ich_keras.terminal import terminal_progress
-    from ich_keras.training import resume
+    from ich_keras.training import cache_of, require_interrupted, resume
 
     given = _names(options)
     if given:
@@ -380,15 +384,16 @@ def _resume(run_dir: Path, cache_dir: Path | None, labels: Path | None, options:
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    cache_dir = cache_dir or _cache_beside(run_dir)
+    require_interrupted(run_dir)
+    cache_dir = cache_dir or cache_of(run_dir) or _cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(
             f"the cache {cache_dir} does not exist.",
-            "Add --cache: the one the training began with.",
+            "Give --cache: where the one that the training began with is now.",
         )
     cached = open_cache(cache_dir, labels)
-    with terminal_progress() as progress, _how_to_go_on(run_dir, cache_dir):
-        resume(run_dir, cached, progress=progress, tell=click.echo)
+    with terminal_progress() as progress, _how_to_go_on(run_dir, labels):
+        resume(run_dir, cached, device, progress, tell=click.echo)
     _show_result(run_dir)
 
 
@@ -398,7 +403,7 @@ def _cache_beside(run_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _how_to_go_on(run_dir: Path, cache_dir: Path) -> Iterator[None]:
+def _how_to_go_on(run_dir: Path, labels: Path | None) -> Iterator[None]:
     """Say, when a training is interrupted (Ctrl-C or SIGTERM), which command goes on."""
     from ich_keras.training import is_interrupted
 
@@ -406,8 +411,9 @@ def _how_to_go_on(run_dir: Path, cache_dir: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         if is_interrupted(run_dir):
-            cache = "" if cache_dir == _cache_beside(run_dir) else f" --cache {cache_dir}"
-            click.echo(f"To go on: ich-train --resume {run_dir}{cache}", err=True)
+            words = ["ich-train", "--resume", str(run_dir)]
+            words += [] if labels is None else ["--labels", str(labels)]
+            click.echo(f"To go on: {shlex.join(words)}", err=True)
         raise
 
 
@@ -417,7 +423,7 @@ def _show_result(run_dir: Path) -> None:
 
 
 def _names(options: dict, but: tuple[str, ...] = ()) -> str:
-    """Return the options that were given, as they are typed, without some."""
+    """Return the names of the options that were given, without some."""
     given = [name for name, value in options.items() if value is not None and name not in but]
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
@@ -497,7 +503,7 @@ def _train_on_data(
         return
     if not existing:
         cached = make_cache(index, cache_dir, size, workers, progress)
-    with _how_to_go_on(out, cache_dir):
+    with _how_to_go_on(out, labels):
         train(config, cached, out, progress=progress, tell=click.echo)
     _show_result(out)
 

@@ -86,6 +86,10 @@ class StaleError(IchError):
     exit_code = EXIT_STALE
 
 
+class LostState(StaleError):
+    """What an interrupted training left is damaged, or of another network: it starts anew."""
+
+
 class RejectedFile(DataError):
     """A file that cannot be used as a CT slice.
 

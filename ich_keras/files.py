@@ -1,6 +1,7 @@
 """Writing that survives a crash, locks and fingerprints: the only place that renames files."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -137,9 +138,14 @@ def require_free(folder: Path | str, needed: int) -> None:
         )
 
 
+_KNOWS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 @contextlib.contextmanager
 def lock(path: Path | str) -> Iterator[None]:
     """Hold an exclusive lock on a file for the length of a block; a crash releases it.
+
+    On a file system that knows no locks nothing is held.
 
     Raises:
         StaleError: another process holds the lock.
@@ -151,9 +157,10 @@ def lock(path: Path | str) -> Iterator[None]:
         try:
             _lock_handle(stream)
         except OSError as error:
-            raise StaleError(
-                f"{path} is locked by another process.", "Wait for it, or stop it."
-            ) from error
+            if error.errno not in _KNOWS_NO_LOCKS:
+                raise StaleError(
+                    f"{path} is locked by another process.", "Wait for it, or stop it."
+                ) from error
         yield
     finally:
         stream.close()

@@ -43,6 +43,7 @@ Progress = Callable[[str, int, int], None]
 # Slices of a sample: the thesis's two 3D networks.
 DEFAULT_SLICES = {"slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
 DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
+AHEAD_BYTES = 2**30  # of series that workers have read and the network has not seen
 
 CONFIG = "config.json"
 DATA = "data.json"
@@ -258,8 +259,8 @@ def predict_index(
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
-    One series is in memory at a time, resized; with workers, as many more as are read ahead, two
-    for each of them.
+    One series is in memory at a time, resized; with workers, more that are read ahead: two for each
+    worker, at most `AHEAD_BYTES`.
 
     Args:
         model: from `load_run`.
@@ -299,15 +300,16 @@ def predict_index(
             usable = np.flatnonzero(samples.usable)
             if not len(usable):
                 detail = f"series {series.series_uid} is tilted"
-                read = table.loc[found, "container"]  # the others are rejects already
-                rejects.extend((path, "TILTED", detail) for path in read)
+                # The others are rejects already.
+                rejects.extend((p, "TILTED", detail) for p in table.loc[found, "container"])
                 continue
             kept.append(found)
             for start in range(0, len(usable), batch_size):
                 yield _inputs(hu, samples, usable[start : start + batch_size], size, intensity)
 
     total = len(index.series) if view.kind == "series" else len(index.slices)
-    with _reading(cache_size or size, min(workers, len(index.series))) as read:
+    longest = max((len(part) for part in rows.values()), default=0)
+    with _reading(cache_size or size, len(rows), longest, workers) as read:
         batches = _full_batches(inputs(read), batch_size)
         values = probabilities(model, batches, total, progress)
     rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
@@ -337,16 +339,19 @@ def predict_index(
 
 
 @contextlib.contextmanager
-def _reading(size: int, workers: int) -> Iterator[Callable[[Iterable[list[str]]], Iterator]]:
+def _reading(
+    size: int, num_series: int, longest: int, workers: int
+) -> Iterator[Callable[[Iterable[list[str]]], Iterator]]:
     """Yield what reads series after series, each a list of files: see `_read_series`."""
     one = partial(_read_series, size)
-    if workers == 0:
+    ahead = min(2 * workers, num_series, AHEAD_BYTES // max(1, longest * size * size * 2))
+    if ahead <= 1:
         yield partial(map, one)
         return
     # Processes take the place of OpenCV's threads.
-    pool = process_pool(workers, cv2.setNumThreads, 1)
+    pool = process_pool(min(workers, ahead), cv2.setNumThreads, 1)
     try:
-        yield lambda series: map_ahead(pool, one, series, 2 * workers)
+        yield lambda series: map_ahead(pool, one, series, ahead)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
             "a process that read slices has died (killed, or out of memory).",

@@ -1,5 +1,6 @@
 """Training: from a cache with labels to a run folder."""
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ich_keras.checkpoints import has_state, load_state
 from ich_keras.config import RunConfig
 from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.series import SeriesIndex
@@ -30,13 +32,16 @@ from ich_keras.models.presets import PRESETS
 from ich_keras.prediction import (
     BEST_WEIGHTS,
     CACHE_SIZE,
+    CHOICES,
     CONFIG,
     DATA,
     DEFAULT_BATCH,
     Progress,
+    load_run,
     network,
     probabilities,
     require_size,
+    run_precision,
     run_view,
 )
 from ich_keras.report import REPORT, write_report
@@ -49,7 +54,9 @@ ENVIRONMENT = "environment.json"
 WEIGHTS = "weights.json"
 STATE = "state"
 MODEL = "model.keras"
-LOCK = "training.lock"  # while it runs
+LOCK = "training.lock"
+CACHE_PATH = "cache_path"  # of data.json
+EPOCH = "epoch"  # of the record of the best weights
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,18 @@ class TrainingPlan:
 
 
 @dataclass
-class _Fitting:
-    """What the validation after each epoch has to remember."""
+class _Course:
+    """How a training has gone so far: what the validation after each epoch has to remember."""
 
     rows: list[dict] = field(default_factory=list)
     best_loss: float = np.inf
     best_epoch: int = 0
     began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def done(self) -> int:
+        """Epochs finished."""
+        return len(self.rows)
 
 
 def limit_series(slices: pd.DataFrame, count: int | None) -> np.ndarray:
@@ -252,15 +264,18 @@ def _with_intensity(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(config.data, intensity=intensity))
 
 
-def _compiled_model(config: RunConfig, total_steps: int):
+def _compiled_model(config: RunConfig, total_steps: int, loads: bool = True):
     """Return the network, ready for `fit`, and the account of the weights it started from."""
+    import keras
+
     from ich_keras.models.classifier import classifier, compile_classifier, freeze
     from ich_keras.models.weights import find_weights, load_weights
 
+    keras.utils.set_random_seed(config.seed)
     spec = network(config)
     model = classifier(spec, output="logits", precision=config.precision)
     loaded = None
-    if config.weights is not None:
+    if loads and config.weights is not None:
         loaded = load_weights(model, find_weights(config.weights, config.preset), spec)
     if config.fit.freeze is not None:
         freeze(model, config.fit.freeze)
@@ -312,9 +327,14 @@ def train(
     tell = tell or (lambda line: None)
     require_size(config, cache)
     config = _resolved(config)
-    ready = _ready(config, cache)
-    try:
-        with lock(out / LOCK):
+    split, indices = split_indices(cache.slices, config)
+    samples = make_samples(cache.slices, cache.series, run_view(config))
+    plan = _plan(cache.slices, config, split, indices, samples)
+    model, loaded = _compiled_model(config, plan.total_steps)
+    with lock(out / LOCK):
+        if any(path.name != LOCK for path in out.iterdir()):
+            require_absent(out)  # another training was faster
+        try:
             write_json(out / CONFIG, config.to_dict())
             environment = environment_record(config.device)
             write_json(out / ENVIRONMENT, {**environment, "seed": config.seed})
@@ -322,98 +342,134 @@ def train(
                 out / DATA,
                 {
                     "cache": cache.fingerprint,
+                    CACHE_PATH: str(cache.path.absolute()),
+                    "labels": _labels_fingerprint(cache.slices),
                     "slices": len(cache.slices),
                     CACHE_SIZE: cache.size,
-                    "plan": ready.plan.to_dict(),
+                    "plan": plan.to_dict(),
                     "synthetic": is_synthetic(cache.slices),
                 },
             )
-            ready.split.save(out / SPLIT)
-            if ready.loaded is not None:
-                write_json(out / WEIGHTS, {**asdict(ready.loaded), "path": str(ready.loaded.path)})
-                tell(f"Weights: {ready.loaded}.")
-            tell(_beginning(config, ready.plan))
-            _fit(ready, out, _Fitting(), progress, tell)
-            _finish(config, cache, out, progress)
-    finally:
-        # Without one finished epoch the folder holds nothing worth its name.
-        if not (out / STATE).is_dir():
-            shutil.rmtree(out, ignore_errors=True)
-    (out / LOCK).unlink()
+            split.save(out / SPLIT)
+            if loaded is not None:
+                write_json(out / WEIGHTS, {**asdict(loaded), "path": str(loaded.path)})
+                tell(f"Weights: {loaded}.")
+            tell(_beginning(config, plan))
+            training = _training(config, cache, samples, indices, model, out)
+            _fit(training, _Course(), progress, tell)
+            _finish(training, progress)
+        finally:
+            # Without one finished epoch the folder holds nothing worth its name.
+            if not has_state(out / STATE):
+                shutil.rmtree(out, ignore_errors=True)
+    (out / LOCK).unlink(missing_ok=True)
     return out
 
 
 def resume(
     run_dir: Path | str,
     cache: CTCache,
+    device: str | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Go on with a training that was interrupted, after its last finished epoch.
 
-    On a CPU, with the same versions and as many threads, weights and history are bit-equal to
-    those of a training that was not interrupted.
+    On a CPU of the same kind, with the same versions and as many threads, weights and history are
+    bit-equal to those of a training that was not interrupted.
 
     Args:
         run_dir: the run folder that `train` left; its configuration and split hold.
-        cache: the one the training began with.
+        cache: the one the training began with, with the same labels.
+        device: None takes the run's.
         progress, tell: as of `train`.
 
     Returns:
         The run folder, as `train` leaves it.
 
     Raises:
-        UsageError: the run is finished.
-        StaleError: no interrupted training, another cache or other labels than it began with, all
-            states damaged, or it is still running.
+        UsageError: the run is finished, or the backend cannot be changed any more.
+        LostState: all states are damaged.
+        StaleError: no interrupted training, another cache or other labels than it began with, or
+            it is still running.
+        EnvironmentProblem: the run's device is not there.
         DivergedError: as `train`.
     """
-    run_dir, tell = Path(run_dir), tell or (lambda line: None)
+    tell = tell or (lambda line: None)
+    run_dir = require_interrupted(run_dir)
+    with lock(run_dir / LOCK):
+        require_interrupted(run_dir)
+        _require_same_data(run_dir, cache)
+        config = RunConfig.from_dict(read_json(run_dir / CONFIG))
+        backend, device = choose_backend(config.backend), choose_device(device or config.device)
+        config = replace(
+            config, backend=backend, device=device, precision=run_precision(config, device)
+        )
+        for line in changed_environment(run_dir, device):
+            tell(f"Other than when it began: {line}.")
+
+        # The split as it was made: a file that was named may have changed or gone.
+        by_file = replace(config, data=replace(config.data, split=str(run_dir / SPLIT)))
+        _, indices = split_indices(cache.slices, by_file)
+        samples = make_samples(cache.slices, cache.series, run_view(config))
+        total_steps = read_json(run_dir / DATA)["plan"]["total_steps"]
+        model, _ = _compiled_model(config, total_steps, loads=False)
+        training = _training(config, cache, samples, indices, model, run_dir)
+        course = _restored(training, tell)
+        tell(
+            f"Going on after epoch {course.done} of {config.fit.epochs}, {backend}, {device},"
+            f" {config.precision}."
+        )
+        if course.done < config.fit.epochs:
+            _fit(training, course, progress, tell)
+        _finish(training, progress)
+    (run_dir / LOCK).unlink(missing_ok=True)
+    return run_dir
+
+
+def is_interrupted(run_dir: Path | str) -> bool:
+    """Whether a training has finished an epoch there, but not all of its work."""
+    return has_state(Path(run_dir) / STATE) and not (Path(run_dir) / REPORT).is_file()
+
+
+def require_interrupted(run_dir: Path | str) -> Path:
+    """Return the path when it holds a training that can go on.
+
+    Raises:
+        UsageError: the run is finished.
+        StaleError: it holds none.
+    """
+    run_dir = Path(run_dir)
     if (run_dir / REPORT).is_file():
         raise UsageError(f"the training in {run_dir} is finished.", f"Look at its {REPORT}.")
     if not is_interrupted(run_dir):
         raise StaleError(
             f"{run_dir} is not an interrupted training: it has no state of a finished epoch.",
-            "Give a folder that ich-train has begun, or start anew.",
+            "Give a folder that ich-train has begun; if that is one, remove it and start anew.",
         )
-    with lock(run_dir / LOCK):
-        began = RunConfig.from_dict(read_json(run_dir / CONFIG))
-        config = _resolved(_of_run(began, run_dir))
-        ready = _ready(config, cache)
-        _require_same_data(run_dir, cache, ready.plan)
-
-        from ich_keras.checkpoints import load_state
-
-        state = load_state(run_dir / STATE, ready.model, tell)
-        rows = state["history"]
-        fitting = _Fitting(
-            rows,
-            state["best_loss"],
-            state["best_epoch"],
-            began=time.perf_counter() - rows[-1]["seconds"],
-        )
-        tell(f"Going on after epoch {state['epoch']} of {config.fit.epochs}.")
-        if state["epoch"] < config.fit.epochs:
-            _fit(ready, run_dir, fitting, progress, tell, done=state["epoch"])
-        _finish(config, cache, run_dir, progress)
-    (run_dir / LOCK).unlink()
     return run_dir
 
 
-def is_interrupted(run_dir: Path) -> bool:
-    """Whether a training has finished an epoch there, but not all of its work."""
-    return any((run_dir / STATE).glob("epoch-*")) and not (run_dir / REPORT).is_file()
+def cache_of(run_dir: Path | str) -> Path | None:
+    """Return where the cache was that a training began with; None of older runs."""
+    path = read_json(Path(run_dir) / DATA).get(CACHE_PATH)
+    return None if path is None else Path(path)
 
 
-def _of_run(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return the configuration of a run that goes on: its own split, and its own weights instead
-    of those it started from, which need not be there any more."""
-    fit = replace(config.fit, learning_rate=config.learning_rate)
-    data = replace(config.data, split=str(run_dir / SPLIT))
-    return replace(config, weights=None, data=data, fit=fit)
+def changed_environment(run_dir: Path | str, device: str) -> list[str]:
+    """Say what is another now than when a training began: packages, backend, device, machine."""
+    before, now = read_json(Path(run_dir) / ENVIRONMENT), environment_record(device)
+    pairs = {name: (now[name], before.get(name)) for name in now if name != "versions"}
+    for name, version in now["versions"].items():
+        pairs[name] = version, before.get("versions", {}).get(name)
+    return [f"{name} {one}, was {other}" for name, (one, other) in pairs.items() if one != other]
 
 
-def _require_same_data(run_dir: Path, cache: CTCache, plan: TrainingPlan) -> None:
+def _labels_fingerprint(slices: pd.DataFrame) -> str:
+    return hashlib.sha256(slices[list(LABELS)].to_numpy(np.int8).tobytes()).hexdigest()
+
+
+def _require_same_data(run_dir: Path, cache: CTCache) -> None:
     before = read_json(run_dir / DATA)
     if before["cache"] != cache.fingerprint:
         raise StaleError(
@@ -421,53 +477,44 @@ def _require_same_data(run_dir: Path, cache: CTCache, plan: TrainingPlan) -> Non
             f" {cache.fingerprint[:12]}, not {before['cache'][:12]}.",
             "Give that cache.",
         )
-    said = {"warning", "note", "weights"}
-    now = plan.to_dict()
-    differing = [
-        f"{name} {now[name]}, not {before['plan'].get(name)}"
-        for name in now
-        if name not in said and now[name] != before["plan"].get(name)
-    ]
-    if differing:
+    if not set(LABELS) <= set(cache.slices) or (
+        before.get("labels") not in (None, _labels_fingerprint(cache.slices))
+    ):
         raise StaleError(
-            f"the training in {run_dir} began with other data: {'; '.join(differing)}.",
-            "Give the labels it began with.",
+            f"the labels are not those that the training in {run_dir} began with.",
+            "Give the --labels it began with.",
         )
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """What a training needs, made from its configuration and a cache."""
-
-    config: RunConfig
-    plan: TrainingPlan
-    split: Split
-    model: object
-    loaded: object
-    loader: object
-    validation: object
-    valid_labels: np.ndarray
-
-
-def _ready(config: RunConfig, cache: CTCache) -> _Ready:
-    """Make network and batches.
+class _Training:
+    """What fits and finishes a run.
 
     Args:
         config: settled.
         cache: with labels.
+        model: compiled.
+        loader, validation: batches of the two splits.
+        valid_labels: int (samples, 6).
+        out: the run folder.
     """
-    split, indices = split_indices(cache.slices, config)
-    view = run_view(config)
-    samples = make_samples(cache.slices, cache.series, view)
-    plan = _plan(cache.slices, config, split, indices, samples)
-    chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
 
-    import keras
+    config: RunConfig
+    cache: CTCache
+    model: object
+    loader: object
+    validation: object
+    valid_labels: np.ndarray
+    out: Path
 
+
+def _training(
+    config: RunConfig, cache: CTCache, samples: Samples, indices: dict, model, out: Path
+) -> _Training:
     from ich_keras.data.batches import view_batches
 
-    keras.utils.set_random_seed(config.seed)
-    model, loaded = _compiled_model(config, plan.total_steps)
+    chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
+    view = run_view(config)
     common = {
         "batch_size": config.fit.batch_size,
         "size": config.data.size,
@@ -487,27 +534,64 @@ def _ready(config: RunConfig, cache: CTCache) -> _Ready:
     )
     validation = view_batches(cache, view, chosen["valid"], **common)
     valid_labels = samples.labels[chosen["valid"]]
-    return _Ready(config, plan, split, model, loaded, loader, validation, valid_labels)
+    return _Training(config, cache, model, loader, validation, valid_labels, out)
+
+
+def _restored(training: _Training, tell: Callable[[str], None]) -> _Course:
+    """Put the last state back into the network, and the best weights beside it right."""
+    from ich_keras.models.weights import read_record
+
+    state = load_state(training.out / STATE, training.model, tell)
+    rows = state["history"]
+    course = _Course(
+        rows,
+        state["best_loss"],
+        state["best_epoch"],
+        began=time.perf_counter() - rows[-1]["seconds"],
+    )
+    try:
+        kept = read_record(training.out / BEST_WEIGHTS).get(EPOCH, course.best_epoch)
+    except (DataError, UsageError):
+        kept = None
+    if kept != course.best_epoch:
+        # Written for an epoch whose state was lost. That epoch comes again; on another machine it
+        # may turn out otherwise, and then nothing would say what these weights are.
+        if course.best_epoch == course.done:
+            _keep_best(training, course)
+        else:
+            tell(f"The best weights, of epoch {course.best_epoch}, are lost: the next take over.")
+            course.best_loss = np.inf
+    return course
+
+
+def _keep_best(training: _Training, course: _Course) -> None:
+    from ich_keras.models.weights import save_weights
+
+    record = {
+        "network": network(training.config).to_dict(),
+        "preset": training.config.preset,
+        "intensity": training.config.data.intensity,
+        EPOCH: course.best_epoch,
+    }
+    save_weights(training.model, training.out / BEST_WEIGHTS, record)
 
 
 def _fit(
-    ready: _Ready,
-    out: Path,
-    fitting: _Fitting,
+    training: _Training,
+    course: _Course,
     progress: Progress | None,
     tell: Callable[[str], None],
-    done: int = 0,
 ) -> None:
-    """Train from epoch `done` on, keeping weights and state in `out` after each."""
-    ready.model.fit(
-        ready.loader,
-        epochs=ready.config.fit.epochs,
-        initial_epoch=done,
+    """Train on, keeping weights and state after each epoch."""
+    training.model.fit(
+        training.loader,
+        epochs=training.config.fit.epochs,
+        initial_epoch=course.done,
         shuffle=False,  # the loader does it
         verbose=0,
         callbacks=[
-            _epochs(ready.loader, ready.config, progress),
-            _validation(ready, out, fitting, tell, progress),
+            _epochs(training.loader, training.config, progress),
+            _validation(training, course, tell, progress),
         ],
     )
 
@@ -551,20 +635,15 @@ def _epochs(loader, config: RunConfig, progress: Progress | None):
     return Epochs()
 
 
-def _validation(ready: _Ready, out, fitting, tell, progress):
+def _validation(training: _Training, course: _Course, tell, progress):
     """Return the callback that validates, keeps the best weights and saves the state."""
     import keras
 
     from ich_keras.checkpoints import save_state
     from ich_keras.metrics.binary import binary_metrics, format_metric
-    from ich_keras.models.weights import require_finite, save_weights
+    from ich_keras.models.weights import require_finite
 
-    config, model, labels = ready.config, ready.model, ready.valid_labels
-    record = {
-        "network": network(config).to_dict(),
-        "preset": config.preset,
-        "intensity": config.data.intensity,
-    }
+    model, labels, epochs = training.model, training.valid_labels, training.config.fit.epochs
 
     class Validation(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -579,54 +658,56 @@ def _validation(ready: _Ready, out, fitting, tell, progress):
             try:
                 require_finite(model, f"after epoch {epoch + 1}")
                 values = probabilities(
-                    model, ready.validation, len(labels), progress, step="validating"
+                    model, training.validation, len(labels), progress, step="validating"
                 )
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error
             metrics = binary_metrics(labels, values)
             loss = metrics["log_loss"]
-            is_best = loss < fitting.best_loss
+            is_best = loss < course.best_loss
             if is_best:
-                fitting.best_loss, fitting.best_epoch = loss, epoch + 1
-                save_weights(model, out / BEST_WEIGHTS, record)
-            fitting.rows.append(
+                course.best_loss, course.best_epoch = loss, epoch + 1
+                _keep_best(training, course)
+            course.rows.append(
                 {
                     "epoch": epoch + 1,
                     "learning_rate": rate,
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
                     "valid_auroc_any": metrics["auroc"]["any"],
-                    "seconds": round(time.perf_counter() - fitting.began, 1),
+                    "seconds": round(time.perf_counter() - course.began, 1),
                 }
             )
-            atomic_write(out / HISTORY, pd.DataFrame(fitting.rows).to_csv(index=False))
+            atomic_write(training.out / HISTORY, pd.DataFrame(course.rows).to_csv(index=False))
             save_state(
-                out / STATE,
+                training.out / STATE,
                 model,
                 epoch + 1,
                 {
-                    "history": fitting.rows,
-                    "best_loss": fitting.best_loss,
-                    "best_epoch": fitting.best_epoch,
+                    "history": course.rows,
+                    "best_loss": course.best_loss,
+                    "best_epoch": course.best_epoch,
                 },
             )
             tell(
-                f"epoch {epoch + 1}/{config.fit.epochs}: training loss {train_loss:.4f}, validation"
-                f" log loss {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
+                f"epoch {epoch + 1}/{epochs}: training loss {train_loss:.4f}, validation log loss"
+                f" {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
                 + (" (best so far)" if is_best else "")
             )
 
     return Validation()
 
 
-def _finish(config: RunConfig, cache: CTCache, out: Path, progress: Progress | None) -> None:
+def _finish(training: _Training, progress: Progress | None) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
     from ich_keras.checkpoints import save_model
-    from ich_keras.prediction import load_run
 
-    _, model = load_run(out, config.device)
+    out, device = training.out, training.config.device
+    _, model = load_run(out, device)
     # In float32 for whoever loads it: other machines may have no faster type.
-    save_model(load_run(out, config.device, precision="float32")[1], out / MODEL)
+    save_model(load_run(out, device, precision="float32")[1], out / MODEL)
+    # Left where somebody evaluated the unfinished run, or its evaluation was interrupted.
+    (out / CHOICES).unlink(missing_ok=True)
     for name in ("valid", "test"):
-        evaluate(out, cache, name, model=model, progress=progress)
+        evaluate(out, training.cache, name, model=model, progress=progress)
     write_report(out)

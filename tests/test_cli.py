@@ -40,24 +40,25 @@ def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_pa
     train = ("train", "--cache", phantom_cache_folder, "--preset", "narrow", "--size", 32)
     stopped = ich(*train, "--epochs", 2, "--out", run)
     assert stopped.exit_code == 130
-    go_on = f"To go on: ich-train --resume {run} --cache {phantom_cache_folder}"
-    assert go_on in stopped.output
+    assert stopped.output.endswith(f"To go on: ich-train --resume {run}\nInterrupted.\n")
     monkeypatch.setattr(checkpoints, "save_state", save_state)
     for wrong, message in [
         (("--epochs", 3, "--no-balance"), "--epochs, --balance given with --resume"),
         (("--plan",), "--plan given with --resume"),
-        ((), f"the cache {tmp_path / 'run-cache'} does not exist"),
+        (("--cache", tmp_path / "none"), f"the cache {tmp_path / 'none'} does not exist"),
     ]:
         refused = ich("train", "--resume", run, *wrong)
         assert refused.exit_code == 2
         assert message in refused.output
-    done = ich("train", "--resume", run, "--cache", phantom_cache_folder)
+    done = ich("train", "--resume", run)
     assert done.exit_code == 0, done.output
-    assert "Going on after epoch 1 of 2." in done.output
+    assert "Going on after epoch 1 of 2, torch, cpu, " in done.output
     assert f"Run folder: {run}" in done.output
     assert len(pd.read_csv(run / "history.csv")) == 2
-    again = ich("train", "--resume", run, "--cache", phantom_cache_folder)
+    again = ich("train", "--resume", run, "--cache", tmp_path / "none")
     assert again.exit_code == 2 and "is finished" in again.output
+    none = ich("train", "--resume", tmp_path / "typo")
+    assert none.exit_code == 6 and "typo is not an interrupted training" in none.output
 
 
 def test_ich_train_is_the_train_command():

@@ -21,7 +21,8 @@ from ich_keras.data.trivial import (
     trivial_auroc,
     trivial_detector,
 )
-from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
+from ich_keras.environment import environment_record
+from ich_keras.errors import DataError, EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.metrics.aggregation import aggregate
@@ -382,6 +383,7 @@ class FakeTraining:
         levels["series"]["aggregation"] = {"rule": "max"}
         (out / "state").mkdir()
         write_json(out / "metrics-test.json", levels)
+        (out / "report.md").touch()
 
 
 def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypatch):
@@ -407,34 +409,56 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypa
     assert [config.seed for config in again.configs] == [0, 1]
 
 
-@pytest.mark.parametrize("problem", [None, StaleError("damaged."), DataError("damaged.")])
-def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
-    folder, training, went_on, told = place.run_dir("2d", 0), FakeTraining(), [], []
+def interrupted(place):
     with pytest.raises(KeyboardInterrupt):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1))
+    folder = place.run_dir("2d", 0)
     (folder / "state" / "epoch-0001").mkdir(parents=True)
+    write_json(folder / "environment.json", environment_record("cpu"))
+    return folder
+
+
+@pytest.mark.parametrize("problem", [None, "lost", "versions"])
+def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
+    folder, training, went_on, told = interrupted(place), FakeTraining(), [], []
 
     def resume(out, cache, tell):
         went_on.append(out)
-        if problem is not None:
-            raise problem
+        if problem == "lost":
+            raise LostState("damaged.")
         config = RunConfig.from_dict(read_json(out / "config.json"))
         shutil.rmtree(out)
         FakeTraining()(config, cache, out)
 
     monkeypatch.setattr(reproducing, "resume", resume)
+    if problem == "versions":
+        before = environment_record("cpu")
+        before["versions"]["torch"] = "1.0"
+        write_json(folder / "environment.json", before)
     assert reproduce(place, ["2d"], (0,), tell=told.append, train_run=training) == 1
-    assert went_on == [folder]
+    assert went_on == ([] if problem == "versions" else [folder])
     assert len(training.configs) == (problem is not None)
-    assert ("2d seed 0: cannot go on, starts anew: damaged." in told) == (problem is not None)
+    said = [line for line in told if line.startswith("2d seed 0: cannot go on, starts anew: ")]
+    wanted = {None: "", "lost": "damaged.", "versions": "torch .*, was 1.0"}[problem]
+    assert len(said) == (problem is not None)
+    assert re.search(wanted, "".join(said))
     assert load_results(place.out).keys() == {"2d"}
 
 
+def test_a_run_that_somebody_else_goes_on_with_is_left_alone(place, monkeypatch):
+    folder = interrupted(place)
+
+    def resume(out, cache, tell):
+        raise StaleError("training.lock is locked by another process.")
+
+    monkeypatch.setattr(reproducing, "resume", resume)
+    with pytest.raises(StaleError, match="is locked by another"):
+        reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    assert (folder / "state" / "epoch-0001").is_dir()
+
+
 def test_an_interrupted_run_that_was_declared_otherwise_starts_anew(place, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1))
-    folder, training = place.run_dir("2d", 0), FakeTraining()
-    (folder / "state" / "epoch-0001").mkdir(parents=True)
+    folder, training = interrupted(place), FakeTraining()
     write_json(folder.with_name("2d-s0.json"), {"declaration": "another"})
     monkeypatch.setattr(reproducing, "resume", None)
     assert reproduce(place, ["2d"], (0,), train_run=training) == len(training.configs) == 1

@@ -1,5 +1,6 @@
 """The road from a cache to an evaluated run, small: files, numbers, overfitting, faults, state."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from ich_keras.errors import (
     DataError,
     DivergedError,
     EnvironmentProblem,
+    LostState,
     StaleError,
     UsageError,
 )
@@ -30,6 +32,7 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
+from ich_keras.models.weights import read_record, save_weights
 from ich_keras.prediction import load_run, predict_folder, predict_index, probabilities
 from ich_keras.training import plan_training, train
 
@@ -401,6 +404,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 ):
     # An odd number of batches, two of which make one step: half a step is carried over.
     config = config_of(fit={"epochs": 4, "accumulate": 2, "schedule": "cosine"})
+    backend = keras.backend.backend()
     assert plan_training(phantom_cache, config).steps_per_epoch % 2
     whole = train(config, phantom_cache, tmp_path / "whole")
     run, told = tmp_path / "run", []
@@ -416,7 +420,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
     crash_after(None)
     assert training.resume(run, phantom_cache, tell=told.append) == run
     assert [line for line in told if line.startswith("Going on")] == [
-        f"Going on after epoch {epoch} of 4." for epoch in (1, 3, 4)
+        f"Going on after epoch {epoch} of 4, {backend}, cpu, float32." for epoch in (1, 3, 4)
     ]
     for one, other in zip(arrays_of(run), arrays_of(whole), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -431,22 +435,76 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
         training.resume(run, phantom_cache)
 
 
-def test_it_goes_on_without_the_weights_it_began_from(run, phantom_cache, tmp_path, crash_after):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fit": {"freeze": "layer2"}}, {"fit": {"backbone_factor": 0.1}}, {"norm": "frozen"}],
+)
+def test_it_goes_on_without_the_weights_it_began_from(
+    run, phantom_cache, tmp_path, crash_after, settings
+):
     first = Path(shutil.copy(run / "best.weights.h5", tmp_path / "first.weights.h5"))
+    config = config_of(weights=str(first), **copy.deepcopy(settings))
+    whole = train(config, phantom_cache, tmp_path / "whole")
     crash_after(1)
     with pytest.raises(Crash):
-        train(config_of(weights=str(first)), phantom_cache, tmp_path / "run")
+        train(config, phantom_cache, tmp_path / "run")
     first.unlink()
     crash_after(None)
-    history = pd.read_csv(training.resume(tmp_path / "run", phantom_cache) / "history.csv")
-    assert history["epoch"].tolist() == [1, 2]
+    out = training.resume(tmp_path / "run", phantom_cache)
+    histories = [pd.read_csv(folder / "history.csv") for folder in (out, whole)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in histories))
+
+
+def test_what_was_chosen_before_the_end_is_chosen_again(phantom_cache, tmp_path, crash_after):
+    whole = train(config_of(), phantom_cache, tmp_path / "whole")
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config_of(), phantom_cache, tmp_path / "run")
+    crash_after(None)
+    evaluate(tmp_path / "run", phantom_cache, "valid")
+    early = (tmp_path / "run" / "choices.json").read_text()
+    out = training.resume(tmp_path / "run", phantom_cache)
+    assert (out / "choices.json").read_text() == (whole / "choices.json").read_text() != early
+
+
+def test_best_weights_of_a_lost_epoch_are_put_right(phantom_cache, tmp_path, crash_after):
+    """As a crash leaves them between writing the best weights and the state."""
+    out, told = tmp_path / "run", []
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config_of(fit={"epochs": 3}), phantom_cache, out)
+    best = out / "best.weights.h5"
+    as_written = best.read_bytes()
+    other = classifier(PRESETS[NARROW].spec)
+    record = read_record(best)
+    assert record["epoch"] == 1
+    save_weights(other, best, record | {"epoch": 2})
+    crash_after(2)  # the next epoch dies again, after its state
+    with pytest.raises(Crash):
+        training.resume(out, phantom_cache, tell=told.append)
+    state = files.read_json(out / "state" / "epoch-0002" / "state.json")
+    history = pd.DataFrame(state["history"])
+    assert state["best_epoch"] == history["valid_log_loss"].idxmin() + 1
+    kept = read_record(best)["epoch"]
+    assert kept == state["best_epoch"]
+    if kept == 1:
+        assert best.read_bytes() == as_written
+    # The best of an epoch before the last is gone for good: the next ones take over.
+    save_weights(other, best, record | {"epoch": 3})
+    state["best_epoch"], state["best_loss"] = 1, 0.0
+    write_json(out / "state" / "epoch-0002" / "state.json", state)
+    crash_after(None)
+    training.resume(out, phantom_cache, tell=told.append)
+    assert "The best weights, of epoch 1, are lost: the next take over." in told
+    assert read_record(best)["epoch"] == 3
 
 
 def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
     out = tmp_path / "run"
-    out.mkdir()
+    (out / "state" / ".partial-epoch-0001").mkdir(parents=True)
     with pytest.raises(StaleError, match="is not an interrupted training: it has no state"):
         training.resume(out, phantom_cache)
+    shutil.rmtree(out)
     crash_after(1)
     with pytest.raises(Crash):
         train(config_of(), phantom_cache, out)
@@ -456,19 +514,59 @@ def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
     ):
         training.resume(out, phantom_cache)
     data = files.read_json(out / "data.json")
-    write_json(out / "data.json", data | {"cache": "0" * 64})
-    with pytest.raises(StaleError, match="is not the cache that the training .* not 000000000000"):
-        training.resume(out, phantom_cache)
-    plan = data["plan"] | {"num_positive": data["plan"]["num_positive"] | {"any": 7}}
-    write_json(out / "data.json", data | {"plan": plan})
-    with pytest.raises(
-        StaleError, match="began with other data: num_positive {.*}, not {.*'any': 7"
+    for name, message in (
+        ("cache", "is not the cache that the training .* not 000000000000"),
+        ("labels", "the labels are not those that the training in .* began with"),
     ):
+        write_json(out / "data.json", data | {name: "0" * 64})
+        with pytest.raises(StaleError, match=message):
+            training.resume(out, phantom_cache)
+    shutil.rmtree(out / "state" / "epoch-0001")
+    (out / "state" / "epoch-0001").mkdir()
+    write_json(out / "data.json", data)
+    with pytest.raises(LostState, match="state.json"):
         training.resume(out, phantom_cache)
+
+
+def test_another_environment_is_told(phantom_cache, tmp_path, crash_after):
+    out, told = tmp_path / "run", []
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(config_of(), phantom_cache, out)
+    before = files.read_json(out / "environment.json")
+    assert training.changed_environment(out, "cpu") == []
+    before["versions"]["torch"] = "1.0"
+    write_json(out / "environment.json", before)
+    crash_after(None)
+    training.resume(out, phantom_cache, tell=told.append)
+    assert told[0].startswith("Other than when it began: torch ") and told[0].endswith("was 1.0.")
+
+
+def test_of_two_trainings_in_one_folder_the_second_leaves_the_first_alone(
+    phantom_cache, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+
+    def absent(path):  # as it was a moment before the other one began
+        return path
+
+    monkeypatch.setattr(training, "require_absent", absent)
+    with (
+        files.lock(out / "training.lock"),
+        pytest.raises(StaleError, match="training.lock is locked by another process"),
+    ):
+        write_json(out / "config.json", {})
+        train(config_of(), phantom_cache, out)
+    assert (out / "config.json").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "require_absent", lambda path: monkeypatch.undo() or path)
+    with pytest.raises(UsageError, match="already exists"):
+        train(config_of(), phantom_cache, out)
+    assert (out / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["model.weights.h5", "variables.npz", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "flipped"])
 def test_a_damaged_state_is_passed_over(tmp_path, name, damage):
     model, batches = narrow_model(0)
     for epoch in (1, 2):
@@ -478,7 +576,10 @@ def test_a_damaged_state_is_passed_over(tmp_path, name, damage):
             before = [np.array(v) for v in (*model.weights, *model.optimizer.variables)]
     path = tmp_path / "epoch-0002" / name
     raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "gone": b""}[damage])
+    flipped = raw.replace(b"PK\x01\x02", b"PK\x01\x03", 1).replace(b"{", b"[", 1)
+    flipped = flipped[:8] + bytes(8) + flipped[16:] if name == "model.weights.h5" else flipped
+    changed = {"cut": raw[: len(raw) // 2], "empty": b"", "gone": b"", "flipped": flipped}
+    path.write_bytes(changed[damage])
     if damage == "gone":
         path.unlink()
     again, told = narrow_model(1)[0], []
@@ -488,10 +589,11 @@ def test_a_damaged_state_is_passed_over(tmp_path, name, damage):
         np.testing.assert_array_equal(one, np.asarray(other))
     assert len(told) == 1 and told[0].startswith("State passed over: ") and "epoch-0002" in told[0]
     shutil.rmtree(tmp_path / "epoch-0001")
-    with pytest.raises((StaleError, DataError, UsageError), match="epoch-0002"):
+    with pytest.raises(LostState, match="epoch-0002"):
         checkpoints.load_state(tmp_path, again)
     shutil.rmtree(tmp_path / "epoch-0002")
-    with pytest.raises(StaleError, match="holds no state of a training"):
+    (tmp_path / "epoch-old").mkdir()
+    with pytest.raises(LostState, match="holds no state of a training"):
         checkpoints.load_state(tmp_path, again)
 
 
@@ -537,7 +639,7 @@ def test_a_state_of_another_network_is_refused(tmp_path):
     del arrays[min(arrays)]
     with open(tmp_path / "epoch-0001" / "variables.npz", "wb") as stream:
         np.savez(stream, **arrays)
-    with pytest.raises(StaleError, match="1 variables differ, generator/0 first"):
+    with pytest.raises(LostState, match="1 variables differ, generator/0 first"):
         checkpoints.load_state(tmp_path, narrow_model(1)[0])
 
 
