@@ -19,6 +19,7 @@ from ich_keras.environment import choose_device
 from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
+from ich_keras.planning import plan_training, settled
 from ich_keras.prediction import BEST_WEIGHTS, network
 from ich_keras.processes import process_pool
 from ich_keras.report import REPORT
@@ -27,9 +28,7 @@ from ich_keras.training import (
     STATE,
     changed_environment,
     is_interrupted,
-    plan_training,
     resume,
-    settled,
     train,
 )
 

@@ -468,9 +468,10 @@ def _train_on_data(
     from dataclasses import replace
 
     from ich_keras.files import require_absent
+    from ich_keras.planning import plan_training, settled
     from ich_keras.prediction import require_size
     from ich_keras.preparation import make_cache, open_cache, prepare_index
-    from ich_keras.training import plan_training, settled, train
+    from ich_keras.training import train
 
     require_absent(out)
     cache_dir = cache_dir or _cache_beside(out)

@@ -28,8 +28,8 @@ from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.models.presets import PRESETS
+from ich_keras.planning import plan_training, settled
 from ich_keras.prediction import run_view
-from ich_keras.training import settled
 
 # Not installed: it runs from a clone.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -350,7 +350,6 @@ class FakeTraining:
 
     def __call__(self, config, cache, out, tell=None):
         from ich_keras.data.split import make_split
-        from ich_keras.training import plan_training
 
         self.configs.append(config)
         assert not out.exists()

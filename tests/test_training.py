@@ -33,8 +33,9 @@ from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 from ich_keras.models.weights import read_record, save_weights
+from ich_keras.planning import plan_training, settled, split_indices
 from ich_keras.prediction import load_run, predict_folder, predict_index, probabilities
-from ich_keras.training import plan_training, train
+from ich_keras.training import train
 
 NARROW = "narrow"
 
@@ -540,6 +541,8 @@ def test_another_environment_is_told(phantom_cache, tmp_path, crash_after):
     crash_after(None)
     training.resume(out, phantom_cache, tell=told.append)
     assert told[0].startswith("Other than when it began: torch ") and told[0].endswith("was 1.0.")
+    [noted] = files.read_json(out / "environment.json")["resumed"]
+    assert noted == {"epoch": 1, "changed": [told[0].removesuffix(".").split(": ")[1]]}
 
 
 def test_of_two_trainings_in_one_folder_the_second_leaves_the_first_alone(
@@ -656,7 +659,7 @@ def test_training_starts_from_given_weights(run, phantom_cache, tmp_path):
 def test_slices_without_labels_are_not_trained_on(phantom_cache):
     slices = phantom_cache.slices.copy()
     slices.loc[:9, list(LABELS)] = -1
-    _, indices = training.split_indices(slices, config_of())
+    _, indices = split_indices(slices, config_of())
     rows = np.concatenate(list(indices.values()))
     assert len(rows) == len(slices) - 10
     assert rows.min() >= 10 or not set(range(10)) & set(rows)
@@ -752,13 +755,13 @@ def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cach
     one_channel = dataclasses.replace(PRESETS[NARROW].spec, input_shape=(None, None, 1)).to_dict()
     record = {"network": one_channel, "intensity": "head-z-score"}
     save_weights(model, path, record)
-    assert training._with_intensity(config_of(weights="own")).data.intensity == "head-z-score"
+    assert settled(config_of(weights="own")).data.intensity == "head-z-score"
     given = config_of(weights="own", data={"intensity": "windows"})
-    assert training._with_intensity(given).data.intensity == "windows"
-    assert training._with_intensity(config_of()).data.intensity == "windows"
+    assert settled(given).data.intensity == "windows"
+    assert settled(config_of()).data.intensity == "windows"
     # Made for three windows, and then given one channel by `weights-convert`.
     save_weights(model, path, record | {"intensity": "windows"})
-    assert training._with_intensity(config_of(weights="own")).data.intensity == "wide"
+    assert settled(config_of(weights="own")).data.intensity == "wide"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):

@@ -32,8 +32,9 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.planning import plan_training
 from ich_keras.prediction import predict_folder
-from ich_keras.training import plan_training, train
+from ich_keras.training import train
 
 
 def everything(loader):
