@@ -40,8 +40,8 @@ POSITIVE = 0.31  # of phantom slices; about half of the series
 OVERHEAD_SECONDS = 9  # building, weights and state on disk, evaluation, intervals
 FORWARD = 1 / 3  # of a training step: what a validated sample costs
 # Measured on trainings of `small`. Two at a time share the processor's memory: against what is
-# reckoned of one alone. Without instructions for bfloat16 they are in float32: 2.4 to 3.9 times as
-# long a step as in bfloat16 on another AMD EPYC, five runs, with tests going on beside.
+# reckoned of one alone. Without instructions for bfloat16 they are in float32: 2.0 to 3.9 times as
+# long a step as in bfloat16 on another AMD EPYC, seven runs, with tests going on beside.
 TWO_AT_A_TIME = 1.2
 IN_FLOAT32 = 3
 
