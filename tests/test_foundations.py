@@ -1,5 +1,6 @@
 """Atomic writing, locks, errors, configuration, environment, and what importing costs."""
 
+import errno
 import json
 import os
 import pickle
@@ -266,6 +267,22 @@ def test_public_names_exist():
         assert callable(value) or isinstance(value, (str, tuple)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ich_keras.nothing
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_holds_none(tmp_path, monkeypatch, number):
+    def handle(stream):
+        raise OSError(number, "no lock")
+
+    monkeypatch.setattr(files, "_lock_handle", handle)
+    with files.lock(tmp_path / "lock"):
+        pass
+    number = errno.EWOULDBLOCK
+    with (
+        pytest.raises(StaleError, match="lock is locked by another"),
+        files.lock(tmp_path / "lock"),
+    ):
+        pass
 
 
 def test_no_more_is_begun_ahead_than_asked_for():

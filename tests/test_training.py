@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -247,6 +248,27 @@ def test_workers_predict_the_same(run, phantom_folder, tmp_path):
     assert str(torn) in set(together.rejects["path"])
     left_out = set(index.slices["sop_instance_uid"]) - set(together.slices["sop_instance_uid"])
     assert left_out == {index.slices["sop_instance_uid"].iloc[3]}
+
+
+@pytest.mark.parametrize(
+    ("bytes_ahead", "workers", "begun"),
+    [(1000 * 40 * 40 * 2, 4, [4]), (5 * 40 * 40 * 2, 4, []), (100 * 40 * 40 * 2, 8, [3])],
+)
+def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers, begun):
+    from ich_keras import prediction
+
+    pools = []
+
+    def pool(number, *_):
+        pools.append(number)
+        return ThreadPoolExecutor(number)
+
+    monkeypatch.setattr(prediction, "AHEAD_BYTES", bytes_ahead)
+    monkeypatch.setattr(prediction, "process_pool", pool)
+    with prediction._reading(40, 20, 30, workers) as read:
+        found = list(read([["absent"]] * 3))
+    assert pools == begun
+    assert [bad[0][0] for _, _, bad in found] == ["absent"] * 3
 
 
 def die(size, paths):
