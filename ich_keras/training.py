@@ -174,7 +174,7 @@ def train(
                 write_json(out / WEIGHTS, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")
             tell(_beginning(config, plan))
-            training = _training(config, cache, samples, indices, model, out)
+            training = _make_training(config, cache, samples, indices, model, out)
             _fit(training, _Course(), progress, tell)
             _finish(training, progress)
         finally:
@@ -235,7 +235,7 @@ def resume(
         samples = make_samples(cache.slices, cache.series, run_view(config))
         total_steps = read_json(run_dir / DATA)["plan"]["total_steps"]
         model, _ = _compiled_model(config, total_steps, loads=False)
-        training = _training(config, cache, samples, indices, model, run_dir)
+        training = _make_training(config, cache, samples, indices, model, run_dir)
         course = _restored(training, tell)
         if changes:
             record = read_json(run_dir / ENVIRONMENT)
@@ -282,11 +282,14 @@ def cache_of(run_dir: Path | str) -> Path | None:
 
 
 def changed_environment(run_dir: Path | str, device: str) -> list[str]:
-    """Say what is another now than when a training began: packages, backend, device, machine."""
+    """Say what is another now than when a training began: packages, backend, device, machine, and
+    the precision, where this hardware lacks the run's."""
     before, now = read_json(Path(run_dir) / ENVIRONMENT), environment_record(device)
+    config = RunConfig.from_dict(read_json(Path(run_dir) / CONFIG))
     pairs = {name: (now[name], before.get(name)) for name in now if name != "versions"}
     for name, version in now["versions"].items():
         pairs[name] = version, before.get("versions", {}).get(name)
+    pairs["precision"] = run_precision(config, device), config.precision
     return [f"{name} {one}, was {other}" for name, (one, other) in pairs.items() if one != other]
 
 
@@ -333,7 +336,7 @@ class _Training:
     out: Path
 
 
-def _training(
+def _make_training(
     config: RunConfig, cache: CTCache, samples: Samples, indices: dict, model, out: Path
 ) -> _Training:
     from ich_keras.data.batches import view_batches

@@ -414,6 +414,8 @@ def interrupted(place):
     folder = place.run_dir("2d", 0)
     (folder / "state" / "epoch-0001").mkdir(parents=True)
     write_json(folder / "environment.json", environment_record("cpu"))
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"precision": "float32"})  # as training settles it
     return folder
 
 

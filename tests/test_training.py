@@ -551,13 +551,16 @@ def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
         training.resume(out, phantom_cache)
 
 
-def test_another_environment_is_told(phantom_cache, tmp_path, crash_after):
+def test_another_environment_is_told(phantom_cache, tmp_path, crash_after, monkeypatch):
     out, told = tmp_path / "run", []
     crash_after(1)
     with pytest.raises(Crash):
         train(config_of(), phantom_cache, out)
     before = files.read_json(out / "environment.json")
     assert training.changed_environment(out, "cpu") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "run_precision", lambda config, device: "float16")
+        assert training.changed_environment(out, "cpu") == ["precision float16, was float32"]
     before["versions"]["torch"] = "1.0"
     write_json(out / "environment.json", before)
     crash_after(None)
