@@ -23,6 +23,7 @@ THREADS = click.option(
     show_default="one per core",
     help="Of torch on the CPU.",
 )
+_CUDA_STEPS = 30
 TINY = click.option("--tiny", "is_tiny", is_flag=True, help="Tiny inputs, one repeat: a trial.")
 
 
@@ -67,7 +68,7 @@ def model(
     from benchmarks.records import RESULTS, TRIALS, describe_place, file_name
 
     cases = choose_cases(names, whole, is_tiny)
-    setting = _setting(precision, device, threads, not no_stock)
+    setting = _setting(precision, device, threads, not no_stock, is_tiny)
     place = describe_place(setting.device, threads)
     folder = out or (TRIALS if is_tiny else RESULTS)
     bench = "model-tiny" if is_tiny else "model"
@@ -97,7 +98,9 @@ def peak(is_tiny: bool, precision: str, threads: int, name: str, variant: str, s
     click.echo(take_steps(choose_cases(name, is_tiny=is_tiny)[0], variant, setting, steps))
 
 
-def _setting(precision: str, device: str, threads: int, has_stock: bool = True):
+def _setting(
+    precision: str, device: str, threads: int, has_stock: bool = True, is_tiny: bool = False
+):
     """Decide backend and device before keras is imported."""
     from benchmarks.cases import Setting
     from benchmarks.harness import require_torch
@@ -105,7 +108,8 @@ def _setting(precision: str, device: str, threads: int, has_stock: bool = True):
 
     require_torch()
     device = choose_device(device)
-    return Setting(device, threads, choose_precision(precision, device), has_stock)
+    least_steps = _CUDA_STEPS if device == "cuda" and not is_tiny else 1
+    return Setting(device, threads, choose_precision(precision, device), has_stock, least_steps)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,15 @@ class Setting:
         threads: of torch on the CPU.
         precision: "float32" or "bfloat16", unless a case has its own.
         has_stock: whether Keras' own steps are measured, too; they are slow.
+        least_steps: of a timed run: a GPU takes steps of milliseconds, beside which what `fit`
+            does once would weigh.
     """
 
     device: str
     threads: int
     precision: str
     has_stock: bool = True
+    least_steps: int = 1
 
 
 SLICE, SLAB, SERIES, WHOLE = (256, 256, 3), (5, 256, 256, 1), (32, 128, 128, 1), (60, 256, 256, 1)

@@ -91,7 +91,7 @@ def measure(
 
 def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> list[Row]:
     variants = {name: build() for name, build in variants_of(case, setting).items()}
-    rows = []
+    rows, steps = [], max(case.steps, setting.least_steps)
     for mode in case.modes:
         # Only training tells the several ways of ours apart.
         taking = {
@@ -100,10 +100,10 @@ def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> l
             if mode == TRAIN or not name.startswith(f"{OURS},")
         }
         timings = harness.alternate(
-            {name: partial(run, case.steps) for name, run in taking.items()},
+            {name: partial(run, steps) for name, run in taking.items()},
             repeats,
             sync=harness.wait_for(setting.device),
-            steps=case.steps,
+            steps=steps,
         )
         for name, run in taking.items():
             counted = harness.dispatches(run)
@@ -114,7 +114,7 @@ def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> l
                 precision=case.precision or setting.precision,
                 input_shape=case.shape,
                 batch=case.batch,
-                steps=case.steps,
+                steps=steps,
                 repeats=repeats,
                 ms_median=timings[name].median,
                 ms_q25=timings[name].q25,

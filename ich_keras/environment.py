@@ -73,7 +73,8 @@ def choose_device(name: str = "auto") -> str:
     """Decide where the network runs, before Keras is imported.
 
     Args:
-        name: "auto" takes the GPU when there is a usable one; "cuda" insists on it.
+        name: "auto" takes the GPU when there is a usable one and KERAS_TORCH_DEVICE names no other
+            device; "cuda" insists on it.
 
     Returns:
         "cpu" or "cuda".
@@ -91,6 +92,13 @@ def choose_device(name: str = "auto") -> str:
     if name == "cuda" and reason:
         raise EnvironmentProblem(f"--device cuda: {reason}", "Use --device cpu or auto.")
     device = "cuda" if name != "cpu" and not reason else "cpu"
+    if backend == "torch" and device == "cuda":
+        # Keras' own variable may name a device already: auto follows it, cuda does not.
+        chosen = os.environ.get("KERAS_TORCH_DEVICE", "cuda")
+        if name == "auto" and not chosen.startswith("cuda"):
+            device = "cpu"
+        elif not chosen.startswith("cuda"):
+            os.environ["KERAS_TORCH_DEVICE"] = "cuda"
     if device == "cpu":
         # Each backend takes the GPU by itself when it sees one.
         if backend == "torch":

@@ -242,6 +242,30 @@ def test_devices(monkeypatch):
         choose_device("gpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "variable", "device", "left"),
+    [
+        ("auto", None, "cuda", None),
+        ("auto", "cpu", "cpu", "cpu"),
+        ("auto", "cuda:1", "cuda", "cuda:1"),
+        ("cuda", "cpu", "cuda", "cuda"),
+        ("cuda", "cuda:1", "cuda", "cuda:1"),
+        ("cpu", "cuda:1", "cpu", "cpu"),
+    ],
+)
+def test_a_device_that_keras_was_given_already(asked, variable, device, left, monkeypatch):
+    """As if there were a GPU: what is said must be where Keras then runs."""
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.delenv("KERAS_TORCH_DEVICE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("KERAS_TORCH_DEVICE", variable)
+    program = (
+        "import os; from ich_keras import environment as e; e.why_no_cuda = lambda backend: ''\n"
+        f"print(e.choose_device({asked!r}), os.environ.get('KERAS_TORCH_DEVICE'))"
+    )
+    assert run_python(program).stdout.split() == [device, str(left)]
+
+
 def test_cuda_says_why_it_is_not_there():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
