@@ -1,6 +1,6 @@
-"""The torch backend on a GPU against the processor.
+"""The torch backend on a GPU against the processor: `ICH_TEST_DEVICE=cuda pytest` of this file.
 
-`ICH_TEST_DEVICE=cuda pytest tests/test_cuda.py` runs them; all other tests run on the processor, also where there is a GPU.
+All other tests run on the processor, also where there is a GPU.
 """
 
 import json
