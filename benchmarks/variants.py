@@ -76,12 +76,13 @@ class TorchVariant:
         self.module.train()
         images, truth = self.batch
         for _ in range(steps):
-            self.optimizer.zero_grad(set_to_none=True)
             with self._autocast():
                 logits = self.forward(images)
             loss = functional.binary_cross_entropy_with_logits(logits.float(), truth)
             loss.backward()
             self.optimizer.step()
+            # At the end, as ours does: else what lies there before a step holds its gradients.
+            self.optimizer.zero_grad(set_to_none=True)
 
     def predict(self, steps: int) -> None:
         """Predict so many batches; the results arrive on the host."""

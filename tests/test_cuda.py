@@ -32,6 +32,7 @@ pytestmark = [
         keras.backend.backend() != "torch" or DEVICE != "cuda",
         reason="needs a GPU: ICH_TEST_DEVICE=cuda pytest tests/test_cuda.py",
     ),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 
 
@@ -143,7 +144,7 @@ def test_half_precision_learns_a_batch_by_heart(name, precision):
 
 @pytest.mark.parametrize("recompute", ["stage", "block"])
 def test_recomputation_takes_less_memory_and_gives_the_same(recompute, float64):
-    _, model, images = twins(replace(NETWORKS["series"], input_shape=(17, 96, 96, 1)))
+    _, model, images = twins(replace(NETWORKS["series"], input_shape=(17, 128, 128, 1)))
     images = images.to(DEVICE)
     start, peaks, found = model.get_weights(), [], []
     for way in (None, recompute):
@@ -158,7 +159,7 @@ def test_recomputation_takes_less_memory_and_gives_the_same(recompute, float64):
         for variable in model.trainable_variables:
             variable.value.grad = None
     assert_close(*found, 1e-9)
-    assert peaks[1] < 0.7 * peaks[0], peaks
+    assert peaks[1] < 0.85 * peaks[0], peaks
 
 
 def test_prediction_takes_fewer_at_once_when_the_memory_is_full():

@@ -23,9 +23,11 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
     rate = learning_rate._value if isinstance(learning_rate, keras.Variable) else learning_rate
     by_dtype: dict[torch.dtype, list] = {}
     for grad, variable in zip(grads, variables, strict=True):
-        weight, *slots = _flat(optimizer, variable)
+        weight, *slots = _tensors(optimizer, variable)
         grad = _in_order_of(variable._value, grad)
-        row = (weight, grad.as_strided(weight.shape, weight.stride()), *slots)
+        if (grad.shape, grad.stride()) != (weight.shape, weight.stride()):
+            grad = grad.as_strided(weight.shape, weight.stride())
+        row = (weight, grad, *slots)
         by_dtype.setdefault(weight.dtype, []).append(row)
     for rows in by_dtype.values():
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -65,8 +67,9 @@ def _lay_out(slot, weight: torch.Tensor) -> None:
         tensor.data = _in_order_of(weight, tensor.data)
 
 
-def _flat(optimizer, variable) -> list[torch.Tensor]:
-    """Return a weight and its slots as arrays of one axis, which the kernel need not copy.
+def _tensors(optimizer, variable) -> list[torch.Tensor]:
+    """Return a weight and its slots as the kernel takes them without a copy: on the CPU as arrays
+    of one axis, on a GPU as they are.
 
     They are made once: the views hold their memory, so an equal address is the same memory.
     """
@@ -81,7 +84,9 @@ def _flat(optimizer, variable) -> list[torch.Tensor]:
     ):
         for slot in slots:
             _lay_out(slot, variable._value)
-        found = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+        found = tensors
+        if variable._value.device.type == "cpu":
+            found = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
         optimizer._flat[place] = found
     return found
 
