@@ -217,7 +217,7 @@ def _runs_section(results: Results) -> list[str]:
                 f"`{key}`",
                 RUNS[key].title,
                 ", ".join(str(result.seed) for result in group),
-                ", ".join(sorted({info["config"]["precision"] for info in infos})),
+                "; ".join(sorted(set(map(_place, infos)))),
                 _mean_text([info["patients"]["train"] for info in infos], 0),
                 _mean_text([info["patients"]["test"] for info in infos], 0),
                 _mean_text([info["config"]["fit"]["epochs"] for info in infos], 0),
@@ -227,19 +227,24 @@ def _runs_section(results: Results) -> list[str]:
                 _mean_text([info["seconds"] for info in infos], 0),
             ]
         )
-    header = ["run", "what", "seeds", "precision", "training patients", "test patients", "epochs"]
+    header = ["run", "what", "seeds", "trained on", "training patients", "test patients", "epochs"]
     header += ["steps", "samples seen", "operations (10^12 multiply-adds)", "seconds"]
     return [
         "## Runs",
         "",
-        "Means over seeds. Precision: bfloat16 where the processor has instructions for it, float32"
+        "Means over seeds. Precision: bfloat16 where the device has instructions for it, float32"
         " where it has not. Operations: three times the forward pass, of all training samples."
-        " Seconds: training and validation after each epoch.",
+        " Seconds: training and validation after each epoch; of different devices and precisions"
+        " they do not compare.",
         "",
         markdown_table(header, rows),
         "",
         *hardly_learned([key for key in RUNS if key in results], results),
     ]
+
+
+def _place(info: dict) -> str:
+    return f"{info['machine']['device']}, {info['config']['precision']}"
 
 
 def _mean_text(values: Sequence[float], digits: int) -> str:

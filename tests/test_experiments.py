@@ -798,21 +798,22 @@ def test_tables_put_each_number_into_its_column():
     assert row[6:] == [interval, prevalence, skill]
 
 
-def test_runs_are_shown_as_means_with_every_precision_they_had():
+def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
     from experiments.write_up import _runs_section
 
-    def trained(seed, precision, steps):
+    def trained(seed, device, precision, steps):
         info = {"patients": {"train": 10 + seed, "test": 5}, "steps": steps}
         info |= {"samples_seen": 8 * steps, "training_operations": 3e12, "seconds": 60.0}
         config = {"precision": precision, "fit": {"epochs": 2}, "data": {"view": "slice"}}
+        info["machine"] = {"device": device, "cores": 2}
         return made_result("2d", seed, some_rows(seed), config=config, **info)
 
-    mixed = [trained(0, "float32", 100), trained(2, "bfloat16", 300)]
+    mixed = [trained(0, "ARM", "float32", 100), trained(2, "H100", "bfloat16", 300)]
     row = cells(_runs_section({"2d": mixed}), "`2d`")
-    assert row[:4] == ["`2d`", RUNS["2d"].title, "0, 2", "bfloat16, float32"]
+    assert row[:4] == ["`2d`", RUNS["2d"].title, "0, 2", "ARM, float32; H100, bfloat16"]
     assert row[4:] == ["11", "5", "2", "200", "1,600", "3.0", "60"]
     alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
-    assert alone[2:4] == ["0", "float32"]
+    assert alone[2:4] == ["0", "ARM, float32"]
 
 
 def test_what_starts_from_a_network_that_has_not_learned_says_so():
