@@ -233,9 +233,9 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     try:
         backend = choose_backend()
         rows.append(("backend", True, backend))
-        reason = why_no_cuda(backend)
-        device = "cuda" if not reason else "cpu"
-        rows.append(("device", True, f"cpu ({reason})" if reason else "cuda"))
+        device = choose_device()
+        reason = why_no_cuda(backend) or "chosen"
+        rows.append(("device", True, f"cpu ({reason})" if device == "cpu" else device))
         rows.append(("precision", True, choose_precision("auto", device)))
     except (EnvironmentProblem, UsageError) as error:
         rows.append(("backend", False, str(error)))

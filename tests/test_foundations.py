@@ -261,9 +261,12 @@ def test_a_device_that_keras_was_given_already(asked, variable, device, left, mo
         monkeypatch.setenv("KERAS_TORCH_DEVICE", variable)
     program = (
         "import os; from ich_keras import environment as e; e.why_no_cuda = lambda backend: ''\n"
-        f"print(e.choose_device({asked!r}), os.environ.get('KERAS_TORCH_DEVICE'))"
+        "e.has_bfloat16 = lambda device: True\n"
+        "told = dict(row[::2] for row in e.doctor())['device'].split()[0]\n"
+        f"print(told, e.choose_device({asked!r}), os.environ.get('KERAS_TORCH_DEVICE'))"
     )
-    assert run_python(program).stdout.split() == [device, str(left)]
+    told = "cpu" if variable == "cpu" else "cuda"
+    assert run_python(program).stdout.split() == [told, device, str(left)]
 
 
 def test_cuda_says_why_it_is_not_there():

@@ -14,6 +14,7 @@ import torch
 from test_networks import NARROW, TINY, random_batch
 
 from ich_keras.errors import UsageError
+from ich_keras.models import torch_adam
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
@@ -702,8 +703,10 @@ def test_one_value_per_channel_is_normalised_as_keras_does():
     assert_close(found[1], found[0], 1e-6)
 
 
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_fused_adam_in_any_memory_order_equals_torch(amsgrad):
+def test_fused_adam_in_any_memory_order_equals_torch(amsgrad, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch_adam, "_takes_any", lambda weight: as_on_a_gpu)
     model = build(NARROW)
     choose_step(model)
     variables = model.trainable_variables

@@ -68,8 +68,7 @@ def _lay_out(slot, weight: torch.Tensor) -> None:
 
 
 def _tensors(optimizer, variable) -> list[torch.Tensor]:
-    """Return a weight and its slots as the kernel takes them without a copy: on the CPU as arrays
-    of one axis, on a GPU as they are.
+    """Return a weight and its slots as the kernel takes them without a copy.
 
     They are made once: the views hold their memory, so an equal address is the same memory.
     """
@@ -84,11 +83,20 @@ def _tensors(optimizer, variable) -> list[torch.Tensor]:
     ):
         for slot in slots:
             _lay_out(slot, variable._value)
-        found = tensors
-        if variable._value.device.type == "cpu":
-            found = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+        weight = variable._value
+        if _takes_any(weight):
+            shape, stride = weight.shape, weight.stride()
+        else:
+            shape, stride = (weight.numel(),), (1,)
+        found = [tensor.as_strided(shape, stride) for tensor in tensors]
         optimizer._flat[place] = found
     return found
+
+
+def _takes_any(weight: torch.Tensor) -> bool:
+    """Tell whether the kernel takes any memory order that all its arrays share, as on a GPU; on
+    the CPU it copies what is not contiguous."""
+    return weight.device.type != "cpu"
 
 
 def _in_order_of(weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
