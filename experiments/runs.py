@@ -111,7 +111,7 @@ SCALES = {
             "series": Fitting(8, 14, 1e-3),
         },
         seeds=(0, 1, 2),
-        # A quarter, 55 patients, taught slices and series next to nothing; slabs cost most.
+        # Slabs cost most, and of a quarter (55 patients) slices and series had an early epoch kept.
         fractions={"slice": (0.25, 0.5), "slab": (0.5,), "series": (0.25, 0.5)},
         num_series=400,
         other_series=200,
@@ -457,6 +457,7 @@ class Question:
         in_all: whether `all` asks it.
         only_shared: whether the two held out different samples, and are compared on those that
             both did.
+        note: what a comparison has in it beside its question.
     """
 
     title: str
@@ -464,6 +465,7 @@ class Question:
     pairs: tuple[tuple[str, str], ...] = ()
     in_all: bool = False
     only_shared: bool = False
+    note: str = ""
 
 
 QUESTIONS = {
@@ -483,12 +485,23 @@ QUESTIONS = {
             ("series-operations", "slab"),
         ),
         True,
+        note=(
+            "`2d`, `slab` and `series` have each view's own epochs and learning rate;"
+            " `2d-operations` and `series-operations` are the same networks, trained for as many"
+            " operations as `slab`."
+        ),
     ),
     "stride": Question(
-        "What do strides along the slices cost on slabs of five?",
+        "Depth stride 1 or MedicalNet's network on slabs of five?",
         ("slab", "slab-medicalnet"),
         (("slab", "slab-medicalnet"),),
         True,
+        note=(
+            "The networks differ in the strides in depth and in the plane, in dilation and in the"
+            " kind of shortcut, and both are trained from scratch with a learning rate and epochs"
+            " that were chosen on `slab`: the difference is that of the two networks at this"
+            " budget, not what a stride costs (`stride-9` changes nothing but strides in depth)."
+        ),
     ),
     "stride-9": Question(
         "What do strides along the slices cost, and all else equal, on slabs of nine?",

@@ -207,6 +207,20 @@ def compare(
     )
 
 
+def shared_scores(
+    ones: Sequence[Result], others: Sequence[Result], level: str
+) -> list[tuple[dict, dict]]:
+    """Return the metrics of two models on the samples that both scored, of each seed they share."""
+    by_seed = {result.seed: result for result in others}
+    found = []
+    for result in ones:
+        if result.seed in by_seed:
+            pair = aligned(scored(result, level), scored(by_seed[result.seed], level), True)
+            if len(pair[0].names):
+                found.append(tuple(binary_metrics(part.truth, part.values) for part in pair))
+    return found
+
+
 def aligned(one: Scored, other: Scored, only_shared: bool = False) -> tuple[Scored, Scored]:
     """Bring two models' answers into the same order, by name.
 

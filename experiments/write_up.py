@@ -8,6 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.caveats import (
+    LEAST_PATIENTS,
+    LEAST_SEEDS,
+    RANKING,
+    Results,
+    behind,
+    early,
+    early_notes,
+    hardly_learned,
+    kept_epoch,
+    over_seeds,
+    place,
+    source_notes,
+    trivial_values,
+    unlike_places,
+    verdict,
+)
 from experiments.figures import curve_points, draw_all
 from experiments.reproduce import absent_weights
 from experiments.results import Result, load_results
@@ -19,20 +36,23 @@ from experiments.scores import (
     compare,
     constant_under_convention,
     intervals,
+    pick,
+    scored,
     seed_values,
+    shared_scores,
     under_convention,
 )
 from experiments.tables import PUBLISHED
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import format_metric
+from ich_keras.metrics.binary import binary_metrics, format_metric
+from ich_keras.metrics.intervals import RESAMPLES
 from ich_keras.report import NOT_CLINICAL, markdown_table
 
 README = "README.md"
 SYNTHETIC = "phantoms (synthetic): says nothing about patients"
-_RANKING = "auroc/any"
-_HEADLINE = ("log_loss", _RANKING)
+_HEADLINE = ("log_loss", RANKING)
 _TABLE_TITLES = {
     1: "loss after four epochs, three networks on slices",
     2: "2D ResNet-18 on slices",
@@ -48,9 +68,6 @@ _TABLE_1 = (
     ("2d-resnet50-4-epochs", "2d-50-stand-in", "2d-50-stand-in-thesis"),
 )
 TABLE_1_EPOCHS = 4
-# Below these the report draws no line: percentile intervals of a few patients are too narrow, and
-# one training says little about the next.
-LEAST_SEEDS, LEAST_PATIENTS = 3, 30
 
 _CONVENTION = (
     "Thesis convention: its split, on which the same held-out samples choose the model; each"
@@ -64,7 +81,12 @@ _CONVENTION = (
     " against never any haemorrhage)."
 )
 
-Results = Mapping[str, Sequence[Result]]
+_MACRO_NOTE = (
+    "Precision, recall, F1 and specificity are means over the labels that have such a rate: a label"
+    " that is never predicted has no precision. For these and the Hamming metrics no intervals are"
+    " made (n/a)."
+)
+
 Compared = tuple[str, str, str, Difference]  # one, other, level, one minus other
 
 
@@ -95,7 +117,7 @@ def write_report(out: Path, tell=None) -> Path:
     for table in shown:
         lines += _table_1(results) if table == 1 else _table(table, results)
     if set(shown) - {1}:
-        lines += [_CONVENTION, ""]
+        lines += [_CONVENTION, _MACRO_NOTE, ""]
     for name in QUESTIONS:
         lines += _question(name, results, compared[name])
     lines += _figures(results, out)
@@ -122,7 +144,7 @@ def mark_of(results: Results) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
         f"{data}; {when}; {'; '.join(machines)}; seeds {', '.join(map(str, seeds))};"
-        f" {hours:.2f} h of training"
+        f" {hours:.2f} process hours of training"
     )
 
 
@@ -155,10 +177,13 @@ def _head(results: Results) -> list[str]:
         "",
         "All models on the patient split of a seed have the same test patients (those on the"
         " thesis's split and the stand-ins on other phantoms have their own). Numbers are means"
-        " over seeds. Intervals are 95 %, from resampled patients: drawn once for all seeds, a"
-        " patient counts in each seed in whose test set it is. They hold for these trained models"
-        " on other patients; what another training would give shows in the range over seeds. No"
-        " correction is made for the number of comparisons.",
+        f" over seeds. Intervals over patients are 95 %, percentiles of {RESAMPLES:,} resamples:"
+        " patients are drawn once for all seeds, and count in each seed in whose test set they are."
+        " They hold for these trained models on other patients, and have no variation between"
+        " trainings in them. A seed changes split and training together; the range of so few values"
+        " describes them, and the interval over seeds (Student's t; the test sets of seeds overlap)"
+        " is as wide as three values make it. No correction is made for the number of"
+        " comparisons.",
         "",
     ]
 
@@ -179,28 +204,35 @@ def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> l
     """Say of each comparison that `all` makes how far the two lie apart, in one line."""
     rows = []
     for name, question in QUESTIONS.items():
-        # Views balance their samples differently, and their log loss has that in it.
-        metrics = _HEADLINE if question.only_shared else (_RANKING,)
         pairs = compared[name] if question.in_all else ()
-        for (one, other, level, difference), metric in itertools.product(pairs, metrics):
+        for (one, other, level, difference), metric in itertools.product(pairs, _HEADLINE):
+            # Slices are balanced in training, series are not: it would be in their log loss.
+            if metric != RANKING and len({results[key][0].is_series for key in (one, other)}) > 1:
+                continue
             row = _difference_row(one, other, level, difference, metric)
-            weak = [
-                f"`{key}` (seed {', '.join(map(str, seeds))})"
-                for key in (one, other)
-                if (seeds := sorted({*_behind(results[key], level)} & {*difference.seeds}))
-            ]
-            said = f"; not above counting voxels: {', '.join(weak)}" if weak else ""
-            rows.append([name, *row[:6], row[-1] + said])
+            for said, found in (
+                ("not above counting voxels", {k: behind(results[k], level) for k in (one, other)}),
+                ("early epoch kept", {k: early(results[k]) for k in (one, other)}),
+            ):
+                weak = [
+                    f"`{key}` (seed {', '.join(map(str, seeds))})"
+                    for key in (one, other)
+                    if (seeds := sorted({*found[key]} & {*difference.seeds}))
+                ]
+                row[-1] += f"; {said}: {', '.join(weak)}" if weak else ""
+            rows.append([name, *row[:7], row[-1]])
     if not rows:
         return []
     header = ["question", "difference", "level", "metric", "mean of the seeds (range)"]
+    header += ["95 % interval over patients", "95 % interval over seeds", "seeds"]
     return [
         "## In short",
         "",
         "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). What"
-        " the runs are, and all metrics, stand below.",
+        " the runs are, all metrics, and what a comparison has in it beside its question, stand"
+        " below.",
         "",
-        markdown_table([*header, "95 % interval", "seeds", "the interval"], rows),
+        markdown_table([*header, "the interval over patients"], rows),
         "",
     ]
 
@@ -217,34 +249,45 @@ def _runs_section(results: Results) -> list[str]:
                 f"`{key}`",
                 RUNS[key].title,
                 ", ".join(str(result.seed) for result in group),
-                "; ".join(sorted(set(map(_place, infos)))),
+                "; ".join(sorted(set(map(place, infos)))),
                 _mean_text([info["patients"]["train"] for info in infos], 0),
                 _mean_text([info["patients"]["test"] for info in infos], 0),
-                _mean_text([info["config"]["fit"]["epochs"] for info in infos], 0),
+                _fitting_text(infos),
+                ", ".join(f"{kept_epoch(result)} of {len(result.history)}" for result in group),
                 _mean_text([info["steps"] for info in infos], 0),
                 _mean_text([info["samples_seen"] for info in infos], 0),
                 _mean_text([info["training_operations"] / 1e12 for info in infos], 1),
-                _mean_text([info["seconds"] for info in infos], 0),
+                spread([info["seconds"] for info in infos], 0),
             ]
         )
-    header = ["run", "what", "seeds", "trained on", "training patients", "test patients", "epochs"]
-    header += ["steps", "samples seen", "operations (10^12 multiply-adds)", "seconds"]
+    header = ["run", "what", "seeds", "trained on", "training patients", "test patients"]
+    header += [
+        "learning rate, batch",
+        "epoch kept",
+        "steps",
+        "samples seen",
+        "operations (10^12 multiply-adds)",
+        "seconds",
+    ]
     return [
         "## Runs",
         "",
         "Means over seeds. Precision: bfloat16 where the device has instructions for it, float32"
-        " where it has not. Operations: three times the forward pass, of all training samples."
-        " Seconds: training and validation after each epoch; of different devices and precisions"
-        " they do not compare.",
+        " where it has not. Epoch kept, of all: that of the lowest validation log loss, seed by"
+        " seed. Operations: three times the forward pass, of all training samples. Seconds (range):"
+        " training and validation after each epoch, of one process; of different devices and"
+        " precisions they do not compare.",
         "",
         markdown_table(header, rows),
         "",
         *hardly_learned([key for key in RUNS if key in results], results),
+        *early_notes([key for key in RUNS if key in results], results),
     ]
 
 
-def _place(info: dict) -> str:
-    return f"{info['machine']['device']}, {info['config']['precision']}"
+def _fitting_text(infos: Sequence[dict]) -> str:
+    fits = [info["config"]["fit"] for info in infos]
+    return "; ".join(sorted({f"{fit['learning_rate']:g}, {fit['batch_size']}" for fit in fits}))
 
 
 def _mean_text(values: Sequence[float], digits: int) -> str:
@@ -266,19 +309,6 @@ def bounds(row: dict | None, digits: int = 4) -> str:
     if row is None or row["low"] is None:
         return "n/a"
     return f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
-
-
-def verdict(row: dict, patients: int, seeds: int = LEAST_SEEDS) -> str:
-    """Say where an interval lies, and no more."""
-    if patients < LEAST_PATIENTS:
-        return "too few patients"
-    if seeds < LEAST_SEEDS:
-        return "too few seeds"
-    if row["low"] is None:
-        return "not defined often enough"
-    if row["low"] > 0:
-        return "above 0"
-    return "below 0" if row["high"] < 0 else "includes 0"
 
 
 def _absent(key: str) -> str:
@@ -307,6 +337,7 @@ def _table_1(results: Results) -> list[str]:
                 _seeds_text(group),
                 format_metric(PUBLISHED[published].loss),
                 spread([loss_after(r) for r in results[thesis]])
+                + _fewer_text(results[thesis], group)
                 if thesis in results
                 else _absent(thesis),
                 spread([loss_after(result) for result in group]) if group else _absent(sound),
@@ -317,20 +348,29 @@ def _table_1(results: Results) -> list[str]:
             ]
         )
     header = ["network", "seeds", "as published", "thesis split and augmentation, validation"]
-    header += ["patient split, validation", "patient split, test", "95 % interval"]
-    header += ["constant: prevalence", "skill"]
+    header += ["patient split, validation", "patient split, test, epoch kept", "95 % interval"]
+    header += ["test, constant: prevalence", "test, skill"]
     return [
         f"## Table 1: {_TABLE_TITLES[1]}",
         "",
         markdown_table(header, rows),
         "",
-        f"Validation: log loss after {TABLE_1_EPOCHS} epochs, or after the last of fewer. Test: of"
-        " the best epoch by validation. The two validation columns differ in the split and in how"
+        f"Validation: log loss after {TABLE_1_EPOCHS} epochs, as published, or after the last of"
+        " fewer; the learning rate of ours falls over more epochs (see Runs), so that a training is"
+        " under way there. Test: of the epoch kept. The two validation columns differ in the split"
+        " and in how"
         " training was augmented; what the split alone does is under *leak*. Skill: 1 - loss / loss"
         " of the constant. A constant answer of no haemorrhage has no finite log loss.",
         "",
-        *_source_notes([sound for _, sound, _ in _TABLE_1], results),
+        *source_notes([sound for _, sound, _ in _TABLE_1], results),
     ]
+
+
+def _fewer_text(group: Sequence[Result], others: Sequence[Result]) -> str:
+    """Name the seeds of a number that stands beside one of more seeds."""
+    if len(group) >= len(others):
+        return ""
+    return f" (seed {', '.join(str(result.seed) for result in group)})"
 
 
 def _seeds_text(group: Sequence[Result]) -> str:
@@ -341,31 +381,11 @@ def _seeds_text(group: Sequence[Result]) -> str:
     return ", ".join(str(result.seed) for result in group) + few
 
 
-def _source_notes(keys: Sequence[str], results: Results) -> list[str]:
-    """Say which runs start from a network that has hardly learned itself."""
-    notes = []
-    for key in keys:
-        for source in RUNS[key].depends_on:
-            if key in results and source in results and hardly_learned([source], results):
-                notes += [
-                    f"`{key}` starts from `{source}`, which does not rank above counting voxels"
-                    " itself: it says little about starting from learned weights.",
-                    "",
-                ]
-    return notes
-
-
 def seed_values_of_baseline(results: Sequence[Result], level: str, name: str) -> list[float]:
     """Return what the prevalence of the training set scores, per seed."""
     found = (
         result.info["metrics"][level]["baseline"]["prevalence"].get(name) for result in results
     )
-    return [value for value in found if value is not None]
-
-
-def trivial_values(results: Sequence[Result], level: str) -> list[float]:
-    """Return the AUROC(any) of the detector that counts voxels, per seed."""
-    found = (result.info["trivial_auroc_any"][level] for result in results)
     return [value for value in found if value is not None]
 
 
@@ -388,13 +408,20 @@ def _table(table: int, results: Results) -> list[str]:
                 lines += [f"**{RUNS[key].title}**: {_absent(key)}.", ""]
             continue
         lines += [
-            f"**{RUNS[key].title}** (seeds {_seeds_text(results[key])})",
+            f"**{RUNS[key].title}** (seeds {_seeds_text(results[key])}; thesis convention: seeds"
+            f" {_seeds_text(results.get(thesis_key, []))}; {_intensity_text(results[key])})",
             "",
             _network_table(results[key], results.get(thesis_key, []), thesis_key),
             "",
-            *_source_notes([key], results),
+            *source_notes([key], results),
         ]
     return lines
+
+
+def _intensity_text(group: Sequence[Result]) -> str:
+    names = {"windows": "three windows", "wide": "one wide range"}
+    found = {result.info["config"]["data"].get("intensity") for result in group}
+    return ", ".join(sorted(names.get(name, "intensity not recorded") for name in found))
 
 
 def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key: str) -> str:
@@ -413,7 +440,7 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
                 format_metric(published[name]),
                 spread([row[name] for row in convention]) if thesis else _absent(thesis_key),
                 spread([row[name] for row in constant]),
-                spread(seed_values(group, level, ours)),
+                spread(seed_values(group, level, ours)) + _labels_text(group, level, ours),
                 bounds((found or {}).get(ours)),
                 spread(seed_values_of_baseline(group, level, ours)),
                 spread(_negative(group, level, ours)),
@@ -435,12 +462,22 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
     return markdown_table(header, rows)
 
 
+def _labels_text(group: Sequence[Result], level: str, metric: str) -> str:
+    """Say of a mean over labels over how many it is, where some label has no such rate."""
+    numbers = {
+        binary_metrics(part.truth, part.values)["defined_labels"].get(metric, len(LABELS))
+        for part in (scored(result, level) for result in group)
+    }
+    return f" ({min(numbers)} of {len(LABELS)} labels)" if min(numbers) < len(LABELS) else ""
+
+
 def _question(name: str, results: Results, compared: Sequence[Compared]) -> list[str]:
     question = QUESTIONS[name]
     finished = [key for key in question.runs if key in results]
     if not finished or (not question.in_all and set(finished) <= _shared_runs(name)):
         return []
     lines = [f"## {name}: {question.title}", ""]
+    lines += [question.note, ""] if question.note else []
     scale = SCALES.get(results[finished[0]][0].info["scale"])
     absent = [
         key
@@ -450,6 +487,7 @@ def _question(name: str, results: Results, compared: Sequence[Compared]) -> list
     if absent:
         lines += [f"Not run: {', '.join(f'`{key}`' for key in absent)}.", ""]
     lines += _scores_table(finished, results)
+    lines += unlike_places([(one, other, d.seeds) for one, other, _, d in compared], results)
     if name == "leak":
         return lines + _leak(results, compared)
     if name == "fractions":
@@ -477,6 +515,7 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
                     f"`{key}`",
                     level,
                     _seeds_text(group),
+                    _counts_text(group, level),
                     *(
                         text
                         for metric in _HEADLINE
@@ -491,18 +530,27 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
                     ", ".join(_rules(group)) if level == "series" else "",
                 ]
             )
-    header = ["run", "level", "seeds", "log loss", "95 % interval", "AUROC(any)", "95 % interval"]
+    header = ["run", "level", "seeds", "samples (any)"]
+    header += ["log loss", "95 % interval", "AUROC(any)", "95 % interval"]
     header += ["log loss of the prevalence", "skill", "counting voxels: AUROC(any)"]
     header += ["slices to series by"]
     return [
         markdown_table(header, rows),
         "",
-        "Mean over seeds (range), and its interval. Counting voxels: a logistic regression on how"
-        " many voxels lie in each band of HU, on the same slices; of a series its worst slice.",
+        "Mean over seeds (range), and its interval over patients. Samples (any): of the test set,"
+        " and those with any haemorrhage, seed by seed. Counting voxels: a logistic regression on"
+        " how many voxels lie in each band of HU, fitted on the slices that the run was trained on;"
+        " of a series its worst slice.",
         "",
         *_balance_note([result for key in keys for result in results[key]]),
         *hardly_learned(keys, results),
+        *early_notes(keys, results),
     ]
+
+
+def _counts_text(group: Sequence[Result], level: str) -> str:
+    counts = [r.info["metrics"][level]["n"] for r in group if level in r.info["metrics"]]
+    return "; ".join(f"{n['samples']:,} ({n['positive']['any']:,})" for n in counts)
 
 
 def _balance_note(results: Sequence[Result]) -> list[str]:
@@ -516,36 +564,6 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def hardly_learned(keys: Sequence[str], results: Results) -> list[str]:
-    """Name the trainings that rank no better than the detector that counts voxels."""
-    named = []
-    for key in keys:
-        for level in LEVELS:
-            behind = _behind(results[key], level)
-            if behind:
-                is_every = len(behind) == len(results[key])
-                which = "every seed" if is_every else f"of seed {' and '.join(map(str, behind))}"
-                named.append(f"`{key}` per {level} ({which})")
-    if not named:
-        return []
-    return [
-        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has"
-        " hardly learned at this budget; a comparison with it says that, and no more.",
-        "",
-    ]
-
-
-def _behind(group: Sequence[Result], level: str) -> list[int]:
-    """Return the seeds whose network ranks no better than counting voxels."""
-    return [
-        result.seed
-        for result in group
-        if (values := seed_values([result], level, _RANKING))
-        and (counting := trivial_values([result], level))
-        and values[0] <= counting[0]
-    ]
-
-
 def _rules(results: Sequence[Result]) -> list[str]:
     """Return the rules by which a run's slices became series, chosen on each seed's validation."""
     found = (result.info["metrics"].get("series", {}).get("aggregation") for result in results)
@@ -556,8 +574,9 @@ def _differences(found: Sequence[Compared], metrics: Sequence[str] = _HEADLINE) 
     if not found:
         return []
     rows = [_difference_row(*compared, metric) for compared in found for metric in metrics]
-    header = ["difference", "level", "metric", "mean of the seeds (range)", "95 % interval"]
-    header += ["seeds", "samples of patients", "the interval"]
+    header = ["difference", "level", "metric", "mean of the seeds (range)"]
+    header += ["95 % interval over patients", "95 % interval over seeds"]
+    header += ["seeds", "samples of patients", "the interval over patients"]
     return [
         "On the same test patients, paired (log loss: below 0 is better; AUROC: above 0 is"
         " better):",
@@ -571,15 +590,17 @@ def _difference_row(
     one: str, other: str, level: str, difference: Difference, metric: str
 ) -> list[str]:
     row = difference.mean[metric]
+    values = [value for value in difference.per_seed[metric] if value is not None]
     return [
         f"`{one}` - `{other}`",
         level,
         metric,
-        spread([value for value in difference.per_seed[metric] if value is not None]),
+        spread(values),
         bounds(row),
+        over_seeds(values),
         ", ".join(map(str, difference.seeds)),
         f"{difference.num_samples} of {difference.num_patients}",
-        verdict(row, difference.num_patients, len(difference.seeds)),
+        verdict(row, difference.num_patients, len(difference.seeds), values),
     ]
 
 
@@ -607,8 +628,25 @@ def _leak(results: Results, compared: Sequence[Compared]) -> list[str]:
         " on none of theirs. It had fewer slices, so that the difference is, if anything, too"
         " small:",
         "",
+        _shared_table(results["2d-leaky"], results["2d"]),
+        "",
         *_differences(compared, tuple(dict.fromkeys(names))),
     ]
+
+
+def _shared_table(leaky: Sequence[Result], fair: Sequence[Result]) -> str:
+    """Score two runs on the slices that both held out, seed by seed."""
+    found = shared_scores(leaky, fair, "slice")
+    rows = [
+        [
+            f"`{group[0].key}`",
+            "; ".join(f"{m['n']['samples']} ({m['n']['positive']['any']})" for m in metrics),
+            *(spread([pick(m, name) for m in metrics]) for name in _HEADLINE),
+        ]
+        for group, metrics in zip((leaky, fair), zip(*found, strict=True), strict=True)
+    ]
+    header = ["run, on the shared slices", "samples (any)", "log loss", "AUROC(any)"]
+    return markdown_table(header, rows)
 
 
 def _fractions_note(results: Results) -> list[str]:

@@ -619,7 +619,10 @@ def made_result(key, seed, rows, level="slice", rule="max", **info):
         metrics["series"]["aggregation"] = {"rule": rule}
     content = {"config": {"data": {"view": level}, "fit": {"epochs": 2}}, "metrics": metrics}
     content["trivial_auroc_any"] = {"slice": 0.7, "series": 0.6}
-    history = pd.DataFrame({"epoch": [1, 2], "valid_log_loss": [0.6, 0.5]})
+    content |= {"date": "2026-01-02", "machine": {"device": "ARM", "cores": 2}}
+    content["environment"] = {"backend": "torch", "versions": {"torch": "2.0"}}
+    history = {"epoch": [1, 2], "valid_log_loss": [0.6, 0.5], "valid_auroc_any": [0.6, 0.7]}
+    history = pd.DataFrame(info.pop("history", history))
     return Result(key, seed, content | info, table, history, None)
 
 
@@ -651,7 +654,7 @@ def test_pairs_are_aligned_by_name():
 
 
 def test_networks_that_have_hardly_learned_are_named():
-    from experiments.write_up import hardly_learned
+    from experiments.caveats import hardly_learned
 
     results = {
         "2d": [made_result("2d", seed, some_rows(1)) for seed in range(3)],
@@ -796,6 +799,9 @@ def test_tables_put_each_number_into_its_column():
     row = cells(_table_1(results), RUNS["2d-stand-in"].title)
     assert row[1:6] == ["0 (too few)", "0.0927", "0.5000", "0.5000", ours]
     assert row[6:] == [interval, prevalence, skill]
+    several = results | {"2d-stand-in": [sound, made_result("2d-stand-in", 1, some_rows(3))]}
+    row = cells(_table_1(several), RUNS["2d-stand-in"].title)
+    assert row[1:4] == ["0, 1 (too few)", "0.0927", "0.5000 (seed 0)"]
 
 
 def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
@@ -804,16 +810,23 @@ def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
     def trained(seed, device, precision, steps):
         info = {"patients": {"train": 10 + seed, "test": 5}, "steps": steps}
         info |= {"samples_seen": 8 * steps, "training_operations": 3e12, "seconds": 60.0}
-        config = {"precision": precision, "fit": {"epochs": 2}, "data": {"view": "slice"}}
+        fit = {"epochs": 2, "learning_rate": 0.001 * (1 + seed), "batch_size": 32}
+        config = {"precision": precision, "fit": fit, "data": {"view": "slice"}}
         info["machine"] = {"device": device, "cores": 2}
         return made_result("2d", seed, some_rows(seed), config=config, **info)
 
     mixed = [trained(0, "ARM", "float32", 100), trained(2, "H100", "bfloat16", 300)]
     row = cells(_runs_section({"2d": mixed}), "`2d`")
-    assert row[:4] == ["`2d`", RUNS["2d"].title, "0, 2", "ARM, float32; H100, bfloat16"]
-    assert row[4:] == ["11", "5", "2", "200", "1,600", "3.0", "60"]
+    assert row[:4] == [
+        "`2d`",
+        RUNS["2d"].title,
+        "0, 2",
+        "ARM, float32, torch 2.0; H100, bfloat16, torch 2.0",
+    ]
+    assert row[4:8] == ["11", "5", "0.001, 32; 0.003, 32", "2 of 2, 2 of 2"]
+    assert row[8:] == ["200", "1,600", "3.0", "60 (60 to 60)"]
     alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
-    assert alone[2:4] == ["0", "ARM, float32"]
+    assert alone[2:4] == ["0", "ARM, float32, torch 2.0"]
 
 
 def test_what_starts_from_a_network_that_has_not_learned_says_so():
@@ -823,7 +836,7 @@ def test_what_starts_from_a_network_that_has_not_learned_says_so():
     info |= {"training_operations": 1e12, "seconds": 60.0}
     config = {
         "precision": "float32",
-        "fit": {"epochs": 2},
+        "fit": {"epochs": 2, "learning_rate": 0.001, "batch_size": 32},
         "data": {"view": "slice", "balance": False},
     }
 
@@ -840,11 +853,12 @@ def test_what_starts_from_a_network_that_has_not_learned_says_so():
     for lines in (_table_1(good), _table(2, good), _table(2, {"2d-stand-in": good["2d-stand-in"]})):
         assert not any(line.startswith(said) for line in lines)
     named = [line for line in _runs_section(bad) if "Not above counting voxels" in line]
-    assert ["`stand-in-2d-18` per slice (every seed)" in line for line in named] == [True]
+    assert ["`stand-in-2d-18` per slice (of seed 0)" in line for line in named] == [True]
     assert not any("Not above counting voxels" in line for line in _runs_section(good))
 
 
 def test_the_leak_is_shown_on_shared_slices():
+    from experiments.caveats import over_seeds
     from experiments.write_up import _compared, _leak
 
     counts = {"patients": {"train": 30}, "slices": {"train": 200}}
@@ -862,7 +876,15 @@ def test_the_leak_is_shown_on_shared_slices():
     ]
     assert row[2] == "log_loss"
     assert row[3] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
-    assert row[5:] == ["0, 1, 2", "72 of 3", "too few patients"]
+    assert row[5] == over_seeds(each)
+    assert row[6:] == ["0, 1, 2", "72 of 3", "too few patients"]
+    # Both alone, on the same slices.
+    for group in (leaky, shared):
+        values = [seed_metric(one, "log_loss") for one in group]
+        row = cells(lines, f"`{group[0].key}`")
+        assert row[2] == f"{np.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+        positive = [int((one.predictions["true_any"] == 1).sum()) for one in group]
+        assert row[1] == "; ".join(f"24 ({number})" for number in positive)
     # Only of the seeds that are compared.
     more = made_result("2d", 3, some_rows(3), patients={"train": 90}, slices={"train": 999})
     results["2d"] = [*fair, more]
@@ -884,20 +906,70 @@ def test_the_report_begins_with_every_comparison_in_one_line():
     # Of questions that `all` asks.
     assert not any("slab-9" in line for line in lines)
     table = next(line for line in lines if line.startswith("| question"))
-    row = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    row = [cell.strip() for cell in table.splitlines()[3].strip("|").split("|")]
     each = [
         seed_metric(one, "auroc/any") - seed_metric(other, "auroc/any")
         for one, other in zip(results["slab"], results["2d"], strict=True)
     ]
     assert row[:4] == ["views", "`slab` - `2d`", "slice", "auroc/any"]
     assert row[4] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
-    assert row[6] == "0, 1, 2"
-    assert row[7] == "too few patients; not above counting voxels: `2d` (seed 1)"
+    assert row[7] == "0, 1, 2"
+    assert row[8] == "too few patients; not above counting voxels: `2d` (seed 1)"
     assert _in_short({name: [] for name in QUESTIONS}, results) == []
 
 
+def test_early_epochs_are_named():
+    from experiments.caveats import early, early_notes, kept_epoch
+
+    def trained(seed, losses, rankings):
+        table = {"epoch": range(1, len(losses) + 1)}
+        table |= {"valid_log_loss": losses, "valid_auroc_any": rankings}
+        return made_result("2d", seed, some_rows(seed), history=table)
+
+    group = [
+        trained(0, [0.5, 0.4, 0.6, 0.7], [0.5, 0.6, 0.7, 0.9]),
+        trained(1, [0.5, 0.4, 0.3, 0.7], [0.5, 0.6, 0.7, 0.8]),
+        trained(2, [0.3, 0.4, 0.5, 0.7], [0.5, 0.6, 0.7, 0.8]),
+    ]
+    assert [kept_epoch(result) for result in group] == [2, 3, 1]
+    assert early(group) == [0, 2]
+    (line, _) = early_notes(("2d",), {"2d": group})
+    assert "`2d` (epochs 2 of 4, 1 of 4; 0.550 and 0.850)" in line
+    assert early_notes(("2d",), {"2d": group[1:2]}) == []
+
+
+def test_trainings_in_other_places_are_named():
+    from experiments.caveats import unlike_places
+
+    config = {"precision": "float32", "fit": {"epochs": 2}, "data": {"view": "slice"}}
+    ones = [made_result("2d", s, some_rows(s), config=config) for s in range(3)]
+    machine = {"machine": {"device": "H100"}}
+    version = {"environment": {"backend": "torch", "versions": {"torch": "2.1"}}}
+    others = [
+        made_result("slab", s, some_rows(s), config=config, **changes)
+        for s, changes in enumerate((machine, {}, version))
+    ]
+    results = {"2d": ones, "slab": others}
+    (line, _) = unlike_places([("slab", "2d", (0, 1, 2))] * 2, results)
+    assert line.endswith("part of the difference: `slab` - `2d` (seed 0, 2).")
+    assert unlike_places([("slab", "2d", (1,))], results) == []
+
+
+def test_a_result_older_than_its_source_is_named():
+    from experiments.caveats import source_notes
+
+    source = [made_result("stand-in-2d-18", 0, some_rows(0))]
+    made = [
+        made_result("2d-stand-in", seed, some_rows(seed), date=f"2026-01-0{1 + seed}")
+        for seed in range(3)
+    ]
+    (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
+    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+
+
 def test_words_follow_the_numbers():
-    from experiments.write_up import bounds, loss_after, spread, verdict
+    from experiments.caveats import over_seeds, verdict
+    from experiments.write_up import bounds, loss_after, spread
 
     assert verdict({"low": 0.1, "high": 0.3}, 100) == "above 0"
     assert verdict({"low": -0.3, "high": -0.1}, 100) == "below 0"
@@ -905,6 +977,14 @@ def test_words_follow_the_numbers():
     assert verdict({"low": None, "high": None}, 100) == "not defined often enough"
     assert verdict({"low": 0.1, "high": 0.3}, 10) == "too few patients"
     assert verdict({"low": 0.1, "high": 0.3}, 100, 1) == "too few seeds"
+    assert verdict({"low": 0.1, "high": 0.3}, 100, 3, [0.1, 0.5, 0.2]) == "above 0"
+    disagreeing = verdict({"low": -0.3, "high": -0.1}, 100, 3, [-0.9, 0.1, -0.2])
+    assert disagreeing == "below 0; the seeds disagree"
+    for low, high in ((-0.001, 0.1), (0.001, 0.1), (-0.1, 0.001)):
+        assert verdict({"low": low, "high": high}, 100) == "ends at about 0"
+    # Mean 2, standard deviation 1: 4.3027 / sqrt(3) either way.
+    assert over_seeds([1.0, 2.0, 3.0], 3) == "-0.484 to 4.484"
+    assert over_seeds([1.0, 2.0]) == "n/a"
     assert spread([]) == bounds(None) == "n/a"
     assert spread([0.5]) == "0.5000"
     assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"

@@ -1,0 +1,185 @@
+"""What keeps a number of the report from saying more than it does, worked out from the results: too
+few seeds or patients, seeds that disagree, networks that have not learned, early epochs, trainings
+in different places."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from experiments.results import Result
+from experiments.runs import RUNS
+from experiments.scores import LEVELS, seed_values
+
+RANKING = "auroc/any"
+# Below these the report draws no line: percentile intervals of a few patients are too narrow, and
+# one training says little about the next.
+LEAST_SEEDS, LEAST_PATIENTS = 3, 30
+# Of an interval's width: twice the standard error of a bound from 1,000 resamples of a normal one.
+_NEAR = 0.05
+
+Results = Mapping[str, Sequence[Result]]
+
+
+def verdict(
+    row: dict, patients: int, seeds: int = LEAST_SEEDS, per_seed: Sequence[float] = ()
+) -> str:
+    """Say where an interval over patients lies, and whether the seeds agree; no more.
+
+    Args:
+        row: has "low" and "high".
+        patients: resampled.
+        seeds: of the mean.
+        per_seed: the difference of each.
+    """
+    if patients < LEAST_PATIENTS:
+        return "too few patients"
+    if seeds < LEAST_SEEDS:
+        return "too few seeds"
+    low, high = row["low"], row["high"]
+    if low is None:
+        return "not defined often enough"
+    if min(abs(low), abs(high)) < _NEAR * (high - low):
+        said = "ends at about 0"
+    elif low > 0 or high < 0:
+        said = "above 0" if low > 0 else "below 0"
+    else:
+        return "includes 0"
+    disagree = len({np.sign(value) for value in per_seed}) > 1
+    return f"{said}; the seeds disagree" if disagree else said
+
+
+def over_seeds(values: Sequence[float], digits: int = 4) -> str:
+    """Write the 95 % interval of a mean over seeds by Student's t; "n/a" below three."""
+    if len(values) < LEAST_SEEDS:
+        return "n/a"
+    reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    mean = np.mean(values)
+    return f"{mean - reach:.{digits}f} to {mean + reach:.{digits}f}"
+
+
+def trivial_values(results: Sequence[Result], level: str) -> list[float]:
+    """Return the AUROC(any) of the detector that counts voxels, per seed."""
+    found = (result.info["trivial_auroc_any"][level] for result in results)
+    return [value for value in found if value is not None]
+
+
+def behind(group: Sequence[Result], level: str) -> list[int]:
+    """Return the seeds whose network ranks no better than counting voxels."""
+    return [
+        result.seed
+        for result in group
+        if (values := seed_values([result], level, RANKING))
+        and (counting := trivial_values([result], level))
+        and values[0] <= counting[0]
+    ]
+
+
+def hardly_learned(keys: Iterable[str], results: Results) -> list[str]:
+    """Name the trainings that rank no better than the detector that counts voxels."""
+    named = []
+    for key in keys:
+        for level in LEVELS:
+            seeds = behind(results[key], level)
+            if seeds:
+                is_every = len(seeds) == len(results[key]) > 1
+                which = "every seed" if is_every else f"of seed {' and '.join(map(str, seeds))}"
+                named.append(f"`{key}` per {level} ({which})")
+    if not named:
+        return []
+    return [
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has not"
+        " learned at this budget, or the epoch kept is an early one; a comparison with it says"
+        " that, and no more.",
+        "",
+    ]
+
+
+def source_notes(keys: Iterable[str], results: Results) -> list[str]:
+    """Say which runs start from a network that has hardly learned itself, or from an earlier
+    training of it than is kept."""
+    notes = []
+    for key in keys:
+        for source in RUNS[key].depends_on:
+            if key not in results or source not in results:
+                continue
+            if hardly_learned([source], results):
+                notes += [
+                    f"`{key}` starts from `{source}`, which does not rank above counting voxels"
+                    " itself: it says little about starting from learned weights.",
+                    "",
+                ]
+            made = results[source][0].info["date"]
+            older = [str(r.seed) for r in results[key] if r.info["date"] < made]
+            if older:
+                notes += [
+                    f"`{key}` of seed {' and '.join(older)} is older than what is kept of"
+                    f" `{source}` ({made}): it started from an earlier training of it.",
+                    "",
+                ]
+    return notes
+
+
+def kept_epoch(result: Result) -> int:
+    """Return the epoch whose weights were kept: that of the lowest validation log loss, from 1."""
+    row = result.history["valid_log_loss"].idxmin()
+    return int(result.history["epoch"][row])
+
+
+def early(group: Sequence[Result]) -> list[int]:
+    """Return the seeds whose kept epoch lies in the first half of the training."""
+    return [result.seed for result in group if 2 * kept_epoch(result) <= len(result.history)]
+
+
+def early_notes(keys: Iterable[str], results: Results) -> list[str]:
+    """Name the trainings whose scored model has seen half of what was spent, or less."""
+    named = []
+    for key in keys:
+        group = [result for result in results[key] if result.seed in early(results[key])]
+        if not group:
+            continue
+        epochs = ", ".join(f"{kept_epoch(r)} of {len(r.history)}" for r in group)
+        kept, last = (
+            np.mean([r.history["valid_auroc_any"].iloc[row(r)] for r in group])
+            for row in (lambda r: r.history["valid_log_loss"].argmin(), lambda r: -1)
+        )
+        named.append(f"`{key}` (epochs {epochs}; {kept:.3f} and {last:.3f})")
+    if not named:
+        return []
+    return [
+        "**Early epochs kept.** The model scored is that of the epoch with the lowest validation"
+        " log loss. Of these it lies in the first half of the training (in brackets the AUROC of"
+        f" `any` on validation, then and after the last epoch): {'; '.join(named)}. Steps and"
+        " operations are what was spent, of which such a model has seen a part; a comparison with"
+        " it is also one of how the epoch was chosen.",
+        "",
+    ]
+
+
+def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Results) -> list[str]:
+    """Name compared trainings of other devices, precisions or versions of the backend.
+
+    Args:
+        pairs: (one, other, the seeds compared).
+        results: of both.
+    """
+    named = []
+    for one, other, seeds in dict.fromkeys((a, b, tuple(s)) for a, b, s in pairs):
+        places = [{r.seed: place(r.info) for r in results[key]} for key in (one, other)]
+        differing = [str(seed) for seed in seeds if places[0][seed] != places[1][seed]]
+        if differing:
+            named.append(f"`{one}` - `{other}` (seed {', '.join(differing)})")
+    if not named:
+        return []
+    return [
+        "Trained on other devices, in other precisions or with other versions (see Runs), which is"
+        f" part of the difference: {', '.join(named)}.",
+        "",
+    ]
+
+
+def place(info: dict) -> str:
+    """Say what a run was trained on."""
+    backend = info["environment"]["backend"]
+    version = info["environment"]["versions"].get(backend)
+    return f"{info['machine']['device']}, {info['config']['precision']}, {backend} {version}"
