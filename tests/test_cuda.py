@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from test_networks import random_batch
-from test_torch_step import NETWORKS, build
+from test_torch_step import NETWORKS, assert_close, build
 from test_training import Crash, arrays_of, config_of, crash_after, narrow_preset  # noqa: F401
 
 from ich_keras import training
@@ -69,13 +69,6 @@ def twins(spec):
 
 def gradients(model) -> dict[str, np.ndarray]:
     return {v.path: v.value.grad.cpu().numpy() for v in model.trainable_variables}
-
-
-def assert_close(one: dict, other: dict, rtol: float):
-    assert list(one) == list(other)
-    for name in one:
-        scale = max(np.abs(one[name]).max(), 1e-8)
-        np.testing.assert_allclose(other[name], one[name], atol=rtol * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
