@@ -1,10 +1,10 @@
 """The command line: `python -m benchmarks`. Nothing heavy is imported before a command runs."""
 
-import os
 from pathlib import Path
 
 import click
 
+from ich_keras.processes import usable_threads
 from ich_keras.terminal import Group, catch_termination
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -19,8 +19,8 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="auto,
 THREADS = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    default=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-    show_default="one per core",
+    default=usable_threads,
+    show_default="OMP_NUM_THREADS, or one per core",
     help="Of torch on the CPU.",
 )
 _CUDA_STEPS = 30

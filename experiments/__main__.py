@@ -5,16 +5,13 @@ from pathlib import Path
 
 import click
 
+from ich_keras.processes import usable_threads
 from ich_keras.terminal import Group, catch_termination, terminal_progress
 
 HELP = {"help_option_names": ["-h", "--help"]}
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs")  # not part of the repository
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _scale_options(command):
@@ -71,8 +68,8 @@ def _run_options(command):
         click.option(
             "--threads",
             type=click.IntRange(min=1),
-            default=_cores,
-            show_default="one per core",
+            default=usable_threads,
+            show_default="OMP_NUM_THREADS, or one per core",
         ),
     ):
         command = option(command)
@@ -134,10 +131,11 @@ def report(is_tiny, is_small, dicom, labels, work, out) -> None:
     """Make tables and figures of what is finished; --out alone is enough."""
     from experiments.write_up import write_report
 
-    if out is None:
-        scale = _scale(is_tiny, is_small, dicom)
-        out = _out_of(scale.name, work or WORK / f"experiments-{scale.name}")
-    click.echo(f"Report: {write_report(out, lambda line: click.echo(line, err=True))}")
+    scale = None
+    if out is None or is_tiny or is_small or dicom is not None:
+        scale = _scale(is_tiny, is_small, dicom).name
+        out = out or _out_of(scale, work or WORK / f"experiments-{scale}")
+    click.echo(f"Report: {write_report(out, lambda line: click.echo(line, err=True), scale)}")
 
 
 @main.command()
@@ -195,6 +193,7 @@ def _reproduce(
 ) -> None:
     from experiments.data import Place
     from experiments.runs import Source, chosen_runs
+    from ich_keras.environment import choose_device
     from ich_keras.errors import UsageError
     from ich_keras.models.weights import FOLDER_VARIABLE
 
@@ -218,7 +217,9 @@ def _reproduce(
     from experiments.reproduce import reproduce
     from experiments.write_up import write_report
 
-    require_matplotlib()  # now rather than after hours
+    # Now rather than after hours.
+    choose_device(device)
+    require_matplotlib()
     with terminal_progress() as progress:
         reproduce(
             place,

@@ -21,20 +21,17 @@ _NEAR = 0.05
 Results = Mapping[str, Sequence[Result]]
 
 
-def verdict(
-    row: dict, patients: int, seeds: int = LEAST_SEEDS, per_seed: Sequence[float] = ()
-) -> str:
-    """Say where an interval over patients lies, and whether the seeds agree; no more.
+def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
+    """Say where an interval over patients lies, and whether the seeds bear it; no more.
 
     Args:
         row: has "low" and "high".
         patients: resampled.
-        seeds: of the mean.
-        per_seed: the difference of each.
+        per_seed: the difference of each seed.
     """
     if patients < LEAST_PATIENTS:
         return "too few patients"
-    if seeds < LEAST_SEEDS:
+    if len(per_seed) < LEAST_SEEDS:
         return "too few seeds"
     low, high = row["low"], row["high"]
     if low is None:
@@ -45,17 +42,23 @@ def verdict(
         said = "above 0" if low > 0 else "below 0"
     else:
         return "includes 0"
-    disagree = len({np.sign(value) for value in per_seed}) > 1
-    return f"{said}; the seeds disagree" if disagree else said
+    if len({np.sign(value) for value in per_seed}) > 1:
+        return f"{said}; the seeds disagree"
+    first, last = _over_seeds(per_seed)
+    return f"{said}; that over seeds includes 0" if first <= 0 <= last else said
 
 
 def over_seeds(values: Sequence[float], digits: int = 4) -> str:
     """Write the 95 % interval of a mean over seeds by Student's t; "n/a" below three."""
     if len(values) < LEAST_SEEDS:
         return "n/a"
+    low, high = _over_seeds(values)
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _over_seeds(values: Sequence[float]) -> tuple[float, float]:
     reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    mean = np.mean(values)
-    return f"{mean - reach:.{digits}f} to {mean + reach:.{digits}f}"
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
 def trivial_values(results: Sequence[Result], level: str) -> list[float]:
@@ -165,10 +168,9 @@ def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Resu
     """
     named = []
     for one, other, seeds in dict.fromkeys((a, b, tuple(s)) for a, b, s in pairs):
-        places = [{r.seed: place(r.info) for r in results[key]} for key in (one, other)]
-        differing = [str(seed) for seed in seeds if places[0][seed] != places[1][seed]]
+        differing = _unlike(one, other, seeds, results)
         if differing:
-            named.append(f"`{one}` - `{other}` (seed {', '.join(differing)})")
+            named.append(f"`{one}` - `{other}` (seed {', '.join(map(str, differing))})")
     if not named:
         return []
     return [
@@ -176,6 +178,31 @@ def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Resu
         f" part of the difference: {', '.join(named)}.",
         "",
     ]
+
+
+def _unlike(one: str, other: str, seeds: Sequence[int], results: Results) -> list[int]:
+    places = [{r.seed: place(r.info) for r in results[key]} for key in (one, other)]
+    return [seed for seed in seeds if places[0][seed] != places[1][seed]]
+
+
+def flags(one: str, other: str, level: str, seeds: Sequence[int], results: Results) -> list[str]:
+    """Say in few words what a comparison has in it beside its question."""
+    found = []
+    for said, of in (
+        ("not above counting voxels", lambda group: behind(group, level)),
+        ("early epoch kept", early),
+    ):
+        named = [
+            f"`{key}` (seed {', '.join(map(str, these))})"
+            for key in (one, other)
+            if (these := sorted({*of(results[key])} & {*seeds}))
+        ]
+        found += [f"{said}: {', '.join(named)}"] if named else []
+    differing = _unlike(one, other, seeds, results)
+    if differing:
+        seeds = ", ".join(map(str, differing))
+        found.append(f"other device, precision or version (seed {seeds})")
+    return found
 
 
 def place(info: dict) -> str:

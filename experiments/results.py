@@ -45,6 +45,18 @@ _KEPT_METRICS = (
 )
 
 
+# What the report takes from result.json without asking.
+_ENTRIES = {
+    **dict.fromkeys(("scale", "config.precision", "config.data.view", "machine.device"), str),
+    **dict.fromkeys(("environment.backend", "date"), str),
+    **dict.fromkeys(("config.fit", "environment.versions", "patients", "metrics"), dict),
+    **dict.fromkeys(("slices", "trivial_auroc_any"), dict),
+    **dict.fromkeys(("machine.cores", "steps", "samples_seen"), int),
+    **dict.fromkeys(("seconds", "training_operations"), (int, float)),
+    "synthetic": bool,
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
     """A finished run.
@@ -297,15 +309,40 @@ def load_result(out: Path, key: str, seed: int) -> Result:
     """
     folder = out / "runs" / f"{key}-s{seed}"
     info = _read_info(folder)
+    if not all(_has(info, path, kind) for path, kind in _ENTRIES.items()):
+        raise _damaged(folder, RESULT)
+    history = pd.read_csv(folder / HISTORY)
+    losses = pd.to_numeric(history.get("valid_log_loss", pd.Series()), errors="coerce")
+    if not {"epoch", "valid_auroc_any"} <= {*history} or losses.isna().all():
+        raise _damaged(folder, HISTORY)
     augmented = folder / AUGMENTED
     return Result(
         key,
         seed,
         info,
-        _read(folder / PREDICTIONS),
-        pd.read_csv(folder / HISTORY),
-        _read(augmented) if augmented.is_file() else None,
+        _read_rows(folder, PREDICTIONS),
+        history,
+        _read_rows(folder, AUGMENTED) if augmented.is_file() else None,
     )
+
+
+def _has(info: dict, path: str, kind: type) -> bool:
+    for name in path.split("."):
+        info = info.get(name) if isinstance(info, dict) else None
+    return isinstance(info, kind)
+
+
+def _read_rows(folder: Path, name: str) -> pd.DataFrame:
+    """Read predictions: names, patients, numbers; each sample once."""
+    table = _read(folder / name)
+    numbers = ["patient", *LABELS, *TRUTH_COLUMNS]
+    if (
+        not {"sop", "series", *numbers} <= {*table}
+        or not all(pd.api.types.is_numeric_dtype(table[column]) for column in numbers)
+        or table.duplicated(["sop", "series"]).any()
+    ):
+        raise _damaged(folder, name)
+    return table
 
 
 def load_results(out: Path) -> dict[str, list[Result]]:
@@ -320,10 +357,18 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         if key in RUNS and seed.isdecimal():
             result = load_result(out, key, int(seed))
             scale = SCALES.get(result.info["scale"])
+            if scale is not None and scale.is_synthetic != result.info["synthetic"]:
+                raise _damaged(path.parent, RESULT)
             # What DICOM files were declared is known only to whoever has them.
             if scale is not None and scale.is_synthetic:
                 _require_declared(result.info, path.parent, declaration(key, scale, int(seed)))
             found.setdefault(key, []).append(result)
+    scales = sorted({r.info["scale"] for results in found.values() for r in results})
+    if len(scales) > 1:
+        raise StaleError(
+            f"the results in {out} are of the scales {' and '.join(scales)}.",
+            "Keep the results of one scale in one folder.",
+        )
     for is_other in (False, True):
         caches = _caches(found, is_other)
         if len(caches) > 1:

@@ -15,13 +15,15 @@ import pandas as pd
 from experiments.convention import thesis_metrics
 from experiments.results import Result
 from experiments.runs import SCALES
-from ich_keras.errors import DataError
+from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.intervals import RESAMPLES, mean_bootstrap, mean_paired_bootstrap
 
 LEVELS = ("slice", "series")
+# Of metrics: what rounding probabilities to six digits may change.
+_SIX_DIGITS = 1e-3
 # The thesis's names of its metrics -> ours; where they have no like among ours, none.
 THESIS_NAMES = {
     "loss": "log_loss",
@@ -205,6 +207,31 @@ def compare(
         num_patients,
         tuple(seeds),
     )
+
+
+def require_own_metrics(result: Result) -> None:
+    """Check that a run's metrics are those of its predictions, which have six digits.
+
+    Raises:
+        StaleError: they are not.
+    """
+    for level, kept in result.info["metrics"].items():
+        part = scored(result, level)
+        found = None if part is None else binary_metrics(part.truth, part.values)
+        if (
+            found is None
+            or found["n"] != kept["n"]
+            or any(
+                abs((pick(found, name) or 0) - (pick(kept, name) or 0)) > _SIX_DIGITS
+                for name in ("log_loss", "auroc/any")
+            )
+        ):
+            raise StaleError(
+                f"the metrics of {result.key} seed {result.seed} per {level} are not those of its"
+                " predictions.",
+                f"Remove its folder {result.key}-s{result.seed}: the command that made it makes it"
+                " again.",
+            )
 
 
 def shared_scores(

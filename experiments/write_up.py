@@ -13,9 +13,8 @@ from experiments.caveats import (
     LEAST_SEEDS,
     RANKING,
     Results,
-    behind,
-    early,
     early_notes,
+    flags,
     hardly_learned,
     kept_epoch,
     over_seeds,
@@ -37,6 +36,7 @@ from experiments.scores import (
     constant_under_convention,
     intervals,
     pick,
+    require_own_metrics,
     scored,
     seed_values,
     shared_scores,
@@ -90,23 +90,33 @@ _MACRO_NOTE = (
 Compared = tuple[str, str, str, Difference]  # one, other, level, one minus other
 
 
-def write_report(out: Path, tell=None) -> Path:
+def write_report(out: Path, tell=None, scale: str | None = None) -> Path:
     """Make tables and figures of all that is finished below a folder, from nothing else.
 
     Args:
         out: has runs/; receives README.md and figures/.
         tell: called with single lines of text.
+        scale: that the results are said to have; None takes any.
 
     Returns:
         README.md.
 
     Raises:
-        StaleError: nothing is finished, or the results do not belong together.
+        StaleError: nothing is finished, the results are damaged, do not belong together or are of
+            another scale.
         EnvironmentProblem: matplotlib is absent.
     """
     results = load_results(out)
     if not results:
-        raise StaleError(f"{out} has no finished run.", "`python -m experiments all --tiny` first.")
+        raise StaleError(
+            f"{out} has no finished run.",
+            "`python -m experiments all`, of one of the scales, first.",
+        )
+    found = _all(results)[0].info["scale"]
+    if scale not in (None, found):
+        raise StaleError(f"{out} has results of the scale {found}, not {scale}.")
+    for result in _all(results):
+        require_own_metrics(result)
     compared = {}
     for name in QUESTIONS:
         if tell is not None:
@@ -210,17 +220,13 @@ def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> l
             if metric != RANKING and len({results[key][0].is_series for key in (one, other)}) > 1:
                 continue
             row = _difference_row(one, other, level, difference, metric)
-            for said, found in (
-                ("not above counting voxels", {k: behind(results[k], level) for k in (one, other)}),
-                ("early epoch kept", {k: early(results[k]) for k in (one, other)}),
-            ):
-                weak = [
-                    f"`{key}` (seed {', '.join(map(str, seeds))})"
-                    for key in (one, other)
-                    if (seeds := sorted({*found[key]} & {*difference.seeds}))
+            rows.append(
+                [
+                    name,
+                    *row[:7],
+                    "; ".join([row[-1], *flags(one, other, level, difference.seeds, results)]),
                 ]
-                row[-1] += f"; {said}: {', '.join(weak)}" if weak else ""
-            rows.append([name, *row[:7], row[-1]])
+            )
     if not rows:
         return []
     header = ["question", "difference", "level", "metric", "mean of the seeds (range)"]
@@ -228,9 +234,11 @@ def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> l
     return [
         "## In short",
         "",
-        "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). What"
-        " the runs are, all metrics, and what a comparison has in it beside its question, stand"
-        " below.",
+        "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). Log"
+        " loss is left out where one of the two was trained on whole series, which are balanced"
+        " otherwise. The last column says where the interval over patients lies, whether that over"
+        " seeds includes 0, and what the comparison has in it beside its question. What the runs"
+        " are, and all metrics, stand below.",
         "",
         markdown_table([*header, "the interval over patients"], rows),
         "",
@@ -576,7 +584,7 @@ def _differences(found: Sequence[Compared], metrics: Sequence[str] = _HEADLINE) 
     rows = [_difference_row(*compared, metric) for compared in found for metric in metrics]
     header = ["difference", "level", "metric", "mean of the seeds (range)"]
     header += ["95 % interval over patients", "95 % interval over seeds"]
-    header += ["seeds", "samples of patients", "the interval over patients"]
+    header += ["seeds", "samples / patients", "the interval over patients"]
     return [
         "On the same test patients, paired (log loss: below 0 is better; AUROC: above 0 is"
         " better):",
@@ -599,8 +607,8 @@ def _difference_row(
         bounds(row),
         over_seeds(values),
         ", ".join(map(str, difference.seeds)),
-        f"{difference.num_samples} of {difference.num_patients}",
-        verdict(row, difference.num_patients, len(difference.seeds), values),
+        f"{difference.num_samples:,} / {difference.num_patients:,}",
+        verdict(row, difference.num_patients, values),
     ]
 
 
@@ -608,7 +616,7 @@ def _leak(results: Results, compared: Sequence[Compared]) -> list[str]:
     if "2d" not in results or "2d-leaky" not in results:
         return []
     if not compared:
-        return ["No slice was held out by both splits; no paired comparison.", ""]
+        return ["No seed has both, or no slice was held out by both; no paired comparison.", ""]
     seeds = compared[0][3].seeds
     infos = [
         [result.info for result in results[key] if result.seed in seeds]

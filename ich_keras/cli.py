@@ -5,7 +5,6 @@ command runs: `--help` answers at once, and `--backend` acts before Keras is loa
 """
 
 import contextlib
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,16 +14,12 @@ import click
 
 from ich_keras import __version__
 from ich_keras.errors import EXIT_ENVIRONMENT, DataError, StaleError, UsageError
+from ich_keras.processes import usable_cores
 from ich_keras.terminal import Group, catch_termination
 
 # `ich index` tells spacing and tilt of every series when there are no more than these.
 DESCRIBED_SERIES = 20
 SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
-
-
-def _cores() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return count or 1
 
 
 FOLDER = click.Path(path_type=Path)
@@ -99,7 +94,7 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
             out,
             num_series,
             seed,
-            workers=_cores() if workers is None else workers,
+            workers=usable_cores() if workers is None else workers,
             progress=progress,
             **options,
         )
@@ -125,7 +120,7 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
             found = prepare_index(
                 _required(dicom, "--dicom"),
                 labels,
-                workers=_cores() if workers is None else workers,
+                workers=usable_cores() if workers is None else workers,
                 journal=journal,
                 progress=progress,
                 tell=click.echo,
@@ -173,7 +168,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
                 SeriesIndex.load(_required(index_dir, "--index")),
                 out,
                 size,
-                workers=_cores() if workers is None else workers,
+                workers=usable_cores() if workers is None else workers,
                 progress=progress,
             )
     click.echo(repr(made))
@@ -302,7 +297,7 @@ def train_main(
     size_is_given = options["size"] is not None or config_file is not None
     config = _run_config(config_file, options)
     backend = choose_backend(config.backend)
-    workers = _cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     with terminal_progress() as progress:
         if dicom is None and cache_dir is None:
@@ -599,7 +594,7 @@ def predict(run_dir, dicom, out, batch_size, workers, backend, device) -> None:
             _required(dicom, "--dicom"),
             out,
             batch_size=batch_size,
-            workers=_cores() if workers is None else workers,
+            workers=usable_cores() if workers is None else workers,
             device=device,
             progress=progress,
         )

@@ -13,6 +13,7 @@ from ich_keras.errors import EnvironmentProblem, UsageError
 
 BACKENDS = ("torch", "jax", "tensorflow")
 DEVICES = ("auto", "cpu", "cuda")
+TORCH_DEVICE = "KERAS_TORCH_DEVICE"  # Keras' own variable
 DEFAULT_BACKEND = "torch"
 PACKAGES = (
     "keras",
@@ -73,14 +74,14 @@ def choose_device(name: str = "auto") -> str:
     """Decide where the network runs, before Keras is imported.
 
     Args:
-        name: "auto" takes the GPU when there is a usable one and KERAS_TORCH_DEVICE names no other
-            device; "cuda" insists on it.
+        name: "cuda" insists on a GPU; "auto" takes what KERAS_TORCH_DEVICE names (on torch), and
+            without it the GPU when there is a usable one.
 
     Returns:
         "cpu" or "cuda".
 
     Raises:
-        UsageError: unknown name, or Keras already runs elsewhere.
+        UsageError: unknown name, also in KERAS_TORCH_DEVICE, or Keras already runs elsewhere.
         EnvironmentProblem: "cuda" was asked for and is not there; the message says why.
     """
     if name not in DEVICES:
@@ -88,21 +89,21 @@ def choose_device(name: str = "auto") -> str:
     backend = choose_backend()
     if loaded_backend() is not None:
         return _loaded_device(name, backend)
+    source, chosen = f"--device {name}", os.environ.get(TORCH_DEVICE, "")
+    if name == "auto" and backend == "torch" and chosen:
+        source, name = f"{TORCH_DEVICE}={chosen}", chosen.partition(":")[0]
+        if name not in ("cpu", "cuda"):
+            raise UsageError(f"{source}; expected cpu, cuda or cuda:N.", f"Unset {TORCH_DEVICE}.")
     reason = "" if name == "cpu" else why_no_cuda(backend)
     if name == "cuda" and reason:
-        raise EnvironmentProblem(f"--device cuda: {reason}", "Use --device cpu or auto.")
+        raise EnvironmentProblem(f"{source}: {reason}", "Use --device cpu.")
     device = "cuda" if name != "cpu" and not reason else "cpu"
-    if backend == "torch" and device == "cuda":
-        # Keras' own variable may name a device already: auto follows it, cuda does not.
-        chosen = os.environ.get("KERAS_TORCH_DEVICE", "cuda")
-        if name == "auto" and not chosen.startswith("cuda"):
-            device = "cpu"
-        elif not chosen.startswith("cuda"):
-            os.environ["KERAS_TORCH_DEVICE"] = "cuda"
+    if device == "cuda" and backend == "torch" and chosen and not chosen.startswith("cuda"):
+        os.environ[TORCH_DEVICE] = "cuda"
     if device == "cpu":
         # Each backend takes the GPU by itself when it sees one.
         if backend == "torch":
-            os.environ["KERAS_TORCH_DEVICE"] = "cpu"
+            os.environ[TORCH_DEVICE] = "cpu"
         elif backend == "jax":
             os.environ["JAX_PLATFORMS"] = "cpu"
         else:
@@ -233,8 +234,8 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     try:
         backend = choose_backend()
         rows.append(("backend", True, backend))
+        reason = f"{TORCH_DEVICE}=cpu" if os.environ.get(TORCH_DEVICE) else why_no_cuda(backend)
         device = choose_device()
-        reason = why_no_cuda(backend) or "chosen"
         rows.append(("device", True, f"cpu ({reason})" if device == "cpu" else device))
         rows.append(("precision", True, choose_precision("auto", device)))
     except (EnvironmentProblem, UsageError) as error:

@@ -117,6 +117,31 @@ def require_absent(path: Path | str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """Make a folder before the work that fills it, rather than find out after it that it cannot be
+    made; when the block fails and has written nothing, it is taken away again.
+
+    Raises:
+        UsageError: something is there already.
+        EnvironmentProblem: it cannot be made.
+    """
+    path = require_absent(path)
+    is_mine, is_done = not path.is_dir(), False
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EnvironmentProblem(f"the folder {path} cannot be made: {reason}.") from error
+    try:
+        yield path
+        is_done = True
+    finally:
+        if is_mine and not is_done:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def require_free(folder: Path | str, needed: int) -> None:
     """Check the free disk space before a long write.
 

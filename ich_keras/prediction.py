@@ -32,7 +32,7 @@ from ich_keras.errors import (
     StaleError,
     UsageError,
 )
-from ich_keras.files import atomic_write, read_json, require_absent
+from ich_keras.files import atomic_write, new_folder, read_json
 from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
@@ -148,7 +148,8 @@ def require_size(config: RunConfig, cache: CTCache) -> None:
         raise UsageError(
             f"data.size is {config.data.size}, but the cache holds {cache.size}x{cache.size}"
             " pixels.",
-            f"Work at {cache.size} or less, or build a larger cache.",
+            f"Train at {cache.size} or less; a finished run needs the cache it was trained from, or"
+            " one of its size.",
         )
 
 
@@ -454,28 +455,27 @@ def predict_folder(
         DataError: not one usable slice.
         EnvironmentProblem: a worker process died.
     """
-    if out is not None:
-        out = require_absent(out)
     run_dir = require_run(run_dir)
-    index = index_folder(dicom_dir, workers=workers, progress=progress)
-    config, model = load_run(run_dir, device)
-    view = run_view(config)
-    result = predict_index(
-        model,
-        config.data.size,
-        index,
-        batch_size or config.fit.batch_size or DEFAULT_BATCH[view.kind],
-        progress,
-        run_intensity(config),
-        view,
-        run_rule(run_dir),
-        # Runs older than the entry: as if their cache had the size of the input.
-        read_json(run_dir / DATA).get(CACHE_SIZE),
-        workers,
-    )
-    if out is not None:
-        if result.slices is not None:
-            atomic_write(out / "predictions.csv", csv_text(result.slices))
-        atomic_write(out / "series.csv", csv_text(result.series))
-        atomic_write(out / "rejects.csv", csv_text(result.rejects))
+    with contextlib.nullcontext() if out is None else new_folder(out) as folder:
+        index = index_folder(dicom_dir, workers=workers, progress=progress)
+        config, model = load_run(run_dir, device)
+        view = run_view(config)
+        result = predict_index(
+            model,
+            config.data.size,
+            index,
+            batch_size or config.fit.batch_size or DEFAULT_BATCH[view.kind],
+            progress,
+            run_intensity(config),
+            view,
+            run_rule(run_dir),
+            # Runs older than the entry: as if their cache had the size of the input.
+            read_json(run_dir / DATA).get(CACHE_SIZE),
+            workers,
+        )
+        if folder is not None:
+            if result.slices is not None:
+                atomic_write(folder / "predictions.csv", csv_text(result.slices))
+            atomic_write(folder / "series.csv", csv_text(result.series))
+            atomic_write(folder / "rejects.csv", csv_text(result.rejects))
     return result

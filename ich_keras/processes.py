@@ -13,6 +13,18 @@ _METHODS = multiprocessing.get_all_start_methods()
 START_METHOD = "forkserver" if "forkserver" in _METHODS else "spawn"
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()) or 1
+
+
+def usable_threads() -> int:
+    """Return OMP_NUM_THREADS, and without it how many cores this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
+
+
 def process_pool(workers: int, begin: Callable | None = None, *args) -> ProcessPoolExecutor:
     """Return a pool of worker processes that end when this process ends, however it does.
 

@@ -45,6 +45,8 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
             f"the predictions lack the column(s) {', '.join(absent)}.",
             "Give the predictions.csv of a run on slices or slabs.",
         )
+    if len(predictions) == 0:
+        raise DataError("the predictions have no row.", "Was anything predicted?")
     uids = predictions["sop_instance_uid"]
     is_nameless = uids.isna() | (uids == "")
     if is_nameless.any():

@@ -267,6 +267,8 @@ def require_interrupted(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     if (run_dir / REPORT).is_file():
         raise UsageError(f"the training in {run_dir} is finished.", f"Look at its {REPORT}.")
+    if not run_dir.is_dir():
+        raise StaleError(f"the folder {run_dir} does not exist.", "Is this the right folder?")
     if not is_interrupted(run_dir):
         raise StaleError(
             f"{run_dir} is not an interrupted training: it has no state of a finished epoch.",

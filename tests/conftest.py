@@ -10,10 +10,14 @@ import torchvision  # noqa: F401
 
 import ich_keras  # noqa: F401 (sets torch as the default backend before any test imports keras)
 from ich_keras.environment import choose_device
+from ich_keras.errors import IchError
 
 # On a machine with a GPU the tests run on the processor too, where their expected numbers are
 # from; those of tests/test_cuda.py ask for the GPU.
-DEVICE = choose_device(os.environ.get("ICH_TEST_DEVICE", "cpu"))
+try:
+    DEVICE = choose_device(os.environ.get("ICH_TEST_DEVICE", "cpu"))
+except IchError as error:
+    pytest.exit(f"ICH_TEST_DEVICE: {error}", returncode=4)
 
 SHARED = Path(
     os.environ.get("ICH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")

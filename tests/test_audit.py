@@ -163,6 +163,8 @@ def test_a_submission_is_refused_when_it_would_be_wrong(tmp_path):
         write_submission(table.assign(any=["0.1", "abc", "0.2"]), out)
     with pytest.raises(DataError, match=r"1 image.s. of the predictions have no sop_instance_uid"):
         write_submission(table.assign(sop_instance_uid=["ID_1", np.nan, "ID_2"]), out)
+    with pytest.raises(DataError, match="the predictions have no row"):
+        write_submission(table[:0], out)
     with pytest.raises(UsageError, match=r"absent\.csv does not exist"):
         write_submission(tmp_path / "absent.csv", out)
     (tmp_path / "empty.csv").touch()

@@ -58,7 +58,7 @@ def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_pa
     again = ich("train", "--resume", run, "--cache", tmp_path / "none")
     assert again.exit_code == 2 and "is finished" in again.output
     none = ich("train", "--resume", tmp_path / "typo")
-    assert none.exit_code == 6 and "typo is not an interrupted training" in none.output
+    assert none.exit_code == 6 and "typo does not exist" in none.output
 
 
 def test_ich_train_is_the_train_command():

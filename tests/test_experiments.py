@@ -1,6 +1,7 @@
 """The thesis's numbers and its convention; what is run, what is kept, what is said of it."""
 
 import gzip
+import hashlib
 import re
 import shutil
 import sys
@@ -362,7 +363,8 @@ class FakeTraining:
         plan = plan_training(cache, config).to_dict()
         data = {"cache": cache.fingerprint, "plan": plan, "synthetic": True}
         write_json(out / "data.json", data)
-        history = pd.DataFrame({"epoch": [1, 2], "valid_log_loss": [0.5, 0.4], "seconds": [1, 2]})
+        history = {"epoch": [1, 2], "valid_log_loss": [0.5, 0.4], "valid_auroc_any": [0.6, 0.7]}
+        history = pd.DataFrame(history | {"seconds": [1, 2]})
         history.to_csv(out / "history.csv", index=False)
         table = cache.slices.iloc[split.indices(cache.slices, "test")]
         truth = table[list(LABELS)].to_numpy()
@@ -617,7 +619,8 @@ def made_result(key, seed, rows, level="slice", rule="max", **info):
         labels = aggregate(truth, series).to_numpy().astype(int)
         metrics["series"] = binary_metrics(labels, aggregate(values, series, rule).to_numpy())
         metrics["series"]["aggregation"] = {"rule": rule}
-    content = {"config": {"data": {"view": level}, "fit": {"epochs": 2}}, "metrics": metrics}
+    config = {"precision": "float32", "data": {"view": level}, "fit": {"epochs": 2}}
+    content = {"config": config, "metrics": metrics}
     content["trivial_auroc_any"] = {"slice": 0.7, "series": 0.6}
     content |= {"date": "2026-01-02", "machine": {"device": "ARM", "cores": 2}}
     content["environment"] = {"backend": "torch", "versions": {"torch": "2.0"}}
@@ -877,7 +880,7 @@ def test_the_leak_is_shown_on_shared_slices():
     assert row[2] == "log_loss"
     assert row[3] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
     assert row[5] == over_seeds(each)
-    assert row[6:] == ["0, 1, 2", "72 of 3", "too few patients"]
+    assert row[6:] == ["0, 1, 2", "72 / 3", "too few patients"]
     # Both alone, on the same slices.
     for group in (leaky, shared):
         values = [seed_metric(one, "log_loss") for one in group]
@@ -950,6 +953,10 @@ def test_trainings_in_other_places_are_named():
         for s, changes in enumerate((machine, {}, version))
     ]
     results = {"2d": ones, "slab": others}
+    from experiments.caveats import flags
+
+    found = flags("slab", "2d", "slice", (0, 1, 2), results)
+    assert "other device, precision or version (seed 0, 2)" in found
     (line, _) = unlike_places([("slab", "2d", (0, 1, 2))] * 2, results)
     assert line.endswith("part of the difference: `slab` - `2d` (seed 0, 2).")
     assert unlike_places([("slab", "2d", (1,))], results) == []
@@ -971,17 +978,20 @@ def test_words_follow_the_numbers():
     from experiments.caveats import over_seeds, verdict
     from experiments.write_up import bounds, loss_after, spread
 
-    assert verdict({"low": 0.1, "high": 0.3}, 100) == "above 0"
-    assert verdict({"low": -0.3, "high": -0.1}, 100) == "below 0"
-    assert verdict({"low": -0.1, "high": 0.1}, 100) == "includes 0"
-    assert verdict({"low": None, "high": None}, 100) == "not defined often enough"
-    assert verdict({"low": 0.1, "high": 0.3}, 10) == "too few patients"
-    assert verdict({"low": 0.1, "high": 0.3}, 100, 1) == "too few seeds"
-    assert verdict({"low": 0.1, "high": 0.3}, 100, 3, [0.1, 0.5, 0.2]) == "above 0"
-    disagreeing = verdict({"low": -0.3, "high": -0.1}, 100, 3, [-0.9, 0.1, -0.2])
+    above = [0.19, 0.2, 0.21]
+    below = [-value for value in above]
+    assert verdict({"low": 0.1, "high": 0.3}, 100, above) == "above 0"
+    assert verdict({"low": -0.3, "high": -0.1}, 100, below) == "below 0"
+    assert verdict({"low": -0.1, "high": 0.1}, 100, above) == "includes 0"
+    assert verdict({"low": None, "high": None}, 100, above) == "not defined often enough"
+    assert verdict({"low": 0.1, "high": 0.3}, 10, above) == "too few patients"
+    assert verdict({"low": 0.1, "high": 0.3}, 100, above[:2]) == "too few seeds"
+    disagreeing = verdict({"low": -0.3, "high": -0.1}, 100, [-0.9, 0.1, -0.2])
     assert disagreeing == "below 0; the seeds disagree"
+    apart = verdict({"low": 0.1, "high": 0.3}, 100, [0.01, 0.2, 0.4])
+    assert apart == "above 0; that over seeds includes 0"
     for low, high in ((-0.001, 0.1), (0.001, 0.1), (-0.1, 0.001)):
-        assert verdict({"low": low, "high": high}, 100) == "ends at about 0"
+        assert verdict({"low": low, "high": high}, 100, above) == "ends at about 0"
     # Mean 2, standard deviation 1: 4.3027 / sqrt(3) either way.
     assert over_seeds([1.0, 2.0, 3.0], 3) == "-0.484 to 4.484"
     assert over_seeds([1.0, 2.0]) == "n/a"
@@ -1028,6 +1038,78 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
         write_report(alone.parent / "nothing")
 
 
+def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
+    from experiments.__main__ import main
+    from experiments.write_up import write_report
+
+    reproduce(place, ["2d"], (0, 1), train_run=FakeTraining())
+    folder = place.result_dir("2d", 0)
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def refused(message):
+        with pytest.raises(StaleError, match=message):
+            write_report(place.out)
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    def changed(info, path, value):
+        *names, last = path.split(".")
+        inner = info
+        for name in names:
+            inner = inner[name]
+        inner[last] = value
+        write_json(folder / RESULT, info)
+
+    for path, value in (
+        ("environment", {}),
+        ("environment.versions", "x"),
+        ("config", None),
+        ("machine", {"device": "ARM"}),
+        ("seconds", "1"),
+    ):
+        changed(read_json(folder / RESULT), path, value)
+        refused("2d-s0/result.json is missing or damaged")
+    for path, value in (
+        ("metrics.slice.log_loss", 0.001),
+        ("metrics.slice.auroc.any", 0.999),
+        ("metrics.series.n.samples", 1),
+    ):
+        changed(read_json(folder / RESULT), path, value)
+        refused("metrics of 2d seed 0 per (slice|series) are not those of its predictions")
+    changed(read_json(folder / RESULT), "scale", "another")
+    refused("of the scales another and fake")
+
+    def rewritten(name, change):
+        path = folder / name
+        table = pd.read_csv(path)
+        change(table).to_csv(path, index=False)
+        info = read_json(folder / RESULT)
+        info["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_json(folder / RESULT, info)
+
+    for name, change in (
+        ("history.csv", lambda t: t.drop(columns="valid_log_loss")),
+        ("history.csv", lambda t: t[:0]),
+        ("history.csv", lambda t: t.assign(valid_log_loss=np.nan)),
+        ("predictions.csv.gz", lambda t: t.drop(columns="patient")),
+        ("predictions.csv.gz", lambda t: t.assign(any="")),
+        ("predictions.csv.gz", lambda t: pd.concat([t, t])),
+    ):
+        rewritten(name, change)
+        refused(f"{name} is missing or damaged")
+    rewritten("predictions.csv.gz", lambda t: t[: len(t) // 2])
+    refused("are not those of its predictions")
+    write_report(place.out)
+
+    for words, code, said in (
+        (["--tiny", "--small"], 2, "several scales"),
+        (["--tiny"], 6, "has results of the scale fake, not tiny"),
+    ):
+        result = CliRunner().invoke(main, ["report", *words, "--out", str(place.out)])
+        assert result.exit_code == code
+        assert said in result.output
+
+
 def test_results_of_different_data_are_not_mixed(place):
     reproduce(place, ["2d"], (0, 1), train_run=FakeTraining())
     path = place.result_dir("2d", 1) / RESULT
@@ -1043,6 +1125,17 @@ def test_without_matplotlib_the_report_says_what_to_install(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(EnvironmentProblem, match=re.escape(".[experiments]")):
         write_report(place.out)
+
+
+def test_an_absent_gpu_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
+    from experiments.__main__ import main
+
+    monkeypatch.setattr("ich_keras.environment.why_no_cuda", lambda backend: "none here")
+    words = ["question", "leak", "--tiny", "--device", "cuda", "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 4
+    assert "--device cuda: none here" in result.output
+    assert not (tmp_path / "work").exists()
 
 
 def test_commands_explain_themselves_and_refuse_nonsense():

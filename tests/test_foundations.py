@@ -269,6 +269,51 @@ def test_a_device_that_keras_was_given_already(asked, variable, device, left, mo
     assert run_python(program).stdout.split() == [told, device, str(left)]
 
 
+def test_a_device_of_keras_own_variable_that_is_none(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    program = "from ich_keras import environment as e; e.why_no_cuda = lambda backend: 'none'\n"
+    for value, message in (
+        ("meta", "UsageError: KERAS_TORCH_DEVICE=meta; expected cpu, cuda or cuda:N"),
+        ("cuda:1", "EnvironmentProblem: KERAS_TORCH_DEVICE=cuda:1: none"),
+    ):
+        monkeypatch.setenv("KERAS_TORCH_DEVICE", value)
+        assert message in run_python(f"{program}e.choose_device()").stderr
+        told = run_python(f"{program}print(*[row for row in e.doctor() if not row[1]])").stdout
+        assert f"KERAS_TORCH_DEVICE={value}" in told
+        # Who asks for the processor gets it.
+        assert run_python(f"{program}print(e.choose_device('cpu'))").stdout.strip() == "cpu"
+
+
+def test_threads_follow_the_variable_that_torch_follows(monkeypatch):
+    from ich_keras.processes import usable_cores, usable_threads
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_threads() == usable_cores() >= 1
+    for value, threads in (("3", 3), ("0", usable_cores()), ("x", usable_cores())):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert usable_threads() == threads
+
+
+def test_a_new_folder_is_made_before_the_work(tmp_path):
+    from ich_keras.files import new_folder
+
+    with new_folder(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir()
+        (folder / "c").touch()
+    with pytest.raises(UsageError, match="already exists"), new_folder(folder):
+        pytest.fail("not reached")
+    with pytest.raises(KeyError), new_folder(tmp_path / "d"):
+        raise KeyError
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(KeyError), new_folder(tmp_path / "e") as kept:
+        (kept / "f").touch()
+        raise KeyError
+    assert (tmp_path / "e" / "f").exists()
+    below = folder / "c" / "g"
+    with pytest.raises(EnvironmentProblem, match="cannot be made: Not a dir"), new_folder(below):
+        pytest.fail("not reached")
+
+
 def test_cuda_says_why_it_is_not_there():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

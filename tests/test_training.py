@@ -233,6 +233,14 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     assert (tmp_path / "out" / "rejects.csv").is_file()
     with pytest.raises(UsageError, match="already exists"):
         predict_folder(run, phantom_folder / "images", tmp_path / "out")
+    steps = []
+    with pytest.raises(EnvironmentProblem, match="cannot be made"):
+        below = tmp_path / "out" / "rejects.csv" / "out"
+        predict_folder(run, phantom_folder / "images", below, progress=lambda *a: steps.append(a))
+    assert steps == []
+    with pytest.raises(DataError):
+        predict_folder(run, tmp_path / "out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_workers_predict_the_same(run, phantom_folder, tmp_path):
