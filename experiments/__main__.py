@@ -215,11 +215,13 @@ def _reproduce(
     )
     from experiments.figures import require_matplotlib
     from experiments.reproduce import reproduce
+    from experiments.scores import sound_results
     from experiments.write_up import write_report
 
     # Now rather than after hours.
     choose_device(device)
     require_matplotlib()
+    sound_results(place.out, scale.name)
     with terminal_progress() as progress:
         reproduce(
             place,
@@ -228,7 +230,7 @@ def _reproduce(
             progress,
             click.echo,
         )
-    click.echo(f"Report: {write_report(place.out)}")
+    click.echo(f"Report: {write_report(place.out, scale=scale.name)}")
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ from scipy import stats
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import LEVELS, seed_values
+from ich_keras.metrics.binary import format_metric
 
 RANKING = "auroc/any"
 # Below these the report draws no line: percentile intervals of a few patients are too narrow, and
 # one training says little about the next.
 LEAST_SEEDS, LEAST_PATIENTS = 3, 30
-# Of an interval's width: twice the standard error of a bound from 1,000 resamples of a normal one.
+# Of an interval's width: a little more than twice the standard error (.022) that a bound from 1,000
+# resamples of a normal distribution has.
 _NEAR = 0.05
 
 Results = Mapping[str, Sequence[Result]]
@@ -42,7 +44,7 @@ def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
         said = "above 0" if low > 0 else "below 0"
     else:
         return "includes 0"
-    if len({np.sign(value) for value in per_seed}) > 1:
+    if min(per_seed) < 0 < max(per_seed):
         return f"{said}; the seeds disagree"
     first, last = _over_seeds(per_seed)
     return f"{said}; that over seeds includes 0" if first <= 0 <= last else said
@@ -78,7 +80,7 @@ def behind(group: Sequence[Result], level: str) -> list[int]:
     ]
 
 
-def hardly_learned(keys: Iterable[str], results: Results) -> list[str]:
+def behind_notes(keys: Iterable[str], results: Results) -> list[str]:
     """Name the trainings that rank no better than the detector that counts voxels."""
     named = []
     for key in keys:
@@ -91,29 +93,30 @@ def hardly_learned(keys: Iterable[str], results: Results) -> list[str]:
     if not named:
         return []
     return [
-        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has not"
-        " learned at this budget, or the epoch kept is an early one; a comparison with it says"
-        " that, and no more.",
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has found"
+        " no more than a count of voxels tells; a comparison with it says that, and little else.",
         "",
     ]
 
 
 def source_notes(keys: Iterable[str], results: Results) -> list[str]:
-    """Say which runs start from a network that has hardly learned itself, or from an earlier
-    training of it than is kept."""
+    """Say which runs start from a network that does not rank above counting voxels itself, or
+    from an earlier training of it than is kept."""
     notes = []
     for key in keys:
         for source in RUNS[key].depends_on:
             if key not in results or source not in results:
                 continue
-            if hardly_learned([source], results):
+            if behind_notes([source], results):
                 notes += [
                     f"`{key}` starts from `{source}`, which does not rank above counting voxels"
                     " itself: it says little about starting from learned weights.",
                     "",
                 ]
             made = results[source][0].info["date"]
-            older = [str(r.seed) for r in results[key] if r.info["date"] < made]
+            older = [
+                str(r.seed) for r in results[key] if _is_before(r.info, results[source][0].info)
+            ]
             if older:
                 notes += [
                     f"`{key}` of seed {' and '.join(older)} is older than what is kept of"
@@ -121,6 +124,13 @@ def source_notes(keys: Iterable[str], results: Results) -> list[str]:
                     "",
                 ]
     return notes
+
+
+def _is_before(one: dict, other: dict) -> bool:
+    """Whether a training began before another; the older results have its day only."""
+    times = [info["environment"].get("started", info["date"]) for info in (one, other)]
+    length = min(map(len, times))
+    return times[0][:length] < times[1][:length]
 
 
 def kept_epoch(result: Result) -> int:
@@ -143,10 +153,10 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
             continue
         epochs = ", ".join(f"{kept_epoch(r)} of {len(r.history)}" for r in group)
         kept, last = (
-            np.mean([r.history["valid_auroc_any"].iloc[row(r)] for r in group])
+            _mean_text([r.history["valid_auroc_any"].iloc[row(r)] for r in group])
             for row in (lambda r: r.history["valid_log_loss"].argmin(), lambda r: -1)
         )
-        named.append(f"`{key}` (epochs {epochs}; {kept:.3f} and {last:.3f})")
+        named.append(f"`{key}` (epochs {epochs}; {kept} and {last})")
     if not named:
         return []
     return [
@@ -157,6 +167,12 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
         " it is also one of how the epoch was chosen.",
         "",
     ]
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    """Write a mean; "n/a" where one of the values is undefined."""
+    mean = float(np.mean(values))
+    return format_metric(None if np.isnan(mean) else mean, 3)
 
 
 def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Results) -> list[str]:

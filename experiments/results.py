@@ -1,10 +1,11 @@
 """What is kept of a run: small files from which every table and figure can be made again.
 
 OUT/runs/<key>-s<seed>/
-    predictions.csv.gz   test split: UIDs, patient, six probabilities, six labels
+    predictions.csv.gz   test split: UIDs, patient, six probabilities (nine digits, which are all
+                         of a float32), six labels
     augmented.csv.gz     the same under the thesis's random augmentation (thesis splits only)
     history.csv          per epoch
-    result.json          what it was, where, how long, metrics; written last
+    result.json          what it was, when and where it was trained, how long, metrics; written last
 
 A patient is a running number over the data set, never a PatientID.
 """
@@ -13,9 +14,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import os
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,13 @@ from ich_keras.data.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples
-from ich_keras.environment import device_name, environment_record
 from ich_keras.errors import StaleError
 from ich_keras.evaluation import SPLIT
 from ich_keras.files import atomic_write, read_json, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
 from ich_keras.prediction import CONFIG, DATA, load_run, probabilities, run_intensity, run_view
-from ich_keras.training import HISTORY, WEIGHTS
+from ich_keras.training import ENVIRONMENT, HISTORY, WEIGHTS
 
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
 _KEPT_METRICS = (
@@ -100,8 +98,12 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
         key, seed: of the run.
         cache: the one it was trained on.
         cost: "samples_per_epoch" and "operations_per_sample" of its training.
+
+    Raises:
+        StaleError: the run folder does not say when and where it was trained.
     """
     run_dir, out = place.run_dir(key, seed), place.result_dir(key, seed)
+    environment = _trained_in(run_dir)
     config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     table = pd.read_csv(run_dir / "predictions-test.csv", dtype={"sop_instance_uid": str})
     numbers = patient_numbers(cache)
@@ -137,15 +139,15 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "cache": data["cache"],
             "config": content,
             "weights": _weights_record(run_dir),
-            "environment": environment_record(config.device),
+            "environment": environment,
             "machine": {
-                "device": device_name(config.device),
-                "processor": device_name("cpu"),
-                "cores": os.cpu_count(),
+                "device": environment["device_name"],
+                "processor": environment["processor"],
+                "cores": environment["cpu_count"],
                 "threads": max(1, place.threads // place.jobs),
                 "jobs": place.jobs,
             },
-            "date": datetime.now().date().isoformat(),
+            "date": environment["started"][:10],
             "seconds": float(history["seconds"].iloc[-1]),
             "samples_seen": samples,
             "steps": plan["total_steps"] // config.fit.accumulate,
@@ -166,6 +168,18 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             },
         },
     )
+
+
+def _trained_in(run_dir: Path) -> dict:
+    """Return what the training wrote about itself: results may be kept later, and elsewhere."""
+    found = read_json(run_dir / ENVIRONMENT)
+    absent = {"started", "device_name", "processor", "cpu_count"} - {*found}
+    if absent:
+        raise StaleError(
+            f"{run_dir / ENVIRONMENT} lacks {', '.join(sorted(absent))}: an older version made it.",
+            f"Remove {run_dir}: the same command trains it again.",
+        )
+    return {name: value for name, value in found.items() if name != "seed"}
 
 
 def _band_counts(cache: CTCache) -> np.ndarray:
@@ -191,7 +205,7 @@ def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
     kept = pd.DataFrame({"sop": table.get("sop_instance_uid", "")}, index=table.index)
     kept["series"] = table["series_instance_uid"]
     kept["patient"] = numbers.loc[table["series_instance_uid"]].to_numpy()
-    kept[list(LABELS)] = table[list(LABELS)].astype(float).round(6)
+    kept[list(LABELS)] = table[list(LABELS)].astype(np.float32).astype(float)
     kept[list(TRUTH_COLUMNS)] = table[list(TRUTH_COLUMNS)].astype(int)
     return kept
 
@@ -217,7 +231,7 @@ def _augmented(
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
-    text = table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
     # Without the time, so that the same numbers are the same bytes.
     atomic_write(path, gzip.compress(text.encode("utf-8"), mtime=0))
 
@@ -312,8 +326,8 @@ def load_result(out: Path, key: str, seed: int) -> Result:
     if not all(_has(info, path, kind) for path, kind in _ENTRIES.items()):
         raise _damaged(folder, RESULT)
     history = pd.read_csv(folder / HISTORY)
-    losses = pd.to_numeric(history.get("valid_log_loss", pd.Series()), errors="coerce")
-    if not {"epoch", "valid_auroc_any"} <= {*history} or losses.isna().all():
+    columns = ["epoch", "valid_log_loss", "valid_auroc_any"]
+    if not _has_numbers(history, columns) or history["valid_log_loss"].isna().all():
         raise _damaged(folder, HISTORY)
     augmented = folder / AUGMENTED
     return Result(
@@ -326,19 +340,24 @@ def load_result(out: Path, key: str, seed: int) -> Result:
     )
 
 
-def _has(info: dict, path: str, kind: type) -> bool:
+def _has(info: dict, path: str, kind: type | tuple[type, ...]) -> bool:
     for name in path.split("."):
         info = info.get(name) if isinstance(info, dict) else None
     return isinstance(info, kind)
 
 
+def _has_numbers(table: pd.DataFrame, columns: Sequence[str]) -> bool:
+    return {*columns} <= {*table} and all(
+        pd.api.types.is_numeric_dtype(table[column]) for column in columns
+    )
+
+
 def _read_rows(folder: Path, name: str) -> pd.DataFrame:
     """Read predictions: names, patients, numbers; each sample once."""
     table = _read(folder / name)
-    numbers = ["patient", *LABELS, *TRUTH_COLUMNS]
     if (
-        not {"sop", "series", *numbers} <= {*table}
-        or not all(pd.api.types.is_numeric_dtype(table[column]) for column in numbers)
+        not {"sop", "series"} <= {*table}
+        or not _has_numbers(table, ["patient", *LABELS, *TRUTH_COLUMNS])
         or table.duplicated(["sop", "series"]).any()
     ):
         raise _damaged(folder, name)
@@ -357,7 +376,8 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         if key in RUNS and seed.isdecimal():
             result = load_result(out, key, int(seed))
             scale = SCALES.get(result.info["scale"])
-            if scale is not None and scale.is_synthetic != result.info["synthetic"]:
+            # Not the other way round: DICOM files may be phantoms, to try the road.
+            if scale is not None and scale.is_synthetic and not result.info["synthetic"]:
                 raise _damaged(path.parent, RESULT)
             # What DICOM files were declared is known only to whoever has them.
             if scale is not None and scale.is_synthetic:

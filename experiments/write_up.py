@@ -13,9 +13,9 @@ from experiments.caveats import (
     LEAST_SEEDS,
     RANKING,
     Results,
+    behind_notes,
     early_notes,
     flags,
-    hardly_learned,
     kept_epoch,
     over_seeds,
     place,
@@ -26,7 +26,7 @@ from experiments.caveats import (
 )
 from experiments.figures import curve_points, draw_all
 from experiments.reproduce import absent_weights
-from experiments.results import Result, load_results
+from experiments.results import Result
 from experiments.runs import QUESTIONS, RUNS, SCALES, TABLE_RUNS, TABLES, is_made_at
 from experiments.scores import (
     LEVELS,
@@ -36,10 +36,10 @@ from experiments.scores import (
     constant_under_convention,
     intervals,
     pick,
-    require_own_metrics,
     scored,
     seed_values,
     shared_scores,
+    sound_results,
     under_convention,
 )
 from experiments.tables import PUBLISHED
@@ -106,17 +106,12 @@ def write_report(out: Path, tell=None, scale: str | None = None) -> Path:
             another scale.
         EnvironmentProblem: matplotlib is absent.
     """
-    results = load_results(out)
+    results = sound_results(out, scale)
     if not results:
         raise StaleError(
             f"{out} has no finished run.",
             "`python -m experiments all`, of one of the scales, first.",
         )
-    found = _all(results)[0].info["scale"]
-    if scale not in (None, found):
-        raise StaleError(f"{out} has results of the scale {found}, not {scale}.")
-    for result in _all(results):
-        require_own_metrics(result)
     compared = {}
     for name in QUESTIONS:
         if tell is not None:
@@ -192,7 +187,7 @@ def _head(results: Results) -> list[str]:
         " They hold for these trained models on other patients, and have no variation between"
         " trainings in them. A seed changes split and training together; the range of so few values"
         " describes them, and the interval over seeds (Student's t; the test sets of seeds overlap)"
-        " is as wide as three values make it. No correction is made for the number of"
+        " is as wide as so few values make it. No correction is made for the number of"
         " comparisons.",
         "",
     ]
@@ -236,9 +231,9 @@ def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> l
         "",
         "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). Log"
         " loss is left out where one of the two was trained on whole series, which are balanced"
-        " otherwise. The last column says where the interval over patients lies, whether that over"
-        " seeds includes 0, and what the comparison has in it beside its question. What the runs"
-        " are, and all metrics, stand below.",
+        " otherwise. The last column says where the interval over patients lies; where it excludes"
+        " 0, whether the seeds bear it; and what the comparison has in it beside its question. What"
+        " the runs are, and all metrics, stand below.",
         "",
         markdown_table([*header, "the interval over patients"], rows),
         "",
@@ -288,7 +283,7 @@ def _runs_section(results: Results) -> list[str]:
         "",
         markdown_table(header, rows),
         "",
-        *hardly_learned([key for key in RUNS if key in results], results),
+        *behind_notes([key for key in RUNS if key in results], results),
         *early_notes([key for key in RUNS if key in results], results),
     ]
 
@@ -376,7 +371,7 @@ def _table_1(results: Results) -> list[str]:
 
 def _fewer_text(group: Sequence[Result], others: Sequence[Result]) -> str:
     """Name the seeds of a number that stands beside one of more seeds."""
-    if len(group) >= len(others):
+    if others and len(group) >= len(others):
         return ""
     return f" (seed {', '.join(str(result.seed) for result in group)})"
 
@@ -438,6 +433,10 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
     convention = [under_convention(result) for result in thesis]
     constant = [constant_under_convention(result) for result in thesis]
     found = intervals(group, level)
+    defined = [
+        binary_metrics(part.truth, part.values)["defined_labels"]
+        for part in (scored(result, level) for result in group)
+    ]
     rows = []
     for name, ours in THESIS_NAMES.items():
         skill_name = ours if ours in ("log_loss", "hamming_loss", "exact_match") else None
@@ -448,7 +447,7 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
                 format_metric(published[name]),
                 spread([row[name] for row in convention]) if thesis else _absent(thesis_key),
                 spread([row[name] for row in constant]),
-                spread(seed_values(group, level, ours)) + _labels_text(group, level, ours),
+                spread(seed_values(group, level, ours)) + _labels_text(defined, ours),
                 bounds((found or {}).get(ours)),
                 spread(seed_values_of_baseline(group, level, ours)),
                 spread(_negative(group, level, ours)),
@@ -470,13 +469,10 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
     return markdown_table(header, rows)
 
 
-def _labels_text(group: Sequence[Result], level: str, metric: str) -> str:
+def _labels_text(defined: Sequence[dict[str, int]], metric: str) -> str:
     """Say of a mean over labels over how many it is, where some label has no such rate."""
-    numbers = {
-        binary_metrics(part.truth, part.values)["defined_labels"].get(metric, len(LABELS))
-        for part in (scored(result, level) for result in group)
-    }
-    return f" ({min(numbers)} of {len(LABELS)} labels)" if min(numbers) < len(LABELS) else ""
+    number = min(numbers.get(metric, len(LABELS)) for numbers in defined)
+    return f" ({number} of {len(LABELS)} labels)" if number < len(LABELS) else ""
 
 
 def _question(name: str, results: Results, compared: Sequence[Compared]) -> list[str]:
@@ -551,7 +547,7 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
         " of a series its worst slice.",
         "",
         *_balance_note([result for key in keys for result in results[key]]),
-        *hardly_learned(keys, results),
+        *behind_notes(keys, results),
         *early_notes(keys, results),
     ]
 

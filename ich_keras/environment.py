@@ -75,7 +75,8 @@ def choose_device(name: str = "auto") -> str:
 
     Args:
         name: "cuda" insists on a GPU; "auto" takes what KERAS_TORCH_DEVICE names (on torch), and
-            without it the GPU when there is a usable one.
+            without it the GPU when there is a usable one. Of several GPUs it is the first;
+            CUDA_VISIBLE_DEVICES says which that is.
 
     Returns:
         "cpu" or "cuda".
@@ -89,33 +90,51 @@ def choose_device(name: str = "auto") -> str:
     backend = choose_backend()
     if loaded_backend() is not None:
         return _loaded_device(name, backend)
-    source, chosen = f"--device {name}", os.environ.get(TORCH_DEVICE, "")
-    if name == "auto" and backend == "torch" and chosen:
-        source, name = f"{TORCH_DEVICE}={chosen}", chosen.partition(":")[0]
-        if name not in ("cpu", "cuda"):
-            raise UsageError(f"{source}; expected cpu, cuda or cuda:N.", f"Unset {TORCH_DEVICE}.")
-    reason = "" if name == "cpu" else why_no_cuda(backend)
+    device, _ = _wanted_device(name, backend)
+    if backend == "torch":
+        # Keras takes the GPU by itself when it sees one, but fails on a variable that is empty.
+        if device == "cpu" or TORCH_DEVICE in os.environ:
+            os.environ[TORCH_DEVICE] = device
+    elif device == "cpu":
+        variable, value = {
+            "jax": ("JAX_PLATFORMS", "cpu"),
+            "tensorflow": ("CUDA_VISIBLE_DEVICES", "-1"),
+        }[backend]
+        os.environ[variable] = value
+    return device
+
+
+def _wanted_device(name: str, backend: str) -> tuple[str, str]:
+    """Return the device, and why it is the processor where that was not asked for by name."""
+    source = f"--device {name}"
+    chosen = os.environ.get(TORCH_DEVICE, "") if backend == "torch" else ""
+    if chosen and name in ("auto", chosen.partition(":")[0]):
+        source, name = f"{TORCH_DEVICE}={chosen}", _kind(chosen)
+    if name == "cpu":
+        return "cpu", source
+    reason = why_no_cuda(backend)
     if name == "cuda" and reason:
         raise EnvironmentProblem(f"{source}: {reason}", "Use --device cpu.")
-    device = "cuda" if name != "cpu" and not reason else "cpu"
-    if device == "cuda" and backend == "torch" and chosen and not chosen.startswith("cuda"):
-        os.environ[TORCH_DEVICE] = "cuda"
-    if device == "cpu":
-        # Each backend takes the GPU by itself when it sees one.
-        if backend == "torch":
-            os.environ[TORCH_DEVICE] = "cpu"
-        elif backend == "jax":
-            os.environ["JAX_PLATFORMS"] = "cpu"
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    return device
+    return "cpu" if reason else "cuda", reason
+
+
+def _kind(device: str) -> str:
+    """Return "cpu" or "cuda" of a name of torch's; the second GPU is refused, since memory is
+    measured, and torch alone computes, on the first."""
+    if device in ("cpu", "cpu:0", "cuda", "cuda:0"):
+        return device.partition(":")[0]
+    raise UsageError(
+        f"{TORCH_DEVICE}={device}; expected cpu or cuda.",
+        f"Unset {TORCH_DEVICE}; CUDA_VISIBLE_DEVICES chooses among several GPUs.",
+    )
 
 
 def _loaded_device(name: str, backend: str) -> str:
     if backend == "torch":
         from keras.src.backend.torch.core import get_device
 
-        current = "cuda" if str(get_device()).startswith("cuda") else "cpu"
+        current = str(get_device())
+        current = _kind(current) if current.startswith("cuda") else "cpu"
     else:
         current = "cuda" if not why_no_cuda(backend) else "cpu"
     if name in ("auto", current):
@@ -193,6 +212,8 @@ def environment_record(device: str) -> dict:
     return {
         "backend": choose_backend(),
         "device": device,
+        "device_name": device_name(device),
+        "processor": device_name("cpu"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
@@ -234,12 +255,10 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     try:
         backend = choose_backend()
         rows.append(("backend", True, backend))
-        reason = f"{TORCH_DEVICE}=cpu" if os.environ.get(TORCH_DEVICE) else why_no_cuda(backend)
-        device = choose_device()
-        rows.append(("device", True, f"cpu ({reason})" if device == "cpu" else device))
-        rows.append(("precision", True, choose_precision("auto", device)))
     except (EnvironmentProblem, UsageError) as error:
         rows.append(("backend", False, str(error)))
+    else:
+        rows += _device_rows(backend)
     for label, available in decoders().items():
         detail = "yes" if available else "no: pip install 'ich_keras[codecs]'"
         rows.append((f"decoder {label}", True, detail))
@@ -249,12 +268,27 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     return rows
 
 
+def _device_rows(backend: str) -> list[tuple[str, bool, str]]:
+    try:
+        if loaded_backend() is None:
+            device, reason = _wanted_device("auto", backend)
+        else:
+            device, reason = _loaded_device("auto", backend), "Keras runs there"
+    except (EnvironmentProblem, UsageError) as error:
+        return [("device", False, str(error))]
+    return [
+        ("device", True, f"cpu ({reason})" if device == "cpu" else device),
+        ("precision", True, choose_precision("auto", device)),
+    ]
+
+
 def device_name(device: str) -> str:
     """Return what the maker calls the processor or GPU."""
     if device == "cuda":
         import torch
 
-        return torch.cuda.get_device_name()
+        # The GPU may be another backend's only.
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -120,14 +120,15 @@ def require_absent(path: Path | str) -> Path:
 @contextlib.contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
     """Make a folder before the work that fills it, rather than find out after it that it cannot be
-    made; when the block fails and has written nothing, it is taken away again.
+    made; when the block fails and has written nothing, it is taken away again, with parents that
+    were made for it.
 
     Raises:
         UsageError: something is there already.
         EnvironmentProblem: it cannot be made.
     """
     path = require_absent(path)
-    is_mine, is_done = not path.is_dir(), False
+    mine, is_done = [folder for folder in (path, *path.parents) if not folder.is_dir()], False
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,9 +138,10 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         yield path
         is_done = True
     finally:
-        if is_mine and not is_done:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        if not is_done:
+            with contextlib.suppress(OSError):  # not empty
+                for folder in mine:
+                    folder.rmdir()
 
 
 def require_free(folder: Path | str, needed: int) -> None:

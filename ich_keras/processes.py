@@ -20,8 +20,9 @@ def usable_cores() -> int:
 
 
 def usable_threads() -> int:
-    """Return OMP_NUM_THREADS, and without it how many cores this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    """Return OMP_NUM_THREADS (its first level), and without it how many cores this process may
+    use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
 
 

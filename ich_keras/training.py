@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,8 @@ def train(
         try:
             write_json(out / CONFIG, config.to_dict())
             environment = environment_record(config.device)
-            write_json(out / ENVIRONMENT, {**environment, "seed": config.seed})
+            started = datetime.now().isoformat(timespec="seconds")
+            write_json(out / ENVIRONMENT, {**environment, "seed": config.seed, "started": started})
             write_json(
                 out / DATA,
                 {
@@ -288,7 +290,9 @@ def changed_environment(run_dir: Path | str, device: str) -> list[str]:
     the precision, where this hardware lacks the run's."""
     before, now = read_json(Path(run_dir) / ENVIRONMENT), environment_record(device)
     config = RunConfig.from_dict(read_json(Path(run_dir) / CONFIG))
-    pairs = {name: (now[name], before.get(name)) for name in now if name != "versions"}
+    # Older runs lack some names.
+    names = [name for name in now if name in before and name != "versions"]
+    pairs = {name: (now[name], before[name]) for name in names}
     for name, version in now["versions"].items():
         pairs[name] = version, before.get("versions", {}).get(name)
     pairs["precision"] = run_precision(config, device), config.precision

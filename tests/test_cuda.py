@@ -1,9 +1,11 @@
-"""The torch backend on a GPU against the processor: `ICH_TEST_DEVICE=cuda pytest` of this file.
+"""The torch backend on a GPU against the processor: `ICH_TEST_DEVICE=cuda pytest`.
 
-All other tests run on the processor, also where there is a GPU.
+All other tests run on the processor, also where there is a GPU; where this one asks for it, they
+are left out.
 """
 
 import json
+import warnings
 from dataclasses import replace
 
 import keras
@@ -14,12 +16,19 @@ import torch
 from conftest import DEVICE
 from test_networks import random_batch
 from test_torch_step import NETWORKS, assert_close, build
-from test_training import Crash, arrays_of, config_of, crash_after, narrow_preset  # noqa: F401
+from test_training import (  # noqa: F401
+    NARROW,
+    Crash,
+    arrays_of,
+    config_of,
+    crash_after,
+    narrow_preset,
+)
 
-from ich_keras import training
-from ich_keras.environment import environment_record
+from ich_keras import checkpoints, training
 from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
+from ich_keras.models.presets import PRESETS
 from ich_keras.models.steps import choose_step
 from ich_keras.models.torch_flat import FlatFunction
 from ich_keras.models.torch_step import ATTRIBUTE, accelerated
@@ -170,10 +179,14 @@ def test_prediction_takes_fewer_at_once_when_the_memory_is_full():
         limit / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        with pytest.warns(UserWarning, match="512 samples do not fit into memory at once"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             found = model.predict_on_batch(images)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    # Half may not fit either, where what is free lies in pieces.
+    said = [str(warning.message) for warning in told if "do not fit" in str(warning.message)]
+    assert said[0].startswith("512 samples do not fit into memory at once")
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -188,23 +201,41 @@ def test_no_number_is_sent_to_the_gpu_within_a_step():
 
     def steps(number):
         for _ in range(number):
-            model.train_function(iter([(images, truth)]))
+            model.train_function([(images, truth)])
 
     model.train_on_batch(images, truth)
-    assert dispatches(steps).uploads == 0
+    made = dispatches(steps)
+    assert made.uploads == 0
+    assert made.operations > 0
+
+
+def require_whole_state(state, again):
+    """What an interrupted training goes on from is all that it left, and lies on the GPU."""
+    model = classifier(PRESETS[NARROW].spec, output="logits", precision="bfloat16")
+    compile_classifier(model, 1e-3, accumulate=2)
+    done = checkpoints.load_state(state, model)["epoch"]
+    assert {v.value.device.type for v in model.optimizer.variables} == {DEVICE}
+    checkpoints.save_state(again, model, done, {})
+    files = [folder / f"epoch-{done:04d}" / checkpoints.VARIABLES for folder in (state, again)]
+    with np.load(files[0]) as left, np.load(files[1]) as restored:
+        assert left.keys() == restored.keys()
+        for name in left:
+            np.testing.assert_array_equal(restored[name], left[name], err_msg=name)
+        assert sum(value.any() for value in left.values()) > len(model.trainable_variables)
 
 
 def test_a_run_on_the_gpu(phantom_folder, phantom_cache, tmp_path, crash_after):  # noqa: F811
     config = config_of(device=DEVICE, precision="auto", fit={"epochs": 4, "accumulate": 2})
     whole = train(config, phantom_cache, tmp_path / "whole")
     record = json.loads((whole / "environment.json").read_text())
-    assert record["device"] == DEVICE == environment_record(DEVICE)["device"]
+    assert (record["device"], record["device_name"]) == (DEVICE, torch.cuda.get_device_name())
     assert json.loads((whole / "config.json").read_text())["precision"] == "bfloat16"
     run = tmp_path / "run"
     crash_after(2)
     with pytest.raises(Crash):
         train(config, phantom_cache, run)
     crash_after(None)
+    require_whole_state(run / "state", tmp_path / "again")
     training.resume(run, phantom_cache)
     histories = [pd.read_csv(folder / "history.csv") for folder in (run, whole)]
     # The GPU's sums have no fixed order, so that even two uninterrupted runs differ.
@@ -216,7 +247,8 @@ def test_a_run_on_the_gpu(phantom_folder, phantom_cache, tmp_path, crash_after):
     found = predict_folder(whole, images, workers=2).slices.set_index("sop_instance_uid")
     held_out = pd.read_csv(whole / "predictions-test.csv").set_index("sop_instance_uid")
     names = list(LABELS)
-    np.testing.assert_allclose(found.loc[held_out.index, names], held_out[names], atol=1e-3)
+    # Other batches may be computed by other kernels, in bfloat16.
+    np.testing.assert_allclose(found.loc[held_out.index, names], held_out[names], atol=1e-2)
     with keras.device("cpu"):
         expected = predict_folder(whole, images).slices.set_index("sop_instance_uid")
     np.testing.assert_allclose(found[names], expected.loc[found.index, names], atol=0.05)

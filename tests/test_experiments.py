@@ -345,9 +345,11 @@ def place(tmp_path, phantom_cache_folder):
 class FakeTraining:
     """In place of `ich_keras.training.train`: leaves what a run folder holds, at once."""
 
-    def __init__(self, fails_at=None):
+    def __init__(self, fails_at=None, says=None):
         self.configs = []
         self.fails_at = fails_at
+        self.says = says or (lambda truth, values: values)
+        self.started = "2026-01-02T03:04:05"
 
     def __call__(self, config, cache, out, tell=None):
         from ich_keras.data.split import make_split
@@ -363,12 +365,14 @@ class FakeTraining:
         plan = plan_training(cache, config).to_dict()
         data = {"cache": cache.fingerprint, "plan": plan, "synthetic": True}
         write_json(out / "data.json", data)
+        write_json(out / "environment.json", environment_record("cpu") | {"started": self.started})
         history = {"epoch": [1, 2], "valid_log_loss": [0.5, 0.4], "valid_auroc_any": [0.6, 0.7]}
         history = pd.DataFrame(history | {"seconds": [1, 2]})
         history.to_csv(out / "history.csv", index=False)
         table = cache.slices.iloc[split.indices(cache.slices, "test")]
         truth = table[list(LABELS)].to_numpy()
-        values = np.random.default_rng(config.seed).random(truth.shape)
+        values = np.random.default_rng(config.seed).random(truth.shape, np.float32)
+        values = self.says(truth, values)
         rows = pd.DataFrame({"sop_instance_uid": table["sop_instance_uid"].to_numpy()})
         rows["series_instance_uid"] = table["series_uid"].to_numpy()
         rows[list(LABELS)], rows[list(TRUTH_COLUMNS)] = values, truth
@@ -408,6 +412,73 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypa
     monkeypatch.setattr("experiments.results.cache_band_counts", None)
     reproduce(place, ["2d"], (0, 1), train_run=again)
     assert [config.seed for config in again.configs] == [0, 1]
+
+
+def test_a_result_says_when_and_where_the_run_was_trained(place, monkeypatch):
+    """Also where it is kept again, by another version on another day."""
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    path = place.result_dir("2d", 0) / RESULT
+    before = read_json(path)
+    assert before["date"] == "2026-01-02"
+    assert before["environment"] == environment_record("cpu") | {"started": FakeTraining().started}
+    shutil.rmtree(path.parent)
+    monkeypatch.setattr("ich_keras.environment.versions", lambda: {"torch": "9"})
+    monkeypatch.setattr("ich_keras.environment.device_name", lambda device: "another")
+    reproduce(place, ["2d"], (0,), train_run=None)
+    assert read_json(path) == before
+    # A run of an older version does not know.
+    shutil.rmtree(path.parent)
+    write_json(place.run_dir("2d", 0) / "environment.json", {"backend": "torch"})
+    with pytest.raises(StaleError, match="lacks cpu_count, device_name, processor, started"):
+        reproduce(place, ["2d"], (0,), train_run=None)
+
+
+def confidently_wrong(truth, values):
+    """A sigmoid that saturates: positives at 4e-7 and less, most negatives at exactly 0 or 1."""
+    wrong = np.where(truth == 1, values * np.float32(4e-7), np.where(values < 0.5, 0, 1))
+    return wrong.astype(np.float32)
+
+
+def test_a_network_that_is_sure_and_wrong_is_reported(place):
+    """Its losses stand on digits that six decimals have not."""
+    from experiments.scores import sound_results
+
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining(says=confidently_wrong))
+    (result,) = sound_results(place.out)["2d"]
+    kept = result.info["metrics"]["slice"]
+    assert kept["log_loss"] > 5
+    found = binary_metrics(
+        result.predictions[list(TRUTH_COLUMNS)].to_numpy(),
+        result.predictions[list(LABELS)].to_numpy(),
+    )
+    assert found["log_loss"] == pytest.approx(kept["log_loss"], abs=1e-6)
+    assert found["auroc"] == kept["auroc"]
+
+
+def test_results_of_another_scale_are_refused_before_anything_is_trained(place, monkeypatch):
+    from experiments.__main__ import main
+
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    command = ["question", "normalise", "--tiny", "--device", "cpu"]
+    folders = ["--work", str(place.work.parent / "new"), "--out", str(place.out)]
+    monkeypatch.setattr("experiments.reproduce.reproduce", None)
+    result = CliRunner().invoke(main, [*command, *folders])
+    assert result.exit_code == 6
+    assert "has results of the scale fake, not tiny" in result.output
+    assert not (place.work.parent / "new").exists()
+
+
+def test_phantoms_as_dicom_files_try_the_road_of_real_data(place, monkeypatch):
+    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
+    monkeypatch.setitem(SCALES, FAKE.name, replace(FAKE, num_series=None))
+    assert not SCALES[FAKE.name].is_synthetic
+    assert load_results(place.out)["2d"][0].info["synthetic"]
+    # What is said to be phantoms must be.
+    monkeypatch.setitem(SCALES, FAKE.name, FAKE)
+    path = place.result_dir("2d", 0) / RESULT
+    write_json(path, read_json(path) | {"synthetic": False})
+    with pytest.raises(StaleError, match="result.json is missing or damaged"):
+        load_results(place.out)
 
 
 def interrupted(place):
@@ -657,7 +728,7 @@ def test_pairs_are_aligned_by_name():
 
 
 def test_networks_that_have_hardly_learned_are_named():
-    from experiments.caveats import hardly_learned
+    from experiments.caveats import behind_notes
 
     results = {
         "2d": [made_result("2d", seed, some_rows(1)) for seed in range(3)],
@@ -667,11 +738,11 @@ def test_networks_that_have_hardly_learned_are_named():
             for seed, quality in enumerate((1.0, 0.0, 0.0))
         ],
     }
-    (line, _) = hardly_learned(("2d", "slab", "series"), results)
+    (line, _) = behind_notes(("2d", "slab", "series"), results)
     assert "`slab` per slice (every seed)" in line
     assert "`series` per series (of seed 1 and 2)" in line
     assert "`2d`" not in line
-    assert hardly_learned(("2d",), results) == []
+    assert behind_notes(("2d",), results) == []
 
 
 def test_pairs_on_other_samples_are_refused_or_cut_to_the_shared_ones():
@@ -939,6 +1010,8 @@ def test_early_epochs_are_named():
     (line, _) = early_notes(("2d",), {"2d": group})
     assert "`2d` (epochs 2 of 4, 1 of 4; 0.550 and 0.850)" in line
     assert early_notes(("2d",), {"2d": group[1:2]}) == []
+    undefined = [trained(0, [0.3, 0.4], [np.nan, np.nan])]
+    assert "(epochs 1 of 2; n/a and n/a)" in early_notes(("2d",), {"2d": undefined})[0]
 
 
 def test_trainings_in_other_places_are_named():
@@ -972,6 +1045,16 @@ def test_a_result_older_than_its_source_is_named():
     ]
     (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
     assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    # The same day: newer results have the time.
+    made, source = (
+        [made_result(key, 0, some_rows(0), environment={"started": f"2026-01-02T{hour}:00:00"})]
+        for key, hour in (("2d-stand-in", "03"), ("stand-in-2d-18", "04"))
+    )
+    for group, date in ((made, "2026-01-02"), (source, "2026-01-02")):
+        group[0].info["date"] = date
+    (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
+    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    assert source_notes(("2d-stand-in",), {"2d-stand-in": source, "stand-in-2d-18": made}) == []
 
 
 def test_words_follow_the_numbers():
@@ -988,6 +1071,10 @@ def test_words_follow_the_numbers():
     assert verdict({"low": 0.1, "high": 0.3}, 100, above[:2]) == "too few seeds"
     disagreeing = verdict({"low": -0.3, "high": -0.1}, 100, [-0.9, 0.1, -0.2])
     assert disagreeing == "below 0; the seeds disagree"
+    # A difference of exactly 0, of two that rank all rightly, has no sign.
+    assert verdict({"low": 0.01, "high": 0.04}, 100, [0.0, 0.02, 0.03]).startswith(
+        "above 0; that over seeds"
+    )
     apart = verdict({"low": 0.1, "high": 0.3}, 100, [0.01, 0.2, 0.4])
     assert apart == "above 0; that over seeds includes 0"
     for low, high in ((-0.001, 0.1), (0.001, 0.1), (-0.1, 0.001)):
@@ -1091,6 +1178,8 @@ def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
         ("history.csv", lambda t: t.drop(columns="valid_log_loss")),
         ("history.csv", lambda t: t[:0]),
         ("history.csv", lambda t: t.assign(valid_log_loss=np.nan)),
+        ("history.csv", lambda t: t.assign(valid_log_loss=["x", "0.4"])),
+        ("history.csv", lambda t: t.assign(valid_auroc_any="x")),
         ("predictions.csv.gz", lambda t: t.drop(columns="patient")),
         ("predictions.csv.gz", lambda t: t.assign(any="")),
         ("predictions.csv.gz", lambda t: pd.concat([t, t])),

@@ -246,11 +246,11 @@ def test_devices(monkeypatch):
     ("asked", "variable", "device", "left"),
     [
         ("auto", None, "cuda", None),
+        ("auto", "", "cuda", "cuda"),  # Keras fails on an empty one
         ("auto", "cpu", "cpu", "cpu"),
-        ("auto", "cuda:1", "cuda", "cuda:1"),
+        ("auto", "cuda:0", "cuda", "cuda"),
         ("cuda", "cpu", "cuda", "cuda"),
-        ("cuda", "cuda:1", "cuda", "cuda:1"),
-        ("cpu", "cuda:1", "cpu", "cpu"),
+        ("cpu", "cuda", "cpu", "cpu"),
     ],
 )
 def test_a_device_that_keras_was_given_already(asked, variable, device, left, monkeypatch):
@@ -262,24 +262,29 @@ def test_a_device_that_keras_was_given_already(asked, variable, device, left, mo
     program = (
         "import os; from ich_keras import environment as e; e.why_no_cuda = lambda backend: ''\n"
         "e.has_bfloat16 = lambda device: True\n"
-        "told = dict(row[::2] for row in e.doctor())['device'].split()[0]\n"
-        f"print(told, e.choose_device({asked!r}), os.environ.get('KERAS_TORCH_DEVICE'))"
+        "before = os.environ.get('KERAS_TORCH_DEVICE')\n"
+        "print(dict(row[::2] for row in e.doctor())['device'])\n"
+        "assert os.environ.get('KERAS_TORCH_DEVICE') == before\n"
+        f"print(e.choose_device({asked!r}), os.environ.get('KERAS_TORCH_DEVICE'))"
     )
-    told = "cpu" if variable == "cpu" else "cuda"
-    assert run_python(program).stdout.split() == [told, device, str(left)]
+    told = "cpu (KERAS_TORCH_DEVICE=cpu)" if variable == "cpu" else "cuda"
+    assert run_python(program).stdout.splitlines() == [told, f"{device} {left}"]
 
 
 def test_a_device_of_keras_own_variable_that_is_none(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     program = "from ich_keras import environment as e; e.why_no_cuda = lambda backend: 'none'\n"
     for value, message in (
-        ("meta", "UsageError: KERAS_TORCH_DEVICE=meta; expected cpu, cuda or cuda:N"),
-        ("cuda:1", "EnvironmentProblem: KERAS_TORCH_DEVICE=cuda:1: none"),
+        ("meta", "UsageError: KERAS_TORCH_DEVICE=meta; expected cpu or cuda."),
+        ("cuda:1", "UsageError: KERAS_TORCH_DEVICE=cuda:1; expected cpu or cuda."),
+        ("cuda:0", "EnvironmentProblem: KERAS_TORCH_DEVICE=cuda:0: none"),
     ):
         monkeypatch.setenv("KERAS_TORCH_DEVICE", value)
         assert message in run_python(f"{program}e.choose_device()").stderr
         told = run_python(f"{program}print(*[row for row in e.doctor() if not row[1]])").stdout
-        assert f"KERAS_TORCH_DEVICE={value}" in told
+        assert f"'device', False, 'KERAS_TORCH_DEVICE={value}" in told, told
+        if value.startswith("cuda"):
+            assert message in run_python(f"{program}e.choose_device('cuda')").stderr
         # Who asks for the processor gets it.
         assert run_python(f"{program}print(e.choose_device('cpu'))").stdout.strip() == "cpu"
 
@@ -289,7 +294,7 @@ def test_threads_follow_the_variable_that_torch_follows(monkeypatch):
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert usable_threads() == usable_cores() >= 1
-    for value, threads in (("3", 3), ("0", usable_cores()), ("x", usable_cores())):
+    for value, threads in (("3", 3), ("3, 2", 3), ("0", usable_cores()), ("x", usable_cores())):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert usable_threads() == threads
 
@@ -302,9 +307,12 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
         (folder / "c").touch()
     with pytest.raises(UsageError, match="already exists"), new_folder(folder):
         pytest.fail("not reached")
-    with pytest.raises(KeyError), new_folder(tmp_path / "d"):
+    with pytest.raises(KeyError), new_folder(tmp_path / "d" / "e" / "f"):
         raise KeyError
     assert not (tmp_path / "d").exists()
+    with pytest.raises(KeyError), new_folder(tmp_path / "a" / "g" / "h"):
+        raise KeyError
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     with pytest.raises(KeyError), new_folder(tmp_path / "e") as kept:
         (kept / "f").touch()
         raise KeyError
