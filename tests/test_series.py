@@ -252,6 +252,80 @@ def test_one_uid_with_several_volumes(tmp_path):
     assert index.series["verdict"].tolist().count("localizer,too few") == 1
 
 
+def write_acquisitions(folder, **zs):
+    """One SeriesInstanceUID; the UIDs of its slices run through all acquisitions in turn."""
+    places = [(z, number) for number, values in zs.items() for z in values]
+    for place, (z, number) in enumerate(sorted(places)):
+        write(
+            folder,
+            f"{place:03d}.dcm",
+            SOPInstanceUID=f"1.2.3.{place}",
+            SeriesInstanceUID="1.2.3",
+            ImagePositionPatient=[-125, -125, z],
+            AcquisitionNumber=number.removeprefix("n"),
+        )
+
+
+def test_a_head_scanned_twice_makes_two_volumes(tmp_path):
+    write_acquisitions(tmp_path, n1=[0, 5, 10, 15], n2=[0.001, 5.001, 10.001])
+    index = index_folder(tmp_path)
+    assert index.series["series_uid"].tolist() == ["1.2.3", "1.2.3#2"]
+    assert index.series["num_slices"].tolist() == [4, 3]
+    assert index.series["verdict"].tolist() == ["ok", "ok"]
+    positions = index.slices.groupby("series_uid")["position_mm"].apply(list)
+    assert positions["1.2.3"] == [0, 5, 10, 15]
+    np.testing.assert_allclose(positions["1.2.3#2"], [0.001, 5.001, 10.001])
+
+
+def test_the_halves_of_a_sequential_scan_stay_together(tmp_path):
+    """Its lower half, its upper half, which share a slice, and the whole once more."""
+    write_acquisitions(
+        tmp_path, n1=[0, 5, 10], n2=[10.001, 20, 30, 40], n3=[0.002, 10.002, 20.002, 30.002, 40.002]
+    )
+    index = index_folder(tmp_path)
+    assert index.series["num_slices"].tolist() == [7, 5]
+    assert index.series["verdict"].tolist() == ["duplicate,irregular", "ok"]
+    # Renamed files and another order of reading make the same.
+    for number, path in enumerate(sorted(tmp_path.iterdir(), reverse=True)):
+        path.rename(tmp_path / f"x{number:03d}.dcm")
+    again = index_folder(tmp_path)
+    columns = ["sop_instance_uid", "series_uid", "slice_index", "position_mm"]
+    pd.testing.assert_frame_equal(index.slices[columns], again.slices[columns])
+
+
+def test_slices_of_two_scans_that_are_acquisitions_each(tmp_path):
+    """The lower numbers are the first scan, whatever the order of the UIDs."""
+    for number, z in enumerate([0, 5, 10, 10, 5, 0], 8):
+        write(
+            tmp_path,
+            f"{number}.dcm",
+            SOPInstanceUID=f"1.2.{20 - number}",
+            SeriesInstanceUID="1.2.3",
+            ImagePositionPatient=[-125, -125, z],
+            AcquisitionNumber=str(number),
+        )
+    slices = index_folder(tmp_path).slices
+    uids = slices.groupby("series_uid")["sop_instance_uid"].apply(list)
+    assert uids.to_dict() == {
+        "1.2.3": ["1.2.12", "1.2.11", "1.2.10"],
+        "1.2.3#2": ["1.2.7", "1.2.8", "1.2.9"],
+    }
+
+
+@pytest.mark.parametrize("number", ["", "1"])
+def test_two_slices_at_one_place_of_one_acquisition_stay(tmp_path, number):
+    for place in range(6):
+        write(
+            tmp_path,
+            f"{place}.dcm",
+            SOPInstanceUID=f"1.2.9.{place}",
+            SeriesInstanceUID="1.2.9",
+            ImagePositionPatient=[-125, -125, 5 * (place // 2)],
+            AcquisitionNumber=number,
+        )
+    assert index_folder(tmp_path).series["verdict"].tolist() == ["duplicate"]
+
+
 def test_rounded_cosines_stay_together(tmp_path):
     for number in range(4):
         write(

@@ -78,6 +78,7 @@ class SliceHeader:
     Args:
         sop_instance_uid, series_instance_uid, study_instance_uid: as written, without padding.
         patient_id: "" when absent.
+        acquisition: AcquisitionNumber as written; "" when absent.
         row_spacing_mm, column_spacing_mm: distance between rows, and between columns.
         position: centre of the first pixel, mm, in the patient system (x to the left, y to the
             back, z to the head).
@@ -87,13 +88,15 @@ class SliceHeader:
         pixels: size of the matrix, encoding and place of the pixels.
 
     Source:
-        DICOM PS3.3 C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image), C.11.1 (rescale).
+        DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
+        C.11.1 (rescale).
     """
 
     sop_instance_uid: str
     series_instance_uid: str
     study_instance_uid: str
     patient_id: str
+    acquisition: str
     row_spacing_mm: float
     column_spacing_mm: float
     position: tuple[float, float, float]
@@ -251,6 +254,7 @@ def _check_slice(
         "series_instance_uid": uid_of(elements, "SeriesInstanceUID"),
         "study_instance_uid": uid_of(elements, "StudyInstanceUID"),
         "patient_id": patient_id_of(elements),
+        "acquisition": text_of(elements, "AcquisitionNumber"),
     }
     is_signed, bits_stored = _check_encoding(elements)
     rows, columns = _side(elements, "Rows"), _side(elements, "Columns")

@@ -27,6 +27,7 @@ TAGS = {
     "PatientID": 0x00100020,
     "StudyInstanceUID": 0x0020000D,
     "SeriesInstanceUID": 0x0020000E,
+    "AcquisitionNumber": 0x00200012,
     "ImagePositionPatient": 0x00200032,
     "ImageOrientationPatient": 0x00200037,
     "SamplesPerPixel": 0x00280002,

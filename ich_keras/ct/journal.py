@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ich_keras.errors import UsageError
 
 # Raise the number whenever `dicom.read_header` judges files differently: old lines are read again.
-_FIRST_LINE = b"ich-index-journal 1\n"
+_FIRST_LINE = b"ich-index-journal 2\n"
 _FAMILY = b"ich-index-journal "
 # Whether these hold depends on the machine, not on the file.
 _NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
@@ -33,6 +33,7 @@ class Entry(NamedTuple):
     position: tuple[float, ...] = ()
     orientation: tuple[float, ...] = ()
     is_localizer: bool = False
+    acquisition: str = ""
 
 
 class Journal:

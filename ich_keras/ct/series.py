@@ -12,6 +12,7 @@ import pandas as pd
 from ich_keras.ct.geometry import (
     LOCALIZER,
     NOT_AXIAL,
+    SAME_POSITION_MM,
     TILT_DEGREES,
     in_plane_shear,
     neighbour_distances_mm,
@@ -48,7 +49,8 @@ class SeriesIndex:
         slices: one row a slice (SLICE_COLUMNS), by patient, study, series and slice index, which
             counts from the most inferior slice. `series_uid` is the key of a volume: the
             SeriesInstanceUID, with "#2", "#3" behind it where one UID holds several orientations,
-            matrices, pixel spacings or patients. `container` is the file's absolute path.
+            matrices, pixel spacings or patients, or acquisitions that lie over one another.
+            `container` is the file's absolute path.
         series: one row a series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
             median distance of neighbours, `verdict` is explained at `geometry.verdict`,
             `shear_row` and `shear_column` at `geometry.in_plane_shear`.
@@ -272,8 +274,45 @@ def _volumes(entries: list[Entry]) -> list[list[Entry]]:
                 break
         else:
             groups[exact].append((near, [entry]))
-    volumes = [volume for group in groups.values() for _, volume in group]
+    volumes = [part for group in groups.values() for _, volume in group for part in _scans(volume)]
     return sorted(volumes, key=lambda volume: (-len(volume), volume[0].sop_instance_uid))
+
+
+def _scans(volume: list[Entry]) -> list[list[Entry]]:
+    """Part acquisitions that lie over one another (a head scanned twice), so that the neighbours of
+    a slice are of its own scan.
+
+    Acquisitions that lie side by side, as the two halves of a sequential head scan do, stay
+    together, also where they share a slice or two.
+    """
+    parts = defaultdict(list)
+    for entry in volume:
+        parts[entry.acquisition].append(entry)
+    normal = slice_normal(volume[0].orientation)
+    scans: list[list[Entry]] = []
+    for part in sorted(parts.values(), key=_rank):
+        for scan in scans:
+            if 2 * _num_shared(part, scan, normal) < len(part):
+                scan += part
+                break
+        else:
+            scans.append(part)
+    return [sorted(scan, key=lambda entry: entry.sop_instance_uid) for scan in scans]
+
+
+def _rank(acquisition: list[Entry]) -> tuple:
+    """Order acquisitions: the largest first, then by their numbers, which follow time."""
+    first = acquisition[0]
+    number = int(first.acquisition) if first.acquisition.isdecimal() else math.inf
+    return -len(acquisition), number, first.sop_instance_uid
+
+
+def _num_shared(ones: list[Entry], others: list[Entry], normal: np.ndarray) -> int:
+    """Count the slices of the one that lie where a slice of the other does."""
+    one, other = (
+        np.array([entry.position for entry in entries]) @ normal for entries in (ones, others)
+    )
+    return int((abs(one[:, None] - other).min(axis=1) <= SAME_POSITION_MM).sum())
 
 
 def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:

@@ -109,4 +109,5 @@ def _read_one(entry: Entry) -> Entry:
         position=header.position,
         orientation=header.orientation,
         is_localizer=header.is_localizer,
+        acquisition=header.acquisition,
     )
