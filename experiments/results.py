@@ -144,6 +144,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
                 "device": environment["device_name"],
                 "processor": environment["processor"],
                 "cores": environment["cpu_count"],
+                # Of the command that keeps it, as a rule the one that trained it.
                 "threads": max(1, place.threads // place.jobs),
                 "jobs": place.jobs,
             },

@@ -224,7 +224,7 @@ def _in_short(compared: Mapping[str, Sequence[Compared]], results: Results) -> l
             )
     if not rows:
         return []
-    header = ["question", "difference", "level", "metric", "mean of the seeds (range)"]
+    header = ["question", "difference", "level", "metric", "mean of the seeds (each)"]
     header += ["95 % interval over patients", "95 % interval over seeds", "seeds"]
     return [
         "## In short",
@@ -305,6 +305,15 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def each(values: Sequence[float | None], digits: int = 4) -> str:
+    """Write the mean of what is defined and, of several seeds, the value of each, in order."""
+    defined = [value for value in values if value is not None]
+    mean = format_metric(float(np.mean(defined)) if defined else None, digits)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({', '.join(format_metric(value, digits) for value in values)})"
 
 
 def bounds(row: dict | None, digits: int = 4) -> str:
@@ -578,7 +587,7 @@ def _differences(found: Sequence[Compared], metrics: Sequence[str] = _HEADLINE) 
     if not found:
         return []
     rows = [_difference_row(*compared, metric) for compared in found for metric in metrics]
-    header = ["difference", "level", "metric", "mean of the seeds (range)"]
+    header = ["difference", "level", "metric", "mean of the seeds (each)"]
     header += ["95 % interval over patients", "95 % interval over seeds"]
     header += ["seeds", "samples / patients", "the interval over patients"]
     return [
@@ -599,7 +608,7 @@ def _difference_row(
         f"`{one}` - `{other}`",
         level,
         metric,
-        spread(values),
+        each(difference.per_seed[metric]),
         bounds(row),
         over_seeds(values),
         ", ".join(map(str, difference.seeds)),

@@ -109,7 +109,8 @@ def _wanted_device(name: str, backend: str) -> tuple[str, str]:
     source = f"--device {name}"
     chosen = os.environ.get(TORCH_DEVICE, "") if backend == "torch" else ""
     if chosen and name in ("auto", chosen.partition(":")[0]):
-        source, name = f"{TORCH_DEVICE}={chosen}", _kind(chosen)
+        source = f"{TORCH_DEVICE}={chosen}"
+        name = _kind(chosen, source, f"Unset {TORCH_DEVICE}.")
     if name == "cpu":
         return "cpu", source
     reason = why_no_cuda(backend)
@@ -118,14 +119,14 @@ def _wanted_device(name: str, backend: str) -> tuple[str, str]:
     return "cpu" if reason else "cuda", reason
 
 
-def _kind(device: str) -> str:
+def _kind(device: str, source: str, hint: str) -> str:
     """Return "cpu" or "cuda" of a name of torch's; the second GPU is refused, since memory is
     measured, and torch alone computes, on the first."""
     if device in ("cpu", "cpu:0", "cuda", "cuda:0"):
         return device.partition(":")[0]
     raise UsageError(
-        f"{TORCH_DEVICE}={device}; expected cpu or cuda.",
-        f"Unset {TORCH_DEVICE}; CUDA_VISIBLE_DEVICES chooses among several GPUs.",
+        f"{source}; expected cpu or cuda.",
+        f"{hint} CUDA_VISIBLE_DEVICES chooses among several GPUs.",
     )
 
 
@@ -133,8 +134,9 @@ def _loaded_device(name: str, backend: str) -> str:
     if backend == "torch":
         from keras.src.backend.torch.core import get_device
 
-        current = str(get_device())
-        current = _kind(current) if current.startswith("cuda") else "cpu"
+        found = str(get_device())
+        hint = f"Set {TORCH_DEVICE} before keras is imported."
+        current = _kind(found, f"Keras runs on {found}", hint)
     else:
         current = "cuda" if not why_no_cuda(backend) else "cpu"
     if name in ("auto", current):

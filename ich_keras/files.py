@@ -130,17 +130,17 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     path = require_absent(path)
     mine, is_done = [folder for folder in (path, *path.parents) if not folder.is_dir()], False
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EnvironmentProblem(f"the folder {path} cannot be made: {reason}.") from error
-    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise EnvironmentProblem(f"the folder {path} cannot be made: {reason}.") from error
         yield path
         is_done = True
     finally:
         if not is_done:
-            with contextlib.suppress(OSError):  # not empty
-                for folder in mine:
+            for folder in mine:
+                with contextlib.suppress(OSError):  # not empty, or not made
                     folder.rmdir()
 
 

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +157,7 @@ def train(
         try:
             write_json(out / CONFIG, config.to_dict())
             environment = environment_record(config.device)
-            started = datetime.now().isoformat(timespec="seconds")
+            started = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(out / ENVIRONMENT, {**environment, "seed": config.seed, "started": started})
             write_json(
                 out / DATA,
@@ -287,12 +287,13 @@ def cache_of(run_dir: Path | str) -> Path | None:
 
 def changed_environment(run_dir: Path | str, device: str) -> list[str]:
     """Say what is another now than when a training began: packages, backend, device, machine, and
-    the precision, where this hardware lacks the run's."""
+    the precision, where this hardware lacks the run's. What an older version did not write down
+    counts as another."""
     before, now = read_json(Path(run_dir) / ENVIRONMENT), environment_record(device)
     config = RunConfig.from_dict(read_json(Path(run_dir) / CONFIG))
-    # Older runs lack some names.
-    names = [name for name in now if name in before and name != "versions"]
-    pairs = {name: (now[name], before[name]) for name in names}
+    # The processor is the device, or beside a GPU does not matter.
+    names = [name for name in now if name not in ("versions", "processor")]
+    pairs = {name: (now[name], before.get(name)) for name in names}
     for name, version in now["versions"].items():
         pairs[name] = version, before.get("versions", {}).get(name)
     pairs["precision"] = run_precision(config, device), config.precision

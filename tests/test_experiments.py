@@ -876,6 +876,9 @@ def test_tables_put_each_number_into_its_column():
     several = results | {"2d-stand-in": [sound, made_result("2d-stand-in", 1, some_rows(3))]}
     row = cells(_table_1(several), RUNS["2d-stand-in"].title)
     assert row[1:4] == ["0, 1 (too few)", "0.0927", "0.5000 (seed 0)"]
+    alone = {"2d-thesis": [made_result("2d-thesis", 0, some_rows(0))]}
+    row = cells(_table_1(alone), RUNS["2d"].title)
+    assert (row[1], *row[3:5]) == ("n/a", "0.5000 (seed 0)", "n/a: not run")
 
 
 def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
@@ -1059,7 +1062,7 @@ def test_a_result_older_than_its_source_is_named():
 
 def test_words_follow_the_numbers():
     from experiments.caveats import over_seeds, verdict
-    from experiments.write_up import bounds, loss_after, spread
+    from experiments.write_up import bounds, each, loss_after, spread
 
     above = [0.19, 0.2, 0.21]
     below = [-value for value in above]
@@ -1085,6 +1088,8 @@ def test_words_follow_the_numbers():
     assert spread([]) == bounds(None) == "n/a"
     assert spread([0.5]) == "0.5000"
     assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
+    assert each([0.75, None, 0.25], 2) == "0.50 (0.75, n/a, 0.25)"
+    assert (each([0.5]), each([None])) == ("0.5000", "n/a")
     assert loss_after(made_result("2d", 0, some_rows(0)), 1) == 0.6
     assert loss_after(made_result("2d", 0, some_rows(0)), 4) == 0.5
 

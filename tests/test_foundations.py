@@ -312,6 +312,9 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
     assert not (tmp_path / "d").exists()
     with pytest.raises(KeyError), new_folder(tmp_path / "a" / "g" / "h"):
         raise KeyError
+    long = tmp_path / "a" / "g" / ("h" * 300)
+    with pytest.raises(EnvironmentProblem, match="cannot be made"), new_folder(long):
+        pytest.fail("not reached")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     with pytest.raises(KeyError), new_folder(tmp_path / "e") as kept:
         (kept / "f").touch()

@@ -9,7 +9,7 @@ import pytest
 from highdicom.spatial import get_volume_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_dicom import AXIAL, tiny_file
+from tiny_dicom import AXIAL, tiny_dataset, tiny_file, to_bytes
 
 from ich_keras.ct import walk
 from ich_keras.ct.geometry import slice_normal, tilt_degrees, verdict
@@ -252,64 +252,86 @@ def test_one_uid_with_several_volumes(tmp_path):
     assert index.series["verdict"].tolist().count("localizer,too few") == 1
 
 
-def write_acquisitions(folder, **zs):
-    """One SeriesInstanceUID; the UIDs of its slices run through all acquisitions in turn."""
-    places = [(z, number) for number, values in zs.items() for z in values]
-    for place, (z, number) in enumerate(sorted(places)):
-        write(
-            folder,
-            f"{place:03d}.dcm",
-            SOPInstanceUID=f"1.2.3.{place}",
-            SeriesInstanceUID="1.2.3",
-            ImagePositionPatient=[-125, -125, z],
-            AcquisitionNumber=number.removeprefix("n"),
+def volumes_of(folder, *acquisitions):
+    """Write acquisitions, (number, positions), of one SeriesInstanceUID; return the places of each
+    volume's slices, as "number:z", ordered by position."""
+    entries = [(number, z) for number, zs in acquisitions for z in zs]
+    order = np.random.default_rng(0).permutation(len(entries))
+    names = {}
+    for place, (number, z) in zip(order, entries, strict=True):
+        uid = f"1.2.3.{place}"
+        names[uid] = f"{number}:{z:g}"
+        dataset = tiny_dataset(
+            SOPInstanceUID=uid, SeriesInstanceUID="1.2.3", ImagePositionPatient=[-125, -125, z]
         )
+        # Not as IS, of which pydicom refuses what other programs may have written.
+        dataset.add_new("AcquisitionNumber", "UT", number)
+        (folder / f"{place:03d}.dcm").write_bytes(to_bytes(dataset))
+    index = index_folder(folder)
+    uids = index.slices.groupby("series_uid")["sop_instance_uid"].apply(list)
+    assert list(uids.index) == ["1.2.3", *(f"1.2.3#{n}" for n in range(2, len(uids) + 1))]
+    return [[names[uid] for uid in volume] for volume in uids], index.series["verdict"].tolist()
+
+
+def places(number, zs):
+    return [f"{number}:{z:g}" for z in zs]
 
 
 def test_a_head_scanned_twice_makes_two_volumes(tmp_path):
-    write_acquisitions(tmp_path, n1=[0, 5, 10, 15], n2=[0.001, 5.001, 10.001])
-    index = index_folder(tmp_path)
-    assert index.series["series_uid"].tolist() == ["1.2.3", "1.2.3#2"]
-    assert index.series["num_slices"].tolist() == [4, 3]
-    assert index.series["verdict"].tolist() == ["ok", "ok"]
-    positions = index.slices.groupby("series_uid")["position_mm"].apply(list)
-    assert positions["1.2.3"] == [0, 5, 10, 15]
-    np.testing.assert_allclose(positions["1.2.3#2"], [0.001, 5.001, 10.001])
+    one, two = np.arange(0, 20, 5), np.arange(0, 15, 5) + 0.001
+    volumes, verdicts = volumes_of(tmp_path, ("1", one), ("2", two))
+    assert volumes == [places(1, one), places(2, two)]
+    assert verdicts == ["ok", "ok"]
 
 
-def test_the_halves_of_a_sequential_scan_stay_together(tmp_path):
-    """Its lower half, its upper half, which share a slice, and the whole once more."""
-    write_acquisitions(
-        tmp_path, n1=[0, 5, 10], n2=[10.001, 20, 30, 40], n3=[0.002, 10.002, 20.002, 30.002, 40.002]
-    )
-    index = index_folder(tmp_path)
-    assert index.series["num_slices"].tolist() == [7, 5]
-    assert index.series["verdict"].tolist() == ["duplicate,irregular", "ok"]
-    # Renamed files and another order of reading make the same.
-    for number, path in enumerate(sorted(tmp_path.iterdir(), reverse=True)):
-        path.rename(tmp_path / f"x{number:03d}.dcm")
-    again = index_folder(tmp_path)
-    columns = ["sop_instance_uid", "series_uid", "slice_index", "position_mm"]
-    pd.testing.assert_frame_equal(index.slices[columns], again.slices[columns])
+def test_halves_belong_to_their_own_scan(tmp_path):
+    """The second scan's halves are of other sizes than the first one's."""
+    halves = [np.arange(0, 41, 5), np.arange(45, 71, 5), np.arange(0, 46, 5), np.arange(50, 81, 5)]
+    volumes, verdicts = volumes_of(tmp_path, *((str(n), h) for n, h in enumerate(halves, 8)))
+    assert volumes == [
+        places(10, halves[2]) + places(11, halves[3]),
+        places(8, halves[0]) + places(9, halves[1]),
+    ]
+    assert verdicts == ["ok", "ok"]
 
 
-def test_slices_of_two_scans_that_are_acquisitions_each(tmp_path):
-    """The lower numbers are the first scan, whatever the order of the UIDs."""
-    for number, z in enumerate([0, 5, 10, 10, 5, 0], 8):
-        write(
-            tmp_path,
-            f"{number}.dcm",
-            SOPInstanceUID=f"1.2.{20 - number}",
-            SeriesInstanceUID="1.2.3",
-            ImagePositionPatient=[-125, -125, z],
-            AcquisitionNumber=str(number),
-        )
-    slices = index_folder(tmp_path).slices
-    uids = slices.groupby("series_uid")["sop_instance_uid"].apply(list)
-    assert uids.to_dict() == {
-        "1.2.3": ["1.2.12", "1.2.11", "1.2.10"],
-        "1.2.3#2": ["1.2.7", "1.2.8", "1.2.9"],
-    }
+def test_rotations_belong_to_their_own_scan(tmp_path):
+    """The second scan reaches further than the first; its numbers have another digit."""
+    rotations = [[0, 5], [10, 15], [0, 5], [10, 15], [20, 25]]
+    volumes, verdicts = volumes_of(tmp_path, *((str(n), r) for n, r in enumerate(rotations, 9)))
+    assert volumes == [
+        ["11:0", "11:5", "12:10", "12:15", "13:20", "13:25"],
+        ["9:0", "9:5", "10:10", "10:15"],
+    ]
+    assert verdicts == ["ok", "ok"]
+
+
+def test_rotations_that_share_a_slice_stay_together(tmp_path):
+    rotations = [(str(n), [5 * n, 5 * n + 5]) for n in range(5)]
+    volumes, verdicts = volumes_of(tmp_path, *rotations)
+    assert len(volumes) == 1
+    assert verdicts == ["duplicate"]
+
+
+def test_a_slice_that_was_watched_before_the_scan(tmp_path):
+    scan = np.arange(0, 40, 5)
+    volumes, verdicts = volumes_of(tmp_path, ("1", [20]), ("2", scan))
+    assert volumes == [places(2, scan), places(1, [20])]
+    assert verdicts == ["ok", "too few"]
+
+
+def test_one_number_a_slice_says_nothing(tmp_path):
+    slices = [(str(n), [z]) for n, z in enumerate([10, 0, 5, 10, 15, 0, 5, 10, 15])]
+    volumes, verdicts = volumes_of(tmp_path, *slices)
+    assert len(volumes) == 1
+    assert verdicts == ["duplicate"]
+
+
+@pytest.mark.parametrize("number", ["", "9" * 5000, "x"])
+def test_slices_without_a_number_are_a_scan_of_their_own(tmp_path, number):
+    volumes, verdicts = volumes_of(tmp_path, (number, [0, 5, 10]), ("1", [0, 5, 10, 15]))
+    assert [volume[0] for volume in volumes] == ["1:0", f"{number}:0"]
+    assert verdicts == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("number", ["", "1"])

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,8 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
     assert environment["backend"] == keras.config.backend()
     assert environment["device"] == "cpu"
     assert environment["versions"]["keras"] == keras.__version__
+    assert re.fullmatch(r"\d{4}(-\d\d){2}T\d\d(:\d\d){2}\+00:00", environment["started"])
+    assert environment["device_name"] == environment["processor"] != ""
     data = json.loads((run / "data.json").read_text())
     assert data["synthetic"] is True
     assert data["cache"] == phantom_cache.fingerprint
@@ -569,6 +572,10 @@ def test_another_environment_is_told(phantom_cache, tmp_path, crash_after, monke
     with monkeypatch.context() as patch:
         patch.setattr(training, "run_precision", lambda config, device: "float16")
         assert training.changed_environment(out, "cpu") == ["precision float16, was float32"]
+    older = {name: value for name, value in before.items() if name != "device_name"}
+    write_json(out / "environment.json", older | {"processor": "another"})
+    (line,) = training.changed_environment(out, "cpu")
+    assert line == f"device_name {before['device_name']}, was None"
     before["versions"]["torch"] = "1.0"
     write_json(out / "environment.json", before)
     crash_after(None)

@@ -49,7 +49,7 @@ class SeriesIndex:
         slices: one row a slice (SLICE_COLUMNS), by patient, study, series and slice index, which
             counts from the most inferior slice. `series_uid` is the key of a volume: the
             SeriesInstanceUID, with "#2", "#3" behind it where one UID holds several orientations,
-            matrices, pixel spacings or patients, or acquisitions that lie over one another.
+            matrices, pixel spacings or patients, or acquisitions at the same places.
             `container` is the file's absolute path.
         series: one row a series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
             median distance of neighbours, `verdict` is explained at `geometry.verdict`,
@@ -279,32 +279,39 @@ def _volumes(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def _scans(volume: list[Entry]) -> list[list[Entry]]:
-    """Part acquisitions that lie over one another (a head scanned twice), so that the neighbours of
-    a slice are of its own scan.
+    """Part acquisitions that lie at the same places (a head scanned twice, a perfusion), so that
+    the neighbours of a slice are of its own scan.
 
-    Acquisitions that lie side by side, as the two halves of a sequential head scan do, stay
-    together, also where they share a slice or two.
+    Acquisitions that lie side by side, as the rotations or halves of one scan do, stay together,
+    also where they share some slices. A single slice at a place that is taken (scanned again, or
+    watched for the contrast medium) is a scan of its own. Not parted: a second scan at other places
+    (the series is then irregular), and one without a number of its own, or with one number a slice,
+    which says nothing (duplicate).
     """
     parts = defaultdict(list)
     for entry in volume:
         parts[entry.acquisition].append(entry)
+    if max(map(len, parts.values())) == 1:
+        return [volume]
     normal = slice_normal(volume[0].orientation)
     scans: list[list[Entry]] = []
     for part in sorted(parts.values(), key=_rank):
-        for scan in scans:
-            if 2 * _num_shared(part, scan, normal) < len(part):
+        # The latest first: a rotation goes on where the one before it ended.
+        for scan in reversed(scans):
+            if 2 * _num_shared(part, scan, normal) <= min(len(part), len(scan)):
                 scan += part
                 break
         else:
             scans.append(part)
-    return [sorted(scan, key=lambda entry: entry.sop_instance_uid) for scan in scans]
+    return scans
 
 
 def _rank(acquisition: list[Entry]) -> tuple:
-    """Order acquisitions: the largest first, then by their numbers, which follow time."""
+    """Order acquisitions by their numbers, which follow time; those without one come last."""
     first = acquisition[0]
-    number = int(first.acquisition) if first.acquisition.isdecimal() else math.inf
-    return -len(acquisition), number, first.sop_instance_uid
+    # More than the 12 characters of an IS (PS3.5 6.2) is no number.
+    is_number = first.acquisition.isdecimal() and len(first.acquisition) <= 12
+    return int(first.acquisition) if is_number else math.inf, first.sop_instance_uid
 
 
 def _num_shared(ones: list[Entry], others: list[Entry], normal: np.ndarray) -> int:
@@ -321,7 +328,7 @@ def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
     normal = slice_normal(reference.orientation)
     positions = np.array([entry.position for entry in volume])
     along = positions @ normal
-    # Slices at one position keep the order of their UIDs.
+    # Slices at one position keep their order: by acquisition, then by UID.
     order = np.argsort(along, kind="stable")
     identity = (series_uid, reference.series_instance_uid, reference.study_instance_uid)
     slice_rows = []
