@@ -952,7 +952,7 @@ def test_the_leak_is_shown_on_shared_slices():
         for one, other in zip(leaky, shared, strict=True)
     ]
     assert row[2] == "log_loss"
-    assert row[3] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
+    assert row[3] == f"{np.mean(each):.4f} ({', '.join(f'{value:.4f}' for value in each)})"
     assert row[5] == over_seeds(each)
     assert row[6:] == ["0, 1, 2", "72 / 3", "too few patients"]
     # Both alone, on the same slices.
@@ -989,7 +989,7 @@ def test_the_report_begins_with_every_comparison_in_one_line():
         for one, other in zip(results["slab"], results["2d"], strict=True)
     ]
     assert row[:4] == ["views", "`slab` - `2d`", "slice", "auroc/any"]
-    assert row[4] == f"{np.mean(each):.4f} ({min(each):.4f} to {max(each):.4f})"
+    assert row[4] == f"{np.mean(each):.4f} ({', '.join(f'{value:.4f}' for value in each)})"
     assert row[7] == "0, 1, 2"
     assert row[8] == "too few patients; not above counting voxels: `2d` (seed 1)"
     assert _in_short({name: [] for name in QUESTIONS}, results) == []
