@@ -21,7 +21,7 @@ from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
 from ich_keras.planning import plan_training, settled
 from ich_keras.prediction import BEST_WEIGHTS, network
-from ich_keras.processes import process_pool
+from ich_keras.processes import process_pool, usable_cores
 from ich_keras.report import REPORT
 from ich_keras.training import (
     MODEL,
@@ -122,6 +122,9 @@ def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, dict]:
     run, seed = RUNS[task.key], task.seed
     folder = place.work / FOLDER
     config = base_config(run, place.scale, seed, place.device)
+    # More than there are cores only wait for each other; batches are the same.
+    workers = min(config.data.loader_workers, max(1, usable_cores() // place.jobs))
+    config = replace(config, data=replace(config.data, loader_workers=workers))
     split = split_path(folder, run.split, cache.slices, seed, run.fraction)
     config = replace(config, data=replace(config.data, split=split))
     if run.weights is not None:

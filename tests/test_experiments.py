@@ -644,6 +644,15 @@ def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
     assert 2 <= memory.fit.batch_size < 4
 
 
+def test_no_more_processes_make_batches_than_there_are_cores(place, phantom_cache, monkeypatch):
+    many = replace(place, scale=replace(FAKE, loader_workers=8))
+    for cores, jobs, workers in ((16, 1, 8), (2, 1, 2), (8, 2, 4), (1, 2, 1)):
+        monkeypatch.setattr(reproducing, "usable_cores", lambda cores=cores: cores)
+        config, _ = resolve(replace(many, jobs=jobs), Task("2d", 0), phantom_cache)
+        assert config.data.loader_workers == workers
+    assert resolve(place, Task("2d", 0), phantom_cache)[0].data.loader_workers == 0
+
+
 def test_no_patient_id_reaches_the_results(place, phantom_cache):
     reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     names = set(phantom_cache.slices["patient_id"])
@@ -876,6 +885,11 @@ def test_tables_put_each_number_into_its_column():
     several = results | {"2d-stand-in": [sound, made_result("2d-stand-in", 1, some_rows(3))]}
     row = cells(_table_1(several), RUNS["2d-stand-in"].title)
     assert row[1:4] == ["0, 1 (too few)", "0.0927", "0.5000 (seed 0)"]
+    # Of a rate that falls it is said that four epochs are under way.
+    for schedule, is_falling in (("cosine", True), ("constant", False)):
+        config = {"fit": {"schedule": schedule}, "data": {"view": "slice"}}
+        falling = {"2d": [made_result("2d", 0, some_rows(0), config=config)]}
+        assert ("under way" in " ".join(_table_1(falling))) == is_falling
     alone = {"2d-thesis": [made_result("2d-thesis", 0, some_rows(0))]}
     row = cells(_table_1(alone), RUNS["2d"].title)
     assert (row[1], *row[3:5]) == ("n/a", "0.5000 (seed 0)", "n/a: not run")
