@@ -446,9 +446,14 @@ def _table(table: int, results: Results) -> list[str]:
 
 
 def _intensity_text(group: Sequence[Result]) -> str:
-    names = {"windows": "three windows", "wide": "one wide range"}
+    names = {
+        "windows": "three windows",
+        "wide": "one wide range",
+        "head-z-score": "z-scores over the head",
+        None: "intensity not recorded",
+    }
     found = {result.info["config"]["data"].get("intensity") for result in group}
-    return ", ".join(sorted(names.get(name, "intensity not recorded") for name in found))
+    return ", ".join(sorted(names[name] for name in found))
 
 
 def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key: str) -> str:

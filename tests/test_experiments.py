@@ -895,6 +895,16 @@ def test_tables_put_each_number_into_its_column():
     assert (row[1], *row[3:5]) == ("n/a", "0.5000 (seed 0)", "n/a: not run")
 
 
+def test_every_intensity_has_a_name_in_the_tables():
+    from experiments.write_up import _intensity_text
+    from ich_keras.data.inputs import INTENSITIES
+
+    for name in (*INTENSITIES, None):
+        config = {"data": {"view": "slab", "intensity": name}}
+        text = _intensity_text([made_result("slab", 0, some_rows(0), config=config)])
+        assert ("not recorded" in text) == (name is None)
+
+
 def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
     from experiments.write_up import _runs_section
 
