@@ -113,14 +113,12 @@ def source_notes(keys: Iterable[str], results: Results) -> list[str]:
                     " itself: it says little about starting from learned weights.",
                     "",
                 ]
-            made = results[source][0].info["date"]
-            older = [
-                str(r.seed) for r in results[key] if _is_before(r.info, results[source][0].info)
-            ]
+            made = results[source][0].info
+            older = [str(r.seed) for r in results[key] if _is_before(r.info, made)]
             if older:
                 notes += [
                     f"`{key}` of seed {' and '.join(older)} is older than what is kept of"
-                    f" `{source}` ({made}): it started from an earlier training of it.",
+                    f" `{source}` ({made['date']}): it started from an earlier training of it.",
                     "",
                 ]
     return notes
@@ -153,7 +151,7 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
             continue
         epochs = ", ".join(f"{kept_epoch(r)} of {len(r.history)}" for r in group)
         kept, last = (
-            _mean_text([r.history["valid_auroc_any"].iloc[row(r)] for r in group])
+            _mean_ranking([r.history["valid_auroc_any"].iloc[row(r)] for r in group])
             for row in (lambda r: r.history["valid_log_loss"].argmin(), lambda r: -1)
         )
         named.append(f"`{key}` (epochs {epochs}; {kept} and {last})")
@@ -169,8 +167,8 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
     ]
 
 
-def _mean_text(values: Sequence[float]) -> str:
-    """Write a mean; "n/a" where one of the values is undefined."""
+def _mean_ranking(values: Sequence[float]) -> str:
+    """Write a mean AUROC; "n/a" where one of the values is undefined."""
     mean = float(np.mean(values))
     return format_metric(None if np.isnan(mean) else mean, 3)
 

@@ -103,7 +103,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
         StaleError: the run folder does not say when and where it was trained.
     """
     run_dir, out = place.run_dir(key, seed), place.result_dir(key, seed)
-    environment = _trained_in(run_dir)
+    environment, machine = _trained_in(run_dir)
     config = RunConfig.from_dict(read_json(run_dir / CONFIG))
     table = pd.read_csv(run_dir / "predictions-test.csv", dtype={"sop_instance_uid": str})
     numbers = patient_numbers(cache)
@@ -141,9 +141,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "weights": _weights_record(run_dir),
             "environment": environment,
             "machine": {
-                "device": environment["device_name"],
-                "processor": environment["processor"],
-                "cores": environment["cpu_count"],
+                **machine,
                 # Of the command that keeps it, as a rule the one that trained it.
                 "threads": max(1, place.threads // place.jobs),
                 "jobs": place.jobs,
@@ -171,8 +169,9 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     )
 
 
-def _trained_in(run_dir: Path) -> dict:
-    """Return what the training wrote about itself: results may be kept later, and elsewhere."""
+def _trained_in(run_dir: Path) -> tuple[dict, dict]:
+    """Return what the training wrote about its environment and its machine: results may be kept
+    later, and elsewhere."""
     found = read_json(run_dir / ENVIRONMENT)
     absent = {"started", "device_name", "processor", "cpu_count"} - {*found}
     if absent:
@@ -180,7 +179,10 @@ def _trained_in(run_dir: Path) -> dict:
             f"{run_dir / ENVIRONMENT} lacks {', '.join(sorted(absent))}: an older version made it.",
             f"Remove {run_dir}: the same command trains it again.",
         )
-    return {name: value for name, value in found.items() if name != "seed"}
+    names = {"device_name": "device", "processor": "processor", "cpu_count": "cores"}
+    machine = {name: found.pop(of) for of, name in names.items()}
+    found.pop("seed", None)
+    return found, machine
 
 
 def _band_counts(cache: CTCache) -> np.ndarray:

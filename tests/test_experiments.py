@@ -420,7 +420,15 @@ def test_a_result_says_when_and_where_the_run_was_trained(place, monkeypatch):
     path = place.result_dir("2d", 0) / RESULT
     before = read_json(path)
     assert before["date"] == "2026-01-02"
-    assert before["environment"] == environment_record("cpu") | {"started": FakeTraining().started}
+    trained = environment_record("cpu") | {"started": FakeTraining().started}
+    machine = before["machine"]
+    for name, kept in (
+        ("device_name", "device"),
+        ("processor", "processor"),
+        ("cpu_count", "cores"),
+    ):
+        assert machine[kept] == trained.pop(name)
+    assert before["environment"] == trained
     shutil.rmtree(path.parent)
     monkeypatch.setattr("ich_keras.environment.versions", lambda: {"torch": "9"})
     monkeypatch.setattr("ich_keras.environment.device_name", lambda device: "another")
@@ -736,7 +744,7 @@ def test_pairs_are_aligned_by_name():
     assert series.num_samples == 10
 
 
-def test_networks_that_have_hardly_learned_are_named():
+def test_networks_that_rank_no_better_than_counting_voxels_are_named():
     from experiments.caveats import behind_notes
 
     results = {
