@@ -318,3 +318,16 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path):
     for variant in ("ours", "plain torch"):
         assert 0 < int(peaks[variant, "train"]) < 2**30
         assert peaks[variant, "predict"] == ""
+
+
+@on_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole-dilated", "whole-strided"])
+def test_a_step_on_a_whole_series_takes_no_more_than_the_readme_says(case):
+    """One series of 60x256x256 in float32, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "peak", "--case", case, "--variant", "ours"]
+    command += ["--steps", "2", "--precision", "float32", "--threads", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The activations alone are several hundred MiB: less would not be this step.
+    assert 2**30 < int(done.stdout.split()[-1]) < 3 * 2**30
