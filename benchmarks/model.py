@@ -16,8 +16,8 @@ from benchmarks.cases import CASES, TRAIN, Case, Setting
 from benchmarks.records import Place, cell, table, write_csv
 from benchmarks.variants import OURS, PLAIN, KerasVariant, Variant, variants_of
 from ich_keras.errors import EnvironmentProblem
-from ich_keras.models.torch_flat import FlatFunction, activation_bytes
-from ich_keras.models.torch_step import accelerated
+from ich_keras.models.torch.function import FlatFunction, activation_bytes
+from ich_keras.models.torch.step import accelerated
 
 _MEMORY_STEPS = 2  # the second finds the optimiser's state beside the activations
 

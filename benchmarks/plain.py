@@ -41,7 +41,7 @@ class PlainResNet(nn.Module):
 
 class _PaddedConv3d(nn.Conv3d):
     """A convolution that pads a shallow volume before it convolves: without that, torch's CPU
-    gradient corrupts memory (see `ich_keras.models.torch_flat`)."""
+    gradient corrupts memory (see `ich_keras.models.torch.function`)."""
 
     def forward(self, x):
         if x.device.type != "cpu" or not self.padding[0] or x.shape[2] > self.kernel_size[0]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.runs import Scale, Source, data_settings
-from ich_keras.ct.phantom_dicom import IMAGES, LABELS_CSV, write_phantoms
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
+from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.preparation import make_cache, prepare_index
 
 MARK = "experiment.json"

@@ -14,7 +14,7 @@ from experiments.results import is_kept, keep_result, require_same_cache
 from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
 from experiments.splits import FOLDER, split_path
 from ich_keras.config import RunConfig
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.environment import choose_device
 from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json

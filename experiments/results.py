@@ -23,7 +23,7 @@ import pandas as pd
 from experiments.data import Place
 from experiments.runs import RUNS, SCALES, declaration
 from ich_keras.config import RunConfig
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples

@@ -7,11 +7,11 @@ import cv2
 import numpy as np
 
 from ich_keras.ct.dicom import read_hu
-from ich_keras.ct.phantom import make_phantom, plan_phantoms
 from ich_keras.ct.series import index_folder
 from ich_keras.ct.window import BRAIN, Window
 from ich_keras.errors import UsageError
 from ich_keras.files import atomic_write
+from ich_keras.phantom.plan import make_phantom, plan_phantoms
 
 BONE = Window(600, 2800)
 _TILE = 180  # pixels

@@ -7,8 +7,8 @@ metrics were computed, and table 3 is what a predictor that always says "no" sco
 
 from dataclasses import dataclass
 
-from ich_keras.ct.phantom import RSNA_POSITIVE_SERIES, RSNA_SERIES
 from ich_keras.labels import ANY
+from ich_keras.phantom.plan import RSNA_POSITIVE_SERIES, RSNA_SERIES
 
 
 @dataclass(frozen=True)

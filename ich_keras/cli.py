@@ -86,7 +86,7 @@ def main() -> None:
 @WORKERS
 def phantom(out: Path, num_series: int, seed: int, workers: int | None, **options) -> None:
     """Make synthetic head CT in the RSNA layout: images, stage_2_train.csv, masks."""
-    from ich_keras.ct.phantom_dicom import write_phantoms
+    from ich_keras.phantom.dicom import write_phantoms
     from ich_keras.terminal import terminal_progress
 
     with terminal_progress() as progress:
@@ -155,7 +155,7 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
 def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: int | None) -> None:
     """Cache the Hounsfield units of an index at one size, or verify such a cache."""
     from ich_keras.ct.series import SeriesIndex
-    from ich_keras.data.cache import CTCache
+    from ich_keras.data.cache.cache import CTCache
     from ich_keras.preparation import make_cache
     from ich_keras.terminal import terminal_progress
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pandas as pd
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.ct.phantom_dicom import IMAGES, LABELS_CSV, write_phantoms
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.evaluation import SPLIT
 from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
+from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.prediction import Progress
 from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.report import REPORT

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
-from ich_keras.ct.phantom_dicom import is_synthetic
 from ich_keras.ct.tables import csv_text
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
@@ -22,6 +21,7 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
+from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.prediction import (
     CACHE_SIZE,
     CHOICES,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ich_keras.config import RunConfig
 from ich_keras.ct.series import SeriesIndex
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.inputs import INTENSITIES
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples

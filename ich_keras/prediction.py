@@ -15,8 +15,8 @@ from ich_keras.config import RunConfig
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
-from ich_keras.data.cache import CTCache
-from ich_keras.data.cache_tables import verdicts_after_reading
+from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.inputs import intensity_of, resize_hu, slice_input, stack_slices, volume_input
 from ich_keras.data.views import View, make_samples
 from ich_keras.environment import (

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ich_keras.ct.series import SeriesIndex, index_folder
-from ich_keras.data.cache import CTCache, build_cache
+from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
 

@@ -13,14 +13,14 @@ import pandas as pd
 
 from ich_keras.checkpoints import has_state, load_state
 from ich_keras.config import RunConfig
-from ich_keras.ct.phantom_dicom import is_synthetic
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import SPLIT, evaluate
 from ich_keras.files import atomic_write, lock, read_json, require_absent, write_json
 from ich_keras.labels import LABELS
+from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import TrainingPlan, plan_of, resolved, split_indices
 from ich_keras.prediction import (
     BEST_WEIGHTS,

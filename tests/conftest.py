@@ -53,7 +53,7 @@ def real_ge_series() -> Path:
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory) -> Path:
     """A small synthetic data set in the RSNA layout: 24 series of 64x64 pixels."""
-    from ich_keras.ct.phantom_dicom import write_phantoms
+    from ich_keras.phantom.dicom import write_phantoms
 
     folder = tmp_path_factory.mktemp("phantoms") / "data"
     write_phantoms(folder, 24, seed=1, matrix=64)
@@ -74,6 +74,6 @@ def phantom_cache_folder(phantom_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantom_cache(phantom_cache_folder):
     """The cache, open."""
-    from ich_keras.data.cache import CTCache
+    from ich_keras.data.cache.cache import CTCache
 
     return CTCache.open(phantom_cache_folder)

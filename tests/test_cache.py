@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from ich_keras import files
 from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.series import SeriesIndex, index_folder
-from ich_keras.data import cache_build, cache_fill
-from ich_keras.data.cache import CTCache, build_cache
-from ich_keras.data.cache_build import plan_shards
+from ich_keras.data.cache import build as cache_build
+from ich_keras.data.cache import fill as cache_fill
+from ich_keras.data.cache.build import plan_shards
+from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.labels import LabelTable
 from ich_keras.errors import (
@@ -312,8 +313,8 @@ def test_a_kill_leaves_nothing_that_opens_and_the_build_goes_on(index, tmp_path)
     index_file.write_bytes(pickle.dumps(index))
     script = f"""
 import os, pickle, signal
-from ich_keras.data import cache_build
-from ich_keras.data.cache import build_cache
+from ich_keras.data.cache import build as cache_build
+from ich_keras.data.cache.cache import build_cache
 fill = cache_build.fill_block
 def fill_or_die(block):
     if block.first_row >= 8:
@@ -402,7 +403,7 @@ def test_a_file_size_limit_stops_the_build_and_keeps_earlier_shards(index, tmp_p
     # One series a shard. At 32 pixels the third, of 7 slices, is the first beyond 16 KiB.
     script = f"""
 import pickle, resource
-from ich_keras.data.cache import build_cache
+from ich_keras.data.cache.cache import build_cache
 from ich_keras.errors import EnvironmentProblem
 index = pickle.load(open({str(index_file)!r}, "rb"))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({2**14}, {2**14}))

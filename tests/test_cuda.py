@@ -30,8 +30,8 @@ from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS
 from ich_keras.models.steps import choose_step
-from ich_keras.models.torch_flat import FlatFunction
-from ich_keras.models.torch_step import ATTRIBUTE, accelerated
+from ich_keras.models.torch.function import FlatFunction
+from ich_keras.models.torch.step import ATTRIBUTE, accelerated
 from ich_keras.prediction import predict_folder
 from ich_keras.training import train
 from weights_convert.selfcheck import keep_float64

@@ -5,13 +5,13 @@ import json
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ich_keras.ct.phantom_dicom import PATIENT_PREFIX, is_synthetic
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import hu_band_counts, trivial_detector
 from ich_keras.demo import DemoSettings, run_demo
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
+from ich_keras.phantom.dicom import PATIENT_PREFIX, is_synthetic
 from ich_keras.terminal import terminal_progress
 
 TINY = DemoSettings(num_series=24, matrix=64, size=32, epochs=1)

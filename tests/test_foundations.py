@@ -200,7 +200,7 @@ def test_importing_and_help_are_light(program):
 
 
 @pytest.mark.parametrize(
-    "module", ["ich_keras.data.batches", "ich_keras.data.cache", "ich_keras.ct.series"]
+    "module", ["ich_keras.data.batches", "ich_keras.data.cache.cache", "ich_keras.ct.series"]
 )
 def test_what_worker_processes_import_leaves_keras_out(module):
     done = run_python(f"import sys, {module}; print('keras' in sys.modules)")

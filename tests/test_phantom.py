@@ -13,7 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_keras.ct.dicom import read_hu, read_slice
-from ich_keras.ct.phantom import (
+from ich_keras.ct.series import index_folder
+from ich_keras.data.labels import read_rsna_labels
+from ich_keras.data.trivial import hu_band_counts, inside_skull, trivial_detector
+from ich_keras.errors import DataError, UsageError
+from ich_keras.labels import LABELS, SUBTYPES
+from ich_keras.phantom.bleeds import MAX_BLEED_HU, MIN_BLEED_HU, Bleed, bleed_extent
+from ich_keras.phantom.dicom import (
+    encode_pixels,
+    hex_identifier,
+    sop_instance_uids,
+    write_phantoms,
+)
+from ich_keras.phantom.head import HeadSlice, draw_head
+from ich_keras.phantom.plan import (
     ENCODINGS,
     MASK_BITS,
     MIN_AREA_MM2,
@@ -22,21 +35,8 @@ from ich_keras.ct.phantom import (
     make_phantom,
     plan_phantoms,
 )
-from ich_keras.ct.phantom_bleeds import MAX_BLEED_HU, MIN_BLEED_HU, Bleed, bleed_extent
-from ich_keras.ct.phantom_dicom import (
-    encode_pixels,
-    hex_identifier,
-    sop_instance_uids,
-    write_phantoms,
-)
-from ich_keras.ct.phantom_head import HeadSlice, draw_head
-from ich_keras.ct.phantom_scan import _noise
-from ich_keras.ct.phantom_skull import skull_mm
-from ich_keras.ct.series import index_folder
-from ich_keras.data.labels import read_rsna_labels
-from ich_keras.data.trivial import hu_band_counts, inside_skull, trivial_detector
-from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS, SUBTYPES
+from ich_keras.phantom.scan import _noise
+from ich_keras.phantom.skull import skull_mm
 
 
 def _phantom(*subtypes, seed=5, patient=0, series=0, matrix=96, encoding="signed-16"):

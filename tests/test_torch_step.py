@@ -14,7 +14,6 @@ import torch
 from test_networks import NARROW, TINY, random_batch
 
 from ich_keras.errors import UsageError
-from ich_keras.models import torch_adam
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
@@ -22,9 +21,10 @@ from ich_keras.models.optimizer import Adam
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import resnet
 from ich_keras.models.steps import choose_step
-from ich_keras.models.torch_adam import fused_update
-from ich_keras.models.torch_flat import FlatFunction, activation_bytes
-from ich_keras.models.torch_step import ATTRIBUTE, StockStep, accelerated
+from ich_keras.models.torch import adam as torch_adam
+from ich_keras.models.torch.adam import fused_update
+from ich_keras.models.torch.function import FlatFunction, activation_bytes
+from ich_keras.models.torch.step import ATTRIBUTE, StockStep, accelerated
 from weights_convert.selfcheck import keep_float64
 
 pytestmark = pytest.mark.skipif(

@@ -18,9 +18,9 @@ from ich_keras.data.augment import (
     require_augmentation,
     sample_seed,
 )
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.cache.shards import CachedSlices
 from ich_keras.data.inputs import intensity_of, slice_windows, stack_slices
-from ich_keras.data.shards import CachedSlices
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS

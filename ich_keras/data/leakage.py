@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.inputs import HEAD_ABOVE_HU
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.split import SPLITS, Split, count_split

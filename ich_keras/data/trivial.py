@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ich_keras.data.cache import CTCache
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import DataError
 from ich_keras.labels import ANY
 

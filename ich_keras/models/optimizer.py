@@ -79,7 +79,7 @@ class Adam(_BASE):
     def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
         """Add a slot; for the fused update in the memory order of its weight."""
         if self.fused and initializer == "zeros":
-            from ich_keras.models.torch_adam import zeros_in_order_of
+            from ich_keras.models.torch.adam import zeros_in_order_of
 
             initializer = zeros_in_order_of(reference_variable)
         return super().add_variable_from_reference(reference_variable, name, initializer)
@@ -102,7 +102,7 @@ class Adam(_BASE):
 
     def _update(self, grads, variables, learning_rate):
         if self.fused:
-            from ich_keras.models.torch_adam import fused_update
+            from ich_keras.models.torch.adam import fused_update
 
             fused_update(self, grads, variables, learning_rate)
             return

@@ -23,7 +23,7 @@ def choose_step(
     """Choose the steps a functional model takes; may be called at any time.
 
     On the torch backend "fast" runs the model as one flat function over its own parameters
-    (`ich_keras.models.torch_step`); everything a Keras user sees stays. On jax and tensorflow both
+    (`ich_keras.models.torch.step`); everything a Keras user sees stays. On jax and tensorflow both
     are Keras' own steps, which are compiled there.
 
     Args:
@@ -60,7 +60,7 @@ def choose_step(
         raise UsageError("recompute and compiled exclude each other.", "Leave one of them out.")
     backend = keras.backend.backend()
     if step == "fast" and backend == "torch":
-        from ich_keras.models.torch_step import StepOptions, accelerate
+        from ich_keras.models.torch.step import StepOptions, accelerate
 
         if accelerate(model, StepOptions(precision, recompute, compiled)):
             return model
@@ -76,7 +76,7 @@ def choose_step(
     if recompute is not None:
         raise UsageError(f"recompute needs the fast steps of the torch backend ({where}).")
     if backend == "torch":
-        from ich_keras.models.torch_step import stock
+        from ich_keras.models.torch.step import stock
 
         stock(model)
     return model

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ich_keras.ct.phantom_head import Head, HeadSlice
+from ich_keras.phantom.head import Head, HeadSlice
 
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
 OEDEMA_HU = -10.0  # difference to the brain around it

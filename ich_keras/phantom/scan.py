@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ich_keras.ct.phantom_bleeds import Bleed
-from ich_keras.ct.phantom_brain import draw_inside
-from ich_keras.ct.phantom_head import AIR, Head, HeadSlice, coverage
-from ich_keras.ct.phantom_skull import blend, outer_head, skull_base, upsample
+from ich_keras.phantom.bleeds import Bleed
+from ich_keras.phantom.brain import draw_inside
+from ich_keras.phantom.head import AIR, Head, HeadSlice, coverage
+from ich_keras.phantom.skull import blend, outer_head, skull_base, upsample
 
 # Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail
 # in it, and it takes a quarter of the time.

@@ -29,7 +29,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, CTImageStorage, ExplicitVRLittleEndian
 
-from ich_keras.ct.phantom import (
+from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
+from ich_keras.labels import LABELS
+from ich_keras.phantom.plan import (
     ENCODINGS,
     MASK_BITS,
     MIN_AREA_MM2,
@@ -39,9 +42,6 @@ from ich_keras.ct.phantom import (
     make_phantom,
     plan_phantoms,
 )
-from ich_keras.errors import EnvironmentProblem, UsageError
-from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
-from ich_keras.labels import LABELS
 from ich_keras.processes import process_pool
 
 # No patient of RSNA is called that: theirs are ID_<hex>.

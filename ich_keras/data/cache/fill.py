@@ -15,9 +15,9 @@ import numpy as np
 import pydicom
 
 from ich_keras.ct.dicom import read_slice
+from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
+from ich_keras.data.cache.writer import write_at
 from ich_keras.data.inputs import resize_hu
-from ich_keras.data.shard_writer import write_at
-from ich_keras.data.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.errors import RejectedFile
 from ich_keras.processes import process_pool
 

@@ -3,7 +3,7 @@
 Everything happens in `<out>.partial` beside the final folder. A shard is written under a temporary
 name, verified, renamed, and then recorded in a small JSON file; a build that died is resumed by
 calling it again, and takes over what is recorded. The manifest is written last, then the folder is
-renamed. See `ich_keras.data.cache` for what the result looks like.
+renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 """
 
 import itertools
@@ -21,11 +21,11 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.tables import write_table
-from ich_keras.data.cache_fill import Filled, blocks, fill_block, mapper, pixel_versions
-from ich_keras.data.cache_tables import UID, CacheTables, tables_after_reading
+from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper, pixel_versions
+from ich_keras.data.cache.shards import HU_DTYPE, Shard, ShardEntry
+from ich_keras.data.cache.tables import UID, CacheTables, tables_after_reading
+from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
 from ich_keras.data.inputs import RESAMPLING
-from ich_keras.data.shard_writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
-from ich_keras.data.shards import HU_DTYPE, Shard, ShardEntry
 from ich_keras.errors import DataError, EnvironmentProblem, UsageError
 from ich_keras.labels import LABELS
 
@@ -126,7 +126,7 @@ def build_folder(
 ) -> None:
     """Build a cache's folder, resuming an earlier build of the same plan.
 
-    The arguments are those of `ich_keras.data.cache.build_cache`. The caller holds the lock.
+    The arguments are those of `ich_keras.data.cache.cache.build_cache`. The caller holds the lock.
     """
     partial = out.with_name(out.name + files.PARTIAL)
     uids = index.slices["series_uid"].tolist()

@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ich_keras.data.shards import CRC32, CRC_DTYPE, HU, HU_DTYPE, layout, require_blosc2
+from ich_keras.data.cache.shards import CRC32, CRC_DTYPE, HU, HU_DTYPE, layout, require_blosc2
 from ich_keras.errors import EnvironmentProblem
 
 # Datasets start on pages of their own: a slice of 256x256 is then exactly 32 pages of the map.

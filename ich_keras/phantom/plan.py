@@ -5,8 +5,8 @@ are synthetic: nothing measured on them says anything about real heads. What mak
 a game of counting bright voxels: every head has its own offset, noise, dura, sinuses, dense
 vessels, calcifications, streaks and bright ring under the skull, whether it bleeds or not.
 
-`phantom_head` is the anatomy, `phantom_bleeds` the blood; `phantom_brain` and `phantom_skull` draw
-them, `phantom_scan` is the scanner, `phantom_dicom` writes the files. A slice is labelled where a
+`head` is the anatomy, `bleeds` the blood; `brain` and `skull` draw
+them, `scan` is the scanner, `dicom` writes the files. A slice is labelled where a
 mask covers `MIN_AREA_MM2`.
 """
 
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ich_keras.ct.phantom_bleeds import Bleed, draw_bleed
-from ich_keras.ct.phantom_brain import MASK_BITS, MIN_AREA_MM2
-from ich_keras.ct.phantom_head import Head, draw_head
-from ich_keras.ct.phantom_scan import Scan, draw_scan, scan_slice
 from ich_keras.errors import UsageError
 from ich_keras.labels import ANY, LABELS, SUBTYPES
+from ich_keras.phantom.bleeds import Bleed, draw_bleed
+from ich_keras.phantom.brain import MASK_BITS, MIN_AREA_MM2
+from ich_keras.phantom.head import Head, draw_head
+from ich_keras.phantom.scan import Scan, draw_scan, scan_slice
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The Keras model stays what it is: its graph, its variables, its files, its optim
 `accelerate` only puts other steps under Keras' loops; `model.compile` by anyone keeps them. What
 these steps cannot honour runs on Keras' own steps, with one warning that says why.
 
-`torch_flat.py`, `torch_adam.py` and this are the only modules of this room that import torch.
+This room is the only one of the networks that imports torch.
 """
 
 import types
@@ -21,7 +21,7 @@ from keras.utils import unpack_x_y_sample_weight
 from ich_keras.errors import UsageError
 from ich_keras.models.graph import CONVOLUTIONS, UnknownStep
 from ich_keras.models.loss import BinaryCrossEntropy
-from ich_keras.models.torch_flat import FlatFunction
+from ich_keras.models.torch.function import FlatFunction
 
 ATTRIBUTE = "_ich_torch_step"
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"

@@ -21,7 +21,7 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.tables import read_table
-from ich_keras.data.cache_build import (
+from ich_keras.data.cache.build import (
     LABEL_TABLE,
     MANIFEST,
     SCHEMA,
@@ -31,11 +31,17 @@ from ich_keras.data.cache_build import (
     build_folder,
     inputs_fingerprint,
 )
-from ich_keras.data.cache_fill import pixel_versions, read_resized
-from ich_keras.data.cache_tables import UID, CacheTables, with_labels
+from ich_keras.data.cache.fill import pixel_versions, read_resized
+from ich_keras.data.cache.shards import (
+    REBUILD,
+    CachedSlices,
+    Shard,
+    ShardEntry,
+    require_compression,
+)
+from ich_keras.data.cache.tables import UID, CacheTables, with_labels
 from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
-from ich_keras.data.shards import REBUILD, CachedSlices, Shard, ShardEntry, require_compression
 from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.labels import LABELS
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ich_keras.ct.phantom_bleeds import OEDEMA_HU, Bleed, bleed_extent
-from ich_keras.ct.phantom_head import CSF, Blob, HeadSlice, coverage
-from ich_keras.ct.phantom_skull import blend
 from ich_keras.labels import SUBTYPES
+from ich_keras.phantom.bleeds import OEDEMA_HU, Bleed, bleed_extent
+from ich_keras.phantom.head import CSF, Blob, HeadSlice, coverage
+from ich_keras.phantom.skull import blend
 
 # A subtype is labelled on a slice when its mask covers at least this much of it.
 MIN_AREA_MM2 = 100.0
