@@ -1,7 +1,6 @@
 """The data of a work folder: phantoms, or DICOM files of the user's, -> index -> one cache."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.preparation import make_cache, prepare_index
+from ich_keras.progress import Progress, Tell
 
 MARK = "experiment.json"
 OTHER = "other"  # the other phantoms, for the stand-ins
@@ -92,8 +92,8 @@ def _flat(settings: dict) -> dict:
 def open_or_make(
     place: Place,
     is_other: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> CTCache:
     """Open the cache of a work folder; when it is not there, draw the phantoms (or index the
     DICOM files) and build it. What was interrupted is begun again.

@@ -22,6 +22,7 @@ from ich_keras.models.weights import find_weights, weights_folder
 from ich_keras.planning import plan_training, settled
 from ich_keras.prediction import BEST_WEIGHTS, network
 from ich_keras.processes import process_pool, usable_cores
+from ich_keras.progress import Tell
 from ich_keras.report import REPORT
 from ich_keras.training import (
     MODEL,
@@ -35,8 +36,6 @@ from ich_keras.training import (
 FINISHED = REPORT  # written last
 # Large, and of no use once the results are kept; the best weights stay.
 _LARGE = (STATE, MODEL)
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

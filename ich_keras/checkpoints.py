@@ -8,7 +8,6 @@ it names is whole. The state before the latest is kept as a reserve.
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from ich_keras.errors import DataError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_path, read_json, replace, write_json
 from ich_keras.models.weights import load_weights, save_weights
+from ich_keras.progress import Tell
 
 POINTER = "latest.json"
 WEIGHTS = "model.weights.h5"
@@ -73,7 +73,7 @@ def has_state(folder: Path) -> bool:
     return bool(_epochs(folder))
 
 
-def load_state(folder: Path, model, tell: Callable[[str], None] | None = None) -> dict:
+def load_state(folder: Path, model, tell: Tell | None = None) -> dict:
     """Put the latest state that is whole back into a compiled model of the same network.
 
     What a crash left of an unfinished state is removed.

@@ -4,7 +4,6 @@ It takes the road that real data take, through the same functions. Everything it
 synthetic; its numbers say that the programs work, not that they work on patients.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
-from ich_keras.prediction import Progress
 from ich_keras.preparation import make_cache, prepare_index
+from ich_keras.progress import Progress, Tell
 from ich_keras.report import REPORT
 from ich_keras.training import train
 
@@ -91,7 +90,7 @@ def run_demo(
     device: str = "auto",
     workers: int = 0,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> DemoResult:
     """Make phantoms and walk them all the way to an evaluated run.
 

@@ -27,7 +27,6 @@ from ich_keras.prediction import (
     CHOICES,
     CONFIG,
     DATA,
-    Progress,
     load_run,
     probabilities,
     probability_table,
@@ -35,6 +34,7 @@ from ich_keras.prediction import (
     run_intensity,
     run_view,
 )
+from ich_keras.progress import Progress
 
 SPLIT = "split.json"
 CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen

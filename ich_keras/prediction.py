@@ -37,8 +37,7 @@ from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
 from ich_keras.processes import map_ahead, process_pool
-
-Progress = Callable[[str, int, int], None]
+from ich_keras.progress import Progress
 
 # Slices of a sample: the thesis's two 3D networks.
 DEFAULT_SLICES = {"slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}

@@ -1,15 +1,13 @@
 """From a folder of DICOM files and a label file to a cache that training reads."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
-
-Progress = Callable[[str, int, int], None]
+from ich_keras.progress import Progress, Tell
 
 
 def prepare_index(
@@ -19,7 +17,7 @@ def prepare_index(
     workers: int = 0,
     journal: Path | str | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> SeriesIndex:
     """Index a folder and join its labels.
 

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,6 @@ from ich_keras.prediction import (
     CHOICES,
     CONFIG,
     DATA,
-    Progress,
     load_run,
     network,
     probabilities,
@@ -36,6 +34,7 @@ from ich_keras.prediction import (
     run_precision,
     run_view,
 )
+from ich_keras.progress import Progress, Tell
 from ich_keras.report import REPORT, write_report
 
 HISTORY = "history.csv"
@@ -121,7 +120,7 @@ def train(
     cache: CTCache,
     out: Path | str,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> Path:
     """Train a classifier; keep the best weights by validation loss; evaluate them.
 
@@ -192,7 +191,7 @@ def resume(
     cache: CTCache,
     device: str | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> Path:
     """Go on with a training that was interrupted, after its last finished epoch.
 
@@ -372,7 +371,7 @@ def _make_training(
     return _Training(config, cache, model, loader, validation, valid_labels, out)
 
 
-def _restored(training: _Training, tell: Callable[[str], None]) -> _Course:
+def _restored(training: _Training, tell: Tell) -> _Course:
     """Put the last state back into the network, and the best weights beside it right."""
     from ich_keras.models.weights import read_record
 
@@ -415,7 +414,7 @@ def _fit(
     training: _Training,
     course: _Course,
     progress: Progress | None,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> None:
     """Train on, keeping weights and state after each epoch."""
     training.model.fit(

@@ -3,17 +3,15 @@
 import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.files import atomic_path, sha256_of
 from ich_keras.models.weights import SUFFIX, find_weights, source_of, weights_folder
+from ich_keras.progress import Progress
 from weights_convert.checkpoint import MAX_BYTES
 from weights_convert.conversion import convert
 from weights_convert.sources import Source, source_named
-
-Progress = Callable[[str, int, int], None]
 
 CHECKPOINTS = "checkpoints"  # below the weights folder
 TIMEOUT_SECONDS = 60

@@ -31,9 +31,10 @@ from ich_keras.ct.tables import (
     read_table,
     write_table,
 )
-from ich_keras.ct.walk import Progress, read_all, walk
+from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import read_json, require_absent, write_json
+from ich_keras.progress import Progress
 
 SCHEMA = 1
 _TABLES = ("slices", "series", "rejects")

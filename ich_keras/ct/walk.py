@@ -12,8 +12,7 @@ from ich_keras.ct.dicom import read_header
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.errors import EnvironmentProblem, RejectedFile
 from ich_keras.processes import process_pool
-
-Progress = Callable[[str, int, int], None]
+from ich_keras.progress import Progress
 
 MAX_CHUNK = 512
 _PROGRESS_CALLS = 200

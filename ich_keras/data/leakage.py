@@ -3,7 +3,6 @@ that contradict each other.
 """
 
 import hashlib
-from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +13,7 @@ from ich_keras.data.inputs import HEAD_ABOVE_HU
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.split import SPLITS, Split, count_split
 from ich_keras.labels import ANY, LABELS, SUBTYPES
+from ich_keras.progress import Progress
 
 _AT_ONCE = 256  # slices in memory
 _HEAD_PIXELS = 0.02  # of a slice: less than that is no head
@@ -23,7 +23,7 @@ SAME_PLACE_MM = 0.01
 def audit_data(
     cache: CTCache,
     split: Split | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict:
     """Look for leakage between splits and for labels that contradict each other.
 
@@ -62,9 +62,7 @@ def audit_data(
     return found | {"split": {"name": split.name, **counts}, "leaks": leaks}
 
 
-def equal_slices(
-    cache: CTCache, progress: Callable[[str, int, int], None] | None = None
-) -> list[list[int]]:
+def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[int]]:
     """Find slices that show a head and are equal pixel by pixel.
 
     Returns:

@@ -15,7 +15,7 @@ InstanceNumber, SliceThickness, GantryDetectorTilt or PixelPaddingValue.
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from ich_keras.phantom.plan import (
     plan_phantoms,
 )
 from ich_keras.processes import process_pool
+from ich_keras.progress import Progress
 
 # No patient of RSNA is called that: theirs are ID_<hex>.
 PATIENT_PREFIX = "PHANTOM_"
@@ -175,7 +176,7 @@ def write_phantoms(
     seed: int,
     matrix: int = 512,
     workers: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     prevalence: float | None = None,
     slice_spacing_mm: tuple[float, float] = (5.0, 8.0),
     mix: str = "even",

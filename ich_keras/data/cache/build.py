@@ -10,7 +10,7 @@ import itertools
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_
 from ich_keras.data.inputs import RESAMPLING
 from ich_keras.errors import DataError, EnvironmentProblem, UsageError
 from ich_keras.labels import LABELS
+from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
@@ -39,8 +40,6 @@ TABLES = ("slices", "series", "rejects")
 LABEL_TABLE = "labels"
 PROGRESS_CALLS = 200
 TEMPORARY = f"{files.PARTIAL}-"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

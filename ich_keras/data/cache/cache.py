@@ -26,7 +26,6 @@ from ich_keras.data.cache.build import (
     MANIFEST,
     SCHEMA,
     TABLES,
-    Progress,
     Settings,
     build_folder,
     inputs_fingerprint,
@@ -44,6 +43,7 @@ from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
 from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
 from ich_keras.labels import LABELS
+from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex

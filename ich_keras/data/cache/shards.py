@@ -8,7 +8,7 @@ compressed variant, chunked by slice and read through h5py. A finished shard is 
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+from ich_keras.progress import Progress
 
 HU = "hu"
 CRC32 = "crc32"
@@ -263,7 +264,7 @@ class CachedSlices:
             self.shards[number].read_into(out, where.tolist(), rows.tolist())
         return out
 
-    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def verify(self, progress: Progress | None = None) -> None:
         """Check the checksum of every slice.
 
         Args:
