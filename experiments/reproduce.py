@@ -19,23 +19,12 @@ from ich_keras.environment import choose_device
 from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
 from ich_keras.models.weights import find_weights, weights_folder
-from ich_keras.planning import plan_training, settled
-from ich_keras.prediction import BEST_WEIGHTS, network
+from ich_keras.planning import plan_training
 from ich_keras.processes import process_pool, usable_cores
 from ich_keras.progress import Tell
-from ich_keras.report import REPORT
-from ich_keras.training import (
-    MODEL,
-    STATE,
-    changed_environment,
-    is_interrupted,
-    resume,
-    train,
-)
-
-FINISHED = REPORT  # written last
-# Large, and of no use once the results are kept; the best weights stay.
-_LARGE = (STATE, MODEL)
+from ich_keras.recipe import Recipe
+from ich_keras.run_folder import RunFolder
+from ich_keras.training import changed_environment, resume, train
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
         or (
             task.key in needed
             and task.seed == place.scale.seeds[0]
-            and not (place.run_dir(task.key, task.seed) / BEST_WEIGHTS).is_file()
+            and not RunFolder(place.run_dir(task.key, task.seed)).best_weights.is_file()
         )
     ]
 
@@ -144,8 +133,8 @@ def _like(
 ) -> RunConfig:
     plan = plan_training(cache, config)
     if what == "steps":
-        steps = plan_training(cache, other).total_steps / settled(other).fit.accumulate
-        epochs = steps * settled(config).fit.accumulate / plan.steps_per_epoch
+        steps = plan_training(cache, other).total_steps / Recipe.of(other).training.accumulate
+        epochs = steps * Recipe.of(config).training.accumulate / plan.steps_per_epoch
         return _with_fit(config, epochs=max(1, round(epochs)))
     if what == "operations":
         total = (
@@ -154,7 +143,7 @@ def _like(
         one = _cost(config).multiply_adds * _samples_per_epoch(config, plan)
         return _with_fit(config, epochs=max(1, round(total / one)))
     # At least two: batch normalisation has nothing to compare a single sample of a slab with.
-    kept = _cost(other).activation_bytes * settled(other).fit.batch_size
+    kept = _cost(other).activation_bytes * Recipe.of(other).training.batch_size
     return _with_fit(config, batch_size=max(2, round(kept / _cost(config).activation_bytes)))
 
 
@@ -164,21 +153,21 @@ def _with_fit(config: RunConfig, **settings) -> RunConfig:
 
 def _samples_per_epoch(config: RunConfig, plan) -> int:
     # A last batch that is not full is left out of training.
-    return min(plan.samples_per_epoch, plan.steps_per_epoch * settled(config).fit.batch_size)
+    return min(plan.samples_per_epoch, plan.steps_per_epoch * Recipe.of(config).training.batch_size)
 
 
 def _cost(config: RunConfig):
     from ich_keras.models.classifier import classifier
     from ich_keras.models.cost import cost
 
-    return cost(classifier(network(settled(config))))
+    return cost(classifier(Recipe.of(config).network))
 
 
 def _weights(place: Place, weights: str, preset_name: str) -> str:
     kind, _, key = weights.partition(":")
     if kind not in ("run", "collapsed"):
         return weights
-    best = place.run_dir(key, place.scale.seeds[0]) / BEST_WEIGHTS
+    best = RunFolder(place.run_dir(key, place.scale.seeds[0])).best_weights
     if kind == "run":
         return str(best)
     # In the run's own folder, so that it goes when the run is made again.
@@ -216,9 +205,8 @@ def make_run(
     cache = CTCache.open(place.cache_dir(run.split == "other"))
     mark = folder.with_name(f"{folder.name}.json")
     wanted = {"declaration": declaration(task.key, place.scale, task.seed, place.source)}
-    is_finished = mark.is_file() and all(
-        (folder / name).is_file() for name in (FINISHED, BEST_WEIGHTS)
-    )
+    made = RunFolder(folder)
+    is_finished = mark.is_file() and made.is_finished and made.best_weights.is_file()
     if is_finished and read_json(mark) != wanted:
         raise StaleError(
             f"{folder} is a run that was declared otherwise.",
@@ -227,7 +215,7 @@ def make_run(
     config, cost = resolve(place, task, cache)
     if not is_finished:
         is_same = mark.is_file() and read_json(mark) == wanted
-        goes_on = is_same and is_interrupted(folder)
+        goes_on = is_same and made.is_interrupted
         device = choose_device(config.device)
         with _order(run.normalise_first):
             if not goes_on or not _resumed(folder, cache, device, tell_of_task):
@@ -235,8 +223,9 @@ def make_run(
                 write_json(mark, wanted)
                 train_run(config, cache, folder, tell=tell_of_task)
     keep_result(place, task.key, task.seed, cache, cost)
-    for name in _LARGE:
-        _remove(folder / name)
+    # Large, and of no use once the results are kept; the best weights stay.
+    for path in (made.state_folder, made.model_file):
+        _remove(path)
     return task
 
 

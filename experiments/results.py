@@ -22,20 +22,19 @@ import pandas as pd
 
 from experiments.data import Place
 from experiments.runs import RUNS, SCALES, declaration
-from ich_keras.config import RunConfig
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.split import Split
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
-from ich_keras.evaluation import SPLIT
 from ich_keras.files import atomic_write, read_json, write_json
+from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
-from ich_keras.prediction import CONFIG, DATA, load_run, probabilities, run_intensity, run_view
-from ich_keras.training import ENVIRONMENT, HISTORY, WEIGHTS
+from ich_keras.recipe import Recipe
+from ich_keras.run_folder import RunFolder
 
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
+HISTORY = "history.csv"
 _KEPT_METRICS = (
     *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
     *("precision", "recall", "f1", "specificity", "auroc", "ap", "n", "baseline", "skill"),
@@ -102,22 +101,21 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     Raises:
         StaleError: the run folder does not say when and where it was trained.
     """
-    run_dir, out = place.run_dir(key, seed), place.result_dir(key, seed)
-    environment, machine = _trained_in(run_dir)
-    config = RunConfig.from_dict(read_json(run_dir / CONFIG))
-    table = pd.read_csv(run_dir / "predictions-test.csv", dtype={"sop_instance_uid": str})
+    run, out = RunFolder(place.run_dir(key, seed)), place.result_dir(key, seed)
+    environment, machine = _trained_in(run)
+    recipe = run.recipe()
+    table = pd.read_csv(run.predictions_file("test"), dtype={"sop_instance_uid": str})
     numbers = patient_numbers(cache)
     _write(out / PREDICTIONS, _kept_rows(table, numbers))
     (out / AUGMENTED).unlink(missing_ok=True)
     if RUNS[key].is_thesis:
-        _write(out / AUGMENTED, _kept_rows(_augmented(config, cache, run_dir, table), numbers))
-    history = pd.read_csv(run_dir / HISTORY)
-    atomic_write(out / HISTORY, (run_dir / HISTORY).read_text(encoding="utf-8"))
-    data, metrics = read_json(run_dir / DATA), read_json(run_dir / "metrics-test.json")
-    split = Split.load(run_dir / SPLIT)
+        _write(out / AUGMENTED, _kept_rows(_augmented(recipe, cache, run, table), numbers))
+    history = pd.read_csv(run.history_file)
+    atomic_write(out / HISTORY, run.history_file.read_text(encoding="utf-8"))
+    data, metrics, split = run.data(), run.metrics("test"), run.split()
     plan = data["plan"]
     samples = cost["samples_per_epoch"] * len(history)
-    content = config.to_dict()
+    content = recipe.as_config().to_dict()
     content["data"]["split"] = Path(content["data"]["split"]).name
     if content["weights"]:
         # The run it came from says more than a path on this machine.
@@ -138,7 +136,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "synthetic": data["synthetic"],
             "cache": data["cache"],
             "config": content,
-            "weights": _weights_record(run_dir),
+            "weights": _weights_record(run),
             "environment": environment,
             "machine": {
                 **machine,
@@ -147,9 +145,9 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
                 "jobs": place.jobs,
             },
             "date": environment["started"][:10],
-            "seconds": float(history["seconds"].iloc[-1]),
+            "seconds": round(float(history["seconds"].sum()), 1),
             "samples_seen": samples,
-            "steps": plan["total_steps"] // config.fit.accumulate,
+            "steps": plan["total_steps"] // recipe.training.accumulate,
             "training_operations": 3 * samples * cost["operations_per_sample"],
             "patients": plan["num_patients"],
             "series": plan["num_series"],
@@ -169,15 +167,15 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     )
 
 
-def _trained_in(run_dir: Path) -> tuple[dict, dict]:
+def _trained_in(run: RunFolder) -> tuple[dict, dict]:
     """Return what the training wrote about its environment and its machine: results may be kept
     later, and elsewhere."""
-    found = read_json(run_dir / ENVIRONMENT)
+    found = run.environment()
     absent = {"started", "device_name", "processor", "cpu_count"} - {*found}
     if absent:
         raise StaleError(
-            f"{run_dir / ENVIRONMENT} lacks {', '.join(sorted(absent))}: an older version made it.",
-            f"Remove {run_dir}: the same command trains it again.",
+            f"{run.environment_file} lacks {', '.join(sorted(absent))}: an older version made it.",
+            f"Remove {run}: the same command trains it again.",
         )
     names = {"device_name": "device", "processor": "processor", "cpu_count": "cores"}
     machine = {name: found.pop(of) for of, name in names.items()}
@@ -196,8 +194,8 @@ def _band_counts(cache: CTCache) -> np.ndarray:
     return np.load(path)
 
 
-def _weights_record(run_dir: Path) -> dict | None:
-    path = run_dir / WEIGHTS
+def _weights_record(run: RunFolder) -> dict | None:
+    path = run.started_from_file
     if not path.is_file():
         return None
     loaded = read_json(path)
@@ -213,21 +211,20 @@ def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
     return kept
 
 
-def _augmented(
-    config: RunConfig, cache: CTCache, run_dir: Path, table: pd.DataFrame
-) -> pd.DataFrame:
+def _augmented(recipe: Recipe, cache: CTCache, run: RunFolder, table: pd.DataFrame) -> pd.DataFrame:
     """Predict the held-out samples once, each changed at random as the thesis did."""
     from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan
 
-    samples = make_samples(cache.slices, cache.series, run_view(config))
-    rows = Split.load(run_dir / SPLIT).indices(cache.slices, "test")
+    samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
+    rows = run.split().indices(cache.slices, "test")
     chosen = samples.of_rows(cache.slices, rows, "test")
+    inputs, training = recipe.inputs, recipe.training
     dataset = CTDataset(
-        cache.pixels, samples, config.data.size, "thesis", config.seed, run_intensity(config)
+        cache.pixels, samples, inputs.size, "thesis", training.seed, inputs.intensity
     )
-    plan = EpochPlan(chosen, np.zeros(len(chosen), bool), config.fit.batch_size)
-    _, model = load_run(run_dir, config.device)
-    values = probabilities(model, CTLoader(dataset, plan, config.data.loader_workers), len(chosen))
+    plan = EpochPlan(chosen, np.zeros(len(chosen), bool), training.batch_size)
+    _, model = load_run(run, recipe.device)
+    values = probabilities(model, CTLoader(dataset, plan, training.loader_workers), len(chosen))
     changed = table.copy()
     changed[list(LABELS)] = values
     return changed

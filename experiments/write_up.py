@@ -48,7 +48,8 @@ from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.metrics.intervals import RESAMPLES
-from ich_keras.report import NOT_CLINICAL, markdown_table
+from ich_keras.notices import NOT_CLINICAL
+from ich_keras.report import markdown_table
 
 README = "README.md"
 SYNTHETIC = "phantoms (synthetic): says nothing about patients"

@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ich_keras.errors import DataError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_path, read_json, replace, write_json
 from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.progress import Tell
+from ich_keras.recipe import Recipe, write_into_model
 
 POINTER = "latest.json"
 WEIGHTS = "model.weights.h5"
@@ -26,13 +28,14 @@ _PARTIAL = ".partial-"
 _NAME = re.compile(r"epoch-(\d{4,})")
 
 
-def save_model(model, path: Path) -> None:
-    """Write a whole model as `.keras` atomically."""
+def save_model(model: Any, path: Path, recipe: Recipe) -> None:
+    """Write a whole model as `.keras` atomically, with the recipe in its metadata."""
     with atomic_path(path) as temporary:
         model.save(temporary, overwrite=True)
+        write_into_model(temporary, recipe)
 
 
-def _other_variables(model) -> dict:
+def _other_variables(model: Any) -> dict[str, Any]:
     """Return what `save_weights` leaves out: optimiser slots and random generator states."""
     weights = {id(variable) for variable in model.weights}
     generators = [v for v in model.variables if id(v) not in weights and "seed" in v.path]
@@ -40,7 +43,7 @@ def _other_variables(model) -> dict:
     return found | {f"generator/{n}": v for n, v in enumerate(generators)}
 
 
-def save_state(folder: Path, model, epoch: int, state: dict) -> None:
+def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
     """Save the state after an epoch and make it the latest.
 
     Args:
@@ -73,15 +76,15 @@ def has_state(folder: Path) -> bool:
     return bool(_epochs(folder))
 
 
-def load_state(folder: Path, model, tell: Tell | None = None) -> dict:
+def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
     """Put the latest state that is whole back into a compiled model of the same network.
 
-    What a crash left of an unfinished state is removed.
+    The remains of a state that a crash left unfinished are removed.
 
     Args:
         folder: the run's `state` folder.
         model: compiled.
-        tell: called with one line of text for each damaged state passed over.
+        tell: called with one line of text for each damaged state that is skipped.
 
     Returns:
         The JSON that was given to `save_state`, with `epoch`.
@@ -101,10 +104,10 @@ def load_state(folder: Path, model, tell: Tell | None = None) -> dict:
         except (StaleError, DataError, UsageError) as error:
             problems.append(error)
             if tell is not None:
-                tell(f"State passed over: {error}")
+                tell(f"Skipping a damaged state: {error}")
     if problems:
         raise LostState(problems[0].message, problems[0].hint) from problems[0]
-    raise LostState(f"{folder} holds no state of a training.", "Start the training anew.")
+    raise LostState(f"{folder} holds no state of a training.", "Start a new training.")
 
 
 def _epochs(folder: Path) -> list[int]:
@@ -125,10 +128,10 @@ def _latest(pointer: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _load(folder: Path, model) -> dict:
+def _load(folder: Path, model: Any) -> dict:
     state = read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
-        raise StaleError(f"{folder / STATE} is damaged.", "Start the training anew.")
+        raise StaleError(f"{folder / STATE} is damaged.", "Start a new training.")
     arrays = _arrays(folder / VARIABLES)
     load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
@@ -154,4 +157,4 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     # zipfile takes a flipped bit for encryption (RuntimeError) or for a method it lacks.
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise StaleError(f"{path} is damaged ({error}).", "Start the training anew.") from error
+        raise StaleError(f"{path} is damaged ({error}).", "Start a new training.") from error

@@ -336,8 +336,6 @@ def _run_config(config_file: Path | None, options: dict):
         except (StaleError, IsADirectoryError) as error:
             raise UsageError(f"--config {config_file}: {error}") from error
     content = RunConfig.from_dict(content).to_dict()
-    if config_file is not None:
-        _forget_other_view(content, options)
     for name, value in options.items():
         if value is None:
             continue
@@ -346,32 +344,13 @@ def _run_config(config_file: Path | None, options: dict):
     return RunConfig.from_dict(content)
 
 
-def _forget_other_view(content: dict, options: dict) -> None:
-    """Let options that ask for another view than the file's take that one's defaults."""
-    from ich_keras.config import DataConfig, FitConfig
-    from ich_keras.models.presets import PRESETS
-
-    before = content["data"]["view"]
-    network = PRESETS.get(options["preset"])
-    takes_other = (
-        network is not None
-        and before is not None
-        and ((network.spec.rank == 3) != (before != "slice"))
-    )
-    if options["view"] in (None, before) and not takes_other:
-        return
-    for name in ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity"):
-        content["data"][name] = getattr(DataConfig(), name)
-    for name in ("batch_size", "accumulate"):
-        content["fit"][name] = getattr(FitConfig(), name)
-
-
 def _resume(
     run_dir: Path, cache_dir: Path | None, labels: Path | None, device: str | None, options: dict
 ) -> None:
     from ich_keras.preparation import open_cache
+    from ich_keras.run_folder import RunFolder
     from ich_keras.terminal import terminal_progress
-    from ich_keras.training import cache_of, require_interrupted, resume
+    from ich_keras.training import cache_of, resume
 
     given = _names(options)
     if given:
@@ -379,7 +358,7 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    require_interrupted(run_dir)
+    RunFolder.at(run_dir).require_interrupted()
     cache_dir = cache_dir or cache_of(run_dir) or _cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(
@@ -400,12 +379,12 @@ def _cache_beside(run_dir: Path) -> Path:
 @contextlib.contextmanager
 def _how_to_go_on(run_dir: Path, labels: Path | None) -> Iterator[None]:
     """Say, when a training is interrupted (Ctrl-C or SIGTERM), which command goes on."""
-    from ich_keras.training import is_interrupted
+    from ich_keras.run_folder import RunFolder
 
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        if is_interrupted(run_dir):
+        if RunFolder.at(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
             click.echo(f"To go on: {shlex.join(words)}", err=True)
@@ -463,9 +442,9 @@ def _train_on_data(
     from dataclasses import replace
 
     from ich_keras.files import require_absent
-    from ich_keras.planning import plan_training, settled
-    from ich_keras.prediction import require_size
+    from ich_keras.planning import plan_of
     from ich_keras.preparation import make_cache, open_cache, prepare_index
+    from ich_keras.recipe import Recipe
     from ich_keras.training import train
 
     require_absent(out)
@@ -484,18 +463,17 @@ def _train_on_data(
             cached.require(index=index.usable())
         if not size_is_given:
             config = replace(config, data=replace(config.data, size=cached.size))
-        require_size(config, cached)
-        tables = cached
+        tables, cache_size = cached, cached.size
     elif index is not None:
-        tables = index.usable()
+        tables, cache_size = index.usable(), None
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
-    training = plan_training(tables, config)
+    recipe = Recipe.of(config, cache_size)
+    training = plan_of(tables.slices, tables.series, recipe)
     size = config.data.size
-    config = settled(config)
-    _show_plan(training, config)
+    _show_plan(training, recipe)
     if plan:
-        _show_costs(training, config, None if existing else len(tables.slices) * size * size * 2)
+        _show_costs(training, recipe, None if existing else len(tables.slices) * size * size * 2)
         return
     if not existing:
         cached = make_cache(index, cache_dir, size, workers, progress)
@@ -504,19 +482,20 @@ def _train_on_data(
     _show_result(out)
 
 
-def _show_plan(training, config) -> None:
+def _show_plan(training, recipe) -> None:
     for name in training.num_slices:
         click.echo(
             f"  {name:5} {training.num_patients[name]:,} patients,"
             f" {training.num_series[name]:,} series, {training.num_slices[name]:,} slices"
         )
     click.echo(
-        f"  {config.fit.epochs} epochs of {training.steps_per_epoch:,} steps,"
-        f" {training.samples_per_epoch:,} {SAMPLE_NAMES[config.data.view]} each"
+        f"  {recipe.training.epochs} epochs of {training.steps_per_epoch:,} steps,"
+        f" {training.samples_per_epoch:,} {SAMPLE_NAMES[recipe.inputs.view.kind]} each"
     )
-    if config.fit.accumulate > 1:
+    if recipe.training.accumulate > 1:
         click.echo(
-            f"  {config.fit.accumulate} batches of {config.fit.batch_size} an optimiser step"
+            f"  {recipe.training.accumulate} batches of {recipe.training.batch_size} per"
+            " optimiser step"
         )
     if training.weights:
         click.echo(f"  weights: {training.weights}")
@@ -526,12 +505,12 @@ def _show_plan(training, config) -> None:
         click.echo(f"Warning: {training.warning}", err=True)
 
 
-def _show_costs(training, config, cache_bytes: int | None) -> None:
-    from ich_keras.training import seconds_per_step
+def _show_costs(training, recipe, cache_bytes: int | None) -> None:
+    from ich_keras.fitting import seconds_per_step
 
     if cache_bytes is not None:
         click.echo(f"  cache to build: {cache_bytes / 2**30:.2f} GiB")
-    seconds = seconds_per_step(config) * training.total_steps
+    seconds = seconds_per_step(recipe) * training.total_steps
     click.echo(
         f"  about {seconds / 60:.0f} minutes of training steps here (one step measured;"
         " reading, augmentation and validation come on top)"

@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
+from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
@@ -111,7 +112,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_preset(self.preset)
         for name, value, least, most in (
             ("data.size", self.data.size, 16, 4096),
@@ -154,7 +155,7 @@ class RunConfig:
                 "norm 'frozen' without weights would keep statistics that fit nothing.",
                 "Add --weights, or take norm 'group'.",
             )
-        for name, value, known in (
+        for name, chosen, known in (
             ("backend", self.backend, (None, *BACKENDS)),
             ("norm", self.norm, NORMS),
             ("device", self.device, DEVICES),
@@ -167,16 +168,9 @@ class RunConfig:
             ("data.intensity", self.data.intensity, (None, "windows", "wide", "head-z-score")),
             ("fit.freeze", self.fit.freeze, (None, *FREEZABLE)),
         ):
-            if value not in known:
+            if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)
-                raise UsageError(f"{name} is {value!r}; expected one of {names}.")
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate in force: the given one, or the default for what training starts from."""
-        if self.fit.learning_rate is not None:
-            return self.fit.learning_rate
-        return 1e-5 if self.weights else 3e-4
+                raise UsageError(f"{name} is {chosen!r}; expected one of {names}.")
 
     def to_dict(self) -> dict:
         """Return the configuration as nested dictionaries, ready for JSON."""
@@ -192,7 +186,7 @@ class RunConfig:
         return _from_dict(cls, content, "")
 
 
-def _from_dict(cls, content, place: str):
+def _from_dict(cls: Any, content: object, place: str) -> Any:
     if not isinstance(content, dict):
         raise UsageError(
             f"config: {place.rstrip('.') or 'the file'} is {content!r}; expected an object."
@@ -212,7 +206,7 @@ def _from_dict(cls, content, place: str):
     return cls(**values)
 
 
-def _checked(expected, value, place: str):
+def _checked(expected: Any, value: Any, place: str) -> Any:
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if type(value) in options:
         return value

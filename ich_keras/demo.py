@@ -12,14 +12,13 @@ import pandas as pd
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
-from ich_keras.evaluation import SPLIT
 from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.progress import Progress, Tell
-from ich_keras.report import REPORT
+from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
 PHANTOMS, INDEX, CACHE, RUN = "phantoms", "index", "cache", "run"
@@ -138,9 +137,10 @@ def run_demo(
         ),
     )
     run_dir = train(config, cache, out / RUN, progress=progress, tell=tell)
-    metrics = read_json(run_dir / "metrics-test.json")["slice"]
+    run = RunFolder(run_dir)
+    metrics = read_json(run.metrics_file("test"))["slice"]
     trivial = metrics["trivial_auroc_any"]
-    patients = _positive_patients(cache, Split.load(run_dir / SPLIT))
+    patients = _positive_patients(cache, run.split())
     result = DemoResult(run_dir, metrics["auroc"], trivial, patients)
     write_json(
         out / SUMMARY,
@@ -153,7 +153,7 @@ def run_demo(
         },
     )
     tell(str(result))
-    tell(f"Report: {run_dir / REPORT}")
+    tell(f"Report: {run.report_file}")
     return result
 
 

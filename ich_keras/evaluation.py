@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich_keras.config import RunConfig
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels
@@ -14,7 +14,8 @@ from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.files import atomic_write, read_json, write_json
+from ich_keras.files import atomic_write, write_json
+from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
@@ -22,29 +23,18 @@ from ich_keras.metrics.calibration import calibration, fit_temperature, with_tem
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
 from ich_keras.phantom.dicom import is_synthetic
-from ich_keras.prediction import (
-    CACHE_SIZE,
-    CHOICES,
-    CONFIG,
-    DATA,
-    load_run,
-    probabilities,
-    probability_table,
-    require_size,
-    run_intensity,
-    run_view,
-)
+from ich_keras.prediction import probability_table
 from ich_keras.progress import Progress
+from ich_keras.recipe import Recipe
+from ich_keras.run_folder import RunFolder
 
-SPLIT = "split.json"
 CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen
 
 
 def evaluate(
-    run_dir: Path | str,
+    run_dir: RunFolder | Path | str,
     cache: CTCache,
     split: str = "test",
-    model=None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -53,17 +43,16 @@ def evaluate(
     Nothing is augmented. The constant baseline is the prevalence of the training split.
 
     Args:
-        run_dir: a run folder; receives predictions-<split>.csv and metrics-<split>.json.
+        run_dir: a finished run; receives predictions-<split>.csv and metrics-<split>.json.
         cache: the one the run was trained on, or one that holds the same slices.
         split: "train", "valid" or "test".
-        model: the run's network when it is already loaded.
         device: "auto", "cpu" or "cuda"; None means "auto".
-        progress: called as progress("evaluating", done, total).
+        progress: called as progress("evaluating <split>", done, total).
 
     Returns:
-        {"slice": metrics, "series": metrics}, of a run on whole series only the latter, of a part
-        that does not hold its series whole (a split by slices) only the former; each as
-        `binary_metrics` gives them, and "intervals" (by patients), "calibration" and "operating"
+        {"slice": metrics, "series": metrics}; for a run on whole series only the latter, for a
+        part that does not hold its series whole (a split by slices) only the former. Each holds
+        what `binary_metrics` returns, and "intervals" (by patients), "calibration" and "operating"
         (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
         positive when any slice's is; its probability is what a run on whole series says, or its
         slices' aggregated by the rule in "aggregation". Rule, temperature and thresholds are
@@ -71,27 +60,29 @@ def evaluate(
         kept in choices.json.
 
     Raises:
-        UsageError: unknown split, or the cache's slices have another size than those trained from.
+        UsageError: unknown split, or slices of another size than the run was trained from.
         StaleError: not a finished run, or the cache lacks slices of the split.
         DataError: the cache has no labels.
     """
-    run_dir = Path(run_dir)
     if split not in SPLITS:
         raise UsageError(f"split {split!r}; expected one of {', '.join(SPLITS)}.")
-    if model is None:
-        config, model = load_run(run_dir, device)
-    else:
-        config = RunConfig.from_dict(read_json(run_dir / CONFIG))
-    require_size(config, cache)
-    # Runs older than the entry lack it.
-    trained_at = read_json(run_dir / DATA).get(CACHE_SIZE, cache.size)
-    if cache.size != trained_at:
-        raise UsageError(
-            f"the cache's slices have {cache.size}x{cache.size} pixels, those the run was trained"
-            f" from {trained_at}x{trained_at}: windowed and resized, they are not the same images.",
-            f"Give a cache of size {trained_at}.",
-        )
-    members = Split.load(run_dir / SPLIT)
+    run = RunFolder.at(run_dir).require_finished()
+    _require_size(run.recipe(), cache)
+    recipe, model = load_run(run, device)
+    return evaluate_network(run, recipe, model, cache, split, progress)
+
+
+def evaluate_network(
+    run: RunFolder,
+    recipe: Recipe,
+    model: Any,
+    cache: CTCache,
+    split: str,
+    progress: Progress | None = None,
+) -> dict:
+    """Evaluate a run's network, which is already loaded, on one split; see `evaluate`."""
+    _require_size(recipe, cache)
+    members = run.split()
     _require_members(members, split, cache)
 
     from ich_keras.data.batches import view_batches
@@ -102,30 +93,31 @@ def evaluate(
         if len(rows) == 0:
             raise DataError(
                 f"no slice of the {part} split has a label in {cache.path}.",
-                f"The {split} split is scored, the training split gives the baseline's prevalence:"
-                " give the labels of both.",
+                f"The {split} split is scored and the training split gives the baseline's"
+                " prevalence: give the labels of both.",
             )
-    view = run_view(config)
+    view = recipe.inputs.view
     samples = make_samples(cache.slices, cache.series, view)
     chosen = samples.of_rows(cache.slices, indices, split)
     batches = view_batches(
         cache,
         view,
         chosen,
-        config.fit.batch_size,
-        size=config.data.size,
-        intensity=run_intensity(config),
+        recipe.training.batch_size,
+        size=recipe.inputs.size,
+        intensity=recipe.inputs.intensity,
         samples=samples,
-        workers=config.data.loader_workers,
+        workers=recipe.training.loader_workers,
     )
     values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
 
+    assert samples.labels is not None  # a cache without labels has no members
     truth = samples.labels[chosen]
-    rows = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
+    scored = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
     if view.kind == "series":
-        table = _series_table(rows, values)
+        table = _series_table(scored, values)
     else:
-        table = probability_table(rows, values)
+        table = probability_table(scored, values)
     table[list(TRUTH_COLUMNS)] = truth
     # Without what the view skips, as the network's own numbers.
     scored_rows, train_rows = (
@@ -138,24 +130,24 @@ def evaluate(
     }
     # A series known by some of its slices has neither its label nor its probability.
     is_whole = not series_of_rows(cache.slices, indices)[1].any()
-    metrics = _metrics(run_dir, split, view.kind, is_whole, rows, truth, values, prevalence)
+    metrics = _metrics(run, split, view.kind, is_whole, scored, truth, values, prevalence)
     if is_synthetic(cache.slices):
         trivial = trivial_auroc(cache, train_rows, scored_rows)
         for level in metrics:
             metrics[level]["trivial_auroc_any"] = trivial[level]
-    atomic_write(run_dir / f"predictions-{split}.csv", csv_text(table))
-    write_json(run_dir / f"metrics-{split}.json", metrics)
+    atomic_write(run.predictions_file(split), csv_text(table))
+    write_json(run.metrics_file(split), metrics)
     return metrics
 
 
 @dataclass(frozen=True)
 class _Level:
-    """What a model said about slices, or about series.
+    """Probabilities of slices, or of series, beside the truth.
 
     Args:
         truth: int (n, 6).
         values: float (n, 6), probabilities.
-        patients: str (n,), whose each row is.
+        patients: str (n,), the patient of each row.
     """
 
     truth: np.ndarray
@@ -163,12 +155,21 @@ class _Level:
     patients: np.ndarray
 
 
-def _metrics(run_dir, split, kind, is_whole, rows, truth, values, prevalence) -> dict:
+def _metrics(
+    run: RunFolder,
+    split: str,
+    kind: str,
+    is_whole: bool,
+    rows: pd.DataFrame,
+    truth: np.ndarray,
+    values: np.ndarray,
+    prevalence: dict[str, list[float]],
+) -> dict:
     """Score both levels; what has to be chosen is chosen on the validation split and kept."""
     # Without a PatientID (only splits by name allow that) each series stands for itself.
     patients = rows["patient_id"].where(rows["patient_id"] != "", rows["series_uid"]).to_numpy()
     levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
-    choices = read_json(run_dir / CHOICES) if (run_dir / CHOICES).is_file() else {}
+    choices = run.choices()
     # Once: predictions and the metrics of other splits stand on them.
     is_choosing = split == CHOOSING and not choices
     is_aggregated = kind != "series" and is_whole
@@ -186,7 +187,7 @@ def _metrics(run_dir, split, kind, is_whole, rows, truth, values, prevalence) ->
         )
     if is_choosing:
         choices |= {name: _choose(level) for name, level in levels.items()}
-        write_json(run_dir / CHOICES, choices)
+        write_json(run.choices_file, choices)
     metrics = {
         name: {
             **binary_metrics(level.truth, level.values, prevalence[name]),
@@ -250,4 +251,15 @@ def _require_members(members: Split, split: str, cache: CTCache) -> None:
             f"{len(absent)} of {len(wanted)} {members.key} of the {split} split are not in the"
             f" cache {cache.path}, {absent[0]} first.",
             "Evaluate with the cache the run was trained on.",
+        )
+
+
+def _require_size(recipe: Recipe, cache: CTCache) -> None:
+    """Refuse slices of another size: windowed and then resized, they become other images."""
+    expected = recipe.inputs.cache_size
+    if cache.size != expected:
+        raise UsageError(
+            f"the slices of {cache.path} have {cache.size}x{cache.size} pixels; the run was trained"
+            f" from {expected}x{expected}.",
+            f"Give a cache of size {expected}.",
         )

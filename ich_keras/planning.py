@@ -1,6 +1,6 @@
-"""What a training will do, worked out before it does it: splits, counts, steps, settings."""
+"""What a training will do, worked out before it does it: splits, counts, steps."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -8,17 +8,11 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.inputs import INTENSITIES
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples
-from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS
-from ich_keras.prediction import DEFAULT_BATCH, network, run_view
-
-# Batches whose gradients make one step: batches of one series are too few samples for one.
-DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
+from ich_keras.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,9 +26,9 @@ class TrainingPlan:
         num_positive: positive training slices per label.
         samples_per_epoch: slices, slabs or series an epoch shows to the network.
         steps_per_epoch: batches an epoch.
-        total_steps: batches in all, which the schedule counts; `fit.accumulate` of them make one
-            step of the optimiser.
-        learning_rate: the rate in force.
+        total_steps: batches in all, which the schedule counts; `accumulate` of them make one
+            optimiser step.
+        learning_rate: the rate after the warm-up.
         warning: what is wrong with the split by name ("" for a sound one).
         note: what the split left out, counted ("" when nothing was).
         weights: the file training starts from, and its source ("" from scratch).
@@ -65,8 +59,8 @@ def limit_series(slices: pd.DataFrame, count: int | None) -> np.ndarray:
     return np.flatnonzero(slices["series_uid"].isin(uids).to_numpy())
 
 
-def split_indices(slices: pd.DataFrame, config: RunConfig) -> tuple[Split, dict[str, np.ndarray]]:
-    """Split a slice table as configured and refuse what leaks.
+def split_indices(slices: pd.DataFrame, recipe: Recipe) -> tuple[Split, dict[str, np.ndarray]]:
+    """Split a slice table as the recipe says and refuse what leaks.
 
     Returns:
         (the split, rows of the table for "train", "valid" and "test").
@@ -76,9 +70,10 @@ def split_indices(slices: pd.DataFrame, config: RunConfig) -> tuple[Split, dict[
     """
     if not set(LABELS) <= set(slices):
         raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
-    rows = limit_series(slices, config.data.limit_series)
+    training = recipe.training
+    rows = limit_series(slices, training.limit_series)
     chosen = slices.iloc[rows]
-    split = make_split(config.data.split, chosen, config.seed)
+    split = make_split(training.split, chosen, training.seed)
     return split, {name: rows[split.indices(chosen, name)] for name in SPLITS}
 
 
@@ -87,39 +82,55 @@ def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingP
 
     Args:
         tables: an index or a cache, with labels.
-        config: of the training.
+        config: what is asked for.
 
     Raises:
-        DataError: as `train`.
+        UsageError, DataError: as `train`.
     """
-    config = settled(config)
-    split, indices = split_indices(tables.slices, config)
-    samples = make_samples(tables.slices, tables.series, run_view(config))
-    return plan_of(tables.slices, config, split, indices, samples)
+    cache_size = tables.size if isinstance(tables, CTCache) else None
+    return plan_of(tables.slices, tables.series, Recipe.of(config, cache_size))
 
 
-def plan_of(
-    slices: pd.DataFrame, config: RunConfig, split: Split, indices: dict, samples: Samples
+def plan_of(slices: pd.DataFrame, series: pd.DataFrame, recipe: Recipe) -> TrainingPlan:
+    """Say what a training by a recipe would do; see `plan_training`.
+
+    Args:
+        slices: the slice table of an index or a cache, with labels.
+        series: its series table.
+        recipe: of the training.
+    """
+    split, indices = split_indices(slices, recipe)
+    samples = make_samples(slices, series, recipe.inputs.view)
+    return count_plan(slices, recipe, split, indices, samples)
+
+
+def count_plan(
+    slices: pd.DataFrame,
+    recipe: Recipe,
+    split: Split,
+    indices: dict[str, np.ndarray],
+    samples: Samples,
 ) -> TrainingPlan:
-    """Count what `split_indices` and `make_samples` found.
+    """Count what `split_indices` and `make_samples` returned.
 
     Raises:
-        UsageError: no step of the optimiser would be made, or none that learns.
+        UsageError: the optimiser would make no step, or none that learns.
     """
     from ich_keras.data.batches import epoch_plan
     from ich_keras.models.presets import require_trainable
 
-    require_trainable(network(config), config.fit.batch_size)
+    training = recipe.training
+    require_trainable(recipe.network, training.batch_size)
     chosen = {name: samples.of_rows(slices, rows, name) for name, rows in indices.items()}
     epoch = epoch_plan(
-        samples, chosen["train"], config.fit.batch_size, seed=0, balance=config.data.balance
+        samples, chosen["train"], training.batch_size, seed=0, balance=training.balance
     )
-    total_steps = epoch.num_batches * config.fit.epochs
-    if total_steps < config.fit.accumulate:
+    total_steps = epoch.num_batches * training.epochs
+    if total_steps < training.accumulate:
         raise UsageError(
-            f"{total_steps} batches in all ({config.fit.epochs} epochs), of which"
-            f" {config.fit.accumulate} make one step of the optimiser: no weight would change.",
-            "Give fewer --accumulate, more --epochs or more data.",
+            f"{total_steps} batches in all ({training.epochs} epochs), but one optimiser step takes"
+            f" {training.accumulate}: no weight would change.",
+            "Lower --accumulate, raise --epochs, or use more data.",
         )
     tables = {name: slices.iloc[rows] for name, rows in indices.items()}
     return TrainingPlan(
@@ -130,66 +141,17 @@ def plan_of(
         samples_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
         steps_per_epoch=epoch.num_batches,
         total_steps=total_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=training.learning_rate,
         warning=split.warning,
         note=split.note,
-        weights=_weights_line(config),
+        weights=_weights_line(recipe),
     )
 
 
-def _weights_line(config: RunConfig) -> str:
+def _weights_line(recipe: Recipe) -> str:
     from ich_keras.models.weights import find_weights, origin, read_record
 
-    if config.weights is None:
+    if recipe.training.weights is None:
         return ""
-    path = find_weights(config.weights, config.preset)
+    path = find_weights(recipe.training.weights, recipe.preset)
     return f"{path} ({origin(read_record(path))})"
-
-
-def resolved(config: RunConfig) -> RunConfig:
-    """Settle backend, device and precision, before Keras is imported, and what enters the
-    network."""
-    backend, device = choose_backend(config.backend), choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    return settled(replace(config, backend=backend, device=device, precision=precision))
-
-
-def settled(config: RunConfig) -> RunConfig:
-    """Fill in what was left open about the samples: view, slices, batch size, accumulation and
-    intensity.
-
-    Raises:
-        UsageError: the view does not fit the preset, or the weights do not exist.
-    """
-    view = run_view(config)
-    data = replace(config.data, view=view.kind, slices=view.num_slices)
-    if data.reverse and not (view.is_volume and data.augment != "none"):
-        raise UsageError(
-            "data.reverse turns augmented slabs and series upside down; this run has none.",
-            "Leave it out.",
-        )
-    fit = replace(
-        config.fit,
-        batch_size=config.fit.batch_size or DEFAULT_BATCH[view.kind],
-        accumulate=config.fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
-    )
-    return _with_intensity(replace(config, data=data, fit=fit))
-
-
-def _with_intensity(config: RunConfig) -> RunConfig:
-    """Settle the intensity: as given, as the weights were made for, or as the preset's channels
-    ask. A weights file that does not exist is refused here, before anything long begins."""
-    from ich_keras.models.weights import find_weights, read_record
-
-    record = {}
-    if config.weights is not None:
-        record = read_record(find_weights(config.weights, config.preset))
-    if config.data.intensity is not None:
-        return config
-    network_of_file = record.get("network") or {}
-    # The channels as they are in the file: `weights-convert` may have changed them.
-    channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
-    fitting = [name for name, known in INTENSITIES.items() if known.channels == channels]
-    made_for = record.get("intensity")
-    intensity = made_for if made_for in fitting or not fitting else fitting[0]
-    return replace(config, data=replace(config.data, intensity=intensity))

@@ -4,16 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich_keras.files import atomic_write, read_json
+from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
+from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
+from ich_keras.run_folder import PLAN, SYNTHETIC, RunFolder
 
-REPORT = "report.md"
-SYNTHETIC_NOTE = (
-    "**Synthetic data.** This run was trained and tested on phantoms (drawn head CT). Its numbers"
-    " show that the programs work; they say nothing about patients."
-)
-NOT_CLINICAL = "Not a medical device; not for clinical use."
 _SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
 _SUMMARY = (
     ("log_loss", "log loss"),
@@ -163,22 +159,22 @@ def _range(interval: dict) -> str:
     return f"{interval['low']:.4f}-{interval['high']:.4f}"
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Write report.md from what lies in a run folder.
+def write_report(run: RunFolder | Path | str) -> Path:
+    """Write report.md from the files of a run folder.
 
     Returns:
         The file.
 
     Raises:
-        StaleError: the folder lacks what a finished run has.
+        StaleError: the folder lacks what a finished training has.
     """
-    run_dir = Path(run_dir)
-    config, data = read_json(run_dir / "config.json"), read_json(run_dir / "data.json")
-    environment = read_json(run_dir / "environment.json")
-    history = pd.read_csv(run_dir / "history.csv")
-    plan = data["plan"]
-    lines = [f"# Run {run_dir.name}", "", NOT_CLINICAL, ""]
-    if data["synthetic"]:
+    run = RunFolder.at(run)
+    recipe, data, environment = run.recipe(), run.data(), run.environment()
+    training = recipe.training
+    history = pd.read_csv(run.history_file)
+    plan = data[PLAN]
+    lines = [f"# Run {run.path.name}", "", NOT_CLINICAL, ""]
+    if data[SYNTHETIC]:
         lines += [SYNTHETIC_NOTE, ""]
     if plan["warning"]:
         lines += [f"**Warning:** {plan['warning']}", ""]
@@ -187,12 +183,13 @@ def write_report(run_dir: Path | str) -> Path:
     if plan["note"]:
         lines += [plan["note"], ""]
     best = history.loc[history["valid_log_loss"].idxmin()]
+    size = recipe.inputs.size
     lines += [
-        f"{config['preset']}, {config['data']['size']}x{config['data']['size']} pixels,"
-        f" {'weights ' + config['weights'] if config['weights'] else 'from scratch'},"
-        f" Adam at {plan['learning_rate']:g} ({config['fit']['schedule']}),"
-        f" loss {config['fit']['loss']}, batch {config['fit']['batch_size']},"
-        f" seed {config['seed']}, on {environment['backend']} ({environment['device']}).",
+        f"{recipe.preset}, {size}x{size} pixels,"
+        f" {'weights ' + training.weights if training.weights else 'from scratch'},"
+        f" Adam at {training.learning_rate:g} ({training.schedule}),"
+        f" loss {training.loss}, batch {training.batch_size},"
+        f" seed {training.seed}, on {environment['backend']} ({environment['device']}).",
         "",
         markdown_table(
             ["split", "patients", "series", "slices"],
@@ -208,9 +205,9 @@ def write_report(run_dir: Path | str) -> Path:
         "",
     ]
     for name, title in _SPLIT_TITLES.items():
-        path = run_dir / f"metrics-{name}.json"
-        if path.is_file():
-            lines += _split_section(title, read_json(path))
+        metrics = run.metrics(name)
+        if metrics is not None:
+            lines += _split_section(title, metrics)
     lines += [
         "## History",
         "",
@@ -222,5 +219,5 @@ def write_report(run_dir: Path | str) -> Path:
             ],
         ),
     ]
-    atomic_write(run_dir / REPORT, "\n".join(lines) + "\n")
-    return run_dir / REPORT
+    atomic_write(run.report_file, "\n".join(lines) + "\n")
+    return run.report_file

@@ -29,8 +29,8 @@ from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.models.presets import PRESETS
-from ich_keras.planning import plan_training, settled
-from ich_keras.prediction import run_view
+from ich_keras.planning import plan_training
+from ich_keras.recipe import Recipe
 
 # Not installed: it runs from a clone.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -144,7 +144,7 @@ def test_declarations_are_valid_at_every_scale():
             config = base_config(run, scale, seed=1)
             assert RunConfig.from_dict(config.to_dict()) == config
             assert run.preset in PRESETS
-            view = run_view(settled(config))
+            view = Recipe.of(config).inputs.view
             assert view.kind == run.view, key
             assert run.published is None or run.published in PUBLISHED
             assert all(other in RUNS for other in run.depends_on)
@@ -356,7 +356,8 @@ class FakeTraining:
 
         self.configs.append(config)
         assert not out.exists()
-        write_json(out / "config.json", settled(config).to_dict())
+        write_json(out / "config.json", config.to_dict())
+        write_json(out / "recipe.json", Recipe.of(config, cache.size).to_dict())
         if len(self.configs) == self.fails_at:
             raise KeyboardInterrupt
         split = make_split(config.data.split, cache.slices, config.seed)

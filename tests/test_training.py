@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ich_keras import checkpoints, files, training
+from ich_keras import checkpoints, files, fitting, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import index_folder
 from ich_keras.errors import (
@@ -28,6 +28,7 @@ from ich_keras.errors import (
 )
 from ich_keras.evaluation import evaluate
 from ich_keras.files import write_json
+from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
@@ -35,8 +36,10 @@ from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
 from ich_keras.models.weights import read_record, save_weights
-from ich_keras.planning import plan_training, settled, split_indices
-from ich_keras.prediction import load_run, predict_folder, predict_index, probabilities
+from ich_keras.planning import plan_training, split_indices
+from ich_keras.prediction import predict_folder, predict_index
+from ich_keras.recipe import Recipe
+from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
 NARROW = "narrow"
@@ -72,6 +75,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json",
+        "recipe.json",
         "environment.json",
         "data.json",
         "split.json",
@@ -87,12 +91,17 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
             for part in ("valid", "test")
         ),
     }
-    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config_of(
+    # What was asked for, and what was made of it.
+    assert RunFolder(run).config() == config_of()
+    decided = config_of(
         backend=keras.config.backend(),
         device="cpu",
         data={"intensity": "windows", "view": "slice", "slices": 1},
         fit={"accumulate": 1},
     )
+    recipe = RunFolder(run).recipe()
+    assert recipe.as_config() == decided
+    assert recipe == Recipe.of(decided, phantom_cache.size)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["backend"] == keras.config.backend()
     assert environment["device"] == "cpu"
@@ -102,7 +111,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
     data = json.loads((run / "data.json").read_text())
     assert data["synthetic"] is True
     assert data["cache"] == phantom_cache.fingerprint
-    assert data["cache_size"] == phantom_cache.size
+    assert recipe.inputs.cache_size == phantom_cache.size
 
 
 def test_metrics_can_be_made_again_from_the_predictions(run):
@@ -141,8 +150,8 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
             assert interval["low"] <= found["log_loss"] <= interval["high"]
             assert interval["value"] == pytest.approx(found["log_loss"])
     # Not on slices of another size, which would become other images.
-    larger = types.SimpleNamespace(size=64, slices=phantom_cache.slices)
-    with pytest.raises(UsageError, match="have 64x64 pixels, those the run was trained from 48x48"):
+    larger = types.SimpleNamespace(size=64, slices=phantom_cache.slices, path="larger")
+    with pytest.raises(UsageError, match="have 64x64 pixels; the run was trained from 48x48"):
         evaluate(run, larger, "valid")
     # Evaluating again changes no choice; the series' probabilities follow the kept rule.
     before = (run / "choices.json").read_text()
@@ -250,10 +259,8 @@ def test_workers_predict_the_same(run, phantom_folder, tmp_path):
     index = index_folder(shutil.copytree(phantom_folder / "images", tmp_path / "images"))
     torn = Path(index.slices["container"].iloc[3])
     torn.write_bytes(torn.read_bytes()[:-1000])
-    config, model = load_run(run)
-    alone, together = (
-        predict_index(model, config.data.size, index, workers=workers) for workers in (0, 2)
-    )
+    recipe, model = load_run(run)
+    alone, together = (predict_index(model, index, recipe, workers=workers) for workers in (0, 2))
     for name in ("slices", "series", "rejects"):
         pd.testing.assert_frame_equal(getattr(together, name), getattr(alone, name))
     assert str(torn) in set(together.rejects["path"])
@@ -292,9 +299,9 @@ def test_a_worker_that_dies_while_predicting_is_an_error(run, phantom_folder, mo
 
     monkeypatch.setattr(prediction, "_read_series", die)
     index = index_folder(phantom_folder / "images")
-    config, model = load_run(run)
+    recipe, model = load_run(run)
     with pytest.raises(EnvironmentProblem, match="that read slices has died"):
-        predict_index(model, config.data.size, index, workers=1)
+        predict_index(model, index, recipe, workers=1)
 
 
 def test_evaluate_repeats_the_numbers(run, phantom_cache):
@@ -335,7 +342,7 @@ def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path,
         save_state(folder, model, epoch, state)
         model.optimizer.learning_rate = 1e30
 
-    monkeypatch.setattr(checkpoints, "save_state", then_fast)
+    monkeypatch.setattr(fitting, "save_state", then_fast)
     with pytest.raises(DivergedError) as caught:
         train(config_of(fit={"epochs": 3}), phantom_cache, tmp_path / "run")
     assert caught.value.exit_code == 5
@@ -407,7 +414,7 @@ class Crash(Exception):
 @pytest.fixture
 def crash_after(monkeypatch):
     """Let the next training die once an epoch is saved, or in the evaluation of a split."""
-    save_state, evaluate_split = checkpoints.save_state, training.evaluate
+    save_state, evaluate_split = checkpoints.save_state, training.evaluate_network
 
     def arrange(moment):
         def saved(folder, model, epoch, state):
@@ -415,13 +422,13 @@ def crash_after(monkeypatch):
             if epoch == moment:
                 raise Crash
 
-        def evaluated(out, cache, split, **options):
+        def evaluated(run, recipe, model, cache, split, progress):
             if split == moment:
                 raise Crash
-            return evaluate_split(out, cache, split, **options)
+            return evaluate_split(run, recipe, model, cache, split, progress)
 
-        monkeypatch.setattr(checkpoints, "save_state", saved)
-        monkeypatch.setattr(training, "evaluate", evaluated)
+        monkeypatch.setattr(fitting, "save_state", saved)
+        monkeypatch.setattr(training, "evaluate_network", evaluated)
 
     return arrange
 
@@ -450,17 +457,17 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
         crash_after(moment)
         with pytest.raises(Crash):
             training.resume(run, phantom_cache, tell=told.append)
-        assert training.is_interrupted(run)
+        assert RunFolder(run).is_interrupted
     crash_after(None)
     assert training.resume(run, phantom_cache, tell=told.append) == run
-    assert [line for line in told if line.startswith("Going on")] == [
-        f"Going on after epoch {epoch} of 4, {backend}, cpu, float32." for epoch in (1, 3, 4)
+    assert [line for line in told if line.startswith("Resuming")] == [
+        f"Resuming after epoch {epoch} of 4, {backend}, cpu, float32." for epoch in (1, 3, 4)
     ]
     for one, other in zip(arrays_of(run), arrays_of(whole), strict=True):
         np.testing.assert_array_equal(one, other)
     histories = [pd.read_csv(folder / "history.csv") for folder in (run, whole)]
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in histories))
-    assert histories[0]["seconds"].is_monotonic_increasing
+    assert (histories[0]["seconds"] > 0).all()
     for name in ("metrics-valid.json", "metrics-test.json", "predictions-test.csv", "choices.json"):
         assert (run / name).read_text() == (whole / name).read_text()
     assert (run / "config.json").read_text() == as_begun
@@ -495,8 +502,13 @@ def test_what_was_chosen_before_the_end_is_chosen_again(phantom_cache, tmp_path,
     with pytest.raises(Crash):
         train(config_of(), phantom_cache, tmp_path / "run")
     crash_after(None)
-    evaluate(tmp_path / "run", phantom_cache, "valid")
-    early = (tmp_path / "run" / "choices.json").read_text()
+    interrupted = RunFolder(tmp_path / "run")
+    with pytest.raises(StaleError, match="is not finished") as caught:
+        evaluate(interrupted, phantom_cache, "valid")
+    assert caught.value.hint == f"Finish it: ich-train --resume {interrupted}"
+    # As an evaluation that was interrupted leaves it.
+    early = "{}"
+    interrupted.choices_file.write_text(early)
     out = training.resume(tmp_path / "run", phantom_cache)
     assert (out / "choices.json").read_text() == (whole / "choices.json").read_text() != early
 
@@ -529,7 +541,7 @@ def test_best_weights_of_a_lost_epoch_are_put_right(phantom_cache, tmp_path, cra
     write_json(out / "state" / "epoch-0002" / "state.json", state)
     crash_after(None)
     training.resume(out, phantom_cache, tell=told.append)
-    assert "The best weights, of epoch 1, are lost: the next take over." in told
+    assert "The best weights so far (epoch 1) are lost; the next epoch counts as the best." in told
     assert read_record(best)["epoch"] == 3
 
 
@@ -549,7 +561,7 @@ def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
         training.resume(out, phantom_cache)
     data = files.read_json(out / "data.json")
     for name, message in (
-        ("cache", "is not the cache that the training .* not 000000000000"),
+        ("cache", "is not the cache that the training .* expected 000000000000"),
         ("labels", "the labels are not those that the training in .* began with"),
     ):
         write_json(out / "data.json", data | {name: "0" * 64})
@@ -569,9 +581,12 @@ def test_another_environment_is_told(phantom_cache, tmp_path, crash_after, monke
         train(config_of(), phantom_cache, out)
     before = files.read_json(out / "environment.json")
     assert training.changed_environment(out, "cpu") == []
+    recipe = files.read_json(out / "recipe.json")
+    write_json(out / "recipe.json", recipe | {"precision": "bfloat16"})
     with monkeypatch.context() as patch:
-        patch.setattr(training, "run_precision", lambda config, device: "float16")
-        assert training.changed_environment(out, "cpu") == ["precision float16, was float32"]
+        patch.setattr("ich_keras.recipe.choose_precision", lambda name, device: "float32")
+        assert training.changed_environment(out, "cpu") == ["precision float32, was bfloat16"]
+    write_json(out / "recipe.json", recipe)
     older = {name: value for name, value in before.items() if name != "device_name"}
     write_json(out / "environment.json", older | {"processor": "another"})
     (line,) = training.changed_environment(out, "cpu")
@@ -580,7 +595,9 @@ def test_another_environment_is_told(phantom_cache, tmp_path, crash_after, monke
     write_json(out / "environment.json", before)
     crash_after(None)
     training.resume(out, phantom_cache, tell=told.append)
-    assert told[0].startswith("Other than when it began: torch ") and told[0].endswith("was 1.0.")
+    assert told[0].startswith("Different from the original environment: torch ") and told[
+        0
+    ].endswith("was 1.0.")
     [noted] = files.read_json(out / "environment.json")["resumed"]
     assert noted == {"epoch": 1, "changed": [told[0].removesuffix(".").split(": ")[1]]}
 
@@ -630,7 +647,11 @@ def test_a_damaged_state_is_passed_over(tmp_path, name, damage):
     after = (*again.weights, *again.optimizer.variables)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, np.asarray(other))
-    assert len(told) == 1 and told[0].startswith("State passed over: ") and "epoch-0002" in told[0]
+    assert (
+        len(told) == 1
+        and told[0].startswith("Skipping a damaged state: ")
+        and "epoch-0002" in told[0]
+    )
     shutil.rmtree(tmp_path / "epoch-0001")
     with pytest.raises(LostState, match="epoch-0002"):
         checkpoints.load_state(tmp_path, again)
@@ -699,7 +720,7 @@ def test_training_starts_from_given_weights(run, phantom_cache, tmp_path):
 def test_slices_without_labels_are_not_trained_on(phantom_cache):
     slices = phantom_cache.slices.copy()
     slices.loc[:9, list(LABELS)] = -1
-    _, indices = split_indices(slices, config_of())
+    _, indices = split_indices(slices, Recipe.of(config_of()))
     rows = np.concatenate(list(indices.values()))
     assert len(rows) == len(slices) - 10
     assert rows.min() >= 10 or not set(range(10)) & set(rows)
@@ -763,7 +784,7 @@ def test_the_backbone_factor_reaches_the_optimiser(converted, phantom_cache, tmp
         weights="own", fit={"epochs": 1, "learning_rate": 1e-3, "backbone_factor": 1e-9}
     )
     out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
-    assert told[1].endswith("backbone at 1e-09 of it, float32.")
+    assert told[1].endswith("backbone at 1e-09 times that rate, float32.")
     _, trained = load_run(out)
     np.testing.assert_allclose(
         trained.get_layer("conv1").get_weights()[0],
@@ -777,8 +798,7 @@ def test_one_channel_networks_train_and_predict(phantom_cache, phantom_folder, t
     try:
         config = dataclasses.replace(config_of(fit={"epochs": 1}), preset="grey")
         out = train(config, phantom_cache, tmp_path / "run")
-        saved = json.loads((out / "config.json").read_text())
-        assert saved["data"]["intensity"] == "wide"
+        assert RunFolder(out).recipe().inputs.intensity.name == "wide"
         assert load_run(out)[1].input_shape == (None, 48, 48, 1)
         result = predict_folder(out, phantom_folder / "images")
         held_out = pd.read_csv(out / "predictions-test.csv").set_index("sop_instance_uid")
@@ -795,13 +815,13 @@ def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cach
     one_channel = dataclasses.replace(PRESETS[NARROW].spec, input_shape=(None, None, 1)).to_dict()
     record = {"network": one_channel, "intensity": "head-z-score"}
     save_weights(model, path, record)
-    assert settled(config_of(weights="own")).data.intensity == "head-z-score"
+    assert Recipe.of(config_of(weights="own")).inputs.intensity.name == "head-z-score"
     given = config_of(weights="own", data={"intensity": "windows"})
-    assert settled(given).data.intensity == "windows"
-    assert settled(config_of()).data.intensity == "windows"
+    assert Recipe.of(given).inputs.intensity.name == "windows"
+    assert Recipe.of(config_of()).inputs.intensity.name == "windows"
     # Made for three windows, and then given one channel by `weights-convert`.
     save_weights(model, path, record | {"intensity": "windows"})
-    assert settled(config_of(weights="own")).data.intensity == "wide"
+    assert Recipe.of(config_of(weights="own")).inputs.intensity.name == "wide"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_long(phantom_cache):
@@ -840,10 +860,10 @@ def test_every_way_to_take_a_step_makes_a_run(precision, fit, phantom_cache, tmp
     config = config_of(precision=precision, fit={"epochs": 1, **fit})
     out = train(config, phantom_cache, tmp_path / "run", tell=told.append)
     assert told[0].endswith(f"{precision}.")
-    assert ("2 batches a step" in told[0]) == ("accumulate" in fit)
-    recorded = json.loads((out / "config.json").read_text())
-    assert recorded["precision"] == precision
-    assert {name: recorded["fit"][name] for name in fit} == fit
+    assert ("2 batches per step" in told[0]) == ("accumulate" in fit)
+    recorded = RunFolder(out).recipe()
+    assert recorded.precision == precision
+    assert {name: getattr(recorded.training, name) for name in fit} == fit
     _, model = load_run(out, precision="float32")
     saved = keras.saving.load_model(out / "model.keras")
     assert all(layer.dtype_policy.name == "float32" for layer in saved.layers)
@@ -862,7 +882,7 @@ def test_weights_whose_channels_were_changed_can_be_trained_from(
     grey = change_channels(path, tmp_path / "grey.weights.h5", 1)
     config = config_of(weights=str(grey), fit={"epochs": 1})
     out = train(config, phantom_cache, tmp_path / "run")
-    assert json.loads((out / "config.json").read_text())["data"]["intensity"] == "wide"
+    assert RunFolder(out).recipe().inputs.intensity.name == "wide"
     assert load_run(out)[1].input_shape == (None, 48, 48, 1)
 
 
@@ -874,10 +894,11 @@ def test_a_training_without_a_single_step_is_refused(phantom_cache):
 
 
 def test_an_input_larger_than_the_cache_is_refused(run, phantom_cache):
-    small = types.SimpleNamespace(size=32)
-    for work in (lambda: evaluate(run, small), lambda: train(config_of(), small, run / "none")):
-        with pytest.raises(UsageError, match="data.size is 48, but the cache holds 32x32"):
-            work()
+    small = types.SimpleNamespace(size=32, path="small")
+    with pytest.raises(UsageError, match="small have 32x32 pixels; the run was trained from 48x48"):
+        evaluate(run, small)
+    with pytest.raises(UsageError, match="data.size is 48, but the cache holds 32x32"):
+        train(config_of(), small, run / "none")
 
 
 def test_parts_of_series_are_not_scored_as_series(phantom_cache, phantom_folder, tmp_path):

@@ -29,11 +29,13 @@ from ich_keras.data.split import Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import AIR, View, make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.evaluation import evaluate
+from ich_keras.evaluation import evaluate, evaluate_network
+from ich_keras.inference import load_run
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.planning import plan_training
 from ich_keras.prediction import predict_folder
+from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
 
@@ -360,16 +362,22 @@ def run(request, phantom_cache, tmp_path_factory):
     del PRESETS[name]
 
 
+def with_view(recipe, **changes):
+    return replace(
+        recipe, inputs=replace(recipe.inputs, view=replace(recipe.inputs.view, **changes))
+    )
+
+
 def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, phantom_folder):
     kind, folder, told = run
     what = {"slab": "on slabs of 5 slices", "series": "on whole series"}[kind]
     assert told[0].startswith(f"Training {what} from scratch")
-    assert ("8 batches a step" in told[0]) == (kind == "series")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["backend"] == keras.config.backend()
-    assert config["data"]["view"] == kind
-    assert config["data"]["intensity"] == "wide"
-    assert config["fit"]["batch_size"] == {"slab": 16, "series": 1}[kind]
+    assert ("8 batches per step" in told[0]) == (kind == "series")
+    recipe = RunFolder(folder).recipe()
+    assert recipe.backend == keras.config.backend()
+    assert recipe.inputs.view.kind == kind
+    assert recipe.inputs.intensity.name == "wide"
+    assert recipe.training.batch_size == {"slab": 16, "series": 1}[kind]
     metrics = evaluate(folder, phantom_cache, "test")
     assert set(metrics) == ({"slice", "series"} if kind == "slab" else {"series"})
     split = Split.load(folder / "split.json")
@@ -414,14 +422,14 @@ def test_a_split_by_slices_does_not_train_on_series(phantom_cache):
 def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_folder):
     _, folder, _ = run
     from ich_keras.ct.series import index_folder
-    from ich_keras.prediction import load_run, predict_index, run_view
+    from ich_keras.prediction import predict_index
 
-    config, model = load_run(folder)
-    view = replace(run_view(config), tilted="skip")
+    recipe, model = load_run(folder)
+    recipe = with_view(recipe, tilted="skip")
     index = index_folder(phantom_folder / "images")
     tilted = index.series.loc[index.series["verdict"].str.contains("tilted"), "series_uid"]
     assert 0 < len(tilted) < len(index.series)
-    result = predict_index(model, 40, index, 8, intensity="wide", view=view)
+    result = predict_index(model, index, recipe, batch_size=8)
     rejected = result.rejects[result.rejects["code"] == "TILTED"]
     assert len(rejected) == index.slices["series_uid"].isin(tilted).sum()
     assert not set(result.series["series_instance_uid"]) & set(tilted)
@@ -430,10 +438,9 @@ def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_fol
 def test_what_a_run_skips_is_in_no_metric(run, phantom_cache, tmp_path):
     _, folder, _ = run
     out = shutil.copytree(folder, tmp_path / "run")
-    config = json.loads((out / "config.json").read_text())
-    config["data"]["tilted"] = "skip"
-    (out / "config.json").write_text(json.dumps(config))
-    metrics = evaluate(out, phantom_cache, "test")
+    recipe, model = load_run(out)
+    recipe = with_view(recipe, tilted="skip")
+    metrics = evaluate_network(RunFolder(out), recipe, model, phantom_cache, "test")
     split = Split.load(out / "split.json")
     slices = phantom_cache.slices
     verdicts = phantom_cache.series.set_index("series_uid")["verdict"]

@@ -1,0 +1,273 @@
+"""What Keras is told: the compiled network, and the callbacks that validate and keep its states."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.checkpoints import load_state, save_state
+from ich_keras.data.augment import sample_seed
+from ich_keras.errors import DataError, DivergedError, UsageError
+from ich_keras.files import atomic_write
+from ich_keras.inference import probabilities
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import binary_metrics, format_metric
+from ich_keras.progress import Progress, Tell
+from ich_keras.recipe import RECIPE, Recipe
+from ich_keras.run_folder import RunFolder
+
+EPOCH = "epoch"  # of the record of the best weights
+
+
+@dataclass
+class Course:
+    """How a training has gone so far: what each validation has to remember.
+
+    Args:
+        rows: one entry of history.csv per finished epoch.
+        best_loss: the lowest validation log loss.
+        best_epoch: the epoch that reached it, from 1; 0 before the first.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    best_loss: float = np.inf
+    best_epoch: int = 0
+
+    @property
+    def done(self) -> int:
+        """Epochs finished."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one training needs to fit its network.
+
+    Args:
+        recipe: of the training.
+        run: where its files go.
+        model: compiled.
+        loader, validation: batches of the two splits.
+        valid_labels: int (samples, 6).
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    model: Any
+    loader: Any
+    validation: Any
+    valid_labels: np.ndarray
+
+
+def compiled_network(
+    recipe: Recipe, total_steps: int, loads_weights: bool = True
+) -> tuple[Any, Any]:
+    """Build the network of a recipe and compile it for `fit`.
+
+    Args:
+        recipe: of the training.
+        total_steps: batches in all, for the schedule.
+        loads_weights: whether to load the pretrained weights that the recipe names.
+
+    Returns:
+        (keras.Model, `LoadedWeights`; None from scratch).
+    """
+    import keras
+
+    from ich_keras.models.classifier import classifier, compile_classifier, freeze
+    from ich_keras.models.weights import find_weights, load_weights
+
+    training = recipe.training
+    keras.utils.set_random_seed(training.seed)
+    model = classifier(recipe.network, output="logits", precision=recipe.precision)
+    loaded = None
+    if loads_weights and training.weights is not None:
+        path = find_weights(training.weights, recipe.preset)
+        loaded = load_weights(model, path, recipe.network)
+    if training.freeze is not None:
+        freeze(model, training.freeze)
+    compile_classifier(
+        model,
+        learning_rate=training.learning_rate,
+        loss=training.loss,
+        schedule=training.schedule,
+        total_steps=total_steps,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        backbone_factor=training.backbone_factor,
+        accumulate=training.accumulate,
+        step=training.step,
+        recompute=training.recompute,
+        compiled=training.compiled,
+    )
+    return model, loaded
+
+
+def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
+    """Measure one training step of a recipe's network on random input, after one to warm up.
+
+    Returns:
+        Seconds; the least of the repeats. Preparing batches and validation come on top.
+    """
+    model, _ = compiled_network(recipe, total_steps=repeats + 1)
+    random = np.random.default_rng(0)
+    size = recipe.training.batch_size
+    inputs = random.standard_normal((size, *recipe.inputs.shape), np.float32)
+    labels = random.integers(0, 2, (size, len(LABELS))).astype(np.float32)
+    model.train_on_batch(inputs, labels)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        model.train_on_batch(inputs, labels)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) -> None:
+    """Train on from where the course stands, keeping weights and state after each epoch.
+
+    Raises:
+        DivergedError: a loss or weight is not finite; the last good state stays.
+    """
+    training.model.fit(
+        training.loader,
+        epochs=training.recipe.training.epochs,
+        initial_epoch=course.done,
+        shuffle=False,  # the loader does it
+        verbose=0,
+        callbacks=[
+            _epochs(training.loader, training.recipe, progress),
+            _validation(training, course, progress, tell),
+        ],
+    )
+
+
+def restored(training: Fit, tell: Tell) -> Course:
+    """Put the last whole state back into the network, and make sure of the best weights.
+
+    Raises:
+        LostState: all states are damaged.
+    """
+    from ich_keras.models.weights import read_record
+
+    state = load_state(training.run.state_folder, training.model, tell)
+    course = Course(state["history"], state["best_loss"], state["best_epoch"])
+    try:
+        kept = read_record(training.run.best_weights).get(EPOCH, course.best_epoch)
+    except (DataError, UsageError):
+        kept = None
+    if kept != course.best_epoch:
+        # They were written for an epoch whose state was lost. That epoch is trained again, and on
+        # another machine it may give other weights: nothing would say which ones these are.
+        if course.best_epoch == course.done:
+            _keep_best(training, course)
+        else:
+            tell(
+                f"The best weights so far (epoch {course.best_epoch}) are lost; the next epoch"
+                " counts as the best."
+            )
+            course.best_loss = np.inf
+    return course
+
+
+def _keep_best(training: Fit, course: Course) -> None:
+    from ich_keras.models.weights import save_weights
+
+    recipe = training.recipe
+    record = {
+        "network": recipe.network.to_dict(),
+        "preset": recipe.preset,
+        "intensity": recipe.inputs.intensity.name,
+        RECIPE: recipe.to_dict(),
+        EPOCH: course.best_epoch,
+    }
+    save_weights(training.model, training.run.best_weights, record)
+
+
+def _epochs(loader: Any, recipe: Recipe, progress: Progress | None) -> Any:
+    """Return the callback that begins an epoch, for loader and network, and shows the progress."""
+    import keras
+
+    epochs, batches = recipe.training.epochs, len(loader)
+
+    class Epochs(keras.callbacks.Callback):
+        # Without this mark Keras reads the logs back from the device after every step.
+        async_safe = True
+
+        def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+            loader.epoch = epoch
+            # On torch Keras' dropout draws from torch's global generator. Seeding it by epoch makes
+            # a resumed training equal to an uninterrupted one, with no generator state to save.
+            keras.utils.set_random_seed(sample_seed(recipe.training.seed, epoch, 0))
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+            if progress is not None:
+                done = self.epoch * batches + batch + 1
+                progress("training", done, epochs * batches, f"epoch {self.epoch + 1}/{epochs}")
+
+    return Epochs()
+
+
+def _validation(training: Fit, course: Course, progress: Progress | None, tell: Tell) -> Any:
+    """Return the callback that validates, keeps the best weights and saves the state."""
+    import keras
+
+    from ich_keras.models.weights import require_finite
+
+    model, labels = training.model, training.valid_labels
+    epochs = training.recipe.training.epochs
+
+    class Validation(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+            self.began = time.perf_counter()
+
+        def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+            # The rate of the step that comes next: after the last one a cosine has reached 0.
+            rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+            train_loss = float(logs["loss"]) if logs else np.nan
+            if not np.isfinite(train_loss):
+                raise DivergedError(
+                    f"the training loss of epoch {epoch + 1} is {train_loss}.",
+                    "Lower --learning-rate.",
+                )
+            try:
+                require_finite(model, f"after epoch {epoch + 1}")
+                values = probabilities(
+                    model, training.validation, len(labels), progress, step="validating"
+                )
+            except DataError as error:
+                raise DivergedError(error.message, "Lower --learning-rate.") from error
+            metrics = binary_metrics(labels, values)
+            loss = metrics["log_loss"]
+            is_best = loss < course.best_loss
+            if is_best:
+                course.best_loss, course.best_epoch = loss, epoch + 1
+                _keep_best(training, course)
+            course.rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "learning_rate": rate,
+                    "train_loss": train_loss,
+                    "valid_log_loss": loss,
+                    "valid_auroc_any": metrics["auroc"]["any"],
+                    "seconds": round(time.perf_counter() - self.began, 1),
+                }
+            )
+            history = pd.DataFrame(course.rows).to_csv(index=False)
+            atomic_write(training.run.history_file, history)
+            state = {
+                "history": course.rows,
+                "best_loss": course.best_loss,
+                "best_epoch": course.best_epoch,
+            }
+            save_state(training.run.state_folder, model, epoch + 1, state)
+            tell(
+                f"epoch {epoch + 1}/{epochs}: training loss {train_loss:.4f}, validation log loss"
+                f" {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
+                + (" (best so far)" if is_best else "")
+            )
+
+    return Validation()

@@ -1,0 +1,102 @@
+"""A run's network and its probabilities: shared by validation, evaluation and prediction."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ich_keras.environment import choose_backend, choose_device, loaded_backend
+from ich_keras.errors import DataError, StaleError
+from ich_keras.labels import NUM_LABELS
+from ich_keras.progress import Progress
+from ich_keras.recipe import RECIPE, Recipe
+from ich_keras.run_folder import RunFolder
+
+
+def load_run(
+    run: RunFolder | Path | str, device: str | None = None, precision: str | None = None
+) -> tuple[Recipe, Any]:
+    """Load the network of a run with its best weights.
+
+    Args:
+        run: a run folder.
+        device: None takes "auto"; a run need not be used where it was trained.
+        precision: None takes the run's, but bfloat16 only where the hardware computes in it.
+
+    Returns:
+        (the recipe as it is followed here, a keras.Model that gives probabilities).
+
+    Raises:
+        StaleError: not a finished run, or its recipe is not that of its weights.
+    """
+    return load_network(RunFolder.at(run).require_finished(), device, precision)
+
+
+def load_network(
+    run: RunFolder, device: str | None = None, precision: str | None = None
+) -> tuple[Recipe, Any]:
+    """Load the network of a run that need not be finished; see `load_run`."""
+    recipe = run.require_begun().recipe()
+    recipe = recipe.on(choose_backend(), choose_device(device or "auto"))
+    from ich_keras.models.classifier import classifier
+    from ich_keras.models.weights import load_weights
+
+    model = classifier(recipe.network, precision=precision or recipe.precision)
+    loaded = load_weights(model, run.best_weights, recipe.network, needs_head=True)
+    made_with = loaded.record.get(RECIPE)
+    if made_with is None or Recipe.from_dict(made_with).inputs != recipe.inputs:
+        raise StaleError(
+            f"{run.recipe_file} is not the recipe that {run.best_weights.name} was trained with:"
+            " their inputs differ.",
+            "One of the two files was replaced: take the run folder from where it was trained.",
+        )
+    return recipe, model
+
+
+def probabilities(
+    model: Any,
+    batches: Iterable,
+    total: int,
+    progress: Progress | None = None,
+    step: str = "predicting",
+) -> np.ndarray:
+    """Run a network over batches.
+
+    Args:
+        model: gives logits or probabilities, float32 (n, 6).
+        batches: of inputs (n, size, size, channels) or (n, slices, size, size, channels), or of
+            (inputs, labels).
+        total: number of samples, for the progress.
+        progress: called as progress(step, done, total).
+        step: the name of the step.
+
+    Returns:
+        float32 (total, 6), probabilities in the order of `LABELS`.
+
+    Raises:
+        DataError: the network gave values that are not finite.
+    """
+    from ich_keras.models.classifier import ends_in_logits
+
+    parts, done = [], 0
+    # Of Keras' backends only torch takes the loaders' tensors in `predict_on_batch`.
+    takes_tensors = loaded_backend() == "torch"
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        inputs = inputs if takes_tensors else np.asarray(inputs)
+        parts.append(np.asarray(model.predict_on_batch(inputs), np.float32))
+        done += len(parts[-1])
+        if progress is not None:
+            progress(step, done, total)
+    outputs = np.concatenate(parts) if parts else np.zeros((0, NUM_LABELS), np.float32)
+    if not np.isfinite(outputs).all():
+        raise DataError(
+            f"{int((~np.isfinite(outputs)).any(axis=1).sum())} of {len(outputs)} predictions are"
+            " not finite.",
+            "The weights or the inputs are damaged.",
+        )
+    if ends_in_logits(model):
+        # Written with tanh, which cannot overflow.
+        outputs = (0.5 * (1.0 + np.tanh(0.5 * outputs))).astype(np.float32)
+    return outputs

@@ -1,0 +1,10 @@
+"""What every reader of a number must know: the sentences that stand beside results."""
+
+NOT_CLINICAL = "Not a medical device; not for clinical use."
+SYNTHETIC_NOTE = (
+    "**Synthetic data.** This run was trained and tested on phantoms (drawn head CT). Its numbers"
+    " show that the programs work; they say nothing about patients."
+)
+TRAINED_ON_PHANTOMS = (
+    "The network was trained on drawn phantoms only: its answers say nothing about patients."
+)

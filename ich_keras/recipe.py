@@ -1,0 +1,424 @@
+"""Recipe: every setting of a run, decided once and complete.
+
+`RunConfig` holds what was asked for, with None for "choose for me". `Recipe.of` makes those
+choices, and everything below takes the recipe: nothing is decided a second time. What enters the
+network stands there by value (the windows' level and width, mean and deviation, the rule of
+resampling), so a run predicts the same after the library's defaults have changed. The recipe lies
+in the run folder, in the record of its weights and in the metadata of `model.keras`.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.data.inputs import (
+    INTENSITIES,
+    RESAMPLING,
+    Intensity,
+    intensity_of,
+    resize_hu,
+    slice_input,
+    volume_input,
+)
+from ich_keras.data.views import View
+from ich_keras.environment import choose_backend, choose_device, choose_precision
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
+
+SCHEMA = 1
+# In the metadata of `model.keras` and in the record of a weights file.
+RECIPE = "recipe"
+_KERAS_METADATA = "metadata.json"  # inside the archive that a `.keras` file is
+
+# Slices of a sample: the thesis's two 3D networks.
+DEFAULT_SLICES = {"slice": 1, "slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
+# Samples of a batch.
+DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
+# Batches that make one optimiser step: a batch of one series holds too few samples.
+DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
+# With pretrained weights, and from scratch.
+DEFAULT_RATES = (1e-5, 3e-4)
+
+
+@dataclass(frozen=True)
+class InputRecipe:
+    """From Hounsfield units to what enters the network.
+
+    Args:
+        view: which slices make a sample.
+        intensity: the windows and the normalisation, by value.
+        size: rows and columns of the network's input, pixels.
+        cache_size: rows and columns to which a slice is resized before it is windowed, pixels.
+        resampling: the rule by which `resize_hu` resizes.
+    """
+
+    view: View
+    intensity: Intensity
+    size: int
+    cache_size: int
+    resampling: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample of the network's input: ([slices,] rows, columns, channels)."""
+        slices = (self.view.num_slices,) if self.view.is_volume else ()
+        return (*slices, self.size, self.size, self.intensity.channels)
+
+    def prepare(self, hu: np.ndarray) -> np.ndarray:
+        """Turn Hounsfield units into the network's input, without augmentation.
+
+        Args:
+            hu: int16 HU; of a network for slices (n, rows, columns), of a network for volumes
+                (n, slices, rows, columns), with the run's number of slices (filled up with
+                `AIR_HU`).
+
+        Returns:
+            float32 (n, *shape).
+
+        Raises:
+            UsageError: another number of axes or slices.
+        """
+        expected = ("n", *map(str, self.shape[:-3]), "rows", "columns")
+        fits = hu.ndim == len(expected) and hu.shape[1:-2] == self.shape[:-3]
+        if hu.dtype != np.int16 or not fits:
+            raise UsageError(
+                f"hu is {hu.dtype} of shape {hu.shape}; expected int16 of shape"
+                f" ({', '.join(expected)})."
+            )
+        flat = hu.reshape(-1, *hu.shape[-2:])
+        resized = np.stack([resize_hu(image, self.cache_size) for image in flat])
+        resized = resized.reshape(*hu.shape[:-2], self.cache_size, self.cache_size)
+        turn = volume_input if self.view.is_volume else slice_input
+        return turn(resized, self.size, self.intensity)
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How the network is trained; see `DataConfig` and `FitConfig` for what each entry means.
+
+    Args:
+        weights: what training starts from; None starts from scratch.
+        seed: of everything random.
+        split: the name of the split, or its file.
+        balance, augment, reverse, limit_series, loader_workers: as in `DataConfig`.
+        batch_size: samples of a batch.
+        epochs: passes over the training split.
+        learning_rate: after the warm-up.
+        schedule, warmup_steps, weight_decay, loss, freeze, backbone_factor: as in `FitConfig`.
+        accumulate: batches that make one optimiser step.
+        step, recompute: as in `FitConfig`.
+        compiled: as in `FitConfig`; None compiles on CUDA only.
+    """
+
+    weights: str | None
+    seed: int
+    split: str
+    balance: bool
+    augment: str
+    reverse: bool
+    limit_series: int | None
+    loader_workers: int
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    loss: str
+    freeze: str | None
+    backbone_factor: float
+    accumulate: int
+    step: str
+    recompute: str | None
+    compiled: bool | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run's numbers depend on, besides its data.
+
+    Args:
+        preset: the network's name.
+        network: the network, for inputs of `inputs.shape`.
+        inputs: from Hounsfield units to what enters it.
+        training: how it is trained.
+        backend: "torch", "jax" or "tensorflow".
+        device: "cpu" or "cuda".
+        precision: "float32", "bfloat16" or "float16".
+    """
+
+    preset: str
+    network: ModelSpec
+    inputs: InputRecipe
+    training: TrainingRecipe
+    backend: str
+    device: str
+    precision: str
+
+    @classmethod
+    def of(cls, config: RunConfig, cache_size: int | None = None) -> "Recipe":
+        """Decide everything that a configuration leaves open.
+
+        Backend and device are put in force, so this comes before Keras is imported.
+
+        Args:
+            config: what was asked for.
+            cache_size: rows and columns of the cached slices; None takes the input's size.
+
+        Raises:
+            UsageError: the view does not fit the preset, the network needs more slices, the
+                weights do not exist, or Keras already runs on another backend or device.
+            EnvironmentProblem: the device or the backend is not there.
+        """
+        backend, device = choose_backend(config.backend), choose_device(config.device)
+        precision = choose_precision(config.precision, device)
+        view = _view(config)
+        if config.data.reverse and not (view.is_volume and config.data.augment != "none"):
+            raise UsageError(
+                "data.reverse turns augmented slabs and series upside down; this run has none.",
+                "Leave it out.",
+            )
+        size = config.data.size
+        if cache_size is not None and size > cache_size:
+            # Enlarging would only blur.
+            raise UsageError(
+                f"data.size is {size}, but the cache holds {cache_size}x{cache_size} pixels.",
+                f"Train at {cache_size} or less.",
+            )
+        inputs = InputRecipe(view, _intensity(config), size, cache_size or size, RESAMPLING)
+        data, fit = config.data, config.fit
+        return cls(
+            preset=config.preset,
+            network=preset(config.preset, inputs.shape, config.norm),
+            inputs=inputs,
+            training=TrainingRecipe(
+                weights=config.weights,
+                seed=config.seed,
+                **{
+                    name: getattr(data, name)
+                    for name in (
+                        "split",
+                        "balance",
+                        "augment",
+                        "reverse",
+                        "limit_series",
+                        "loader_workers",
+                    )
+                },
+                **{
+                    **{f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)},
+                    "batch_size": fit.batch_size or DEFAULT_BATCH[view.kind],
+                    "accumulate": fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
+                    "learning_rate": fit.learning_rate or DEFAULT_RATES[config.weights is None],
+                },
+            ),
+            backend=backend,
+            device=device,
+            precision=precision,
+        )
+
+    def on(self, backend: str, device: str) -> "Recipe":
+        """Return the recipe as it is followed on this machine: on another backend or device, and
+        in float32 where the hardware cannot compute in the run's bfloat16."""
+        precision = self.precision
+        if precision == "bfloat16" and choose_precision("auto", device) != "bfloat16":
+            precision = "float32"
+        return replace(self, backend=backend, device=device, precision=precision)
+
+    def as_config(self) -> RunConfig:
+        """Return the configuration that asks for exactly this, with nothing left open."""
+        inputs, training = self.inputs, self.training
+        asked = {
+            **{f.name: getattr(training, f.name, None) for f in dataclasses.fields(DataConfig)},
+            "size": inputs.size,
+            "view": inputs.view.kind,
+            "slices": inputs.view.num_slices,
+            "edge": inputs.view.edge,
+            "long_series": inputs.view.long_series,
+            "tilted": inputs.view.tilted,
+            "intensity": inputs.intensity.name,
+        }
+        fit = {f.name: getattr(training, f.name) for f in dataclasses.fields(FitConfig)}
+        return RunConfig(
+            preset=self.preset,
+            weights=training.weights,
+            norm=self.network.norm,
+            seed=training.seed,
+            backend=self.backend,
+            device=self.device,
+            precision=self.precision,
+            data=DataConfig(**asked),
+            fit=FitConfig(**fit),
+        )
+
+    def to_dict(self) -> dict:
+        """Return the recipe ready for JSON."""
+        content = dataclasses.asdict(self)
+        content["network"] = self.network.to_dict()
+        content["inputs"]["intensity"] = self.inputs.intensity.to_dict()
+        return {"schema": SCHEMA, **content}
+
+    @classmethod
+    def from_dict(cls, content: object, source: str = "the recipe") -> "Recipe":
+        """Read a recipe back from what `to_dict` returned.
+
+        Args:
+            content: from JSON.
+            source: where it comes from, for messages.
+
+        Raises:
+            StaleError: something is missing, unknown or of another type, or the recipe asks for
+                what this version cannot do.
+        """
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else content
+            raise StaleError(
+                f"{source} has schema {found!r}; expected {SCHEMA}.", "Train the run again."
+            )
+        recipe = _read(cls, {k: v for k, v in content.items() if k != "schema"}, "", source)
+        if recipe.inputs.resampling != RESAMPLING:
+            raise StaleError(
+                f"{source}: its slices were resized by {recipe.inputs.resampling!r}; this version"
+                f" knows {RESAMPLING!r}.",
+                "Use the version of ich_keras that trained the run.",
+            )
+        if recipe.network.input_shape != recipe.inputs.shape:
+            raise StaleError(
+                f"{source}: the network takes {recipe.network.input_shape}, its input is"
+                f" {recipe.inputs.shape}.",
+                "The recipe is damaged: train the run again.",
+            )
+        return recipe
+
+
+def _view(config: RunConfig) -> View:
+    """Return what one sample is: as asked, or what the preset is for."""
+    data, spec = config.data, PRESETS[config.preset].spec
+    kind = data.view
+    if kind is None:
+        usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
+        kind = "slice" if spec.rank == 2 else usual
+    count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
+    view = View(kind, count, data.edge, data.long_series, data.tilted)
+    if view.is_volume != (spec.rank == 3):
+        takes, other = ("volumes", "slab or series") if spec.rank == 3 else ("slices", "slice")
+        raise UsageError(
+            f"view {kind!r} with preset {config.preset}, which takes {takes}.",
+            f"Take view {other}, or another preset (`ich presets`).",
+        )
+    return view
+
+
+def _intensity(config: RunConfig) -> Intensity:
+    """Return the intensity: as asked, as the weights were made for, or as the preset's channels
+    ask. A weights file that does not exist is refused here, before anything long begins."""
+    from ich_keras.models.weights import find_weights, read_record
+
+    record: dict = {}
+    if config.weights is not None:
+        record = read_record(find_weights(config.weights, config.preset))
+    if config.data.intensity is not None:
+        return intensity_of(config.data.intensity)
+    # The channels as they are in the file: `weights-convert` may have changed them.
+    network_of_file = record.get("network") or {}
+    channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
+    made_for = _recorded_intensity(record)
+    if made_for is not None and made_for.channels == channels:
+        return made_for
+    fitting = [known for known in INTENSITIES.values() if known.channels == channels]
+    if not fitting:
+        raise UsageError(
+            f"no intensity has {channels} channels, which {config.weights or config.preset} takes.",
+            f"Choose one: {', '.join(INTENSITIES)}.",
+        )
+    return fitting[0]
+
+
+def _recorded_intensity(record: dict) -> Intensity | None:
+    """Return the intensity that weights were made for: a run's by value, others' by name."""
+    recipe = record.get(RECIPE)
+    if isinstance(recipe, dict):
+        return Intensity.from_dict(recipe.get("inputs", {}).get("intensity"))
+    return INTENSITIES.get(record.get("intensity", ""))
+
+
+def _read(cls: Any, content: object, place: str, source: str) -> Any:
+    """Build a dataclass from JSON, strictly."""
+    hint = "The recipe is damaged or of another version: train the run again."
+    name = place or "it"
+    if not isinstance(content, dict):
+        raise StaleError(f"{source}: {name} is {content!r}; expected an object.", hint)
+    if cls in (ModelSpec, Intensity):
+        try:
+            return cls.from_dict(content)
+        except UsageError as error:
+            raise StaleError(f"{source}: {place}: {error.message}", hint) from error
+    hints = typing.get_type_hints(cls)
+    lacking, unknown = sorted(set(hints) - set(content)), sorted(set(content) - set(hints))
+    if lacking or unknown:
+        problems = [f"lacks {', '.join(lacking)}"] if lacking else []
+        problems += [f"holds unknown {', '.join(unknown)}"] if unknown else []
+        raise StaleError(f"{source}: {name} {' and '.join(problems)}.", hint)
+    values = {}
+    for key, expected in hints.items():
+        inner = f"{place}.{key}".lstrip(".")
+        if dataclasses.is_dataclass(expected):
+            values[key] = _read(expected, content[key], inner, source)
+            continue
+        options = typing.get_args(expected) if isinstance(expected, types.UnionType) else [expected]
+        value = content[key]
+        if float in options and type(value) is int:
+            value = float(value)
+        if type(value) not in options:
+            raise StaleError(f"{source}: {inner} is {value!r}; expected {expected}.", hint)
+        values[key] = value
+    try:
+        return cls(**values)
+    except UsageError as error:
+        raise StaleError(f"{source}: {place}: {error.message}", hint) from error
+
+
+def write_into_model(path: Path, recipe: Recipe) -> None:
+    """Put a recipe into the metadata of a `.keras` file, so that whoever has the file alone knows
+    what its input is. The file is rewritten in place: give the one that is not in place yet."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(info, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for info, content in members:
+            if info.filename == _KERAS_METADATA:
+                metadata = json.loads(content) | {RECIPE: recipe.to_dict()}
+                content = json.dumps(metadata).encode("utf-8")
+            archive.writestr(info, content)
+
+
+def read_from_model(path: Path | str) -> Recipe:
+    """Read the recipe of a run's `model.keras`: what its input is, and how it was trained.
+
+    Raises:
+        UsageError: no such file.
+        StaleError: not a model of this library, or one without a recipe.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            metadata = json.loads(archive.read(_KERAS_METADATA))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise StaleError(
+            f"{path} is not a .keras file ({error}).", "Give the model.keras of a run folder."
+        ) from error
+    content = metadata.get(RECIPE) if isinstance(metadata, dict) else None
+    if content is None:
+        raise StaleError(
+            f"{path} carries no recipe: nothing says what its input is.",
+            "Give the model.keras of a run that ich_keras 0.2 or newer trained.",
+        )
+    return Recipe.from_dict(content, str(path))

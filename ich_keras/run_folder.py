@@ -1,0 +1,222 @@
+"""RunFolder: a run on disk. It alone knows the names of the files and whether a run is finished."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ich_keras.checkpoints import has_state
+from ich_keras.config import RunConfig
+from ich_keras.data.split import Split
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.files import read_json
+from ich_keras.metrics.aggregation import DEFAULT_RULE
+from ich_keras.recipe import Recipe
+
+# Entries of data.json.
+CACHE = "cache"
+CACHE_PATH = "cache_path"
+LABELS_DIGEST = "labels"
+SYNTHETIC = "synthetic"
+PLAN = "plan"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one training, which everything about the run is passed on by.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: "Path | str | RunFolder") -> "RunFolder":
+        """Return the folder of a path; a `RunFolder` stays as it is."""
+        return path if isinstance(path, RunFolder) else cls(Path(path))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config_file(self) -> Path:
+        """What was asked for (`RunConfig`)."""
+        return self.path / "config.json"
+
+    @property
+    def recipe_file(self) -> Path:
+        """What was decided (`Recipe`)."""
+        return self.path / "recipe.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions, backend, device and machine."""
+        return self.path / "environment.json"
+
+    @property
+    def data_file(self) -> Path:
+        """Which cache and labels, counts, and whether they are phantoms."""
+        return self.path / "data.json"
+
+    @property
+    def split_file(self) -> Path:
+        """Who is in which split."""
+        return self.path / "split.json"
+
+    @property
+    def started_from_file(self) -> Path:
+        """What was loaded from pretrained weights; absent from scratch."""
+        return self.path / "weights.json"
+
+    @property
+    def history_file(self) -> Path:
+        """Losses, rate and seconds of each epoch."""
+        return self.path / "history.csv"
+
+    @property
+    def best_weights(self) -> Path:
+        """The weights of the best epoch by validation loss."""
+        return self.path / "best.weights.h5"
+
+    @property
+    def model_file(self) -> Path:
+        """The best epoch as a model that loads with Keras alone."""
+        return self.path / "model.keras"
+
+    @property
+    def choices_file(self) -> Path:
+        """Rule, temperature and thresholds, chosen on the validation split."""
+        return self.path / "choices.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The report; written last, so a run that has it is finished."""
+        return self.path / "report.md"
+
+    @property
+    def state_folder(self) -> Path:
+        """What an interrupted training resumes from."""
+        return self.path / "state"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held while a training writes here."""
+        return self.path / "training.lock"
+
+    def predictions_file(self, split: str) -> Path:
+        """Probabilities and labels of a split."""
+        return self.path / f"predictions-{split}.csv"
+
+    def metrics_file(self, split: str) -> Path:
+        """Metrics of a split."""
+        return self.path / f"metrics-{split}.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training and evaluation came to their end."""
+        return self.report_file.is_file()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a training finished an epoch here, but not all of its work."""
+        return has_state(self.state_folder) and not self.is_finished
+
+    def require_finished(self) -> "RunFolder":
+        """Return the run when it is finished.
+
+        Raises:
+            StaleError: no run, or an unfinished one.
+        """
+        if self.is_interrupted:
+            raise StaleError(
+                f"the training in {self} is not finished.",
+                f"Finish it: ich-train --resume {self}",
+            )
+        self.require_begun()
+        if not self.is_finished:
+            raise StaleError(
+                f"{self} is not a finished run: {self.report_file.name} is absent.",
+                "Give the folder that ich-train printed.",
+            )
+        return self
+
+    def require_begun(self) -> "RunFolder":
+        """Return the run when it has weights, finished or not.
+
+        Raises:
+            StaleError: no run.
+        """
+        absent = [p.name for p in (self.config_file, self.best_weights) if not p.is_file()]
+        if absent:
+            raise StaleError(
+                f"{self} is not a run folder: {' and '.join(absent)} absent.",
+                "Give the folder that ich-train printed.",
+            )
+        return self
+
+    def require_interrupted(self) -> "RunFolder":
+        """Return the run when its training can be resumed.
+
+        Raises:
+            UsageError: the run is finished.
+            StaleError: there is no training to resume.
+        """
+        if self.is_finished:
+            raise UsageError(
+                f"the training in {self} is finished.", f"Look at its {self.report_file.name}."
+            )
+        if not self.path.is_dir():
+            raise StaleError(f"the folder {self} does not exist.", "Is this the right folder?")
+        if not self.is_interrupted:
+            raise StaleError(
+                f"{self} is not an interrupted training: it has no state of a finished epoch.",
+                "Give a folder that ich-train began. If this is one, remove it and train again.",
+            )
+        return self
+
+    def config(self) -> RunConfig:
+        """Return what was asked for."""
+        return RunConfig.from_dict(read_json(self.config_file))
+
+    def recipe(self) -> Recipe:
+        """Return what was decided.
+
+        Raises:
+            StaleError: the recipe is absent, damaged or incomplete; nothing is guessed.
+        """
+        again = (
+            f"Train again: ich-train --config {self.config_file} --cache CACHE --out NEW"
+        )
+        if not self.recipe_file.is_file():
+            raise StaleError(
+                f"{self} has no {self.recipe_file.name}: nothing says how its input was made.",
+                f"Runs of ich_keras 0.1 have none; that version still predicts with them. {again}",
+            )
+        try:
+            return Recipe.from_dict(read_json(self.recipe_file), str(self.recipe_file))
+        except StaleError as error:
+            raise StaleError(error.message, f"{error.hint} {again}") from error
+
+    def environment(self) -> dict:
+        """Return versions, backend, device and machine of the training."""
+        return read_json(self.environment_file)
+
+    def data(self) -> dict:
+        """Return what the run was trained on: see `data_file`."""
+        return read_json(self.data_file)
+
+    def split(self) -> Split:
+        """Return who is in which split."""
+        return Split.load(self.split_file)
+
+    def choices(self) -> dict:
+        """Return what was chosen on the validation split; empty before that."""
+        return read_json(self.choices_file) if self.choices_file.is_file() else {}
+
+    def rule(self) -> str:
+        """Return the rule from slices to series that was chosen on the validation split."""
+        return self.choices().get("aggregation", {"rule": DEFAULT_RULE})["rule"]
+
+    def metrics(self, split: str) -> dict | None:
+        """Return the metrics of a split; None where it was not evaluated."""
+        path = self.metrics_file(split)
+        return read_json(path) if path.is_file() else None

@@ -1,0 +1,229 @@
+"""What a run is made by: decided once, complete, by value, and carried with its weights."""
+
+import dataclasses
+import json
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.ct import window
+from ich_keras.data import inputs
+from ich_keras.data.inputs import INTENSITIES, Intensity, slice_input, volume_input
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.files import read_json, write_json
+from ich_keras.inference import load_run, probabilities
+from ich_keras.models.presets import PRESETS, ModelSpec, Preset
+from ich_keras.models.weights import read_record
+from ich_keras.recipe import Recipe, read_from_model
+from ich_keras.run_folder import RunFolder
+from ich_keras.training import train
+
+CPU = {"device": "cpu", "precision": "float32"}
+
+
+def recipe_of(**changes) -> Recipe:
+    return Recipe.of(RunConfig(**(CPU | changes)))
+
+
+@pytest.fixture(scope="module")
+def run(phantom_cache, tmp_path_factory):
+    PRESETS["narrow"] = Preset(ModelSpec((40, 40, 3), depth=10, width=8), "narrow")
+    config = RunConfig(preset="narrow", data=DataConfig(size=40), fit=FitConfig(epochs=1), **CPU)
+    out = tmp_path_factory.mktemp("run") / "run"
+    yield RunFolder(train(config, phantom_cache, out))
+    del PRESETS["narrow"]
+
+
+@pytest.mark.parametrize("preset", ["resnet18_2d", "resnet18_3d_slab", "resnet18_3d", "r3d_18"])
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_it_comes_back_from_json_and_asks_for_itself(preset, rate):
+    recipe = recipe_of(preset=preset, seed=3, fit=FitConfig(learning_rate=rate))
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert Recipe.of(recipe.as_config()) == recipe
+    nothing_open = [
+        value
+        for part in (recipe.as_config(), recipe.as_config().data, recipe.as_config().fit)
+        for name, value in vars(part).items()
+        if name not in ("weights", "limit_series", "freeze", "recompute", "compiled")
+    ]
+    assert None not in nothing_open
+
+
+def test_defaults_depend_on_the_view():
+    found = {
+        preset: (
+            recipe.inputs.view.kind,
+            recipe.inputs.shape,
+            recipe.training.batch_size,
+            recipe.training.accumulate,
+            recipe.inputs.intensity.name,
+            recipe.training.learning_rate,
+        )
+        for preset in ("resnet18_2d", "resnet18_3d_slab", "resnet18_3d")
+        for recipe in [recipe_of(preset=preset)]
+    }
+    assert found == {
+        "resnet18_2d": ("slice", (256, 256, 3), 32, 1, "windows", 3e-4),
+        "resnet18_3d_slab": ("slab", (5, 256, 256, 1), 16, 1, "wide", 3e-4),
+        "resnet18_3d": ("series", (60, 256, 256, 1), 1, 8, "wide", 3e-4),
+    }
+
+
+def test_what_it_lacks_or_does_not_know_is_refused():
+    whole = recipe_of().to_dict()
+
+    def places(content, place=()):
+        for name, value in content.items():
+            yield (*place, name)
+            if isinstance(value, dict):
+                yield from places(value, (*place, name))
+
+    # A network's entries have defaults of their own: all of them belong to the layer names.
+    for place in places(whole):
+        if place[0] == "network" and len(place) > 1:
+            continue
+        damaged = json.loads(json.dumps(whole))
+        inner = damaged
+        for name in place[:-1]:
+            inner = inner[name]
+        del inner[place[-1]]
+        with pytest.raises(StaleError):
+            Recipe.from_dict(damaged)
+    with pytest.raises(StaleError, match="inputs lacks cache_size"):
+        damaged = json.loads(json.dumps(whole))
+        del damaged["inputs"]["cache_size"]
+        Recipe.from_dict(damaged)
+    with pytest.raises(StaleError, match="it holds unknown epoch"):
+        Recipe.from_dict(whole | {"epoch": 3})
+    with pytest.raises(StaleError, match="precision is 16; expected"):
+        Recipe.from_dict(whole | {"precision": 16})
+    with pytest.raises(StaleError, match="schema 7; expected 1"):
+        Recipe.from_dict(whole | {"schema": 7})
+    other = whole | {"inputs": whole["inputs"] | {"resampling": "nearest"}}
+    with pytest.raises(StaleError, match="were resized by 'nearest'"):
+        Recipe.from_dict(other)
+    with pytest.raises(StaleError, match=r"takes \(256, 256, 3\), its input is \(96, 96, 3\)"):
+        Recipe.from_dict(whole | {"inputs": whole["inputs"] | {"size": 96}})
+
+
+def test_a_run_predicts_the_same_when_the_brain_window_changes(run, phantom_cache, monkeypatch):
+    from ich_keras.data.batches import slice_batches
+
+    hu = phantom_cache.pixels.slices_hu(np.arange(4))
+    recipe, model = load_run(run)
+    before = model.predict_on_batch(recipe.inputs.prepare(hu))
+    other = dataclasses.replace(
+        INTENSITIES["windows"], windows=(window.Window(400, 800), *window.WINDOWS[1:])
+    )
+    monkeypatch.setitem(inputs.INTENSITIES, "windows", other)
+    recipe, model = load_run(run)
+    np.testing.assert_array_equal(model.predict_on_batch(recipe.inputs.prepare(hu)), before)
+    batches = slice_batches(
+        phantom_cache, np.arange(4), 4, size=40, intensity=recipe.inputs.intensity
+    )
+    np.testing.assert_allclose(probabilities(model, batches, 4), before, atol=1e-6)
+    # A new run takes the new window.
+    assert recipe_of().inputs.intensity == other
+
+
+def test_model_keras_alone_says_what_its_input_is(run, phantom_cache):
+    recipe = read_from_model(run.model_file)
+    assert recipe == run.recipe()
+    model = keras.saving.load_model(run.model_file)
+    hu = phantom_cache.pixels.slices_hu(np.arange(3))
+    expected = load_run(run)[1].predict_on_batch(slice_input(hu, 40))
+    alone = model.predict_on_batch(recipe.inputs.prepare(hu))
+    np.testing.assert_allclose(np.asarray(alone), np.asarray(expected), rtol=1e-4, atol=1e-6)
+    assert Recipe.from_dict(read_record(run.best_weights)["recipe"]) == recipe
+
+
+def test_a_keras_file_without_a_recipe_is_refused(tmp_path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "plain.keras")
+    with pytest.raises(StaleError, match="carries no recipe"):
+        read_from_model(tmp_path / "plain.keras")
+    (tmp_path / "torn.keras").write_bytes(b"PK")
+    with pytest.raises(StaleError, match="is not a .keras file"):
+        read_from_model(tmp_path / "torn.keras")
+    with zipfile.ZipFile(tmp_path / "list.keras", "w") as archive:
+        archive.writestr("metadata.json", "[]")
+    with pytest.raises(StaleError, match="carries no recipe"):
+        read_from_model(tmp_path / "list.keras")
+    with pytest.raises(UsageError, match="does not exist"):
+        read_from_model(tmp_path / "none.keras")
+
+
+def test_prepare_refuses_what_does_not_fit():
+    slices = recipe_of(data=DataConfig(size=32)).inputs
+    volume = np.full((1, 5, 64, 64), 40, np.int16)
+    with pytest.raises(UsageError, match=r"shape \(1, 5, 64, 64\); expected int16 .*\(n, rows"):
+        slices.prepare(volume)
+    slabs = recipe_of(preset="resnet18_3d_slab", data=DataConfig(size=32)).inputs
+    np.testing.assert_array_equal(
+        slabs.prepare(volume), volume_input(np.full((1, 5, 32, 32), 40, np.int16))
+    )
+    with pytest.raises(UsageError, match="expected int16 of shape .n, 5, rows, columns."):
+        slabs.prepare(volume[:, :3])
+    with pytest.raises(UsageError, match="hu is float64"):
+        slabs.prepare(volume.astype(float))
+
+
+def test_a_run_without_its_own_recipe_is_refused(run, tmp_path, monkeypatch):
+    whole = read_json(run.recipe_file)
+
+    def refused(message, hint):
+        with pytest.raises(StaleError, match=message) as caught:
+            load_run(run)
+        assert hint in caught.value.hint
+
+    try:
+        again = f"Train again: ich-train --config {run.config_file} --cache CACHE --out NEW"
+        run.recipe_file.unlink()
+        refused("has no recipe.json: nothing says how its input was made", again)
+        lacking = {name: value for name, value in whole.items() if name != "inputs"}
+        write_json(run.recipe_file, lacking)
+        refused("recipe.json: it lacks inputs", again)
+        exchanged = json.loads(json.dumps(whole))
+        exchanged["inputs"]["intensity"]["windows"][0]["level"] = 41
+        write_json(run.recipe_file, exchanged)
+        refused("is not the recipe that best.weights.h5 was trained with", "replaced")
+    finally:
+        write_json(run.recipe_file, whole)
+    load_run(run)
+
+
+def test_bfloat16_runs_in_float32_where_the_hardware_lacks_it(monkeypatch):
+    asked, half = recipe_of(precision="bfloat16"), recipe_of(precision="float16")
+    for here, expected in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        monkeypatch.setattr("ich_keras.recipe.choose_precision", lambda name, device, r=here: r)
+        assert asked.on("torch", "cpu").precision == expected
+    assert half.on("torch", "cpu").precision == "float16"
+
+
+@pytest.mark.parametrize("intensity", INTENSITIES.values(), ids=list(INTENSITIES))
+def test_an_intensity_comes_back_by_value(intensity):
+    again = Intensity.from_dict(json.loads(json.dumps(intensity.to_dict())))
+    assert again == intensity
+    hu = np.random.default_rng(0).integers(-1024, 1500, (2, 16, 16)).astype(np.int16)
+    np.testing.assert_array_equal(
+        slice_input(hu, intensity=again), slice_input(hu, intensity=intensity.name)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"windows": []},
+        {"windows": [{"level": 40}]},
+        {"windows": [{"level": 40, "width": 0}]},
+        {"normalisation": {"name": "x", "mean": [0.0], "std": [1.0]}},
+        {"normalisation": {"head_above_hu": -500}},
+        {"normalisation": None},
+    ],
+)
+def test_an_intensity_that_cannot_be_is_refused(change):
+    with pytest.raises(UsageError, match="intensity"):
+        Intensity.from_dict(INTENSITIES["windows"].to_dict() | change)
