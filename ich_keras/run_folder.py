@@ -183,9 +183,7 @@ class RunFolder:
         Raises:
             StaleError: the recipe is absent, damaged or incomplete; nothing is guessed.
         """
-        again = (
-            f"Train again: ich-train --config {self.config_file} --cache CACHE --out NEW"
-        )
+        again = f"Train again: ich-train --config {self.config_file} --cache CACHE --out NEW"
         if not self.recipe_file.is_file():
             raise StaleError(
                 f"{self} has no {self.recipe_file.name}: nothing says how its input was made.",
