@@ -136,9 +136,10 @@ def test_activation_memory_by_hand():
 
 @pytest.mark.slow
 def test_every_preset_is_in_the_readme_with_its_numbers():
-    from test_python_way import README
+    from test_documents import ROOT
 
-    assert preset_table(tuple(PRESETS)) in README.read_text(encoding="utf-8")
+    page = ROOT / "ich_keras/models/README.md"
+    assert preset_table(tuple(PRESETS)) in page.read_text(encoding="utf-8")
 
 
 def test_features_have_the_sizes_that_the_specification_tells():
