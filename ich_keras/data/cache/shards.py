@@ -75,8 +75,8 @@ def require_blosc2() -> None:
         import hdf5plugin  # noqa: F401 (its import registers the filters with HDF5)
     except ImportError as error:
         raise EnvironmentProblem(
-            "the cache is compressed with blosc2 and hdf5plugin is not installed.",
-            "Run `pip install hdf5plugin`.",
+            "a cache compressed with blosc2 needs hdf5plugin, which is not installed.",
+            "pip install 'ich_keras[compression]'",
         ) from error
 
 
