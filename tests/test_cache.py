@@ -674,7 +674,7 @@ def test_stale_names_each_differing_field(index, tmp_path, monkeypatch):
     count = (merged["patient_id"] != index.slices["patient_id"]).sum()
     with pytest.raises(StaleError, match=f"{count} slices have another PatientID in the cache"):
         cache.require(index=dataclasses.replace(index, slices=merged))
-    monkeypatch.setattr("ich_keras.data.cache.RESAMPLING", "nearest/2")
+    monkeypatch.setattr("ich_keras.data.cache.cache.RESAMPLING", "nearest/2")
     with pytest.raises(StaleError, match=r"resampling is pad.* in the cache, nearest/2 wanted"):
         cache.require()
 
@@ -725,7 +725,7 @@ def test_slices_that_can_be_read_now_make_a_cache_stale(own_index, tmp_path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(cache_fill, "read_resized", read_without_decoder)
-        patched.setattr("ich_keras.data.cache.read_resized", read_without_decoder)
+        patched.setattr("ich_keras.data.cache.cache.read_resized", read_without_decoder)
         cache = build(own_index, tmp_path / "cache")
         assert len(cache) == len(own_index.slices) - 2
         cache.require(index=own_index)
