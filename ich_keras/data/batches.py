@@ -20,7 +20,7 @@ from ich_keras.data.augment import (
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
-from ich_keras.data.inputs import intensity_of, slice_windows, stack_slices
+from ich_keras.data.inputs import Intensity, intensity_of, slice_windows, stack_slices
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
@@ -38,7 +38,7 @@ class CTDataset(Dataset):
         size: rows and columns of the inputs.
         augmentation: a name that `make_augmentation` knows; None changes nothing.
         seed: of the augmentation.
-        intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES`.
+        intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES` or an `Intensity`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
     """
 
@@ -49,11 +49,10 @@ class CTDataset(Dataset):
         size: int,
         augmentation: str | None = None,
         seed: int | None = None,
-        intensity: str = "windows",
+        intensity: str | Intensity = "windows",
         reverse: bool = False,
     ):
-        intensity_of(intensity)
-        self._intensity = intensity
+        self._intensity = intensity_of(intensity)
         # Without the tables: this object travels to every worker process.
         self._pixels = pixels
         self._samples = samples
@@ -81,7 +80,7 @@ class CTDataset(Dataset):
             of slabs and series; and float32 (n, 6) labels (NaN where there are none).
         """
         epoch, indices = key
-        intensity = intensity_of(self._intensity)
+        intensity = self._intensity
         is_volume = self._samples.view.is_volume
         hu = self._hu(np.asarray(indices))
         windows = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
@@ -307,7 +306,7 @@ def view_batches(
     balance: bool = False,
     augment: str | None = None,
     workers: int = 0,
-    intensity: str | None = None,
+    intensity: str | Intensity | None = None,
     reverse: bool = False,
     samples: Samples | None = None,
 ) -> CTLoader:
@@ -326,8 +325,9 @@ def view_batches(
         augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
             slices of one alike, and needs a seed; None leaves them as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
-        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one);
-            None takes "windows" for slices and "wide" for slabs and series, as the thesis.
+        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one),
+            or an `Intensity` of your own; None takes "windows" for slices and "wide" for slabs and
+            series, as the thesis.
         reverse: turn volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.
 

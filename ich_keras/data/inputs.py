@@ -10,7 +10,6 @@ resizes linearly.
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -33,6 +32,17 @@ class Normalisation:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class HeadZScore:
+    """Shift and scale of each slice or volume by its own head's mean and deviation.
+
+    Args:
+        above_hu: what is denser than this is head (or holder), not air.
+    """
+
+    above_hu: float
+
+
 # Source: the thesis's statistics of its three stacked windows (brain, subdural, soft tissue).
 THESIS_NORMALISATION = Normalisation(
     "thesis", mean=(0.1738, 0.1433, 0.1970), std=(0.3161, 0.2850, 0.3111)
@@ -40,6 +50,7 @@ THESIS_NORMALISATION = Normalisation(
 # Source: the thesis's 3D networks: (HU + 1000) / 1400, cut to 0..1, minus 0.25.
 THESIS_WIDE_NORMALISATION = Normalisation("thesis wide", mean=(0.25,), std=(1.0,))
 HEAD_ABOVE_HU = -500  # what is denser than this is head (or holder), not air
+HEAD_Z_SCORE = HeadZScore(HEAD_ABOVE_HU)
 
 
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
@@ -127,7 +138,12 @@ def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALI
     return shifted.reshape(windows.shape)
 
 
-def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:
+def head_z_score(
+    grey: np.ndarray,
+    is_volume: bool = False,
+    window: Window = WIDE,
+    above_hu: float = HEAD_Z_SCORE.above_hu,
+) -> np.ndarray:
     """Shift and scale each slice, or volume, by the mean and standard deviation of its head.
 
     MedicalNet's networks were trained on volumes normalised so, over the voxels that are not
@@ -135,9 +151,11 @@ def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:
     same image always gives the same answer.
 
     Args:
-        grey: float32 (..., rows, columns, 1), the window `WIDE`.
+        grey: float32 (..., rows, columns, 1), windowed by `window`.
         is_volume: the axis before rows is that of the slices of one volume, which are taken
             together.
+        window: the window that made `grey`.
+        above_hu: what is denser than this is head, HU.
 
     Returns:
         float32 of the same shape; 0 outside the head, and everywhere where there is none.
@@ -146,7 +164,7 @@ def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:
         MedicalNet's reader (datasets/brains18.py): z-score over the voxels above 0.
     """
     axes = (-4, -3, -2, -1) if is_volume else (-3, -2, -1)
-    head = grey > (HEAD_ABOVE_HU - WIDE.low) / WIDE.width
+    head = grey > (above_hu - window.low) / window.width
     count = np.maximum(head.sum(axes, keepdims=True), 1)
     mean = (grey * head).sum(axes, keepdims=True, dtype=np.float64) / count
     variance = (((grey - mean) ** 2) * head).sum(axes, keepdims=True) / count
@@ -157,47 +175,121 @@ def head_z_score(grey: np.ndarray, is_volume: bool = False) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Intensity:
-    """From HU to the numbers that enter a network, by name.
+    """From HU to the numbers that enter a network, by value.
 
     Args:
-        windows: one channel each; what augmentation sees, 0..1.
-        normalise: from those to the network's input; called as normalise(windows, is_volume).
+        name: a key of `INTENSITIES`, or a name of your own.
+        windows: one channel each; augmentation sees them, 0..1.
+        normalisation: from the windows to the network's input.
     """
 
+    name: str
     windows: tuple[Window, ...]
-    normalise: Callable[[np.ndarray, bool], np.ndarray]
+    normalisation: Normalisation | HeadZScore
+
+    def __post_init__(self) -> None:
+        if isinstance(self.normalisation, HeadZScore):
+            expected, lengths = 1, [self.channels]
+        else:
+            expected = self.channels
+            lengths = [len(self.normalisation.mean), len(self.normalisation.std)]
+        if not self.windows or any(length != expected for length in lengths):
+            raise UsageError(
+                f"intensity {self.name!r} has {self.channels} window(s) and {self.normalisation};"
+                " expected one mean and one deviation per window, and one window for a z-score."
+            )
 
     @property
     def channels(self) -> int:
         """Channels of the network's input."""
         return len(self.windows)
 
+    def normalise(self, windows: np.ndarray, is_volume: bool) -> np.ndarray:
+        """Turn windows into the network's input.
+
+        Args:
+            windows: float32 (..., rows, columns, channels), values 0..1.
+            is_volume: whether the axis before rows holds the slices of one volume.
+
+        Returns:
+            float32 of the same shape.
+        """
+        if isinstance(self.normalisation, HeadZScore):
+            return head_z_score(windows, is_volume, self.windows[0], self.normalisation.above_hu)
+        return normalise(windows, self.normalisation)
+
+    def to_dict(self) -> dict:
+        """Return the intensity ready for JSON."""
+        if isinstance(self.normalisation, HeadZScore):
+            normalisation: dict = {"head_above_hu": self.normalisation.above_hu}
+        else:
+            normalisation = {
+                "name": self.normalisation.name,
+                "mean": list(self.normalisation.mean),
+                "std": list(self.normalisation.std),
+            }
+        return {
+            "name": self.name,
+            "windows": [{"level": w.level, "width": w.width} for w in self.windows],
+            "normalisation": normalisation,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Intensity":
+        """Read an intensity back from what `to_dict` returned.
+
+        Raises:
+            UsageError: something is missing or is not a number.
+        """
+        try:
+            windows = tuple(Window(**entry) for entry in content["windows"])
+            given = dict(content["normalisation"])
+            normalisation: Normalisation | HeadZScore
+            if set(given) == {"head_above_hu"}:
+                normalisation = HeadZScore(float(given["head_above_hu"]))
+            else:
+                mean, std = (tuple(map(float, given.pop(key))) for key in ("mean", "std"))
+                normalisation = Normalisation(mean=mean, std=std, **given)
+            return cls(content["name"], windows, normalisation)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"intensity {content!r} cannot be used ({error}).",
+                "Expected a name, windows (level and width in HU) and a normalisation.",
+            ) from error
+
 
 INTENSITIES = {
-    "windows": Intensity(WINDOWS, lambda windows, is_volume: normalise(windows)),
-    "wide": Intensity((WIDE,), lambda grey, is_volume: normalise(grey, THESIS_WIDE_NORMALISATION)),
-    "head-z-score": Intensity((WIDE,), head_z_score),
+    intensity.name: intensity
+    for intensity in (
+        Intensity("windows", WINDOWS, THESIS_NORMALISATION),
+        Intensity("wide", (WIDE,), THESIS_WIDE_NORMALISATION),
+        Intensity("head-z-score", (WIDE,), HEAD_Z_SCORE),
+    )
 }
 
 
-def intensity_of(name: str) -> Intensity:
-    """Look an intensity up by name.
+def intensity_of(chosen: "str | Intensity") -> Intensity:
+    """Look an intensity up by name; one that is given by value stays as it is.
 
     Raises:
         UsageError: unknown name.
     """
-    if name not in INTENSITIES:
-        raise UsageError(f"intensity {name!r}; expected one of {', '.join(INTENSITIES)}.")
-    return INTENSITIES[name]
+    if isinstance(chosen, Intensity):
+        return chosen
+    if chosen not in INTENSITIES:
+        raise UsageError(f"intensity {chosen!r}; expected one of {', '.join(INTENSITIES)}.")
+    return INTENSITIES[chosen]
 
 
-def slice_input(hu: np.ndarray, size: int | None = None, intensity: str = "windows") -> np.ndarray:
+def slice_input(
+    hu: np.ndarray, size: int | None = None, intensity: str | Intensity = "windows"
+) -> np.ndarray:
     """Turn HU slices into the input of a 2D network, without augmentation.
 
     Args:
         hu: int16 (rows, columns) or (n, rows, columns), HU.
         size: rows and columns of the network's input; None keeps those of `hu`.
-        intensity: a key of `INTENSITIES`.
+        intensity: a key of `INTENSITIES`, or an `Intensity`.
 
     Returns:
         float32 (..., rows, columns, channels): for "windows" the brain, subdural and soft-tissue
@@ -207,7 +299,9 @@ def slice_input(hu: np.ndarray, size: int | None = None, intensity: str = "windo
     return chosen.normalise(slice_windows(hu, size, chosen.windows), False)
 
 
-def volume_input(hu: np.ndarray, size: int | None = None, intensity: str = "wide") -> np.ndarray:
+def volume_input(
+    hu: np.ndarray, size: int | None = None, intensity: str | Intensity = "wide"
+) -> np.ndarray:
     """Turn stacks of HU slices into the input of a 3D network, without augmentation.
 
     Args:
