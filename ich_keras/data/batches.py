@@ -226,8 +226,9 @@ def view_batches(
     >>> def brighten(windows, seed):
     ...     shift = np.random.default_rng(seed).uniform(-0.1, 0.1)
     ...     return np.clip(windows + shift, 0, 1, dtype=np.float32)
-    >>> brighten(np.full((2, 2, 3), 0.5, np.float32), seed=3)[0, 0].round(3).tolist()
-    [0.417, 0.417, 0.417]
+    >>> changed = brighten(np.full((2, 2, 3), 0.5, np.float32), seed=3)
+    >>> changed.shape, round(float(changed.mean()), 3)
+    ((2, 2, 3), 0.417)
 
     and pass it: `slice_batches(cache, seed=0, augment=brighten)`. One that belongs after
     normalisation is passed as `augment=Augmentation(function, after_normalisation=True)`; see
