@@ -1,6 +1,5 @@
 """Making runs: what is there is skipped, what is half made goes on or is made again."""
 
-import contextlib
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -217,11 +216,12 @@ def make_run(
         is_same = mark.is_file() and read_json(mark) == wanted
         goes_on = is_same and made.is_interrupted
         device = choose_device(config.device)
-        with _order(run.normalise_first):
-            if not goes_on or not _resumed(folder, cache, device, tell_of_task):
-                shutil.rmtree(folder, ignore_errors=True)
-                write_json(mark, wanted)
-                train_run(config, cache, folder, tell=tell_of_task)
+        augment = _own_augmentation(run.normalise_first)
+        if not goes_on or not _resumed(folder, cache, device, augment, tell_of_task):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(mark, wanted)
+            settings = {} if augment is None else {"augment": augment}
+            train_run(config, cache, folder, tell=tell_of_task, **settings)
     keep_result(place, task.key, task.seed, cache, cost)
     # Large, and of no use once the results are kept; the best weights stay.
     for path in (made.state_folder, made.model_file):
@@ -229,7 +229,9 @@ def make_run(
     return task
 
 
-def _resumed(folder: Path, cache: CTCache, device: str, tell: Tell) -> bool:
+def _resumed(
+    folder: Path, cache: CTCache, device: str, augment: Callable | None, tell: Tell
+) -> bool:
     """Go on with an interrupted training, unless what it left is of no use: damaged, or of other
     versions, of which the kept result would name the last ones only."""
     changes = changed_environment(folder, device)
@@ -237,19 +239,19 @@ def _resumed(folder: Path, cache: CTCache, device: str, tell: Tell) -> bool:
         tell(f"cannot go on, starts anew: {'; '.join(changes)}")
         return False
     try:
-        resume(folder, cache, tell=tell)
+        resume(folder, cache, tell=tell, augment=augment)
     except LostState as error:
         tell(f"cannot go on, starts anew: {error}")
         return False
     return True
 
 
-def _order(normalise_first: bool):
+def _own_augmentation(normalise_first: bool) -> Callable | None:
     if not normalise_first:
-        return contextlib.nullcontext()
-    from experiments.normalise_first import thesis_order
+        return None
+    from experiments.normalise_first import in_thesis_order
 
-    return thesis_order()
+    return in_thesis_order
 
 
 def _remove(path: Path) -> None:

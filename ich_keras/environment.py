@@ -31,6 +31,13 @@ PACKAGES = (
     "opencv-python-headless",
     "safetensors",
 )
+# The main job runs without these: what `doctor` adds when one of them is absent.
+OPTIONAL = {
+    "jax": "",
+    "tensorflow": "",
+    "hdf5plugin": " (only caches compressed with blosc2 need it:"
+    " pip install 'ich_keras[compression]')",
+}
 
 
 def loaded_backend() -> str | None:
@@ -252,8 +259,9 @@ def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
     """
     rows = []
     for package, version in versions().items():
-        needed = package not in ("jax", "tensorflow")
-        rows.append((package, version is not None or not needed, version or "not installed"))
+        is_well = version is not None or package in OPTIONAL
+        detail = version or f"not installed{OPTIONAL.get(package, '')}"
+        rows.append((package, is_well, detail))
     try:
         backend = choose_backend()
         rows.append(("backend", True, backend))

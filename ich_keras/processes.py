@@ -6,7 +6,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Forking a process that runs threads (torch, OpenCV) can hang; Windows has no forkserver.
 _METHODS = multiprocessing.get_all_start_methods()
@@ -14,19 +18,28 @@ START_METHOD = "forkserver" if "forkserver" in _METHODS else "spawn"
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use.
+
+    >>> usable_cores() >= 1
+    True
+    """
     has_affinity = hasattr(os, "sched_getaffinity")
     return (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()) or 1
 
 
 def usable_threads() -> int:
-    """Return OMP_NUM_THREADS (its first level), and without it how many cores this process may
-    use."""
+    """Return OMP_NUM_THREADS (its first level), or without it the usable cores.
+
+    >>> usable_threads() >= 1
+    True
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
 
 
-def process_pool(workers: int, begin: Callable | None = None, *args) -> ProcessPoolExecutor:
+def process_pool(
+    workers: int, begin: Callable[..., Any] | None = None, *args: Any
+) -> ProcessPoolExecutor:
     """Return a pool of worker processes that end when this process ends, however it does.
 
     Args:
@@ -37,10 +50,24 @@ def process_pool(workers: int, begin: Callable | None = None, *args) -> ProcessP
     return ProcessPoolExecutor(workers, context, _begin, (begin, *args))
 
 
-def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yield function(item) in the order of the items, as `pool.map` does, but with at most `ahead`
-    results begun and not yet taken: for results too large to hold them all."""
-    begun = deque()
+def map_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yield function(item) in the order of the items, as `pool.map` does, but work ahead little.
+
+    Args:
+        pool: runs the function.
+        function: called with one item.
+        items: read only as far as needed.
+        ahead: how many results may be begun and not yet taken, for results too large to hold
+            them all.
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> with ThreadPoolExecutor(2) as pool:
+    ...     list(map_ahead(pool, abs, [-3, -2, -1], ahead=2))
+    [3, 2, 1]
+    """
+    begun: deque[Future[Result]] = deque()
     for item in items:
         begun.append(pool.submit(function, item))
         if len(begun) >= ahead:
@@ -49,7 +76,7 @@ def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -
         yield begun.popleft().result()
 
 
-def _begin(begin: Callable | None, *args) -> None:
+def _begin(begin: Callable[..., Any] | None, *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:
@@ -58,5 +85,7 @@ def _begin(begin: Callable | None, *args) -> None:
 
 def _end_with_parent() -> None:
     # A parent that is killed stops nobody: its workers would go on, and then wait for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # there is one in every worker process
+        parent.join()
+        os._exit(1)

@@ -116,6 +116,7 @@ class TrainingRecipe:
         accumulate: batches that make one optimiser step.
         step, recompute: as in `FitConfig`.
         compiled: as in `FitConfig`; None compiles on CUDA only.
+        own_augment: the name of a user's augmentation, which then takes the place of `augment`.
     """
 
     weights: str | None
@@ -139,6 +140,7 @@ class TrainingRecipe:
     step: str
     recompute: str | None
     compiled: bool | None
+    own_augment: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import choose_backend, choose_device, environment_record
-from ich_keras.errors import StaleError
+from ich_keras.errors import StaleError, UsageError
 from ich_keras.evaluation import evaluate_network
 from ich_keras.files import lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
@@ -36,6 +37,7 @@ def train(
     out: Path | str,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    augment: Change | Augmentation | None = None,
 ) -> Path:
     """Train a classifier; keep the best weights by validation loss; evaluate them.
 
@@ -45,6 +47,8 @@ def train(
         out: a new run folder.
         progress: called as progress(step, done, total, detail).
         tell: called with one line of text per epoch.
+        augment: an augmentation of your own (`view_batches`), which takes the place of the one
+            that the configuration names.
 
     Returns:
         The run folder; `RunFolder` lists its files.
@@ -58,6 +62,9 @@ def train(
     run = RunFolder(require_absent(out))
     tell = tell or (lambda line: None)
     recipe = Recipe.of(config, cache.size)
+    if augment is not None:
+        own = replace(recipe.training, own_augment=augmentation_name(augment))
+        recipe = replace(recipe, training=own)
     split, indices = split_indices(cache.slices, recipe)
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
@@ -90,7 +97,7 @@ def train(
                 write_json(run.started_from_file, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")
             tell(_first_line(recipe, plan))
-            training = _make_fit(recipe, run, cache, samples, indices, model)
+            training = _make_fit(recipe, run, cache, samples, indices, model, augment)
             fit(training, Course(), progress, tell)
             _finish(run, recipe, cache, progress)
         finally:
@@ -107,6 +114,7 @@ def resume(
     device: str | None = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    augment: Change | Augmentation | None = None,
 ) -> Path:
     """Resume a training that was interrupted, after its last finished epoch.
 
@@ -119,12 +127,14 @@ def resume(
         cache: the one that the training began with, with the same labels.
         device: None takes the run's.
         progress, tell: as in `train`.
+        augment: the augmentation of your own that the training began with, when it did.
 
     Returns:
         The run folder, as `train` leaves it.
 
     Raises:
-        UsageError: the run is finished, or Keras already runs on another backend.
+        UsageError: the run is finished, it began with another augmentation of your own, or Keras
+            already runs on another backend.
         LostState: all states are damaged.
         StaleError: there is no interrupted training, the cache or the labels are not those it
             began with, its recipe is damaged, or it is still running.
@@ -137,6 +147,7 @@ def resume(
         run.require_interrupted()
         _require_same_data(run, cache)
         asked = run.recipe()
+        _require_augmentation(asked, augment)
         recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
         changes = changed_environment(run, recipe.device)
         for line in changes:
@@ -148,7 +159,7 @@ def resume(
         samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
-        training = _make_fit(recipe, run, cache, samples, indices, model)
+        training = _make_fit(recipe, run, cache, samples, indices, model, augment)
         course = restored(training, tell)
         if changes:
             record = run.environment()
@@ -217,6 +228,17 @@ def _require_same_data(run: RunFolder, cache: CTCache) -> None:
         )
 
 
+def _require_augmentation(recipe: Recipe, augment: Change | Augmentation | None) -> None:
+    given = None if augment is None else augmentation_name(augment)
+    wanted = recipe.training.own_augment
+    if given != wanted:
+        raise UsageError(
+            f"the training began with {wanted or 'no augmentation of its own'} as augmentation;"
+            f" received {given or 'none'}.",
+            f"Resume it from Python: ich_keras.resume(RUN, CACHE, augment={wanted}).",
+        )
+
+
 def _make_fit(
     recipe: Recipe,
     run: RunFolder,
@@ -224,6 +246,7 @@ def _make_fit(
     samples: Samples,
     indices: dict[str, np.ndarray],
     model: Any,
+    augment: Change | Augmentation | None,
 ) -> Fit:
     from ich_keras.data.batches import view_batches
 
@@ -247,7 +270,7 @@ def _make_fit(
         "train",
         seed=training.seed,
         balance=training.balance,
-        augment=None if training.augment == "none" else training.augment,
+        augment=augment or (None if training.augment == "none" else training.augment),
         reverse=training.reverse,
     )
     assert samples.labels is not None  # `split_indices` refuses data without labels

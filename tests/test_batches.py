@@ -1,5 +1,9 @@
 """Batches: the same for any number of workers, in every epoch, through `fit` and after a resume."""
 
+import sys
+import threading
+import types
+
 import cv2
 import numpy as np
 import pytest
@@ -7,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from ich_keras.data.augment import make_augmentation, sample_seed
-from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan, epoch_plan, slice_batches
-from ich_keras.data.inputs import slice_input
+from ich_keras.data.augment import Augmentation, make_augmentation, sample_seed
+from ich_keras.data.batches import (
+    CTDataset,
+    CTLoader,
+    EpochPlan,
+    epoch_plan,
+    series_batches,
+    slab_batches,
+    slice_batches,
+)
+from ich_keras.data.inputs import intensity_of, normalise, slice_input, slice_windows
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
@@ -230,3 +242,145 @@ def test_what_cannot_be_batched_is_refused(phantom_cache):
     ):
         with pytest.raises(UsageError, match=message):
             slice_batches(phantom_cache, **bad)
+
+
+def brighten(images, seed):
+    """An augmentation of a user's own: all of a sample brighter or darker by one amount."""
+    images += np.float32(np.random.default_rng(seed).uniform(-0.2, 0.2))  # in place, as it may
+    return np.clip(images, 0, 1, out=images)
+
+
+def shift(inputs, seed):
+    return inputs + np.float32(np.random.default_rng(seed).normal())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("make", "augment", "workers"),
+    [
+        (slice_batches, brighten, 0),
+        (slice_batches, brighten, 2),
+        (slab_batches, brighten, 0),
+        (series_batches, shift, 0),
+        (series_batches, shift, 1),
+    ],
+)
+def test_a_function_of_ones_own_changes_each_sample(phantom_cache, make, augment, workers):
+    is_after, is_slice = augment is shift, make is slice_batches
+    sizes = {} if is_slice else {"num_slices": 5}
+    indices, size = np.arange(9), 24
+    plain = make(phantom_cache, indices, 4, size=size, seed=3, **sizes)
+    given = Augmentation(augment, after_normalisation=True) if is_after else augment
+    settings = {"size": size, "seed": 3, "augment": given, "workers": workers, **sizes}
+    found = passes(make(phantom_cache, indices, 4, **settings), 2)
+    intensity = intensity_of("windows" if is_slice else "wide")
+    for epoch, batches in enumerate(found):
+        for rows, (inputs, _) in zip(plain.plan.batches(epoch), batches, strict=True):
+            samples = CTDataset(phantom_cache.pixels, plain.dataset._samples, size)
+            hu = samples._hu(rows)
+            expected = slice_windows(hu[:, 0] if is_slice else hu, size, intensity.windows)
+            if is_after:
+                expected = intensity.normalise(expected, True)
+            for place, row in enumerate(rows):
+                expected[place] = augment(expected[place], sample_seed(3, epoch, int(row)))
+            if not is_after:
+                expected = normalise(expected, intensity.normalisation)
+            np.testing.assert_array_equal(inputs, expected)
+    assert not np.array_equal(found[0][0][0], found[1][0][0])
+
+
+def test_own_volumes_are_turned_upside_down_too(phantom_cache):
+    def unchanged(images, seed):
+        return images
+
+    settings = {"num_slices": 3, "seed": 0, "indices": np.arange(12), "size": 16}
+    plain = slab_batches(phantom_cache, **settings)
+    turned = slab_batches(phantom_cache, augment=unchanged, reverse=True, **settings)
+    ((before, _),), ((after, _),) = passes(plain, 1)[0], passes(turned, 1)[0]
+    is_same = [np.array_equal(*pair) for pair in zip(before, after, strict=True)]
+    is_turned = [np.array_equal(x[::-1], y) for x, y in zip(before, after, strict=True)]
+    assert all(np.logical_or(is_same, is_turned))
+    assert 0 < sum(is_turned) < 12
+
+
+@pytest.mark.parametrize(
+    ("function", "is_after", "message"),
+    [
+        (
+            lambda x, seed: x[1:],
+            False,
+            r"returned float32 \(23, 24, 3\); expected float32 \(24, 24",
+        ),
+        (
+            lambda x, seed: x.astype(float),
+            False,
+            r"returned float64 \(24, 24, 3\); expected float32",
+        ),
+        (lambda x, seed: None, False, "returned NoneType; expected float32"),
+        (lambda x, seed: x + np.nan, True, r"returned values that are not finite; .*\), finite\."),
+        (
+            lambda x, seed: x * 0 + 1.5,
+            False,
+            r"returned values from 1\.5 to 1\.5; .* in 0\.\.1 \(windows",
+        ),
+        (lambda x, seed: x - 1000, False, "returned values from -1000 to "),
+    ],
+)
+def test_what_a_function_of_ones_own_returns_is_checked(phantom_cache, function, is_after, message):
+    loader = slice_batches(
+        phantom_cache,
+        np.arange(4),
+        batch_size=4,
+        size=24,
+        seed=0,
+        augment=Augmentation(function, after_normalisation=is_after),
+    )
+    with pytest.raises(UsageError, match=f"augmentation <lambda> {message}"):
+        next(iter(loader))
+    # Normalised inputs may have any range.
+    if "values from" in message:
+        augment = Augmentation(function, after_normalisation=True)
+        next(iter(slice_batches(phantom_cache, np.arange(4), seed=0, augment=augment)))
+
+
+def test_a_wrong_function_is_told_from_a_worker_too(phantom_cache):
+    loader = slice_batches(
+        phantom_cache, np.arange(4), batch_size=4, seed=0, augment=not_float, workers=1
+    )
+    with pytest.raises(UsageError, match="augmentation not_float returned float64"):
+        next(iter(loader))
+
+
+def not_float(windows, seed):
+    return windows * np.float64(1)
+
+
+class _Stateful:
+    """Holds what cannot be sent to another process."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, windows, seed):
+        return windows
+
+
+def test_a_function_that_cannot_be_sent_to_workers_is_refused(phantom_cache, monkeypatch):
+    for function, name in ((lambda x, seed: x, "<lambda>"), (_Stateful(), "_Stateful")):
+        message = rf"augmentation .*{name} cannot be sent to worker processes: .*top level"
+        with pytest.raises(UsageError, match=message):
+            slice_batches(phantom_cache, seed=0, augment=function, workers=1)
+        slice_batches(phantom_cache, seed=0, augment=function)
+    monkeypatch.setattr(brighten, "__module__", "__main__")
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.ModuleType("__main__")})
+    sys.modules["__main__"].brighten = brighten
+    with pytest.raises(UsageError, match="defined in an interactive session or a notebook"):
+        slice_batches(phantom_cache, seed=0, augment=brighten, workers=1)
+
+
+def test_what_is_not_an_augmentation_is_refused(phantom_cache):
+    for wrong in (3, Augmentation("thesis")):
+        with pytest.raises(UsageError, match="is not a function; expected `function"):
+            slice_batches(phantom_cache, seed=0, augment=wrong)
+    with pytest.raises(UsageError, match="draws at random: give a seed"):
+        slice_batches(phantom_cache, augment=brighten)

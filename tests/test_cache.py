@@ -486,6 +486,52 @@ def test_a_flipped_bit_in_a_slice_names_shard_and_slice(index, tmp_path, compres
         cache.verify()
 
 
+WITHOUT_HDF5PLUGIN = """
+import sys
+sys.modules["hdf5plugin"] = None  # importing it fails, as if it were not installed
+import numpy as np
+from ich_keras.ct.series import index_folder
+from ich_keras.data.batches import slice_batches
+from ich_keras.data.cache.cache import CTCache, build_cache
+from ich_keras.errors import EnvironmentProblem
+
+dicom, out, blosc2 = sys.argv[1:]
+index = index_folder(dicom)
+for compression in (None, "gzip"):
+    cache = build_cache(index, f"{out}-{compression}", 16, compression=compression)
+    cache.verify()
+    print(int(cache.slices_hu(range(16)).astype(int).sum()))
+build = lambda: build_cache(index, out, 16, compression="blosc2")
+for job in (build, lambda: CTCache.open(blosc2)):
+    try:
+        job()
+    except EnvironmentProblem as error:
+        print(error.exit_code, error)
+print(sorted(name for name in sys.modules if name.startswith("hdf5plugin.")))
+"""
+
+
+def test_only_blosc2_needs_hdf5plugin(index, tmp_path):
+    compressed = build(index, tmp_path / "blosc2", compression="blosc2")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", WITHOUT_HDF5PLUGIN),
+            *(str(Path(index.slices["container"].iloc[0]).parent), str(tmp_path / "out")),
+            str(compressed.path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    message = (
+        "4 a cache compressed with blosc2 needs hdf5plugin, which is not installed."
+        " pip install 'ich_keras[compression]'"
+    )
+    total = str(int(build(index, tmp_path / "b").slices_hu(range(16)).astype(int).sum()))
+    assert done.stdout.splitlines() == [total, total, message, message, "[]"], done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_flipped_byte_of_the_header_is_refused_or_harmless(index, tmp_path):
     cache = build(index, tmp_path / "cache")
     expected = cache.slices_hu(range(16))
@@ -628,7 +674,7 @@ def test_stale_names_each_differing_field(index, tmp_path, monkeypatch):
     count = (merged["patient_id"] != index.slices["patient_id"]).sum()
     with pytest.raises(StaleError, match=f"{count} slices have another PatientID in the cache"):
         cache.require(index=dataclasses.replace(index, slices=merged))
-    monkeypatch.setattr("ich_keras.data.cache.RESAMPLING", "nearest/2")
+    monkeypatch.setattr("ich_keras.data.cache.cache.RESAMPLING", "nearest/2")
     with pytest.raises(StaleError, match=r"resampling is pad.* in the cache, nearest/2 wanted"):
         cache.require()
 
@@ -679,7 +725,7 @@ def test_slices_that_can_be_read_now_make_a_cache_stale(own_index, tmp_path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(cache_fill, "read_resized", read_without_decoder)
-        patched.setattr("ich_keras.data.cache.read_resized", read_without_decoder)
+        patched.setattr("ich_keras.data.cache.cache.read_resized", read_without_decoder)
         cache = build(own_index, tmp_path / "cache")
         assert len(cache) == len(own_index.slices) - 2
         cache.require(index=own_index)

@@ -41,7 +41,7 @@ from experiments import reproduce as reproducing
 from experiments.convention import thesis_metrics
 from experiments.data import Place, claim_work
 from experiments.listing import listing
-from experiments.normalise_first import make_thesis_order, thesis_order
+from experiments.normalise_first import in_thesis_order
 from experiments.reproduce import Task, reproduce, resolve
 from experiments.results import RESULT, Result, load_result, load_results
 from experiments.runs import (
@@ -293,7 +293,7 @@ def test_the_leaky_split_has_as_many_patients_and_leaks():
 def test_normalised_before_brightness_is_cut_to_the_range_of_images():
     random = np.random.default_rng(0)
     windows = random.random((16, 16, 3), np.float32)
-    change = make_thesis_order()
+    change = in_thesis_order
     mean, std = np.array([0.1738, 0.1433, 0.1970]), np.array([0.3161, 0.2850, 0.3111])
     normalised = [(change(windows, seed) - mean) / std for seed in range(40)]
     is_cut = [found.min() > -1e-5 and found.max() < 1 + 1e-5 for found in normalised]
@@ -304,14 +304,71 @@ def test_normalised_before_brightness_is_cut_to_the_range_of_images():
     np.testing.assert_array_equal(change(windows, 5), change(windows, 5))
 
 
-def test_the_library_normalises_last_again_afterwards():
-    from ich_keras.data import batches
+def _thesis_order_of_the_kept_results():
+    """How the thesis's order was computed for experiments/results, by replacing what the library's
+    `make_augmentation` returned."""
+    import albumentations
+    import cv2
 
-    before = batches.make_augmentation
-    with pytest.raises(KeyError), thesis_order():
-        assert batches.make_augmentation is not before
-        raise KeyError
-    assert batches.make_augmentation is before
+    from ich_keras.data import augment
+
+    flip = albumentations.Compose([albumentations.HorizontalFlip(p=0.5)])
+    moves = albumentations.Compose(
+        [
+            albumentations.VerticalFlip(p=0.5),
+            albumentations.Affine(
+                translate_percent=(-0.0625, 0.0625),
+                scale=(0.9, 1.1),
+                keep_ratio=True,
+                rotate=(-45, 45),
+                interpolation=cv2.INTER_LINEAR,
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=0.5,
+            ),
+        ]
+    )
+    mean = np.asarray((0.1738, 0.1433, 0.1970), np.float32)
+    std = np.asarray((0.3161, 0.2850, 0.3111), np.float32)
+
+    def change(windows, seed):
+        augment.seed_pipeline(flip, seed)
+        windows = np.clip(flip(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
+        augment.seed_pipeline(moves, augment.sample_seed(seed, 0, 0))
+        windows = np.clip(moves(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
+        random = np.random.default_rng([seed, 3])
+        if random.random() >= 0.5:
+            return windows
+        contrast = 1 + random.uniform(-0.2, 0.2)
+        brightness = random.uniform(-0.2, 0.2)
+        changed = np.clip((windows - mean) / std * contrast + brightness, 0.0, 1.0)
+        return (changed * std + mean).astype(np.float32)
+
+    return change
+
+
+# torch warns of more workers than cores.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_thesis_order_gives_the_batches_of_the_kept_results(phantom_cache):
+    from ich_keras.data import batches
+    from ich_keras.data.augment import sample_seed
+    from ich_keras.data.inputs import normalise, slice_windows
+
+    indices = np.arange(0, len(phantom_cache), 3)[:32]
+    change, expected = _thesis_order_of_the_kept_results(), []
+    for epoch in range(2):
+        loader = batches.slice_batches(phantom_cache, indices, 8, seed=7)
+        for rows in loader.plan.batches(epoch):
+            windows = slice_windows(phantom_cache.slices_hu(rows), 40)
+            for place, row in enumerate(rows):
+                windows[place] = change(windows[place], sample_seed(7, epoch, int(row)))
+            expected.append(normalise(windows))
+    settings = {"batch_size": 8, "size": 40, "seed": 7}
+    for workers in (0, 1):
+        loader = batches.slice_batches(
+            phantom_cache, indices, augment=in_thesis_order, workers=workers, **settings
+        )
+        found = [inputs.numpy() for _ in range(2) for inputs, _ in loader]
+        np.testing.assert_array_equal(np.stack(found), np.stack(expected))
 
 
 # What is made, and made again.

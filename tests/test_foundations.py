@@ -340,6 +340,22 @@ def test_the_environment_is_told():
     assert decoders()["RLE Lossless"] is True
 
 
+def test_hdf5plugin_is_an_extra():
+    program = (
+        "import importlib.metadata as m; from ich_keras import environment as e\n"
+        "find = m.version\n"
+        "def version(name):\n"
+        "    if name == 'hdf5plugin': raise m.PackageNotFoundError(name)\n"
+        "    return find(name)\n"
+        "m.version = version\n"
+        "print(*[row[1:] for row in e.doctor() if row[0] == 'hdf5plugin'])"
+    )
+    done = run_python(program)
+    assert done.stdout.startswith("(True, "), done.stderr
+    assert "not installed (only caches compressed with blosc2 need it" in done.stdout
+    assert "pip install 'ich_keras[compression]'" in done.stdout
+
+
 def test_public_names_exist():
     import ich_keras
 
@@ -352,20 +368,65 @@ def test_public_names_exist():
         _ = ich_keras.nothing
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks without fcntl")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_holds_none(tmp_path, monkeypatch, number):
-    def handle(stream):
-        raise OSError(number, "no lock")
+    import fcntl
 
-    monkeypatch.setattr(files, "_lock_handle", handle)
-    with files.lock(tmp_path / "lock"):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.lock(tmp_path / "lock"), files.lock(tmp_path / "lock"):
         pass
+    # Not the marker of a lock in its place: a crash would leave that behind.
+    assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
     number = errno.EWOULDBLOCK
     with (
         pytest.raises(StaleError, match="lock is locked by another"),
         files.lock(tmp_path / "lock"),
     ):
-        pass
+        pytest.fail("not reached")
+    number = errno.EIO  # neither held nor without locks: told as it is
+    with pytest.raises(OSError, match="Input/output error"), files.lock(tmp_path / "lock"):
+        pytest.fail("not reached")
+
+
+def test_a_lock_has_one_holder_in_a_process(tmp_path):
+    path = tmp_path / "folder" / "lock"
+
+    def holds() -> bool:
+        try:
+            with files.lock(path):
+                return True
+        except StaleError:
+            return False
+
+    with ThreadPoolExecutor(1) as other_thread:
+        with files.lock(path):
+            assert not holds()
+            assert not other_thread.submit(holds).result()
+        assert holds()
+        assert other_thread.submit(holds).result()
+    with pytest.raises(KeyError), files.lock(path):
+        raise KeyError
+    assert holds()
+
+
+def test_a_lock_survives_the_removal_of_its_file(tmp_path):
+    """A build takes its lock file away before it lets go; a failed training its whole folder."""
+    path = tmp_path / "folder" / "lock"
+    with files.lock(path):
+        path.unlink()
+        path.parent.rmdir()
+    with files.lock(path):
+        assert path.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_not_called_locked(tmp_path):
+    (tmp_path / "lock").mkdir()  # root may write anywhere, but no folder is a file
+    with pytest.raises(IsADirectoryError), files.lock(tmp_path / "lock"):
+        pytest.fail("not reached")
 
 
 def test_no_more_is_begun_ahead_than_asked_for():

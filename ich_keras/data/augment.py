@@ -1,4 +1,5 @@
-"""Random changes of training slices: albumentations behind one small function.
+"""Random changes of training slices: by name (albumentations behind one small function), or a
+function of your own.
 
 Every draw is a pure function of (seed, epoch, index): batches do not depend on the number of
 worker processes, and a resumed training sees what an uninterrupted one would have seen.
@@ -6,10 +7,18 @@ worker processes, and a resumed training sees what an uninterrupted one would ha
 """
 
 import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ich_keras.errors import UsageError
+
+# change(images, seed) -> images of the same shape
+Change = Callable[[np.ndarray, int], np.ndarray]
 
 AUGMENTATIONS = ("thesis", "flip")
 # Ranges of the thesis (albumentations' defaults of 2021).
@@ -24,32 +33,150 @@ MAX_CONTRAST = 0.2
 REVERSE_PROBABILITY = 0.5  # not the thesis's: upside down along the slices
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """A change of your own, and where it stands in the order of preprocessing.
+
+    Args:
+        function: called as `function(images, seed)` once per sample and epoch, with float32
+            (rows, columns, channels), or (slices, rows, columns, channels) of slabs and series.
+            It returns float32 of the same shape, finite, and in 0..1 before normalisation. What
+            it draws must depend on `seed` alone. It may change `images` in place.
+        after_normalisation: False gives it windows in 0..1, as the library's own augmentations
+            get them; True the network's input, already normalised.
+    """
+
+    function: Change
+    after_normalisation: bool = False
+
+
+# What `augment` may be: a name, a function on windows, or a function and its place.
+Augment = str | Change | Augmentation
+
+
 def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Return the random seed of one sample in one epoch, 32 bits."""
+    """Return the random seed of one sample in one epoch, 32 bits.
+
+    >>> sample_seed(0, 0, 0) == sample_seed(0, 0, 0) != sample_seed(0, 1, 0)
+    True
+    """
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
-def seed_pipeline(pipeline, seed: int) -> None:
+def seed_pipeline(pipeline: Any, seed: int) -> None:
     """Give each step of an albumentations pipeline a random stream of its own.
 
     The pipeline's `set_random_seed` gives the same seed to all of them: they would be applied
-    together or not at all, and by amounts that hang together.
+    together or not at all, and by related amounts.
     """
     for number, step in enumerate(pipeline.transforms):
         step.set_random_seed(sample_seed(seed, 0, number) if number else seed)
 
 
-def require_augmentation(name: str | None) -> None:
-    """Refuse a name that is no augmentation's; None is none at all.
+def require_augmentation(augment: Augment | None, workers: int = 0) -> None:
+    """Refuse what is not an augmentation, or cannot reach worker processes.
+
+    Args:
+        augment: None stands for no augmentation.
+        workers: processes that will make the batches.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: an unknown name, not a function, or a function that cannot be sent.
     """
-    if name is not None and name not in AUGMENTATIONS:
-        raise UsageError(f"augmentation {name!r}; expected one of {', '.join(AUGMENTATIONS)}.")
+    if augment is None:
+        return
+    if isinstance(augment, str):
+        _require_name(augment)
+        return
+    function = _function_of(augment)
+    if not callable(function):
+        raise UsageError(
+            f"augmentation {function!r} is not a function; expected"
+            " `function(images, seed) -> images`, an `Augmentation` of one, or a name.",
+        )
+    if workers:
+        _require_sendable(function)
 
 
-def make_augmentation(name: str = "thesis"):
+def _require_name(name: str) -> None:
+    if name not in AUGMENTATIONS:
+        known = ", ".join(AUGMENTATIONS)
+        raise UsageError(
+            f"augmentation {name!r}; expected one of {known}, or a function of your own."
+        )
+
+
+def _function_of(augment: Change | Augmentation) -> Change:
+    return augment.function if isinstance(augment, Augmentation) else augment
+
+
+def augmentation_name(augment: Change | Augmentation) -> str:
+    """Return the module and name of a user's augmentation, by which a run remembers it."""
+    function = _function_of(augment)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _name_of(function: Change) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _require_sendable(function: Change) -> None:
+    """Refuse what a worker process could not import: it starts anew and imports by name."""
+    home = getattr(function, "__module__", None)
+    try:
+        pickle.dumps(function)
+        reason = ""
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        reason = str(error)
+    if home == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+        reason = "it was defined in an interactive session or a notebook"
+    if reason:
+        raise UsageError(
+            f"augmentation {_name_of(function)} cannot be sent to worker processes: {reason}.",
+            "Define it at the top level of a module, or make the batches with workers=0.",
+        )
+
+
+def comes_after_normalisation(augment: Augment | None) -> bool:
+    """Tell whether an augmentation receives the network's input instead of windows."""
+    return isinstance(augment, Augmentation) and augment.after_normalisation
+
+
+def change_of(augment: Augment) -> Change:
+    """Return the function behind an augmentation; what your own returns is checked."""
+    if isinstance(augment, str):
+        return make_augmentation(augment)
+    function, is_after = _function_of(augment), comes_after_normalisation(augment)
+
+    def checked(images: np.ndarray, seed: int) -> np.ndarray:
+        expected = images.shape  # before the call: it may change `images`
+        changed = function(images, seed)
+        _require_images(changed, expected, _name_of(function), is_after)
+        return changed
+
+    return checked
+
+
+def _require_images(changed: Any, expected: tuple[int, ...], name: str, is_after: bool) -> None:
+    if not isinstance(changed, np.ndarray):
+        found = type(changed).__name__
+    elif changed.shape != expected or changed.dtype != np.float32:
+        found = f"{changed.dtype} {changed.shape}"
+    elif not np.isfinite(changed).all():
+        found = "values that are not finite"
+    elif not is_after and (changed.min() < 0 or changed.max() > 1):
+        found = f"values from {changed.min():.6g} to {changed.max():.6g}"
+    else:
+        return
+    limits = "finite" if is_after else "finite, in 0..1 (windows; normalisation comes later)"
+    raise UsageError(
+        f"augmentation {name} returned {found}; expected float32 {expected}, {limits}.",
+        "Correct the function; np.clip(images, 0, 1, dtype=np.float32) helps with windows.",
+    )
+
+
+def make_augmentation(name: str = "thesis") -> Change:
     """Build an augmentation by name.
 
     Args:
@@ -69,7 +196,7 @@ def make_augmentation(name: str = "thesis"):
     Raises:
         UsageError: unknown name.
     """
-    require_augmentation(name)
+    _require_name(name)
     # Otherwise albumentations asks a server for news on import.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations

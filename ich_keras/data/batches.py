@@ -5,7 +5,7 @@ Worker processes import this module: it must not import keras.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,30 +14,35 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ich_keras.data.augment import (
     REVERSE_PROBABILITY,
-    make_augmentation,
+    Augment,
+    Change,
+    change_of,
+    comes_after_normalisation,
     require_augmentation,
     sample_seed,
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
+from ich_keras.data.epochs import EpochPlan, epoch_plan
 from ich_keras.data.inputs import Intensity, intensity_of, slice_windows, stack_slices
 from ich_keras.data.views import AIR, Samples, View, make_samples
-from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY, LABELS
+from ich_keras.errors import UsageError
+from ich_keras.labels import LABELS
 from ich_keras.processes import START_METHOD
 
 WORKER_TIMEOUT_SECONDS = 600
 
 
 class CTDataset(Dataset):
-    """Whole batches of samples: asked for (epoch, indices), gives (inputs, labels).
+    """Whole batches of samples: `dataset[epoch, indices]` gives (inputs, labels).
 
     Args:
         pixels: where the HU come from.
         samples: which slices make a sample.
         size: rows and columns of the inputs.
-        augmentation: a name that `make_augmentation` knows; None changes nothing.
-        seed: of the augmentation.
+        augmentation: a name that `make_augmentation` knows, or a function of your own; None
+            changes nothing.
+        seed: of the augmentation, which needs one.
         intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES` or an `Intensity`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
     """
@@ -47,11 +52,11 @@ class CTDataset(Dataset):
         pixels: CachedSlices,
         samples: Samples,
         size: int,
-        augmentation: str | None = None,
+        augmentation: Augment | None = None,
         seed: int | None = None,
         intensity: str | Intensity = "windows",
         reverse: bool = False,
-    ):
+    ) -> None:
         self._intensity = intensity_of(intensity)
         # Without the tables: this object travels to every worker process.
         self._pixels = pixels
@@ -60,14 +65,14 @@ class CTDataset(Dataset):
         self._augmentation = augmentation
         self._seed = seed
         self._reverse = reverse
-        self._augment = None
+        self._change: Change | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
-        return {**self.__dict__, "_augment": None}
+        return {**self.__dict__, "_change": None}
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return one batch.
@@ -83,16 +88,19 @@ class CTDataset(Dataset):
         intensity = self._intensity
         is_volume = self._samples.view.is_volume
         hu = self._hu(np.asarray(indices))
-        windows = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
-        if self._augmentation is not None:
-            for row, index in enumerate(indices):
-                windows[row] = self._changed(windows[row], epoch, int(index))
+        inputs = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
+        is_after = comes_after_normalisation(self._augmentation)
+        if not is_after:
+            self._augment(inputs, epoch, indices)
+        inputs = intensity.normalise(inputs, is_volume)
+        if is_after:
+            self._augment(inputs, epoch, indices)
         if self._samples.labels is None:
             labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
         else:
             labels = self._samples.labels[indices].astype(np.float32)
             labels[labels < 0] = np.nan
-        return intensity.normalise(windows, is_volume), labels
+        return inputs, labels
 
     def mask(self, indices: np.ndarray) -> np.ndarray:
         """Tell the slices of samples from the air that fills them up: bool (n, slices)."""
@@ -115,75 +123,27 @@ class CTDataset(Dataset):
             ]
         )
 
-    def _changed(self, windows: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        if self._augment is None:
-            self._augment = make_augmentation(self._augmentation)
-        seed = sample_seed(self._seed, epoch, index)
-        windows = self._augment(windows, seed)
-        # A stream of its own, so that the other changes do not depend on this one.
-        if self._reverse and np.random.default_rng([seed, 1]).random() < REVERSE_PROBABILITY:
-            windows = windows[::-1]
-        return windows
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """Which samples an epoch holds, and in what order: a pure function of (seed, epoch).
-
-    Args:
-        indices: int (n,), numbers of samples.
-        positive: bool (n,), whether `any` holds; used to balance.
-        batch_size: samples a batch.
-        seed: of shuffling and balancing; None keeps the order of `indices`.
-        balance: as many negatives as positives, drawn anew each epoch; every sample of
-            the smaller class is in every epoch.
-        drop_last: leave out a last batch that is not full (when there is a full one): batch
-            statistics of a few samples are noise.
-    """
-
-    indices: np.ndarray
-    positive: np.ndarray
-    batch_size: int
-    seed: int | None = None
-    balance: bool = False
-    drop_last: bool = False
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in an epoch, before a partial batch is dropped."""
-        if not self.balance:
-            return len(self.indices)
-        return 2 * min(int(self.positive.sum()), int((~self.positive).sum()))
-
-    @property
-    def num_batches(self) -> int:
-        """Batches in an epoch."""
-        full, rest = divmod(self.num_samples, self.batch_size)
-        return full if rest == 0 or (self.drop_last and full) else full + 1
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's batches: int arrays, numbers of samples."""
-        order = self.indices
-        if self.seed is not None:
-            # A stream of its own: sample_seed draws from (seed, epoch, index >= 0).
-            random = np.random.default_rng([self.seed, epoch, 2**63])
-            if self.balance:
-                half = self.num_samples // 2
-                order = np.concatenate(
-                    [
-                        random.choice(self.indices[chosen], half, replace=False)
-                        for chosen in (self.positive, ~self.positive)
-                    ]
-                )
-            order = random.permutation(order)
-        starts = range(0, self.num_batches * self.batch_size, self.batch_size)
-        return [order[start : start + self.batch_size] for start in starts]
+    def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
+        """Change each sample of a batch, in place."""
+        if self._augmentation is None:
+            return
+        if self._seed is None:
+            raise UsageError("augmentation draws at random: give a seed.")
+        if self._change is None:
+            self._change = change_of(self._augmentation)
+        for row, index in enumerate(indices):
+            seed = sample_seed(self._seed, epoch, int(index))
+            changed = self._change(images[row], seed)
+            # A stream of its own, so that the other changes do not depend on this one.
+            if self._reverse and np.random.default_rng([seed, 1]).random() < REVERSE_PROBABILITY:
+                changed = changed[::-1]
+            images[row] = changed
 
 
 class _EpochSampler(Sampler):
     """Yields (epoch, indices) for the epoch it was told."""
 
-    def __init__(self, plan: EpochPlan):
+    def __init__(self, plan: EpochPlan) -> None:
         self.plan = plan
         self.epoch = 0
 
@@ -209,7 +169,7 @@ class CTLoader(DataLoader):
     itself, at the beginning of each epoch.
     """
 
-    def __init__(self, dataset: CTDataset, plan: EpochPlan, workers: int = 0):
+    def __init__(self, dataset: Dataset, plan: EpochPlan, workers: int = 0) -> None:
         super().__init__(
             dataset,
             sampler=_EpochSampler(plan),
@@ -231,69 +191,18 @@ class CTLoader(DataLoader):
         return self.sampler.epoch
 
     @epoch.setter
-    def epoch(self, value: int):
+    def epoch(self, value: int) -> None:
         self.sampler.epoch = value
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:  # as the base class has it: any iterator will do
         return self._one_pass()
 
-    def _one_pass(self):
+    def _one_pass(self) -> Iterator[Any]:
         last = len(self)
         for number, batch in enumerate(super().__iter__(), 1):
             if number == last:
                 self.sampler.epoch += 1
             yield batch
-
-
-def epoch_plan(
-    samples: Samples,
-    indices: np.ndarray | None = None,
-    batch_size: int = 32,
-    seed: int | None = None,
-    balance: bool = False,
-) -> EpochPlan:
-    """Plan the epochs of some samples; see `batches` for the arguments.
-
-    Raises:
-        DataError: no samples, samples without labels that are asked for in training, or balancing
-            without both positives and negatives.
-    """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1.")
-    if seed is not None and seed < 0:
-        raise UsageError(f"seed is {seed}; expected 0 or more.")
-    # A seed means training: there every sample needs its label.
-    must_be_labelled = seed is not None and samples.labels is not None
-    if indices is None:
-        is_labelled = samples.labels[:, 0] >= 0 if must_be_labelled else True
-        indices = np.flatnonzero(samples.usable & is_labelled)
-    indices = np.asarray(indices)
-    kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
-    if len(indices) == 0:
-        nothing = "no sample of the view has a label" if must_be_labelled else "there is no sample"
-        raise DataError(f"no {kind} to make batches of: {nothing}, or indices are empty.")
-    if indices.dtype.kind not in "iu" or not 0 <= indices.min() <= indices.max() < len(samples):
-        raise UsageError(
-            f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"
-            f" expected whole numbers from 0 to {len(samples) - 1}."
-        )
-    if must_be_labelled and (samples.labels[indices] < 0).any():
-        without = int((samples.labels[indices] < 0).any(axis=1).sum())
-        raise DataError(
-            f"{without} of {len(indices)} {kind} to train on have no label.",
-            "Leave them out of indices, or give the cache their labels.",
-        )
-    positive = np.zeros(len(indices), bool)
-    if samples.labels is not None:
-        positive = samples.labels[indices, LABELS.index(ANY)] == 1
-    if balance and (positive.all() or not positive.any()):
-        raise DataError(
-            f"{positive.sum()} of {len(positive)} {kind} are positive; balancing needs both kinds.",
-            "Train without --balance, or on more data.",
-        )
-    if balance and seed is None:
-        raise UsageError("balancing draws at random: give a seed.")
-    return EpochPlan(indices, positive, batch_size, seed, balance, drop_last=seed is not None)
 
 
 def view_batches(
@@ -304,13 +213,26 @@ def view_batches(
     size: int | None = None,
     seed: int | None = None,
     balance: bool = False,
-    augment: str | None = None,
+    augment: Augment | None = None,
     workers: int = 0,
     intensity: str | Intensity | None = None,
     reverse: bool = False,
     samples: Samples | None = None,
 ) -> CTLoader:
     """Make batches of the samples of a view.
+
+    Write an augmentation of your own as a function of the windows of one sample and a seed:
+
+    >>> def brighten(windows, seed):
+    ...     shift = np.random.default_rng(seed).uniform(-0.1, 0.1)
+    ...     return np.clip(windows + shift, 0, 1, dtype=np.float32)
+    >>> changed = brighten(np.full((2, 2, 3), 0.5, np.float32), seed=3)
+    >>> changed.shape, round(float(changed.mean()), 3)
+    ((2, 2, 3), 0.417)
+
+    and pass it: `slice_batches(cache, seed=0, augment=brighten)`. One that belongs after
+    normalisation is passed as `augment=Augmentation(function, after_normalisation=True)`; see
+    `ich_keras.data.augment.Augmentation`.
 
     Args:
         cache: with labels joined.
@@ -323,8 +245,10 @@ def view_batches(
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
         balance: one negative sample for each positive one, drawn anew each epoch.
         augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
-            slices of one alike, and needs a seed; None leaves them as they are.
+            slices of one alike; a function of your own or an `Augmentation` does so in its own
+            way. Each needs a seed. None leaves the samples as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
+            A function of your own must then stand at the top level of a module.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one),
             or an `Intensity` of your own; None takes "windows" for slices and "wide" for slabs and
             series, as the thesis.
@@ -337,10 +261,12 @@ def view_batches(
         (n, slices, size, size, channels).
 
     Raises:
+        UsageError: an argument cannot be used. Asking for a batch raises it too, when a function
+            of your own returns anything but what it should.
         DataError: see `epoch_plan`.
         StaleError: the cache lacks what the view needs.
     """
-    require_augmentation(augment)
+    require_augmentation(augment, workers)
     if augment is not None and seed is None:
         raise UsageError("augmentation draws at random: give a seed.")
     if size is not None and not 8 <= size <= 4096:
@@ -357,7 +283,7 @@ def view_batches(
 
 
 def slice_batches(
-    cache: CTCache, indices: np.ndarray | None = None, batch_size: int = 32, **settings
+    cache: CTCache, indices: np.ndarray | None = None, batch_size: int = 32, **settings: Any
 ) -> CTLoader:
     """Make batches of single slices for a 2D network; see `view_batches` for the settings."""
     return view_batches(cache, View(), indices, batch_size, **settings)
@@ -370,7 +296,7 @@ def slab_batches(
     num_slices: int = 5,
     edge: str = "air",
     tilted: str = "keep",
-    **settings,
+    **settings: Any,
 ) -> CTLoader:
     """Make batches of neighbouring slices with the label of the middle one.
 
@@ -389,7 +315,7 @@ def series_batches(
     num_slices: int = 60,
     long_series: str = "spread",
     tilted: str = "keep",
-    **settings,
+    **settings: Any,
 ) -> CTLoader:
     """Make batches of whole series, labelled positive where any slice is.
 

@@ -5,6 +5,7 @@ import csv
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from ich_keras.errors import DataError, UsageError
 
@@ -15,8 +16,23 @@ MAX_UID_CHARACTERS = 64
 FAULTS_SHOWN = 5
 
 
+class CsvRows(Protocol):
+    """What `csv.reader` returns: rows as lists of text, and the line of the last one."""
+
+    @property
+    def line_num(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[str]]: ...
+
+    def __next__(self) -> list[str]: ...
+
+
 def is_identifier(text: str) -> bool:
-    """Tell whether a text can be a UID: 1 to 64 printable characters."""
+    """Tell whether a text can be a UID: 1 to 64 printable characters.
+
+    >>> is_identifier("ID_000012eaf"), is_identifier(""), is_identifier("1.2 ")
+    (True, False, False)
+    """
     return 0 < len(text) <= MAX_UID_CHARACTERS and text.isprintable() and text == text.strip()
 
 
@@ -31,6 +47,9 @@ def first_few(items: list[str], count: int) -> str:
     Args:
         items: the first few.
         count: how many there are in all.
+
+    >>> first_few(["line 2", "line 5"], count=7)
+    'line 2; line 5; and 5 more'
     """
     more = f"; and {count - len(items):,} more" if count > len(items) else ""
     return "; ".join(items) + more
@@ -39,7 +58,7 @@ def first_few(items: list[str], count: int) -> str:
 class RowFaults:
     """Collects what is wrong with the rows of a file: the first five in words, all by number."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str) -> None:
         self.path = path
         self.count = 0
         self.first: list[str] = []
@@ -63,7 +82,7 @@ class RowFaults:
 
 
 @contextlib.contextmanager
-def open_csv(path: Path | str) -> Iterator:
+def open_csv(path: Path | str) -> Iterator[CsvRows]:
     """Yield a `csv.reader` over a file in UTF-8, with or without byte order mark, any line ends.
 
     Rows come as lists of str, empty lines as empty lists; `reader.line_num` is the line.

@@ -119,7 +119,9 @@ def _window_table(windows: tuple[Window, ...]) -> np.ndarray:
     return np.stack([window(hu) for window in windows], axis=-1)
 
 
-def normalise(windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALISATION):
+def normalise(
+    windows: np.ndarray, normalisation: Normalisation = THESIS_NORMALISATION
+) -> np.ndarray:
     """Shift and scale stacked windows, the last step before the network.
 
     Args:
@@ -316,7 +318,9 @@ def volume_input(
     return chosen.normalise(slice_windows(hu, size, chosen.windows), True)
 
 
-def stack_slices(hu: np.ndarray, positions: np.ndarray, shifts: np.ndarray | None = None):
+def stack_slices(
+    hu: np.ndarray, positions: np.ndarray, shifts: np.ndarray | None = None
+) -> np.ndarray:
     """Put slices where a sample wants them.
 
     Args:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ich_keras.data.csv_rows import (
     FAULTS_SHOWN,
+    CsvRows,
     RowFaults,
     excerpt,
     first_few,
@@ -134,7 +135,9 @@ def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> 
     return LabelTable(table, str(path), num_rows, num_duplicates, int(wrong_any.sum()))
 
 
-def _read_rows(reader, path) -> tuple[list[str], np.ndarray, np.ndarray, int, int]:
+def _read_rows(
+    reader: CsvRows, path: Path | str
+) -> tuple[list[str], np.ndarray, np.ndarray, int, int]:
     """Return UIDs, int8 values (images, 6) with -1 where no row was seen, the rows' line numbers
     (images, 6), and how many rows and duplicates there were.
 
@@ -189,7 +192,9 @@ def _read_rows(reader, path) -> tuple[list[str], np.ndarray, np.ndarray, int, in
     return list(positions), values.reshape(shape), numbers.reshape(shape), num_rows, num_duplicates
 
 
-def _refuse_missing(path, uids: list[str], found: np.ndarray, lines: np.ndarray) -> None:
+def _refuse_missing(
+    path: Path | str, uids: list[str], found: np.ndarray, lines: np.ndarray
+) -> None:
     holes = np.flatnonzero((found == UNLABELLED).any(axis=1))
     if not len(holes):
         return
@@ -204,7 +209,13 @@ def _refuse_missing(path, uids: list[str], found: np.ndarray, lines: np.ndarray)
     )
 
 
-def _refuse_wrong_any(path, uids, found, lines, images: np.ndarray) -> None:
+def _refuse_wrong_any(
+    path: Path | str,
+    uids: list[str],
+    found: np.ndarray,
+    lines: np.ndarray,
+    images: np.ndarray,
+) -> None:
     shown = []
     for image in images[:FAULTS_SHOWN]:
         positive = [name for name in LABELS[:_ANY_COLUMN] if found[image, _COLUMNS[name]]]

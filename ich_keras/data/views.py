@@ -46,7 +46,7 @@ class View:
     long_series: str = "spread"
     tilted: str = "keep"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, known in (
             ("view", self.kind, VIEWS),
             ("edge", self.edge, EDGES),
@@ -220,10 +220,11 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
     lengths = series["num_slices"].to_numpy()
     starts = np.cumsum(lengths) - lengths
     parts = [view.positions(length) for length in lengths.tolist()]
-    rows = [
+    rows_of_series = [
         np.where(part == AIR, AIR, part + start) for part, start in zip(parts, starts, strict=True)
     ]
-    rows = np.concatenate(rows) if rows else np.zeros((0, view.num_slices), np.int64)
+    no_rows = np.zeros((0, view.num_slices), np.int64)
+    rows = np.concatenate(rows_of_series) if rows_of_series else no_rows
     labels = None
     if set(LABELS) <= set(slices):
         table = series_labels(slices) if view.kind == "series" else slices[list(LABELS)]

@@ -144,8 +144,9 @@ def build_folder(
         "shards": [asdict(shard) for shard in shards],
     }
     _resume_or_clear(partial, plan)
-    records = {shard.name: _finished(partial, shard) for shard in shards}
-    to_do = [shard for shard in shards if records[shard.name] is None]
+    earlier = {shard.name: _finished(partial, shard) for shard in shards}
+    records = {name: record for name, record in earlier.items() if record is not None}
+    to_do = [shard for shard in shards if shard.name not in records]
     raw = [raw_shard_bytes(shard.stop - shard.start, settings.size) for shard in to_do]
     # One shard more: a shard that lost slices, or is compressed, is written a second time.
     files.require_free(out.parent, sum(raw) + max(raw, default=0))
@@ -248,7 +249,7 @@ def _build_shards(
 class _Counter:
     """Reports progress at most `PROGRESS_CALLS` times."""
 
-    def __init__(self, progress: Progress | None, total: int):
+    def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress = progress
         self.total = total
         self.done = 0
@@ -263,7 +264,9 @@ class _Counter:
 def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _Counter) -> dict:
     """Wait for a shard's blocks, then verify, sync, rename and record it."""
     plan, raw = started.plan, started.path
-    crc_blocks, rejected, repaired = [], {}, []
+    crc_blocks: list[np.ndarray] = []
+    rejected: dict[int, tuple[str, str]] = {}
+    repaired: list[int] = []
     for block in started.filled:
         crc_blocks.append(block.crc32)
         rejected |= block.rejected
@@ -295,13 +298,14 @@ def _write_final(
     crc32: np.ndarray,
 ) -> ShardEntry:
     """Make the raw shard final, or copy it when it has holes or is to be compressed."""
-    name, path, offset = started.plan.name, started.path, started.offset
+    name, path = started.plan.name, started.path
+    offset: int | None = started.offset
     if settings.compression is None and kept.all():
         write_at(path, started.crc_offset, crc32)
     else:
         path = partial / f"{TEMPORARY}{name}"
         offset = copy_shard(
-            started.path, offset, path, kept, crc32, settings.size, settings.compression
+            started.path, started.offset, path, kept, crc32, settings.size, settings.compression
         )
     with open(path, "rb+") as stream:
         os.fsync(stream.fileno())
@@ -312,7 +316,7 @@ def _write_final(
 
 
 def _collect(
-    index, shards: list[PlannedShard], records: dict[str, dict]
+    index: "SeriesIndex", shards: list[PlannedShard], records: dict[str, dict]
 ) -> tuple[list[ShardEntry], CacheTables]:
     """Turn the shards' records into the manifest's entries and the cache's tables."""
     entries = []

@@ -125,7 +125,9 @@ class CTCache:
         slices, series, rejects: the tables of SeriesIndex; `slices` has also `repaired` (bool).
     """
 
-    def __init__(self, path: Path, manifest: dict, pixels: CachedSlices, tables: CacheTables):
+    def __init__(
+        self, path: Path, manifest: dict, pixels: CachedSlices, tables: CacheTables
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.pixels = pixels

@@ -110,7 +110,7 @@ def fill_block(block: Block) -> Filled:
             if was_repaired:
                 repaired.append(block.first_row + number)
     write_at(block.shard, block.offset, pixels)
-    crc32 = np.array([zlib.crc32(hu) for hu in pixels], CRC_DTYPE)
+    crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
     return Filled(block.first_row, crc32, rejected, tuple(repaired))
 
 

@@ -75,8 +75,8 @@ def require_blosc2() -> None:
         import hdf5plugin  # noqa: F401 (its import registers the filters with HDF5)
     except ImportError as error:
         raise EnvironmentProblem(
-            "the cache is compressed with blosc2 and hdf5plugin is not installed.",
-            "Run `pip install hdf5plugin`.",
+            "a cache compressed with blosc2 needs hdf5plugin, which is not installed.",
+            "pip install 'ich_keras[compression]'",
         ) from error
 
 
@@ -90,7 +90,7 @@ class Shard:
         compression: None, "gzip" or "blosc2".
     """
 
-    def __init__(self, path: Path, entry: ShardEntry, size: int, compression: str | None):
+    def __init__(self, path: Path, entry: ShardEntry, size: int, compression: str | None) -> None:
         self.path = path
         self.entry = entry
         self.size = size
@@ -159,6 +159,7 @@ class Shard:
         # A forked child must not share its parent's HDF5 handle.
         if opened is None or opened.process != os.getpid():
             opened = self._opened = self._inspect(close=False)
+            assert opened is not None  # only `close` returns nothing
         return opened
 
     def _inspect(self, close: bool) -> "_Opened | None":
@@ -196,8 +197,8 @@ class Shard:
         if close:
             return None
         if self.compression is None:
-            shape = file[HU].shape
-            pixels = np.memmap(self.path, HU_DTYPE, "r", offset, shape).view(np.ndarray)
+            shape, start = file[HU].shape, file[HU].id.get_offset()
+            pixels = np.memmap(self.path, HU_DTYPE, "r", start, shape).view(np.ndarray)
         else:
             pixels = file[HU]
         seen = np.zeros(self.entry.num_slices, bool)
@@ -232,7 +233,7 @@ class CachedSlices:
         size: rows and columns of a slice.
     """
 
-    def __init__(self, shards: Sequence[Shard], size: int):
+    def __init__(self, shards: Sequence[Shard], size: int) -> None:
         self.shards = tuple(shards)
         self.size = size
         self._first = np.array([shard.entry.first_slice for shard in self.shards], np.int64)

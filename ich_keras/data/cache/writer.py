@@ -66,7 +66,7 @@ def write_at(path: Path, offset: int, array: np.ndarray) -> None:
     """Write an array's bytes into an existing file at an offset."""
     with open(path, "r+b", buffering=0) as stream:
         stream.seek(offset)
-        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        view = np.ascontiguousarray(array).data.cast("B")
         while view:  # one write may take only a part (2 GiB limit, signals, a nearly full disk)
             view = view[stream.write(view) :]
 

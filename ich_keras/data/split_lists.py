@@ -1,0 +1,108 @@
+"""A split from the user's own lists: a CSV file that says which identifiers belong where."""
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+
+from ich_keras.data.csv_rows import RowFaults, excerpt, open_csv
+from ich_keras.data.labels import is_labelled
+from ich_keras.data.split_record import (
+    SPLITS,
+    Split,
+    members_of,
+    require_members,
+    require_two_classes,
+    series_split,
+)
+from ich_keras.errors import DataError
+
+FILE_KEYS = (
+    "patient_id",
+    "study_instance_uid",
+    "series_instance_uid",
+    "series_uid",
+    "sop_instance_uid",
+)
+
+
+def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
+    """Read the user's own lists: a CSV with a column `split` and one column of identifiers.
+
+    `split` holds train, valid or test. The identifiers are patient_id, study_instance_uid,
+    series_instance_uid, series_uid or sop_instance_uid; other columns are ignored. Identifiers
+    that are not in the index, repeated rows and slices that no row names are counted in `note`.
+
+    Raises:
+        UsageError: the file cannot be opened.
+        DataError: its content is refused: header, a value of `split`, one identifier in two
+            splits, nothing that is in the index, or an empty split.
+    """
+    key, part_of, num_duplicates = _read_lists(path)
+    labelled = slices[is_labelled(slices)]
+    require_two_classes(labelled)
+    parts = labelled[key].map(part_of)
+    listed = labelled[parts.notna()]
+    num_unknown = len(part_of) - listed[key].nunique()
+    if listed.empty:
+        raise DataError(
+            f"{path}: none of its {len(part_of):,} values of {key} belongs to a labelled slice, "
+            f"e.g. {excerpt(next(iter(part_of)))}.",
+            "Give the list that belongs to these DICOM files.",
+        )
+    notes = [
+        (num_unknown, f"identifiers in {Path(path).name} that belong to no labelled slice"),
+        (num_duplicates, f"repeated rows in {Path(path).name}"),
+        (len(labelled) - len(listed), "labelled slices that it does not name, left out"),
+    ]
+    note = "; ".join(f"{count:,} {what}" for count, what in notes if count)
+    name = f"file:{Path(path).name}"
+    if key == "sop_instance_uid":
+        members = members_of(listed[key], parts[parts.notna()])
+        require_members(members, name)
+        return Split(name, None, key, members, note=note)
+    series = listed.assign(part=parts[parts.notna()])[["series_uid", "part"]].drop_duplicates()
+    split = series_split(name, None, series["series_uid"], series["part"])
+    return dataclasses.replace(split, note=note)
+
+
+def _read_lists(path: Path | str) -> tuple[str, dict[str, str], int]:
+    """Return the key column, the split of each identifier and the number of repeated rows."""
+    hint = f"Expected a header with the column split and one of {', '.join(FILE_KEYS)}."
+    with open_csv(path) as reader:
+        header = next(reader, None)
+        if header is None:
+            raise DataError(f"{path} is empty.", hint)
+        keys = [name for name in header if name in FILE_KEYS]
+        if len(keys) != 1 or header.count("split") != 1:
+            shown = excerpt(",".join(header))
+            raise DataError(f"{path}: the first line is {shown}; it does not fit.", hint)
+        key_column, part_column = header.index(keys[0]), header.index("split")
+        faults = RowFaults(path)
+        part_of: dict[str, str] = {}
+        line_of: dict[str, int] = {}
+        num_duplicates = 0
+        for row in reader:
+            if not row:
+                continue
+            line = reader.line_num
+            if len(row) != len(header):
+                faults.add(line, f"{len(row)} fields, expected {len(header)}")
+                continue
+            uid, part = row[key_column], row[part_column]
+            if not uid:
+                faults.add(line, f"{keys[0]} is empty")
+            elif part not in SPLITS:
+                faults.add(line, f"split {excerpt(part)}, expected {', '.join(SPLITS)}")
+            elif part_of.setdefault(uid, part) != part:
+                # Without the identifier: it may be a PatientID, and messages end up in logs.
+                earlier = f"the same {keys[0]} is in {part_of[uid]} on line {line_of[uid]}"
+                faults.add(line, f"{part} here, but {earlier}")
+            elif uid in line_of:
+                num_duplicates += 1
+            else:
+                line_of[uid] = line
+    faults.refuse("Correct or remove these rows.")
+    if not part_of:
+        raise DataError(f"{path} has a header but no rows.", hint)
+    return keys[0], part_of, num_duplicates

@@ -1,0 +1,186 @@
+"""What a split is: UIDs per part, in one JSON file, and what every part needs.
+
+A split names series (or single slices) by UID, never patients: the file lies in the run folder,
+and a PatientID has no business there. Slices without labels belong to no split.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sized
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ich_keras import files
+from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
+from ich_keras.data.labels import is_labelled
+from ich_keras.errors import DataError, UsageError
+from ich_keras.labels import ANY
+
+SPLITS = ("train", "valid", "test")
+_SCHEMA = 1
+
+# Chosen by these names, a split may leak; whoever sees its numbers sees the warning too.
+LEAKING = {
+    "none": (
+        "split 'none': training, validation and test use the same slices (deliberate overfitting); "
+        "the metrics say nothing about other patients."
+    ),
+    "thesis-slices": (
+        "split 'thesis-slices': slices are split one by one as in the thesis, so that nearly every "
+        "held-out series has neighbouring slices in training, and the test slices also choose the "
+        "model; the metrics are too good."
+    ),
+    "thesis-series": (
+        "split 'thesis-series': series are split as in the thesis, so that training and test can "
+        "share patients, and the test series also choose the model; the metrics are too good."
+    ),
+}
+NAMES = ("patient", *LEAKING)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Split:
+    """Which series or slices belong to train, valid and test.
+
+    Attributes:
+        name: one of `NAMES`, or "file:<file name>".
+        seed: what the draw depended on; None where nothing was drawn.
+        key: the column of the slice table that `members` name: series_uid or sop_instance_uid.
+        members: per split a sorted tuple of UIDs.
+        warning: what is wrong with the metrics of such a split; "" for a clean one.
+        note: what was left out, counted; "" when nothing was.
+    """
+
+    name: str
+    seed: int | None
+    key: str
+    members: dict[str, tuple[str, ...]]
+    warning: str = ""
+    note: str = ""
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{part} {len(self.members[part]):,}" for part in SPLITS)
+        return f"Split({self.name!r}, seed={self.seed}, {self.key}: {counts})"
+
+    def indices(self, slices: pd.DataFrame, part: str) -> np.ndarray:
+        """Return the positions of a split's labelled slices, ascending.
+
+        Args:
+            slices: the table the split was made for, or one of the same UIDs in any order.
+            part: "train", "valid" or "test".
+
+        Returns:
+            int64 (slices of this part,), positions of rows.
+        """
+        if part not in SPLITS:
+            raise UsageError(f"unknown split {part!r}.", f"Known: {', '.join(SPLITS)}.")
+        member = slices[self.key].isin(self.members[part]).to_numpy(bool)
+        return np.flatnonzero(member & is_labelled(slices))
+
+    def save(self, path: Path | str) -> None:
+        """Write the split as JSON, in one step."""
+        files.write_json(path, {"schema": _SCHEMA, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Split":
+        """Read a split that `save` wrote.
+
+        Raises:
+            StaleError: the file is absent or is not JSON.
+            DataError: it is something else than a split of this version.
+        """
+        content = files.read_json(path)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
+            raise DataError(f"{path} is not a split file of schema {_SCHEMA}.", "Make it anew.")
+        if set(content) != names | {"schema"} or not (
+            isinstance(content["members"], dict) and set(content["members"]) == set(SPLITS)
+        ):
+            raise DataError(f"{path} lacks fields of a split, or has others.", "Make it anew.")
+        del content["schema"]
+        _check_content(content, path)
+        content["members"] = {part: tuple(content["members"][part]) for part in SPLITS}
+        return cls(**content)
+
+
+def _check_content(content: dict, path: Path | str) -> None:
+    texts = ("name", "warning", "note")
+    is_ours = (
+        content["key"] in ("series_uid", "sop_instance_uid")
+        and all(isinstance(content[field], str) for field in texts)
+        and (content["seed"] is None or type(content["seed"]) is int)
+        and all(
+            isinstance(uids, list) and all(isinstance(uid, str) for uid in uids)
+            for uids in content["members"].values()
+        )
+    )
+    if not is_ours:
+        raise DataError(f"{path} holds values of the wrong kind for a split.", "Make it anew.")
+
+
+def series_split(name: str, seed: int | None, series: pd.Series, parts: pd.Series) -> Split:
+    """Return a split of whole series.
+
+    Args:
+        name, seed: as in `Split`.
+        series: str (n,), series UIDs.
+        parts: str (n,), the part of each.
+
+    Raises:
+        DataError: a part is empty.
+    """
+    members = members_of(series, parts)
+    require_members(members, name)
+    return Split(name, seed, "series_uid", members)
+
+
+def members_of(uids: pd.Series, parts: pd.Series) -> dict[str, tuple[str, ...]]:
+    """Return the sorted UIDs of each part."""
+    return {part: tuple(sorted(uids[(parts == part).to_numpy()])) for part in SPLITS}
+
+
+def require_members(members: Mapping[str, Sized], name: str) -> None:
+    """Refuse a split with an empty part.
+
+    Raises:
+        DataError: names the empty parts.
+    """
+    empty = [part for part, uids in members.items() if not len(uids)]
+    if empty:
+        raise DataError(
+            f"split {name!r}: {' and '.join(empty)} would hold no labelled slice.",
+            "Every part needs some: add data or change the split.",
+        )
+
+
+def require_patient_ids(slices: pd.DataFrame) -> None:
+    """Refuse slices without a PatientID: nobody could tell whether a patient is in two parts.
+
+    Raises:
+        DataError: counts them and names the first few images.
+    """
+    missing = slices.loc[slices["patient_id"] == "", "sop_instance_uid"]
+    if len(missing):
+        examples = first_few(list(missing[:FAULTS_SHOWN]), len(missing))
+        raise DataError(
+            f"{len(missing):,} of {len(slices):,} slices have no PatientID (0010,0020), so that "
+            f"nobody can tell whose they are: {examples}.",
+            "Restore the tag, remove these files, or overfit deliberately with --split none.",
+        )
+
+
+def require_two_classes(labelled: pd.DataFrame) -> None:
+    """Refuse labels that are all alike.
+
+    Raises:
+        DataError: all slices are positive, or all are negative.
+    """
+    num_positive = int((labelled[ANY] == 1).sum())
+    if num_positive in (0, len(labelled)):
+        only = "negative" if num_positive == 0 else "positive"
+        raise DataError(
+            f"all {len(labelled):,} labelled slices are {only} (label any); there is nothing to "
+            "tell apart.",
+            "Add the other class, or overfit deliberately with --split none.",
+        )
