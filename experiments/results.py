@@ -147,7 +147,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
                 "jobs": place.jobs,
             },
             "date": environment["started"][:10],
-            "seconds": float(history["seconds"].iloc[-1]),
+            "seconds": float(history["seconds"].sum()),
             "samples_seen": samples,
             "steps": plan["total_steps"] // config.fit.accumulate,
             "training_operations": 3 * samples * cost["operations_per_sample"],

@@ -7,8 +7,8 @@ Map of rooms:
     data    from the index to batches: labels, split, cache, preprocessing, augmentation
     models  networks: presets, one ResNet builder, the classifier, weights
     metrics scores of predictions, with intervals, calibration and thresholds
-At this level: preparation, planning, training, evaluation, prediction, report, demo; `ich` (cli)
-calls them.
+At this level: workflow, planning, training, evaluation, prediction, report, demo; `ich` (cli) calls
+them.
 Modules are nouns so that the verbs (`ich_keras.train`, `ich_keras.evaluate`) can be functions.
 
 Importing this package is light: neither keras nor torch is imported before a name needs it. Keras

