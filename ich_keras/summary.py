@@ -49,6 +49,13 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> st
     return "\n".join(lines)
 
 
+def _fitted(rows: Sequence[Sequence[str]], width: int) -> str:
+    """Lay out rows with the wider of two gaps that fits."""
+    table = text_table(rows)
+    is_too_wide = max(map(len, table.splitlines())) > width
+    return text_table(rows, gap=1) if is_too_wide else table
+
+
 def shorten_middle(text: str, width: int) -> str:
     """Take out the middle of a text that is longer than `width`; both ends tell UIDs apart.
 
@@ -107,7 +114,7 @@ def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
     rows.append(["log loss", *(format_metric(part["log_loss"]) for part in metrics)])
     constant = [format_metric(part["baseline"]["prevalence"].get("log_loss")) for part in metrics]
     rows.append(["  of prevalence", *constant])
-    return text_table(rows)
+    return _fitted(rows, width)
 
 
 def _auroc(part: dict, label: str, width: int) -> str:
@@ -142,8 +149,8 @@ def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
             ]
             for label in LABELS
         ]
-        parts.append(text_table([header, *rows]))
-        parts.append(text_table([["label", "positive", "AUROC", "AP"], *labels]))
+        parts.append(_fitted([header, *rows], width))
+        parts.append(_fitted([["label", "positive", "AUROC", "AP"], *labels], width))
         if trivial_line(part):
             parts.append(textwrap.fill(trivial_line(part), width))
     parts.append(

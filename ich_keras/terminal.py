@@ -21,10 +21,12 @@ from ich_keras.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_TERMINATED
 from ich_keras.progress import Progress, Tell
 
 if TYPE_CHECKING:
+    import rich.console
     import rich.progress
 
 TRACEBACK = "ICH_TRACEBACK"
 SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_DRAWINGS = 0.1
 USUAL_WIDTH = 80  # of a file or pipe, which has none
 _BAR_WIDTH = 40
 
@@ -318,20 +320,17 @@ class _Lines:
 class _Bars:
     """Bars at the bottom of the terminal, lines above them.
 
-    The live display runs only while there is a bar: between steps, what others print stays.
+    The live display runs only while there is a bar: between steps, what others print stays. It has
+    no thread of its own, and whatever prints or draws first takes the console: rich itself lets two
+    threads move the cursor for the same rows, which now and then erases a line above the bars.
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        # Without markup and highlighting: brackets and numbers in paths stay as they are. With soft
-        # wrap what others print (warnings) is not broken up either.
-        self._console = Console(
-            stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False
-        )
         self._has_stdout = sys.stdout.isatty()
+        self._console = _new_console()
         self._bars: rich.progress.Progress | None = None
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._drawn = 0.0
 
     def tell(self, line: str) -> None:
         if self._has_stdout:
@@ -343,43 +342,79 @@ class _Bars:
         self._console.out(line, highlight=False)
 
     def update(self, step: _Step, is_new: bool, now: float) -> None:
-        if self._bars is None:
-            self._bars = self._new_bars()
-            self._bars.start()
-        if step.name not in self._tasks:
-            self._tasks[step.name] = self._bars.add_task(step.name, total=step.total, note="")
+        is_due = is_new or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS
+        if is_due:
+            self._drawn = now
         left = step.left(now)
         note = ", ".join(part for part in (step.detail, left and f"{left} left") if part)
-        self._bars.update(self._tasks[step.name], completed=step.done, total=step.total, note=note)
+        with self._console:
+            if self._bars is None:
+                self._bars = _new_bars(self._console, self._has_stdout)
+                self._bars.start()
+            if step.name not in self._tasks:
+                self._tasks[step.name] = self._bars.add_task(step.name, total=step.total, note="")
+            task = self._tasks[step.name]
+            self._bars.update(
+                task, completed=step.done, total=step.total, note=note, refresh=is_due
+            )
 
     def remove(self, step: _Step) -> None:
         task = self._tasks.pop(step.name, None)
         if self._bars is None or task is None:
             return
-        if self._tasks:
-            self._bars.remove_task(task)
-        else:
-            self.close()
+        with self._console:
+            if self._tasks:
+                self._bars.remove_task(task)
+                self._bars.refresh()
+            else:
+                self.close()
 
     def close(self) -> None:
         if self._bars is not None:
-            self._bars.stop()
+            with self._console:
+                self._bars.stop()
             self._bars = None
             self._tasks.clear()
 
-    def _new_bars(self) -> "rich.progress.Progress":
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
 
-        return Progress(
-            TextColumn("{task.description}", markup=False),
-            # On a narrow terminal the bar shrinks first.
-            BarColumn(bar_width=_BAR_WIDTH, table_column=Column(no_wrap=False)),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}", markup=False),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self._console,
-            # The line at the end of a step stays, not its bar.
-            transient=True,
-            # Results in a file must not go to the terminal.
-            redirect_stdout=self._has_stdout,
-        )
+def _new_console() -> "rich.console.Console":
+    """Return a console on standard error that one thread at a time prints on."""
+    from rich.console import Console
+
+    class Ordered(Console):
+        def __init__(self, **options: Any) -> None:
+            self._turn = threading.RLock()
+            super().__init__(**options)
+
+        def __enter__(self) -> Console:
+            self._turn.acquire()
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            try:
+                super().__exit__(*error)
+            finally:
+                self._turn.release()
+
+    # Without markup and highlighting: brackets and numbers in paths stay as they are. With soft
+    # wrap what others print (warnings) is not broken up either.
+    return Ordered(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def _new_bars(console: "rich.console.Console", has_stdout: bool) -> "rich.progress.Progress":
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        # On a narrow terminal the bar shrinks first.
+        BarColumn(bar_width=_BAR_WIDTH, table_column=Column(no_wrap=False)),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        auto_refresh=False,
+        # The line at the end of a step stays, not its bar.
+        transient=True,
+        # Results in a file must not go to the terminal.
+        redirect_stdout=has_stdout,
+    )
