@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ich_keras.processes import usable_threads
-from ich_keras.terminal import Group, catch_termination, terminal_progress
+from ich_keras.terminal import Group, catch_termination, open_terminal
 
 HELP = {"help_option_names": ["-h", "--help"]}
 RESULTS = Path(__file__).parent / "results"
@@ -222,13 +222,13 @@ def _reproduce(
     choose_device(device)
     require_matplotlib()
     sound_results(place.out, scale.name)
-    with terminal_progress() as progress:
+    with open_terminal() as terminal:
         reproduce(
             place,
             chosen_runs(scale, tables, questions),
             _seeds(seeds) or scale.seeds,
-            progress,
-            click.echo,
+            terminal.progress,
+            terminal.tell,
         )
     click.echo(f"Report: {write_report(place.out, scale=scale.name)}")
 

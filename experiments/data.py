@@ -9,8 +9,8 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
-from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.progress import Progress, Tell
+from ich_keras.workflow import make_cache, prepare_index
 
 MARK = "experiment.json"
 OTHER = "other"  # the other phantoms, for the stand-ins

@@ -7,8 +7,8 @@ Map of rooms:
     data    from the index to batches: labels, split, cache, preprocessing, augmentation
     models  networks: presets, one ResNet builder, the classifier, weights
     metrics scores of predictions, with intervals, calibration and thresholds
-At this level: preparation, planning, training, evaluation, prediction, report, demo; `ich` (cli)
-calls them.
+At this level: workflow, planning, training, evaluation, prediction, report, demo; `ich` (cli) calls
+them.
 Modules are nouns so that the verbs (`ich_keras.train`, `ich_keras.evaluate`) can be functions.
 
 Importing this package is light: neither keras nor torch is imported before a name needs it. Keras
@@ -18,6 +18,7 @@ runs on torch unless KERAS_BACKEND says otherwise (or Keras is already loaded wi
 import importlib
 import os
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -68,7 +69,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The demo: phantoms -> index -> labels -> split -> cache -> training -> evaluation -> report.
 
-It takes the road that real data take, through the same functions. Everything it makes is
-synthetic; its numbers say that the programs work, not that they work on patients.
+It takes the same road as real data, through the same functions. Everything it makes is synthetic:
+its numbers show that the programs work, not that they work on patients.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,15 @@ import pandas as pd
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
+from ich_keras.environment import choose_backend, choose_device, choose_precision
+from ich_keras.errors import UsageError
 from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
-from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.progress import Progress, Tell
 from ich_keras.run_folder import RunFolder
-from ich_keras.training import train
+from ich_keras.workflow import train_dicom
 
 PHANTOMS, INDEX, CACHE, RUN = "phantoms", "index", "cache", "run"
 SUMMARY = "demo.json"
@@ -27,19 +28,23 @@ SUMMARY = "demo.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo is: by default four minutes on two CPU cores.
+    """How large the demo is, and which network it trains.
 
     Args:
+        preset: the network.
+        precision: "auto" or a type, as `choose_precision` takes it.
         num_series: phantom series to draw; many patients with few slices teach the network more
             than few with many.
         matrix: rows and columns of their DICOM files, pixels (scanners make 512).
-        slice_spacing_mm: lowest and highest distance of their slices (scanners make about 5).
+        slice_spacing_mm: lowest and highest distance between their slices (scanners make about 5).
         size: rows and columns of the network's input, pixels.
         epochs: passes over the balanced training slices.
         batch_size: slices a step.
         learning_rate: after the warm-up.
     """
 
+    preset: str = "resnet18_2d"
+    precision: str = "auto"
     num_series: int = 600
     matrix: int = 128
     slice_spacing_mm: tuple[float, float] = (8.0, 11.0)
@@ -49,14 +54,48 @@ class DemoSettings:
     learning_rate: float = 1e-3
 
 
+# About four minutes on two cores each: "full" where the hardware computes in bfloat16, or on a GPU;
+# "light" on processors that have float32 only.
+PLANS: dict[str, DemoSettings] = {
+    "full": DemoSettings(),
+    "light": DemoSettings(
+        preset="resnet10_2d", precision="float32", num_series=500, size=80, epochs=5
+    ),
+}
+
+
+def choose_plan(device: str = "cpu") -> str:
+    """Return the name of the plan that suits this hardware.
+
+    Args:
+        device: "cpu" or "cuda", from `choose_device`.
+    """
+    is_fast = device == "cuda" or choose_precision("auto", device) != "float32"
+    return "full" if is_fast else "light"
+
+
+def plan_named(name: str) -> DemoSettings:
+    """Return a plan.
+
+    Raises:
+        UsageError: there is none of that name.
+
+    >>> plan_named("full").num_series
+    600
+    """
+    if name not in PLANS:
+        raise UsageError(f"demo plan {name!r}; expected one of {', '.join(PLANS)}.")
+    return PLANS[name]
+
+
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made.
+    """What the demo achieved.
 
     Args:
         run_dir: the run folder.
         auroc: slice-level AUROC per label on the held-out patients; None where undefined.
-        trivial_auroc: the same for `any`, of the detector that only counts voxels per HU band.
+        trivial_auroc: the same for `any`, of a detector that only counts voxels per HU band.
         positive_patients: held-out patients per label.
     """
 
@@ -85,30 +124,43 @@ class DemoResult:
 def run_demo(
     out: Path | str,
     seed: int = 0,
+    plan: str | None = None,
     settings: DemoSettings | None = None,
     device: str = "auto",
     workers: int = 0,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> DemoResult:
-    """Make phantoms and walk them all the way to an evaluated run.
+    """Make phantoms and take them all the way to an evaluated run.
 
     Args:
         out: a new folder; receives phantoms/, index/, cache/, run/ and demo.json.
-        seed: of the phantoms and of the training.
-        settings: how large; None is the default of four minutes.
+        seed: of the phantoms and of the training. On the same kind of machine, the same seed and
+            plan give the same result.
+        plan: a key of `PLANS`; None chooses by the hardware.
+        settings: of your own, instead of a plan.
         device: "auto", "cpu" or "cuda".
         workers: processes that draw, index and cache; 0 works in this one.
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
 
     Raises:
-        UsageError: `out` exists.
+        UsageError: `out` exists, there is no such plan, or both plan and settings are given.
     """
     out = require_absent(out)
-    settings = settings or DemoSettings()
+    if plan is not None and settings is not None:
+        raise UsageError("both a plan and settings are given.", "Give one of them.")
+    backend, device = choose_backend(), choose_device(device)
+    if settings is None:
+        plan = plan or choose_plan(device)
+        settings = plan_named(plan)
     tell = tell or (lambda line: None)
-    phantoms = out / PHANTOMS
+    tell(f"Demo on synthetic head CT; backend {backend}, device {device}.")
+    tell(
+        f"Plan {plan or 'of your own'}: {settings.num_series} series, {settings.preset} at"
+        f" {settings.size}x{settings.size} pixels, {settings.epochs} epochs."
+    )
+    phantoms, cache_dir = out / PHANTOMS, out / CACHE
     write_phantoms(
         phantoms,
         settings.num_series,
@@ -118,12 +170,9 @@ def run_demo(
         workers=workers,
         progress=progress,
     )
-    index = prepare_index(
-        phantoms / IMAGES, phantoms / LABELS_CSV, workers=workers, progress=progress, tell=tell
-    )
-    index.save(out / INDEX)
-    cache = make_cache(index, out / CACHE, settings.size, workers=workers, progress=progress)
     config = RunConfig(
+        preset=settings.preset,
+        precision=settings.precision,
         seed=seed,
         device=device,
         # A few hundred steps are too few to learn through rotations and changes of brightness.
@@ -136,23 +185,35 @@ def run_demo(
             warmup_steps=20,
         ),
     )
-    run_dir = train(config, cache, out / RUN, progress=progress, tell=tell)
+    run_dir = train_dicom(
+        config,
+        phantoms / IMAGES,
+        phantoms / LABELS_CSV,
+        out / RUN,
+        cache_dir=cache_dir,
+        index_dir=out / INDEX,
+        workers=workers,
+        progress=progress,
+        tell=tell,
+    )
     run = RunFolder(run_dir)
     metrics = read_json(run.metrics_file("test"))["slice"]
     trivial = metrics["trivial_auroc_any"]
-    patients = _positive_patients(cache, run.split())
+    patients = _positive_patients(CTCache.open(cache_dir), run.split())
     result = DemoResult(run_dir, metrics["auroc"], trivial, patients)
     write_json(
         out / SUMMARY,
         {
             "synthetic": True,
+            "plan": plan,
             "seed": seed,
             "auroc": result.auroc,
             "trivial_auroc_any": trivial,
             "test_patients_with": patients,
         },
     )
-    tell(str(result))
+    for line in str(result).splitlines():
+        tell(line)
     tell(f"Report: {run.report_file}")
     return result
 

@@ -19,6 +19,7 @@ from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_folder import RunFolder
 
 EPOCH = "epoch"  # of the record of the best weights
+SECONDS_BETWEEN_LOSSES = 1.0
 
 
 @dataclass
@@ -138,7 +139,7 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
         shuffle=False,  # the loader does it
         verbose=0,
         callbacks=[
-            _epochs(training.loader, training.recipe, progress),
+            _epochs(training.loader, training.recipe, progress, course.done),
             _validation(training, course, progress, tell),
         ],
     )
@@ -186,8 +187,15 @@ def _keep_best(training: Fit, course: Course) -> None:
     save_weights(training.model, training.run.best_weights, record)
 
 
-def _epochs(loader: Any, recipe: Recipe, progress: Progress | None) -> Any:
-    """Return the callback that begins an epoch, for loader and network, and shows the progress."""
+def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -> Any:
+    """Return the callback that begins an epoch, for loader and network, and shows the progress.
+
+    Args:
+        loader: the batches of an epoch.
+        recipe: of the training.
+        progress: called as progress("training", steps, all steps, "epoch 1/6, loss 0.4123").
+        done: epochs finished before this training began or resumed.
+    """
     import keras
 
     epochs, batches = recipe.training.epochs, len(loader)
@@ -196,17 +204,34 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None) -> Any:
         # Without this mark Keras reads the logs back from the device after every step.
         async_safe = True
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.epoch, self.loss, self.read = done, "", time.monotonic()
+
         def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
             loader.epoch = epoch
             # On torch Keras' dropout draws from torch's global generator. Seeding it by epoch makes
             # a resumed training equal to an uninterrupted one, with no generator state to save.
             keras.utils.set_random_seed(sample_seed(recipe.training.seed, epoch, 0))
             self.epoch = epoch
+            if epoch == done:
+                self.show(epoch * batches)
 
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+            # Reading the loss waits for the device, so not at every step.
+            now = time.monotonic()
+            if progress is not None and logs and now - self.read >= SECONDS_BETWEEN_LOSSES:
+                self.read, self.loss = now, f", loss {float(logs['loss']):.4f}"
+            # The training ends with the validation of its last epoch.
+            self.show(min(self.epoch * batches + batch + 1, epochs * batches - 1))
+
+        def on_train_end(self, logs: dict | None = None) -> None:
+            self.show(epochs * batches)
+
+        def show(self, steps: int) -> None:
             if progress is not None:
-                done = self.epoch * batches + batch + 1
-                progress("training", done, epochs * batches, f"epoch {self.epoch + 1}/{epochs}")
+                detail = f"epoch {self.epoch + 1}/{epochs}{self.loss}"
+                progress("training", steps, epochs * batches, detail)
 
     return Epochs()
 
@@ -221,6 +246,10 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
     epochs = training.recipe.training.epochs
 
     class Validation(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.began = time.perf_counter()
+
         def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
             self.began = time.perf_counter()
 
@@ -253,6 +282,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
                     "valid_auroc_any": metrics["auroc"]["any"],
+                    # Of this epoch alone, its validation included.
                     "seconds": round(time.perf_counter() - self.began, 1),
                 }
             )

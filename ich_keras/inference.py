@@ -80,6 +80,8 @@ def probabilities(
     from ich_keras.models.classifier import ends_in_logits
 
     parts, done = [], 0
+    if progress is not None:
+        progress(step, 0, total)
     # Of Keras' backends only torch takes the loaders' tensors in `predict_on_batch`.
     takes_tensors = loaded_backend() == "torch"
     for batch in batches:

@@ -238,7 +238,7 @@ class Recipe:
     def as_config(self) -> RunConfig:
         """Return the configuration that asks for exactly this, with nothing left open."""
         inputs, training = self.inputs, self.training
-        asked = {
+        asked: dict[str, Any] = {
             **{f.name: getattr(training, f.name, None) for f in dataclasses.fields(DataConfig)},
             "size": inputs.size,
             "view": inputs.view.kind,

@@ -63,7 +63,7 @@ def phantom_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def phantom_cache_folder(phantom_folder, tmp_path_factory) -> Path:
     """Those series cached at 48x48, labels beside."""
-    from ich_keras.preparation import make_cache, prepare_index
+    from ich_keras.workflow import make_cache, prepare_index
 
     folder = tmp_path_factory.mktemp("cache") / "cache"
     index = prepare_index(phantom_folder / "images", phantom_folder / "stage_2_train.csv")

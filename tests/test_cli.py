@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ich_keras.cli import _run_config, main, train_main
+from ich_keras.cli import main, train_main
+from ich_keras.cli.train import _run_config
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import EXIT_TERMINATED
 from ich_keras.models.presets import PRESETS, ModelSpec, Preset
@@ -40,7 +41,7 @@ def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_pa
     train = ("train", "--cache", phantom_cache_folder, "--preset", "narrow", "--size", 32)
     stopped = ich(*train, "--epochs", 2, "--out", run)
     assert stopped.exit_code == 130
-    assert stopped.output.endswith(f"To go on: ich-train --resume {run}\nInterrupted.\n")
+    assert stopped.output.endswith(f"To resume: ich-train --resume {run}\nInterrupted.\n")
     monkeypatch.setattr(checkpoints, "save_state", save_state)
     for wrong, message in [
         (("--epochs", 3, "--no-balance"), "--epochs, --balance given with --resume"),
@@ -52,7 +53,7 @@ def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_pa
         assert message in refused.output
     done = ich("train", "--resume", run)
     assert done.exit_code == 0, done.output
-    assert "Going on after epoch 1 of 2, torch, cpu, " in done.output
+    assert "Resuming after epoch 1 of 2, torch, cpu, " in done.output
     assert f"Run folder: {run}" in done.output
     assert len(pd.read_csv(run / "history.csv")) == 2
     again = ich("train", "--resume", run, "--cache", tmp_path / "none")

@@ -12,7 +12,6 @@ from ich_keras.demo import DemoSettings, run_demo
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
 from ich_keras.phantom.dicom import PATIENT_PREFIX, is_synthetic
-from ich_keras.terminal import terminal_progress
 
 TINY = DemoSettings(num_series=24, matrix=64, size=32, epochs=1)
 
@@ -24,10 +23,10 @@ def test_the_demo_walks_the_whole_road(tmp_path):
         tmp_path / "demo",
         seed=4,
         settings=TINY,
-        progress=lambda step, done, total: steps.add(step),
+        progress=lambda step, done, total, detail="": steps.add(step),
         tell=told.append,
     )
-    assert {"drawing phantoms", "indexing", "caching", "epoch 1/1", "validating"} <= steps
+    assert {"drawing phantoms", "indexing", "caching", "training", "validating"} <= steps
     assert result.run_dir == tmp_path / "demo" / "run"
     summary = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert summary["synthetic"] is True
@@ -55,11 +54,3 @@ def test_the_demo_walks_the_whole_road(tmp_path):
     assert set(summary["test_patients_with"]) == set(LABELS)
     with pytest.raises(UsageError, match="already exists"):
         run_demo(tmp_path / "demo", settings=TINY)
-
-
-def test_progress_without_a_terminal_is_plain_lines(capsys):
-    with terminal_progress() as progress:
-        progress("caching", 1, 2000)
-        progress("caching", 2, 2000)
-        progress("caching", 2000, 2000)
-    assert capsys.readouterr().err == "caching: 2,000/2,000\n"

@@ -18,7 +18,7 @@ from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import REJECT_COLUMNS, SERIES_COLUMNS, SLICE_COLUMNS, make_table
 from ich_keras.ct.walk import read_all
 from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
-from ich_keras.preparation import prepare_index
+from ich_keras.workflow import prepare_index
 
 CORONAL = (1, 0, 0, 0, 0, -1)
 TABLES = ("slices", "series", "rejects")

@@ -55,6 +55,8 @@ def read_all(
     chunks = [unread[start : start + size] for start in range(0, len(unread), size)]
     found = []
     told = -1
+    if progress is not None and unread:
+        progress("indexing", done, total)
     with _mapping(workers, len(chunks)) as apply:
         for entries in apply(_read_headers, chunks):
             journal.add(entries)

@@ -70,6 +70,8 @@ def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[
         Groups of two or more rows of the slice table, in order.
     """
     found: dict[bytes, list[int]] = {}
+    if progress is not None:
+        progress("comparing", 0, len(cache))
     for start in range(0, len(cache), _AT_ONCE):
         rows = np.arange(start, min(start + _AT_ONCE, len(cache)))
         hu = cache.slices_hu(rows)

@@ -218,6 +218,8 @@ def write_phantoms(
         (partial_out / MASKS).mkdir()
         records = []
         every = -(-num_series // 200)
+        if progress is not None:
+            progress("drawing phantoms", 0, num_series)
         with open(partial_out / LABELS_CSV, "w", encoding="utf-8", newline="\n") as stream:
             stream.write("ID,Label\n")
             for done, (record, rows) in enumerate(_write_all(partial_out, specs, workers), 1):

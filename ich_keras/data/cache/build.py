@@ -253,6 +253,8 @@ class _Counter:
         self.progress = progress
         self.total = total
         self.done = 0
+        if progress is not None:
+            progress("caching", 0, total)
 
     def add(self, slices: int) -> None:
         before, self.done = self.done, self.done + slices

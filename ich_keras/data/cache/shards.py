@@ -274,6 +274,8 @@ class CachedSlices:
         Raises:
             StaleError: a slice or a shard is damaged.
         """
+        if progress is not None:
+            progress("verifying", 0, len(self))
         for shard in self.shards:
             shard.verify()
             if progress is not None:

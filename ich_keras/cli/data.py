@@ -1,0 +1,206 @@
+"""Commands on data: phantom, index, cache, audit, doctor."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ich_keras.cli.options import (
+    CACHE,
+    DICOM,
+    FOLDER,
+    LABELS_BESIDE,
+    WORKERS,
+    num_workers,
+    required,
+)
+from ich_keras.errors import EXIT_ENVIRONMENT, DataError
+from ich_keras.terminal import Command, open_terminal
+
+# `ich index` describes spacing and tilt of every series when there are no more than these.
+DESCRIBED_SERIES = 20
+
+
+@click.command(cls=Command)
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="New folder.")
+@click.option("--series", "num_series", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--matrix", type=int, default=512, show_default=True, help="Rows and columns of a slice."
+)
+@click.option(
+    "--spacing",
+    "slice_spacing_mm",
+    type=float,
+    nargs=2,
+    default=(5.0, 8.0),
+    show_default=True,
+    metavar="LOW HIGH",
+    help="Smallest and largest distance between slices, mm.",
+)
+@click.option(
+    "--mix",
+    type=click.Choice(["even", "rsna"]),
+    default="even",
+    show_default=True,
+    help="Subtypes equally often, or as often as in the RSNA 2019 data.",
+)
+@click.option(
+    "--prevalence",
+    type=float,
+    help="Share of the patients with a bleed; default: 0.5, with --mix rsna 0.4.",
+)
+@click.option(
+    "--series-per-patient",
+    type=float,
+    default=1.3,
+    show_default=True,
+    help="On average, from 1 to 4.",
+)
+@WORKERS
+def phantom(out: Path, num_series: int, seed: int, workers: int | None, **options: Any) -> None:
+    """Make synthetic head CT in the RSNA layout: images, stage_2_train.csv, masks."""
+    from ich_keras.phantom.dicom import write_phantoms
+
+    with open_terminal() as terminal:
+        write_phantoms(
+            out,
+            num_series,
+            seed,
+            workers=num_workers(workers),
+            progress=terminal.progress,
+            **options,
+        )
+        terminal.tell(f"{num_series} synthetic series: {out}")
+
+
+@click.command(cls=Command)
+@DICOM
+@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
+@WORKERS
+def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | None) -> None:
+    """Find, order and check the series in a folder of DICOM files."""
+    from ich_keras.files import require_absent
+    from ich_keras.summary import reject_lines
+    from ich_keras.workflow import prepare_index
+
+    out = require_absent(out).absolute()
+    # Beside the folder: it stays when indexing is interrupted, and is removed at the end.
+    journal = out.with_name(f"{out.name}.journal")
+    try:
+        with open_terminal() as terminal:
+            indexed = prepare_index(
+                required(dicom, "--dicom"),
+                labels,
+                workers=num_workers(workers),
+                journal=journal,
+                progress=terminal.progress,
+                tell=terminal.tell,
+            )
+    except DataError:
+        journal.unlink(missing_ok=True)
+        raise
+    indexed.save(out)
+    journal.unlink(missing_ok=True)
+    if len(indexed.series) <= DESCRIBED_SERIES:
+        for series_uid in indexed.series["series_uid"]:
+            click.echo(f"  {indexed.describe(series_uid)}")
+    for verdict, count in indexed.series["verdict"].value_counts().items():
+        click.echo(f"  {count:,} series: {verdict}")
+    for line in reject_lines(indexed.rejects):
+        click.echo(line)
+    click.echo(f"Index: {out}")
+
+
+@click.command(cls=Command)
+@click.option("--index", "index_dir", type=FOLDER, metavar="INDEX", help="From `ich index`.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=16),
+    default=256,
+    show_default=True,
+    help="Rows and columns of a cached slice.",
+)
+@click.option("--verify", is_flag=True, help="Check every checksum of the cache in --out instead.")
+@WORKERS
+def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: int | None) -> None:
+    """Cache the Hounsfield units of an index at one size, or verify a cache."""
+    from ich_keras.ct.series import SeriesIndex
+    from ich_keras.data.cache.cache import CTCache
+    from ich_keras.workflow import make_cache
+
+    with open_terminal() as terminal:
+        if verify:
+            cached = CTCache.open(out)
+            cached.verify(progress=terminal.progress)
+        else:
+            cached = make_cache(
+                SeriesIndex.load(required(index_dir, "--index")),
+                out,
+                size,
+                workers=num_workers(workers),
+                progress=terminal.progress,
+            )
+    click.echo(repr(cached))
+    click.echo(f"{'Verified' if verify else 'Cache'}: {out}")
+
+
+@click.command(cls=Command)
+@CACHE
+@LABELS_BESIDE
+@click.option("--split", help="patient, thesis-slices, ..., a file, or a run's split.json.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=FOLDER, metavar="JSON", help="Also write everything that was found.")
+def audit(
+    cache_dir: Path, labels: Path | None, split: str | None, seed: int, out: Path | None
+) -> None:
+    """Look for leakage between splits, and for labels that contradict each other.
+
+    Checks patients, studies, series and slices that are in two parts, slices with equal pixels,
+    and labels. Fails (exit code 3) when the split leaks, unless it is one that is known to leak.
+    """
+    from ich_keras.data.leakage import audit_data
+    from ich_keras.data.split import LEAKING, find_split
+    from ich_keras.files import require_absent, write_json
+    from ich_keras.workflow import open_cache
+
+    if out is not None:
+        out = require_absent(out)
+    cached = open_cache(cache_dir, labels)
+    chosen = None if split is None else find_split(split, cached.slices, seed)
+    with open_terminal() as terminal:
+        result = audit_data(cached, chosen, terminal.progress)
+    if out is not None:
+        write_json(out, result)
+    for title, counts in (("labels", result["labels"]), ("equal pixels", result["equal_pixels"])):
+        click.echo(f"{title}:")
+        for name, count in counts.items():
+            click.echo(f"  {count:,} {name.replace('_', ' ')}")
+    if chosen is None:
+        return
+    click.echo(f"split {chosen.name}:")
+    for part, counts in result["split"]["parts"].items():
+        groups = ", ".join(f"{counts[name]:,} {name}" for name in counts if name != "positive")
+        click.echo(f"  {part:5} {groups}")
+    for leak in result["leaks"]:
+        click.echo(f"  LEAK: {leak}")
+    if result["leaks"] and chosen.name not in LEAKING:
+        raise DataError(f"split {chosen.name!r} leaks.", "Put all of a patient into one split.")
+    if not result["leaks"]:
+        click.echo("  no leak found")
+
+
+@click.command(cls=Command)
+@click.option("--folder", type=FOLDER, default=Path(), help="Where runs would be written.")
+@click.pass_context
+def doctor(ctx: click.Context, folder: Path) -> None:
+    """Check versions, backend, device, decoders and disk; exit code 4 when something is missing."""
+    from ich_keras import environment
+
+    rows = environment.doctor(folder)
+    for what, is_well, detail in rows:
+        click.echo(f"{'ok ' if is_well else 'BAD'}  {what:28} {detail}")
+    if not all(is_well for _, is_well, _ in rows):
+        ctx.exit(EXIT_ENVIRONMENT)

@@ -1,0 +1,126 @@
+"""Commands on runs and networks: evaluate, predict, submission, presets."""
+
+import textwrap
+from pathlib import Path
+
+import click
+
+from ich_keras.cli.options import (
+    BACKEND,
+    CACHE,
+    DEVICE,
+    DICOM,
+    FOLDER,
+    LABELS_BESIDE,
+    RUN,
+    WORKERS,
+    num_workers,
+    required,
+)
+from ich_keras.terminal import Command, open_terminal, terminal_width
+
+
+@click.command(cls=Command)
+@RUN
+@CACHE
+@LABELS_BESIDE
+@click.option("--split", default="test", show_default=True, help="train, valid or test.")
+@BACKEND
+@DEVICE
+def evaluate(
+    run_dir: Path,
+    cache_dir: Path,
+    labels: Path | None,
+    split: str,
+    backend: str | None,
+    device: str,
+) -> None:
+    """Evaluate a run on one split of its cache; writes metrics and predictions into the run."""
+    from ich_keras import evaluation
+    from ich_keras.environment import choose_backend
+    from ich_keras.summary import evaluation_summary
+    from ich_keras.workflow import open_cache
+
+    choose_backend(backend)
+    with open_terminal() as terminal:
+        metrics = evaluation.evaluate(
+            run_dir,
+            open_cache(cache_dir, labels),
+            split,
+            device=device,
+            progress=terminal.progress,
+        )
+    click.echo(evaluation_summary(metrics, split, terminal_width()))
+    click.echo(f"Written to {run_dir}: metrics-{split}.json, predictions-{split}.csv")
+
+
+@click.command(cls=Command)
+@RUN
+@DICOM
+@click.option("--out", type=FOLDER, required=True, metavar="OUT", help="New folder.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Samples a step; default: that of the run."
+)
+@WORKERS
+@BACKEND
+@DEVICE
+def predict(
+    run_dir: Path,
+    dicom: Path | None,
+    out: Path,
+    batch_size: int | None,
+    workers: int | None,
+    backend: str | None,
+    device: str,
+) -> None:
+    """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
+
+    A run on whole series predicts series only.
+
+    Not a medical device; not for clinical use.
+    """
+    from ich_keras.environment import choose_backend
+    from ich_keras.prediction import predict_folder
+    from ich_keras.summary import prediction_table, reject_lines
+
+    choose_backend(backend)
+    with open_terminal() as terminal:
+        result = predict_folder(
+            run_dir,
+            required(dicom, "--dicom"),
+            out,
+            batch_size=batch_size,
+            workers=num_workers(workers),
+            device=device,
+            progress=terminal.progress,
+        )
+    click.echo(prediction_table(result.series, terminal_width()))
+    click.echo(textwrap.fill(result.notice, terminal_width()))
+    for line in reject_lines(result.rejects):
+        click.echo(line)
+    click.echo(f"Predictions: {out}")
+
+
+@click.command(cls=Command)
+@click.option(
+    "--predictions", type=FOLDER, required=True, metavar="CSV", help="predictions.csv of a run."
+)
+@click.option("--out", type=FOLDER, required=True, metavar="CSV", help="New file.")
+def submission(predictions: Path, out: Path) -> None:
+    """Write predictions in the format of the RSNA 2019 competition."""
+    from ich_keras.submission import write_submission
+
+    click.echo(f"Submission: {write_submission(predictions, out)}")
+
+
+@click.command(cls=Command)
+@click.option("--preset", "names", multiple=True, help="Only this one; may be repeated.")
+def presets(names: tuple[str, ...]) -> None:
+    """List the networks: input, depth, operations, parameters, memory, weights."""
+    from ich_keras.environment import choose_backend
+    from ich_keras.models.presets import PRESETS
+
+    choose_backend()
+    from ich_keras.models.cost import preset_table
+
+    click.echo(preset_table(names or tuple(PRESETS)))

@@ -1,0 +1,367 @@
+"""`ich train`, which is also `ich-train`: training on data, resuming, and the demo."""
+
+import contextlib
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ich_keras.cli.options import BACKEND, DICOM, FOLDER, HELP, WORKERS, num_workers, required
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
+
+if TYPE_CHECKING:
+    from ich_keras.config import RunConfig
+    from ich_keras.workflow import Preparation
+
+
+@click.command(cls=Command, name="train", context_settings=HELP)
+@DICOM
+@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=FOLDER,
+    metavar="DIR",
+    help="The cache: read when it exists, built from --dicom when not. Default: RUN-cache.",
+)
+@click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
+@click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
+@click.option("--preset", help="Network; default resnet18_2d.")
+@click.option(
+    "--weights",
+    help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18, ...);"
+    " default: from scratch.",
+)
+@click.option("--download", is_flag=True, help="First fetch and convert the named weights.")
+@click.option("--norm", help="batch (default), frozen (needs weights) or group.")
+@click.option("--intensity", help="windows, wide or head-z-score; default: what fits the weights.")
+@click.option(
+    "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
+)
+@click.option("--split", help="patient (default), none, thesis-slices, thesis-series, or a file.")
+@click.option("--view", help="slice, slab or series; default: what the preset is for.")
+@click.option("--slices", type=int, metavar="N", help="In a slab (default 5) or series (60).")
+@click.option(
+    "--edge", help="What a slab has beyond the ends of a series: air (default) or repeat."
+)
+@click.option(
+    "--long-series", help="Of longer series take: spread (default: evenly spaced slices) or middle."
+)
+@click.option("--tilted", help="Tilted slabs and series: keep (default), skip or deshear.")
+@click.option(
+    "--reverse/--no-reverse",
+    default=None,
+    help="Turn every second slab or series upside down in training.",
+)
+@click.option("--epochs", type=int, help="Default 6.")
+@click.option(
+    "--batch-size", type=int, help="Samples a step; default 32 slices, 16 slabs or 1 series."
+)
+@click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
+@click.option(
+    "--backbone-factor",
+    type=float,
+    metavar="X",
+    help="The backbone learns at X times the rate; default 1.",
+)
+@click.option(
+    "--freeze", help="Freeze everything up to stem, layer1, ... layer4; default: nothing."
+)
+@click.option("--schedule", help="constant (default) or cosine.")
+@click.option("--warmup-steps", type=int, help="Steps over which the rate rises from 0; default 0.")
+@click.option("--weight-decay", type=float, help="Decoupled weight decay; default 0.")
+@click.option(
+    "--accumulate",
+    type=int,
+    metavar="N",
+    help="Batches that make one optimiser step; default 8 of series, else 1.",
+)
+@click.option(
+    "--precision",
+    help="auto (default: bfloat16 on torch where the hardware has it), float32, bfloat16 or"
+    " float16.",
+)
+@click.option("--step", help="fast (default) or stock: Keras' own steps.")
+@click.option(
+    "--recompute", help="stage or block: less memory, slower steps; default: keep everything."
+)
+@click.option(
+    "--compiled/--not-compiled", default=None, help="torch.compile; default: on a GPU only."
+)
+@click.option("--loss", help="bce (default) or rsna (any counted twice).")
+@click.option(
+    "--balance/--no-balance", default=None, help="Train on one negative slice per positive one."
+)
+@click.option("--augment", help="thesis (default), flip (left-right only) or none.")
+@click.option(
+    "--loader-workers",
+    type=int,
+    metavar="N",
+    help="Processes that make batches; default 0. The batches are the same.",
+)
+@click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
+@click.option("--seed", type=int, help="Default 0.")
+@click.option(
+    "--resume",
+    type=FOLDER,
+    metavar="RUN",
+    help="Resume an interrupted training; takes --cache, --labels and --device only.",
+)
+@BACKEND
+@click.option(
+    "--device", help="auto (default), cpu or cuda; cuda fails where there is no usable GPU."
+)
+@WORKERS
+@click.option("--plan", is_flag=True, help="Say what would be done and how long; write nothing.")
+@click.option(
+    "--demo-plan",
+    metavar="NAME",
+    help="Of the demo: full or light; default: what suits the hardware.",
+)
+def train_main(
+    dicom: Path | None,
+    labels: Path | None,
+    cache_dir: Path | None,
+    out: Path | None,
+    config_file: Path | None,
+    workers: int | None,
+    plan: bool,
+    demo_plan: str | None,
+    download: bool,
+    resume: Path | None,
+    **options: Any,
+) -> None:
+    """Train a classifier, keep its best weights, evaluate them.
+
+    With --dicom and --labels it trains on your data, with --cache on a cache. Without either it
+    runs the demo: synthetic head CT, about four minutes on two cores.
+
+    Not a medical device; not for clinical use.
+    """
+    catch_termination()
+    others: dict[str, Any] = {
+        "config": config_file,
+        "download": download or None,
+        "demo_plan": demo_plan,
+    }
+    if resume is not None:
+        device = options.pop("device")
+        others |= {"dicom": dicom, "out": out, "workers": workers, "plan": plan or None}
+        _resume(resume, cache_dir, labels, device, options | others)
+        return
+    config = _run_config(config_file, options)
+    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if dicom is None and cache_dir is None:
+        if plan:
+            raise UsageError(
+                "--plan needs --dicom or --cache.", "The demo takes about four minutes."
+            )
+        del others["demo_plan"]
+        _refuse_without_data(options | others | {"labels": labels})
+        _demo(out, config, demo_plan, num_workers(workers))
+        return
+    if demo_plan is not None:
+        raise UsageError("--demo-plan given, but also data.", "It is of the demo: leave it out.")
+    _train(
+        config,
+        out,
+        dicom,
+        labels,
+        cache_dir,
+        takes_cache_size=options["size"] is None and config_file is None,
+        workers=num_workers(workers),
+        is_plan=plan,
+        downloads=download,
+    )
+
+
+def _train(
+    config: "RunConfig",
+    out: Path,
+    dicom: Path | None,
+    labels: Path | None,
+    cache_dir: Path | None,
+    takes_cache_size: bool,
+    workers: int,
+    is_plan: bool,
+    downloads: bool,
+) -> None:
+    """Train on data, or say what that would do."""
+    from ich_keras.environment import choose_backend, choose_device
+    from ich_keras.summary import run_summary
+    from ich_keras.workflow import prepare_training
+
+    backend, device = choose_backend(config.backend), choose_device(config.device)
+    with open_terminal() as terminal:
+        terminal.tell(f"Backend {backend}, device {device}.")
+        if downloads:
+            # The one place that looks up at weights_convert, and only when asked to.
+            from weights_convert.fetching import ensure_weights
+
+            ensure_weights(required(config.weights, "--weights"), config.preset, terminal.progress)
+        preparation = prepare_training(
+            config,
+            out,
+            dicom,
+            labels,
+            cache_dir,
+            takes_cache_size=takes_cache_size,
+            workers=workers,
+            progress=terminal.progress,
+            tell=terminal.tell,
+        )
+        for line in preparation.lines():
+            terminal.tell(line)
+        if preparation.plan.warning:
+            terminal.warn(f"Warning: {preparation.plan.warning}")
+        if is_plan:
+            _show_costs(preparation, terminal)
+            return
+        with _how_to_resume(out, labels, terminal):
+            preparation.train(None, workers, terminal.progress, terminal.tell)
+        terminal.tell(run_summary(out, terminal_width()))
+
+
+def _show_costs(preparation: "Preparation", terminal: Terminal) -> None:
+    from ich_keras.fitting import seconds_per_step
+
+    if preparation.cache is None:
+        terminal.tell(f"  cache to build: {preparation.cache_bytes / 2**30:.2f} GiB")
+    seconds = seconds_per_step(preparation.recipe) * preparation.plan.total_steps
+    terminal.tell(
+        f"  about {seconds / 60:.0f} minutes of training steps here (one step measured;"
+        " reading, augmentation and validation come on top)"
+    )
+    terminal.tell("Nothing was written.")
+
+
+def _demo(out: Path, config: "RunConfig", plan: str | None, workers: int) -> None:
+    from ich_keras.demo import run_demo
+    from ich_keras.environment import choose_backend
+
+    choose_backend(config.backend)
+    began = time.monotonic()
+    with open_terminal() as terminal:
+        result = run_demo(
+            out,
+            seed=config.seed,
+            plan=plan,
+            device=config.device,
+            workers=workers,
+            progress=terminal.progress,
+            tell=terminal.tell,
+        )
+        seconds = time.monotonic() - began
+        terminal.tell(f"Run folder: {result.run_dir}  ({seconds:.0f} s)")
+
+
+def _resume(
+    run_dir: Path,
+    cache_dir: Path | None,
+    labels: Path | None,
+    device: str | None,
+    options: dict[str, Any],
+) -> None:
+    from ich_keras.run_folder import RunFolder
+    from ich_keras.summary import run_summary
+    from ich_keras.training import cache_of, resume
+    from ich_keras.workflow import cache_beside, open_cache
+
+    given = _names(options)
+    if given:
+        raise UsageError(
+            f"{given} given with --resume: the run's own configuration holds.",
+            "Leave it out, or start a new training.",
+        )
+    RunFolder(run_dir).require_interrupted()
+    cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
+    if not cache_dir.exists():
+        raise UsageError(
+            f"the cache {cache_dir} does not exist.",
+            "Give --cache: the folder to which the training's cache has moved.",
+        )
+    cached = open_cache(cache_dir, labels)
+    with open_terminal() as terminal:
+        with _how_to_resume(run_dir, labels, terminal):
+            resume(run_dir, cached, device, terminal.progress, terminal.tell)
+        terminal.tell(run_summary(run_dir, terminal_width()))
+
+
+@contextlib.contextmanager
+def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> Iterator[None]:
+    """When a training is interrupted (Ctrl-C or SIGTERM), say which command resumes it."""
+    from ich_keras.run_folder import RunFolder
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if RunFolder(run_dir).is_interrupted:
+            words = ["ich-train", "--resume", str(run_dir)]
+            words += [] if labels is None else ["--labels", str(labels)]
+            terminal.warn(f"To resume: {shlex.join(words)}")
+        raise
+
+
+_DEMO_OPTIONS = ("seed", "backend", "device")
+
+
+def _refuse_without_data(options: dict[str, Any]) -> None:
+    given = _names(options, but=_DEMO_OPTIONS)
+    if given:
+        raise UsageError(
+            f"{given} given, but no data.",
+            "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
+            " --out, --seed, --backend, --device, --workers and --demo-plan.",
+        )
+
+
+def _names(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
+    """Return the names of the options that were given, without some."""
+    given = [name for name, value in options.items() if value is not None and name not in but]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def _run_config(config_file: Path | None, options: dict[str, Any]) -> "RunConfig":
+    """Lay the given options over a config file, or over the defaults."""
+    from ich_keras.config import RunConfig
+    from ich_keras.files import read_json
+
+    content = {}
+    if config_file is not None:
+        try:
+            content = read_json(config_file)
+        except (StaleError, IsADirectoryError) as error:
+            raise UsageError(f"--config {config_file}: {error}") from error
+    content = RunConfig.from_dict(content).to_dict()
+    if config_file is not None:
+        _forget_other_view(content, options)
+    for name, value in options.items():
+        if value is None:
+            continue
+        place = next(part for part in (content, content["data"], content["fit"]) if name in part)
+        place[name] = value
+    return RunConfig.from_dict(content)
+
+
+def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> None:
+    """Where options ask for another view than the file's, take the defaults of that view."""
+    from ich_keras.config import DataConfig, FitConfig
+    from ich_keras.models.presets import PRESETS
+
+    before = content["data"]["view"]
+    network = PRESETS.get(options["preset"])
+    takes_other = (
+        network is not None
+        and before is not None
+        and ((network.spec.rank == 3) != (before != "slice"))
+    )
+    if options["view"] in (None, before) and not takes_other:
+        return
+    for name in ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity"):
+        content["data"][name] = getattr(DataConfig(), name)
+    for name in ("batch_size", "accumulate"):
+        content["fit"][name] = getattr(FitConfig(), name)

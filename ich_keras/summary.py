@@ -1,0 +1,213 @@
+"""What a command prints at its end: short tables that fit the width of the terminal."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ich_keras.errors import REJECT_CODES
+from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import format_metric
+from ich_keras.report import summary_rows, trivial_line
+from ich_keras.run_folder import SYNTHETIC, RunFolder
+
+SYNTHETIC_LINE = (
+    "Synthetic data (phantoms): these numbers show that the programs work; they say nothing about"
+    " patients."
+)
+# As radiologists abbreviate them, for tables too narrow for the names.
+ABBREVIATIONS = {
+    "epidural": "EDH",
+    "intraparenchymal": "IPH",
+    "intraventricular": "IVH",
+    "subarachnoid": "SAH",
+    "subdural": "SDH",
+    "any": "any",
+}
+SHOWN_SERIES = 20
+_LEAST_WIDTH = 40
+_LEAST_UID = 13
+_LONGEST_VERDICT = 20
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> str:
+    """Lay out rows of text in columns: the first `left` aligned left, the others right.
+
+    >>> print(text_table([["label", "AUROC"], ["any", "0.9"]]))
+    label  AUROC
+    any      0.9
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((" " * gap).join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _fitted(rows: Sequence[Sequence[str]], width: int) -> str:
+    """Lay out rows with the wider of two gaps that fits."""
+    table = text_table(rows)
+    is_too_wide = max(map(len, table.splitlines())) > width
+    return text_table(rows, gap=1) if is_too_wide else table
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Take out the middle of a text that is longer than `width`; both ends tell UIDs apart.
+
+    >>> shorten_middle("1.2.840.113619.2.5.1762583", 13)
+    '1.2.84…762583'
+    """
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def run_summary(run: RunFolder | Path | str, width: int) -> str:
+    """Summarise a finished run: AUROC per split and label, log loss, best epoch, files.
+
+    Args:
+        run: a finished run folder.
+        width: columns; the folder's path alone may be longer.
+
+    Raises:
+        StaleError: the folder lacks what a finished run has.
+    """
+    run, width = RunFolder.at(run), max(width, _LEAST_WIDTH)
+    history = pd.read_csv(run.history_file)
+    best = history.loc[history["valid_log_loss"].idxmin()]
+    found = {name: run.metrics(name) for name in ("valid", "test")}
+    splits = {name: metrics for name, metrics in found.items() if metrics is not None}
+    parts = []
+    if run.data()[SYNTHETIC]:
+        parts.append(textwrap.fill(SYNTHETIC_LINE, width))
+    levels = dict.fromkeys(level for metrics in splits.values() for level in metrics)
+    for level in levels:
+        of_level = {name: metrics[level] for name, metrics in splits.items() if level in metrics}
+        parts.append(_level_table(level, of_level, width))
+    parts.append(
+        textwrap.fill(
+            f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"
+            f" {best['valid_log_loss']:.4f}).",
+            width,
+        )
+    )
+    return "\n".join([*parts, f"Report: {run.report_file}", f"Run folder: {run}"])
+
+
+def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
+    """Return AUROC and log loss of one level, one column a split."""
+    metrics = splits.values()
+    rows = [[f"AUROC per {level}", *splits]]
+    rows += [[label, *(_auroc(part, label, width) for part in metrics)] for label in LABELS]
+    if any("trivial_auroc_any" in part for part in metrics):
+        counted = [format_metric(part.get("trivial_auroc_any"), 3) for part in metrics]
+        rows.append(["any, voxel counts", *counted])
+    rows.append(["log loss", *(format_metric(part["log_loss"]) for part in metrics)])
+    constant = [format_metric(part["baseline"]["prevalence"].get("log_loss")) for part in metrics]
+    rows.append(["  of prevalence", *constant])
+    return _fitted(rows, width)
+
+
+def _auroc(part: dict, label: str, width: int) -> str:
+    """Return the AUROC of a label, with its 95 % interval where there is one and room for it."""
+    text = format_metric(part["auroc"][label], 3)
+    intervals = (part.get("intervals") or {"metrics": {}})["metrics"]
+    interval = intervals.get(f"auroc/{label}")
+    if width < 60 or interval is None or interval["low"] is None:
+        return text
+    return f"{text} ({interval['low']:.3f}-{interval['high']:.3f})"
+
+
+def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
+    """Lay out the metrics of one split beside those of constant predictions.
+
+    Args:
+        metrics: as `ich_keras.evaluation.evaluate` returns them.
+        split: its name.
+        width: columns.
+    """
+    width = max(width, _LEAST_WIDTH)
+    parts = []
+    for level, part in metrics.items():
+        rows = summary_rows(part)
+        header = [f"{split}, per {level}", "model", "prevalence", "negative", "skill"]
+        labels = [
+            [
+                label,
+                f"{part['n']['positive'][label]:,}",
+                _auroc(part, label, width),
+                format_metric(part["per_label"][label]["ap"], 3),
+            ]
+            for label in LABELS
+        ]
+        parts.append(_fitted([header, *rows], width))
+        parts.append(_fitted([["label", "positive", "AUROC", "AP"], *labels], width))
+        if trivial_line(part):
+            parts.append(textwrap.fill(trivial_line(part), width))
+    parts.append(
+        textwrap.fill(
+            "prevalence, negative: a constant prediction of each label's prevalence, and of no"
+            " haemorrhage. skill: 1 - loss / loss of the prevalence.",
+            width,
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def prediction_table(series: pd.DataFrame, width: int) -> str:
+    """Lay out the probabilities of each series.
+
+    Args:
+        series: as `FolderPrediction.series`: series_instance_uid, verdict and one column per label.
+        width: columns of the terminal; a long UID loses its middle, a long verdict its end.
+
+    Returns:
+        At most `SHOWN_SERIES` rows, and how many there are beyond.
+    """
+    width = max(width, 60)
+    shown = series.iloc[:SHOWN_SERIES]
+    verdicts = [str(verdict) for verdict in shown["verdict"]]
+    longest_verdict = min(max(map(len, ["verdict", *verdicts])), _LONGEST_VERDICT)
+    longest_uid = max(map(len, ["series", *map(str, shown["series_instance_uid"])]))
+    names = list(LABELS)
+    # Names take as much room as they need; abbreviations that of a probability.
+    needed = sum(2 + max(len(name), 5) for name in names) + longest_verdict + 2
+    is_short = width < needed + min(longest_uid, 2 * _LEAST_UID)
+    gap = 1 if is_short else 2
+    if is_short:
+        names = [ABBREVIATIONS[name] for name in names]
+    numbers = sum(gap + max(len(name), 5) for name in names)
+    room = width - numbers - gap
+    longest_verdict = min(longest_verdict, room - _LEAST_UID)
+    rows = [["series", "verdict", *names]]
+    for row, verdict in zip(shown.itertuples(index=False), verdicts, strict=True):
+        values = row._asdict()
+        uid = shorten_middle(str(values["series_instance_uid"]), room - longest_verdict)
+        if len(verdict) > longest_verdict:
+            verdict = f"{verdict[: longest_verdict - 1]}…"
+        rows.append([uid, verdict, *(f"{values[label]:.3f}" for label in LABELS)])
+    lines = [text_table(rows, left=2, gap=gap)]
+    if is_short:
+        legend = ", ".join(f"{ABBREVIATIONS[name]} {name}" for name in LABELS if name != "any")
+        lines.append(textwrap.fill(f"{legend}.", width))
+    if len(series) > len(shown):
+        lines.append(f"{len(series) - len(shown):,} more series are in series.csv.")
+    return "\n".join(lines)
+
+
+def reject_lines(rejects: pd.DataFrame) -> list[str]:
+    """Return one line per reject code: how many files, and why.
+
+    Args:
+        rejects: with the column "code".
+    """
+    return [
+        f"  {count:,} rejects: {code}, {REJECT_CODES.get(code, 'an unknown code')}"
+        for code, count in rejects["code"].value_counts().items()
+    ]

@@ -1,0 +1,314 @@
+"""The one road from DICOM files and labels to a trained run: index, cache, plan, training.
+
+The command line, the demo and the experiments all take it. What already exists is used, never
+overwritten.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ich_keras.config import RunConfig
+from ich_keras.ct.series import SeriesIndex, index_folder
+from ich_keras.data.cache.cache import CTCache, build_cache
+from ich_keras.data.labels import join_labels, read_rsna_labels
+from ich_keras.errors import UsageError
+from ich_keras.files import require_absent
+from ich_keras.planning import TrainingPlan, plan_of
+from ich_keras.progress import Progress, Tell
+from ich_keras.recipe import Recipe
+from ich_keras.training import train
+
+_SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
+
+
+def prepare_index(
+    dicom: Path | str,
+    labels: Path | str | None = None,
+    limit_series: int | None = None,
+    workers: int = 0,
+    journal: Path | str | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> SeriesIndex:
+    """Index a folder and join its labels.
+
+    Args:
+        dicom: the folder.
+        labels: RSNA's csv; None leaves the index without labels.
+        limit_series: keep only this many series, the first ones.
+        workers: processes that read headers; 0 reads them in this one.
+        journal: a file from which an interrupted indexing continues.
+        progress: called as progress(step, done, total).
+        tell: called with lines about the index and the labels.
+
+    Raises:
+        UsageError: a path does not exist.
+        DataError: no CT slice in the folder, a faulty label file, or labels that match no image.
+    """
+    # The labels come first: a fault in them shows before the long walk through the folder.
+    table = None if labels is None else read_rsna_labels(labels)
+    index = index_folder(dicom, workers=workers, journal=journal, progress=progress)
+    if tell is not None:
+        tell(repr(index))
+    if table is not None:
+        index, join = join_labels(index, table)
+        if tell is not None:
+            tell(repr(table))
+            tell(str(join))
+    # Scouts and other planes do not count towards a limit.
+    return index if limit_series is None else first_series(index.usable(), limit_series)
+
+
+def first_series(index: SeriesIndex, count: int | None) -> SeriesIndex:
+    """Keep the first `count` series of an index (None: all)."""
+    if count is None:
+        return index
+    if count < 1:
+        raise UsageError(f"--limit-series is {count}; expected at least 1.")
+    series = index.series.iloc[:count]
+    slices = index.slices[index.slices["series_uid"].isin(series["series_uid"])]
+    return dataclasses.replace(
+        index, series=series.reset_index(drop=True), slices=slices.reset_index(drop=True)
+    )
+
+
+def open_cache(path: Path | str, labels: Path | str | None = None) -> CTCache:
+    """Open a cache with the labels of a csv, or with those it was built with.
+
+    Raises:
+        StaleError: not a complete cache.
+        DataError: a faulty label file, or labels that match no image.
+    """
+    table = None if labels is None else read_rsna_labels(labels)
+    return CTCache.open(path, labels=table)
+
+
+def make_cache(
+    index: SeriesIndex,
+    out: Path | str,
+    size: int,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> CTCache:
+    """Cache the usable series of an index; localizers and other planes become rejects."""
+    return build_cache(index.usable(), out, size, workers=workers, progress=progress)
+
+
+def cache_dicom(
+    dicom: Path | str,
+    labels: Path | str | None,
+    cache_dir: Path | str,
+    size: int,
+    index_dir: Path | str | None = None,
+    workers: int = 0,
+    journal: Path | str | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> CTCache:
+    """Index a folder, join its labels and cache it: the first half of the road.
+
+    Args:
+        dicom, labels, workers, journal, progress, tell: as of `prepare_index`.
+        cache_dir: a new folder.
+        size: rows and columns of a cached slice.
+        index_dir: a new folder that also receives the index; None keeps none.
+
+    Raises:
+        UsageError: a path does not exist, or a folder to write does.
+        DataError: as `prepare_index`.
+    """
+    index = prepare_index(
+        dicom, labels, workers=workers, journal=journal, progress=progress, tell=tell
+    )
+    if index_dir is not None:
+        index.save(index_dir)
+    return make_cache(index, cache_dir, size, workers=workers, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What is known before anything is written: `Preparation.train` does the rest.
+
+    Args:
+        config: what is asked for.
+        recipe: what was decided.
+        plan: what the training will do.
+        out: the new run folder.
+        cache_dir: where the cache is, or will be built.
+        cache: the cache; None when it has to be built.
+        index: what the cache is built from; None when only a cache was given.
+    """
+
+    config: RunConfig
+    recipe: Recipe
+    plan: TrainingPlan
+    out: Path
+    cache_dir: Path
+    cache: CTCache | None
+    index: SeriesIndex | None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache to build; 0 when there is one."""
+        if self.cache is not None or self.index is None:
+            return 0
+        return len(self.index.usable().slices) * self.recipe.inputs.cache_size**2 * 2
+
+    def lines(self) -> list[str]:
+        """Return what the training will do, one line each."""
+        plan, training = self.plan, self.recipe.training
+        lines = [
+            f"  {name:5} {plan.num_patients[name]:,} patients, {plan.num_series[name]:,} series,"
+            f" {plan.num_slices[name]:,} slices"
+            for name in plan.num_slices
+        ]
+        lines.append(
+            f"  {training.epochs} epochs of {plan.steps_per_epoch:,} steps,"
+            f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[self.recipe.inputs.view.kind]} each"
+        )
+        if training.accumulate > 1:
+            lines.append(
+                f"  {training.accumulate} batches of {training.batch_size} per optimiser step"
+            )
+        if plan.weights:
+            lines.append(f"  weights: {plan.weights}")
+        if plan.note:
+            lines.append(f"  {plan.note}")
+        return lines
+
+    def train(
+        self,
+        index_dir: Path | str | None = None,
+        workers: int = 0,
+        progress: Progress | None = None,
+        tell: Tell | None = None,
+    ) -> Path:
+        """Build the cache where there is none, and train.
+
+        Args:
+            index_dir: a new folder for the index; None keeps none.
+            workers: processes that cache; 0 caches in this one.
+            progress: called as progress(step, done, total).
+            tell: called with single lines of text.
+
+        Returns:
+            The run folder.
+        """
+        if index_dir is not None and self.index is not None:
+            self.index.save(index_dir)
+        cache = self.cache
+        if cache is None:
+            assert self.index is not None
+            cache = make_cache(
+                self.index, self.cache_dir, self.recipe.inputs.cache_size, workers, progress
+            )
+        return train(self.config, cache, self.out, progress=progress, tell=tell)
+
+
+def prepare_training(
+    config: RunConfig,
+    out: Path | str,
+    dicom: Path | str | None = None,
+    labels: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+    takes_cache_size: bool = False,
+    workers: int = 0,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> Preparation:
+    """Index and plan a training; nothing is written.
+
+    Args:
+        config: of the training.
+        out: the new run folder.
+        dicom: a folder of DICOM files; None needs a cache that exists.
+        labels: RSNA's csv; needed with `dicom`, otherwise those beside the cache are the default.
+        cache_dir: the cache, used when it exists; None is `cache_beside(out)`.
+        takes_cache_size: the input takes the size of an existing cache instead of the config's.
+        workers: processes that read headers; 0 reads them in this one.
+        progress: called as progress(step, done, total).
+        tell: called with lines about the index and the labels.
+
+    Raises:
+        UsageError: `out` exists, a path does not, or the cache is smaller than the input.
+        StaleError: the cache is incomplete, or holds other files than `dicom`.
+        DataError: as `prepare_index` and `plan_of`.
+    """
+    out = require_absent(out)
+    cache_dir = cache_beside(out) if cache_dir is None else Path(cache_dir)
+    tables: SeriesIndex | CTCache
+    if dicom is not None and labels is None:
+        raise UsageError("--labels is missing.", "Training needs --labels stage_2_train.csv.")
+    index = cache = None
+    if dicom is not None:
+        index = prepare_index(
+            dicom, labels, config.data.limit_series, workers, progress=progress, tell=tell
+        )
+    if cache_dir.exists():
+        cache = open_cache(cache_dir, labels)
+        if index is not None:
+            cache.require(index=index.usable())
+        if takes_cache_size:
+            data = dataclasses.replace(config.data, size=cache.size)
+            config = dataclasses.replace(config, data=data)
+        tables = cache
+    elif index is not None:
+        tables = index.usable()
+    else:
+        raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
+    recipe = Recipe.of(config, None if cache is None else cache.size)
+    plan = plan_of(tables.slices, tables.series, recipe)
+    return Preparation(config, recipe, plan, out, cache_dir, cache, index)
+
+
+def train_dicom(
+    config: RunConfig,
+    dicom: Path | str,
+    labels: Path | str,
+    out: Path | str,
+    cache_dir: Path | str | None = None,
+    index_dir: Path | str | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> Path:
+    """Take the whole road: DICOM files and labels to index, cache and trained run.
+
+    Args:
+        config: of the training; its size is that of the cache.
+        dicom: a folder of DICOM files.
+        labels: RSNA's csv.
+        out: the new run folder.
+        cache_dir: the cache, used when it exists; None is `cache_beside(out)`.
+        index_dir: a new folder that also receives the index; None keeps none.
+        workers: processes that read and cache; 0 works in this one.
+        progress: called as progress(step, done, total).
+        tell: called with single lines of text.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError, StaleError, DataError: as `prepare_training`.
+        DivergedError: as `train`.
+    """
+    preparation = prepare_training(
+        config, out, dicom, labels, cache_dir, workers=workers, progress=progress, tell=tell
+    )
+    if tell is not None:
+        for line in preparation.lines():
+            tell(line)
+        if preparation.plan.warning:
+            tell(f"Warning: {preparation.plan.warning}")
+    return preparation.train(index_dir, workers, progress, tell)
+
+
+def cache_beside(out: Path | str) -> Path:
+    """Return where the cache of a run lies when no place is given.
+
+    >>> cache_beside("/data/run1").name
+    'run1-cache'
+    """
+    # Beside the run, not in it: the next run on the same data uses it again.
+    path = Path(out).absolute()
+    return path.with_name(f"{path.name}-cache")
