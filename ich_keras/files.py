@@ -1,4 +1,4 @@
-"""Writing that survives a crash, locks and fingerprints: the only place that renames files."""
+"""Writes that survive a crash, locks and fingerprints: the only place that renames files."""
 
 import contextlib
 import errno
@@ -33,12 +33,12 @@ def replace(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, sync it, verify it and move it into place.
+    """Yield a temporary path; if the block succeeds, sync, verify and move the file into place.
 
-    For writers that want a path (h5py, Keras, pandas). The old file stays whole until the move.
+    For writers that want a path (h5py, Keras, pandas). An old file stays intact until the move.
 
     Args:
-        path: where the file shall lie.
+        path: where the finished file goes.
         verify: called with the temporary path after the sync; raises to refuse the file.
     """
     path = Path(path)
@@ -60,8 +60,14 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Write a whole file in one step: readers see the old content or the new, never a part.
 
     Args:
-        path: the file.
-        content: bytes, or text that is written as UTF-8.
+        path: the file; its folder is created when absent.
+        content: bytes, or text, which is written as UTF-8.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write(Path(folder) / "notes" / "a.txt", "new")
+    ...     (Path(folder) / "notes" / "a.txt").read_text()
+    'new'
     """
     with atomic_path(path) as temporary:
         raw = content.encode("utf-8") if isinstance(content, str) else content
@@ -69,12 +75,19 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
 
 
 def write_json(path: Path | str, content: object) -> None:
-    """Write JSON atomically; NaN and infinity are refused (they are not JSON)."""
+    """Write JSON in one step; NaN and infinity are refused, because they are not JSON.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(Path(folder) / "a.json", {"epochs": 6})
+    ...     read_json(Path(folder) / "a.json")
+    {'epochs': 6}
+    """
     atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> dict:
-    """Read one of our own JSON files.
+    """Read one of our own JSON files; see `write_json` for an example.
 
     Raises:
         StaleError: the file is absent or is not JSON.
@@ -95,13 +108,19 @@ def sha256_of(path: Path | str) -> str:
 
 
 def fingerprint(content: object) -> str:
-    """Return the SHA-256 of a JSON-able object, independent of the order of its keys."""
+    """Return the SHA-256 of an object that JSON can hold, whatever the order of its keys.
+
+    >>> fingerprint({"size": 256, "seed": 0}) == fingerprint({"seed": 0, "size": 256})
+    True
+    >>> fingerprint({"size": 256})[:12]
+    '73fc7272e792'
+    """
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def require_absent(path: Path | str) -> Path:
-    """Return the path when nothing is there yet (an empty folder is fine).
+    """Return the path if nothing is there yet (an empty folder is fine).
 
     Raises:
         UsageError: something is there; nothing is overwritten silently.
@@ -119,13 +138,14 @@ def require_absent(path: Path | str) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
-    """Make a folder before the work that fills it, rather than find out after it that it cannot be
-    made; when the block fails and has written nothing, it is taken away again, with parents that
-    were made for it.
+    """Create a folder before the work that fills it, so that a bad path fails at once.
+
+    If the block fails without having written anything, the folder is removed again, together with
+    the parents that were created for it.
 
     Raises:
         UsageError: something is there already.
-        EnvironmentProblem: it cannot be made.
+        EnvironmentProblem: it cannot be created.
     """
     path = require_absent(path)
     mine, is_done = [folder for folder in (path, *path.parents) if not folder.is_dir()], False
@@ -148,11 +168,11 @@ def require_free(folder: Path | str, needed: int) -> None:
     """Check the free disk space before a long write.
 
     Args:
-        folder: where will be written; it need not exist yet.
+        folder: where the files will go; it need not exist yet.
         needed: bytes.
 
     Raises:
-        EnvironmentProblem: less than that is free.
+        EnvironmentProblem: fewer bytes are free.
     """
     folder = Path(folder).resolve()
     while not folder.exists():

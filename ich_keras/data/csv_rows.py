@@ -1,4 +1,4 @@
-"""Reading CSV files that somebody else wrote: bounded, strict, refusals with line numbers."""
+"""Reading CSV files from elsewhere: bounded and strict, with line numbers in refusals."""
 
 import contextlib
 import csv
@@ -56,7 +56,7 @@ def first_few(items: list[str], count: int) -> str:
 
 
 class RowFaults:
-    """Collects what is wrong with the rows of a file: the first five in words, all by number."""
+    """Collects what is wrong with the rows of a file: describes the first five, counts all."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = path

@@ -1,11 +1,11 @@
-"""HU to network input: the one preprocessing, shared by training, prediction and benchmarks.
+"""HU to network input: the only preprocessing, shared by training, prediction and benchmarks.
 
 The order is HU -> resize -> windows -> (augmentation, training only) -> normalisation -> network.
-Normalisation comes last: augmentation clips to [0, 1], and on normalised values that would
-saturate blood (thesis fault 5). The thesis windows first and resizes after; a cache holds HU
-already resized, which moves 1-3 % of the head's pixels by more than 0.1 in the brain window. For
-its order use a cache at 512 and a smaller input size: `slice_windows` then windows at 512 and
-resizes linearly.
+Normalisation comes last: the library's augmentation clips to [0, 1], which would saturate blood in
+normalised values (thesis fault 5). The thesis applied the windows first and resized afterwards. A
+cache holds HU that are resized already, which moves 1-3 % of the head's pixels by more than 0.1 in
+the brain window. For the thesis's order, use a cache at 512 and a smaller input size:
+`slice_windows` then applies the windows at 512 and resizes linearly.
 """
 
 import functools
@@ -25,7 +25,12 @@ RESAMPLING = "pad-square-air/area-down/linear-up/1"
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Shift and scale of the stacked windows: (windows - mean) / std, one value per channel."""
+    """Shift and scale of the stacked windows: (windows - mean) / std, per channel.
+
+    Args:
+        name: for records; has no effect on the numbers.
+        mean, std: one value per channel, in units of the windows (0..1).
+    """
 
     name: str
     mean: tuple[float, ...]
@@ -66,6 +71,11 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
 
     Returns:
         int16 (size, size), HU.
+
+    >>> resize_hu(np.array([[0, 10], [20, 30]], np.int16), 1).tolist()
+    [[15]]
+    >>> resize_hu(np.array([[40, 40]], np.int16), 2).tolist()  # padded with air, -1024 HU
+    [[40, 40], [-1024, -1024]]
     """
     rows, columns = hu.shape
     if rows != columns:
@@ -92,6 +102,15 @@ def slice_windows(
 
     Returns:
         float32, the shape of `hu` (resized) with a last axis of len(windows), values 0..1.
+
+    Raises:
+        UsageError: resizing is needed, but the slices are not square.
+
+    >>> hu = np.array([[-1000, 40, 80]], np.int16)
+    >>> slice_windows(hu).shape
+    (1, 3, 3)
+    >>> slice_windows(hu)[0, :, 0].tolist()  # brain window: level 40, width 80
+    [0.0, 0.5, 1.0]
     """
     if hu.dtype == np.int16:
         stacked = np.take(_window_table(windows), hu.view(np.uint16), axis=0)
@@ -113,8 +132,8 @@ def slice_windows(
 
 @functools.lru_cache(maxsize=8)
 def _window_table(windows: tuple[Window, ...]) -> np.ndarray:
-    """Return all that 16 bits can hold, windowed: float32 (65536, windows), by HU read as
-    unsigned. Looking up takes a third of the time of computing, or less."""
+    """Return the windows of every 16-bit value: float32 (65536, windows), indexed by HU read as
+    unsigned. A lookup takes a third of the time of computing, or less."""
     hu = np.arange(2**16, dtype=np.uint16).view(np.int16)
     return np.stack([window(hu) for window in windows], axis=-1)
 
@@ -130,6 +149,10 @@ def normalise(
 
     Returns:
         float32 of the same shape.
+
+    >>> windows = np.array([[[0.5], [1.0]]], np.float32)
+    >>> normalise(windows, Normalisation("own", mean=(0.5,), std=(0.25,))).tolist()
+    [[[0.0], [2.0]]]
     """
     # By rows: numpy is slow along an axis of three.
     columns = math.prod(windows.shape[-2:-1])
@@ -148,9 +171,9 @@ def head_z_score(
 ) -> np.ndarray:
     """Shift and scale each slice, or volume, by the mean and standard deviation of its head.
 
-    MedicalNet's networks were trained on volumes normalised so, over the voxels that are not
-    background. It fills the background with noise of mean 0; here it is that mean, so that the
-    same image always gives the same answer.
+    MedicalNet's networks were trained on volumes normalised like this, over the voxels that are
+    not background. MedicalNet fills the background with noise of mean 0. Here it is 0 itself, so
+    that the same image always gives the same answer.
 
     Args:
         grey: float32 (..., rows, columns, 1), windowed by `window`.
@@ -160,17 +183,21 @@ def head_z_score(
         above_hu: what is denser than this is head, HU.
 
     Returns:
-        float32 of the same shape; 0 outside the head, and everywhere where there is none.
+        float32 of the same shape; 0 outside the head, and everywhere if there is no head.
 
     Source:
         MedicalNet's reader (datasets/brains18.py): z-score over the voxels above 0.
+
+    >>> hu = np.array([[-1000, 0, 100]], np.int16)
+    >>> head_z_score(slice_windows(hu, windows=(WIDE,)))[0, 1:, 0].round(3).tolist()
+    [-1.0, 1.0]
     """
     axes = (-4, -3, -2, -1) if is_volume else (-3, -2, -1)
     head = grey > (above_hu - window.low) / window.width
     count = np.maximum(head.sum(axes, keepdims=True), 1)
     mean = (grey * head).sum(axes, keepdims=True, dtype=np.float64) / count
     variance = (((grey - mean) ** 2) * head).sum(axes, keepdims=True) / count
-    # A head of one single value has no spread: it is its own mean.
+    # A head with a single value has no spread: it equals its mean.
     spread = np.where(variance > 0, np.sqrt(variance), 1.0)
     return ((grey - mean) / spread * head).astype(np.float32)
 
@@ -183,6 +210,15 @@ class Intensity:
         name: a key of `INTENSITIES`, or a name of your own.
         windows: one channel each; augmentation sees them, 0..1.
         normalisation: from the windows to the network's input.
+
+    Raises:
+        UsageError: the numbers of windows, means and deviations do not agree.
+
+    >>> bone = Intensity("bone", (Window(600, 2800),), Normalisation("own", (0.3,), (0.2,)))
+    >>> bone.channels
+    1
+    >>> Intensity.from_dict(bone.to_dict()) == bone
+    True
     """
 
     name: str
@@ -271,10 +307,13 @@ INTENSITIES = {
 
 
 def intensity_of(chosen: "str | Intensity") -> Intensity:
-    """Look an intensity up by name; one that is given by value stays as it is.
+    """Look an intensity up by name; an `Intensity` is returned as it is.
 
     Raises:
         UsageError: unknown name.
+
+    >>> intensity_of("wide").windows
+    (Window(level=-300, width=1400),)
     """
     if isinstance(chosen, Intensity):
         return chosen
@@ -296,6 +335,9 @@ def slice_input(
     Returns:
         float32 (..., rows, columns, channels): for "windows" the brain, subdural and soft-tissue
         window, normalised with the thesis's mean and standard deviation.
+
+    >>> slice_input(np.zeros((2, 64, 64), np.int16), size=32).shape
+    (2, 32, 32, 3)
     """
     chosen = intensity_of(intensity)
     return chosen.normalise(slice_windows(hu, size, chosen.windows), False)
@@ -309,10 +351,13 @@ def volume_input(
     Args:
         hu: int16 (..., slices, rows, columns), HU; `AIR_HU` throughout where a stack has no slice.
         size: rows and columns of the network's input; None keeps those of `hu`.
-        intensity: a key of `INTENSITIES`.
+        intensity: a key of `INTENSITIES`, or an `Intensity`.
 
     Returns:
         float32 (..., slices, rows, columns, channels).
+
+    >>> volume_input(np.zeros((5, 64, 64), np.int16), size=32).shape
+    (5, 32, 32, 1)
     """
     chosen = intensity_of(intensity)
     return chosen.normalise(slice_windows(hu, size, chosen.windows), True)
@@ -321,7 +366,7 @@ def volume_input(
 def stack_slices(
     hu: np.ndarray, positions: np.ndarray, shifts: np.ndarray | None = None
 ) -> np.ndarray:
-    """Put slices where a sample wants them.
+    """Stack the slices of a sample, with air where it has none.
 
     Args:
         hu: int16 (n, rows, columns), HU.
@@ -330,6 +375,10 @@ def stack_slices(
 
     Returns:
         int16 (slices, rows, columns), HU; a copy.
+
+    >>> hu = np.array([[[10]], [[20]]], np.int16)
+    >>> stack_slices(hu, np.array([-1, 1, 0])).ravel().tolist()
+    [-1024, 20, 10]
     """
     stack = np.full((len(positions), *hu.shape[1:]), AIR_HU, hu.dtype)
     for place, position in enumerate(positions):

@@ -1,7 +1,7 @@
-"""The label table: RSNA's CSV in, six int8 columns per image out, every doubt refused.
+"""The label table: RSNA's CSV in, six int8 columns per image out; doubtful files are refused.
 
-A slice that is in the index but not in the label table gets `UNLABELLED` (-1) in all six columns:
-it stays in place as a neighbour of other slices, and no split ever holds it.
+A slice that is in the index but not in the label table gets `UNLABELLED` (-1) in all six columns.
+It stays in place as a neighbour of other slices, but no split holds it.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 UNLABELLED = -1
 
 HEADER = ["ID", "Label"]
-# 0.0 and 1.0 are what pandas writes when a column of 0 and 1 once held a hole.
+# pandas writes 0.0 and 1.0 when a column of 0 and 1 once had a missing value.
 VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 _COLUMNS = {name: column for column, name in enumerate(LABELS)}
@@ -77,12 +77,12 @@ class LabelTable:
 
 @dataclasses.dataclass(frozen=True)
 class LabelJoin:
-    """How a label table and an index met.
+    """How a label table and an index match.
 
     Attributes:
         num_labelled: slices with labels.
-        num_unlabelled: slices without; they stay in the table, and out of every split.
-        num_labels_unused: rows of the label table whose image is not there.
+        num_unlabelled: slices without labels; they stay in the table, and out of every split.
+        num_labels_unused: rows of the label table without an image.
         unlabelled_examples, unused_examples: the first few SOPInstanceUIDs of either kind.
     """
 
@@ -103,7 +103,7 @@ def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> 
     """Read RSNA's label file: one row per image and label, `<SOPInstanceUID>_<label>,<0 or 1>`.
 
     The order of rows does not matter. Identical rows are merged and counted (RSNA's file has 24).
-    Everything else that is odd is refused with line numbers: a header other than `ID,Label`, other
+    Anything else unusual is refused with line numbers: a header other than `ID,Label`, other
     columns, an unknown label, a value other than 0, 1, 0.0 or 1.0, two rows that contradict each
     other, an image that lacks one of its six rows, `any` that is not the OR of the five subtypes.
 
@@ -115,6 +115,15 @@ def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> 
     Raises:
         UsageError: the file cannot be opened.
         DataError: its content is refused; the message names the first lines.
+
+    >>> import tempfile
+    >>> rows = [f"ID_1_{name},{int(name in ('subdural', 'any'))}" for name in LABELS]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "labels.csv"
+    ...     _ = path.write_text("\\n".join(["ID,Label", *rows]))
+    ...     labels = read_rsna_labels(path)
+    >>> len(labels), labels.num_positive["subdural"], labels.num_positive["epidural"]
+    (1, 1, 0)
     """
     with open_csv(path) as reader:
         header = next(reader, None)
@@ -139,9 +148,9 @@ def _read_rows(
     reader: CsvRows, path: Path | str
 ) -> tuple[list[str], np.ndarray, np.ndarray, int, int]:
     """Return UIDs, int8 values (images, 6) with -1 where no row was seen, the rows' line numbers
-    (images, 6), and how many rows and duplicates there were.
+    (images, 6), and the numbers of rows and duplicates.
 
-    One pass with a dict: pandas needs three times the time and five times the memory for this.
+    One pass with a dict: pandas needs three times the time and five times the memory.
     """
     positions: dict[str, int] = {}
     found = array("b")
@@ -236,6 +245,10 @@ def is_labelled(slices: pd.DataFrame) -> np.ndarray:
 
     Raises:
         DataError: no labels were joined to this table.
+
+    >>> table = pd.DataFrame({name: [0, UNLABELLED] for name in LABELS})
+    >>> is_labelled(table).tolist()
+    [True, False]
     """
     absent = [name for name in LABELS if name not in slices.columns]
     if absent:
@@ -258,6 +271,10 @@ def series_labels(slices: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         DataError: no labels were joined to this table.
+
+    >>> slices = pd.DataFrame({name: [0, 1, UNLABELLED] for name in LABELS})
+    >>> series_labels(slices.assign(series_uid=["a", "a", "b"]))["any"].to_dict()
+    {'a': 1, 'b': -1}
     """
     is_labelled(slices)
     return slices.groupby("series_uid", sort=False)[list(LABELS)].max()
@@ -274,6 +291,12 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
 
     Raises:
         DataError: no label belongs to any of the images.
+
+    >>> table = pd.DataFrame({name: [1] for name in LABELS}, index=["ID_1"], dtype="int8")
+    >>> labels = LabelTable(table, "labels.csv", num_rows=6)
+    >>> slices, join = attach_labels(pd.DataFrame({"sop_instance_uid": ["ID_2", "ID_1"]}), labels)
+    >>> slices["any"].tolist(), join.num_unlabelled
+    ([-1, 1], 1)
     """
     uids = slices["sop_instance_uid"]
     positions = labels.table.index.get_indexer(pd.Index(uids))

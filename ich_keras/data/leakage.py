@@ -1,6 +1,4 @@
-"""What should not be in a data set or between its splits: shared patients, equal pixels, labels
-that contradict each other.
-"""
+"""Faults of a data set and its splits: shared patients, equal pixels, contradictory labels."""
 
 import hashlib
 from itertools import combinations
@@ -17,7 +15,7 @@ from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.progress import Progress
 
 _AT_ONCE = 256  # slices in memory
-_HEAD_PIXELS = 0.02  # of a slice: less than that is no head
+_HEAD_PIXELS = 0.02  # of a slice: with fewer it shows no head
 SAME_PLACE_MM = 0.01
 
 
@@ -34,9 +32,9 @@ def audit_data(
         progress: called as progress("comparing", slices done, all slices).
 
     Returns:
-        JSON-able: "labels" (`label_faults`), "equal_pixels" (`equal_slices`, counted), and with a
-        split "split" (`count_split`) and "leaks": one sentence per kind of leak, or of what hides
-        one; empty for a clean split.
+        Ready for JSON: "labels" (`label_faults`), "equal_pixels" (`equal_slices`, counted), and
+        with a split "split" (`count_split`) and "leaks": one sentence per kind of leak, or of what
+        may hide one; empty for a clean split.
 
     Raises:
         DataError: a part of the split is empty, or there are no labels.
@@ -109,7 +107,7 @@ def label_faults(slices: pd.DataFrame) -> dict:
         slices: the slice table, with labels.
 
     Returns:
-        JSON-able: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled" (slices),
+        Ready for JSON: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled" (slices),
         "partly_labelled_series", and "same_place_other_labels": pairs of neighbouring slices of a
         series at one position with different labels.
 

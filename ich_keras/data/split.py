@@ -43,6 +43,17 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
     Raises:
         UsageError: neither a name nor a file.
         DataError: the split cannot be made, or leaks (see `audit`).
+
+    >>> slices = pd.DataFrame({name: [0, 1] * 10 for name in LABELS}).assign(
+    ...     sop_instance_uid=[f"ID_{number}" for number in range(20)]
+    ... )
+    >>> for key in ("series_uid", "study_instance_uid", "patient_id"):
+    ...     slices[key] = [f"{key}-{number // 2}" for number in range(20)]  # ten patients
+    >>> split = make_split("patient", slices, seed=0)
+    >>> split
+    Split('patient', seed=0, series_uid: train 7, valid 2, test 1)
+    >>> split.indices(slices, "valid").tolist()
+    [2, 3, 12, 13]
     """
     split = find_split(name_or_path, slices, seed)
     audit(split, slices)
@@ -50,7 +61,7 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
 
 
 def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:
-    """Make or read a split as `make_split` does, without looking whether it leaks."""
+    """Make or read a split as `make_split` does, without checking whether it leaks."""
     name = str(name_or_path)
     if name == "patient":
         split = split_by_patient(slices, seed)
@@ -115,7 +126,7 @@ def split_by_patient(
 
 
 def split_none(slices: pd.DataFrame) -> Split:
-    """Put every labelled slice into train, valid and test alike, to overfit deliberately."""
+    """Put every labelled slice into train, valid and test alike, for deliberate overfitting."""
     series = slices.loc[is_labelled(slices), "series_uid"].unique()
     everything = tuple(sorted(series))
     require_members({"train": everything}, "none")

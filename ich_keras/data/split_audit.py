@@ -1,4 +1,4 @@
-"""Who leaks: what the parts of a split hold, and what two of them share."""
+"""Leaks between the parts of a split: what each part holds, and what two of them share."""
 
 from itertools import combinations
 
@@ -48,7 +48,7 @@ def count_split(split: Split, slices: pd.DataFrame) -> dict:
     """Count what is in each part and what two parts share.
 
     Returns:
-        JSON-able: {"parts": {"train": {"patients": n, "studies": n, "series": n, "slices": n,
+        Ready for JSON: {"parts": {"train": {"patients": n, "studies": n, "series": n, "slices": n,
         "positive": {"epidural": n, ...}}, ...}, "shared": {"train/valid": {"patients": n, ...},
         ...}, "left_out": labelled slices in no part, "unlabelled": slices without labels}.
 
@@ -61,7 +61,7 @@ def count_split(split: Split, slices: pd.DataFrame) -> dict:
     num_labelled = int(np.count_nonzero(is_labelled(slices)))
     return {
         "parts": {part: _count(table) for part, table in tables.items()},
-        # "" is no patient and no study: it is shared by those of whom nothing is known.
+        # "" is not a patient or a study: slices without an identifier share it.
         "shared": {
             f"{one}/{other}": {
                 group: len(uids - {""})

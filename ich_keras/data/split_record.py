@@ -45,11 +45,14 @@ class Split:
 
     Attributes:
         name: one of `NAMES`, or "file:<file name>".
-        seed: what the draw depended on; None where nothing was drawn.
+        seed: of the draw; None if nothing was drawn.
         key: the column of the slice table that `members` name: series_uid or sop_instance_uid.
         members: per split a sorted tuple of UIDs.
         warning: what is wrong with the metrics of such a split; "" for a clean one.
-        note: what was left out, counted; "" when nothing was.
+        note: what was left out, with counts; "" if nothing was.
+
+    >>> Split("patient", 0, "series_uid", {"train": ("a", "b"), "valid": ("c",), "test": ("d",)})
+    Split('patient', seed=0, series_uid: train 2, valid 1, test 1)
     """
 
     name: str
@@ -88,7 +91,7 @@ class Split:
 
         Raises:
             StaleError: the file is absent or is not JSON.
-            DataError: it is something else than a split of this version.
+            DataError: it is not a split of this version.
         """
         content = files.read_json(path)
         names = {field.name for field in dataclasses.fields(cls)}

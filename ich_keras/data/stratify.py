@@ -8,15 +8,15 @@ def stratify(
 ) -> np.ndarray:
     """Assign patients to splits.
 
-    The rarest label first, its patients go one by one, large ones first, to the split
-    that most lacks the label; patients without any label come last. Added to the source:
+    Labels are taken rarest first. The patients with the label go one by one, large ones first, to
+    the split that most lacks it. Patients without any label come last. Added to the source:
 
     - What a split lacks is relative to its fraction and rounded without favour (Sainte-Lague:
       the lowest (count + 1/2) / fraction is next). By absolute numbers, as in the source, the
       largest split would take all the large patients.
     - A split that has no patient with the label yet goes first, so that no part lacks a label that
       three patients have; and no split stays empty.
-    - Ties, and patients without any label, go by patients and slices together.
+    - Ties, and patients without any label, are decided by patients and slices together.
 
     Args:
         positive: int (patients, labels), 0 or 1.
@@ -30,6 +30,13 @@ def stratify(
     Source:
         Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-label Data, ECML PKDD 2011,
         algorithm 1; here over patients.
+
+    >>> positive = np.array([[1], [1], [0], [0], [0], [0]])
+    >>> parts = stratify(
+    ...     positive, np.full(6, 10), np.array([0.5, 0.5]), np.random.default_rng(0)
+    ... )
+    >>> [int(positive[parts == part].sum()) for part in (0, 1)]  # one positive patient each
+    [1, 1]
     """
     num_patients, num_labels = positive.shape
     parts = np.full(num_patients, -1)

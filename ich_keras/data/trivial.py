@@ -1,7 +1,7 @@
 """The detector to beat: counting bright voxels inside the skull.
 
 A network that sees no more than "many voxels at 50 to 80 HU" has learnt nothing about shape or
-place. The demo and the reports print this detector beside the network, trained on the same slices.
+place. The demo and the reports show this detector beside the network, trained on the same slices.
 """
 
 import cv2
@@ -25,14 +25,20 @@ BAND_EDGES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 150, 300)
 def inside_skull(hu: np.ndarray) -> np.ndarray:
     """Return what bone encloses in a slice, without the bone and without a margin of one voxel.
 
-    What cannot be reached from the border of the image without crossing bone is inside. A skull
-    with a gap (lowest slices) encloses nothing; so does a slice above the head.
+    A voxel is inside if no path leads to it from the border of the image without crossing bone. A
+    skull with a gap (lowest slices) encloses nothing, and neither does a slice above the head.
 
     Args:
         hu: int16 (rows, columns), HU.
 
     Returns:
         bool (rows, columns).
+
+    >>> hu = np.full((7, 7), -1000, np.int16)
+    >>> hu[1:6, 1:6] = 1000  # bone
+    >>> hu[2:5, 2:5] = 40  # brain
+    >>> int(inside_skull(hu).sum())
+    1
     """
     bone = np.pad(hu > BONE_HU, 1).astype(np.uint8)
     outside = bone.copy()
@@ -47,7 +53,7 @@ def hu_band_counts(hu: np.ndarray, pixel_area_mm2: float | None = None) -> np.nd
 
     Args:
         hu: int16 (slices, rows, columns), HU.
-        pixel_area_mm2: makes areas of the counts, so that pixel sizes may differ.
+        pixel_area_mm2: turns counts into areas, so that pixel sizes may differ.
 
     Returns:
         float64 (slices, bands), in voxels or mm2; bands are [low, high) of `BAND_EDGES`.

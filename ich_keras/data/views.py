@@ -38,6 +38,17 @@ class View:
             first and the last among them) or "middle". Shorter ones get air, half on either side.
         tilted: series with the verdict "tilted" in slabs and series: "keep", "skip", or "deshear",
             which moves each slice within its plane until the stack is upright.
+
+    Raises:
+        UsageError: an unknown word, a number of slices that does not fit, or a setting that has no
+            meaning for this view.
+
+    >>> View("slab", 3).positions(length=2).tolist()  # -1 is air
+    [[-1, 0, 1], [0, 1, -1]]
+    >>> View("slab", 3, edge="repeat").positions(length=2).tolist()
+    [[0, 0, 1], [0, 1, 1]]
+    >>> View("series", 4).positions(length=7).tolist()
+    [[0, 2, 4, 6]]
     """
 
     kind: str = "slice"
@@ -113,7 +124,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The samples of a data set under one view.
+    """The samples of a data set in one view.
 
     Args:
         view: what a sample is.
@@ -142,13 +153,13 @@ class Samples:
         Args:
             slices: the table that the samples were made of.
             rows: int (n,), rows of it: those of a split.
-            part: what they are called in an error.
+            part: how an error message calls them.
 
         Returns:
             int64, ascending for series, in the order of `rows` otherwise; without unusable ones.
 
         Raises:
-            DataError: only some of the labelled slices of a series are among them; or none that
+            DataError: only some of the labelled slices of a series are among them, or no sample
                 is usable.
         """
         rows = np.asarray(rows, np.int64)
@@ -162,7 +173,7 @@ class Samples:
         return kept
 
     def usable_rows(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
-        """Leave out the slices of what is skipped.
+        """Leave out the slices of skipped samples.
 
         Args:
             slices: the table that the samples were made of.
@@ -187,7 +198,7 @@ class Samples:
 
 
 def series_of_rows(slices: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the series that some slices belong to, and which of them they tear apart.
+    """Return the series that some slices belong to, and which of those are only partly covered.
 
     Args:
         slices: the table, series after series.
@@ -207,7 +218,7 @@ def series_of_rows(slices: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, 
 
 
 def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samples:
-    """Lay a view over the tables of an index or a cache.
+    """Find the samples of a view in the tables of an index or a cache.
 
     Args:
         slices: one row a slice, series after series, each inferior to superior.
@@ -216,6 +227,13 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
 
     Raises:
         StaleError: `deshear` needs the shear of each series, which older tables lack.
+
+    >>> slices = pd.DataFrame({"series_uid": ["a", "a", "b"]})
+    >>> series = pd.DataFrame({"num_slices": [2, 1], "verdict": ["ok", "tilted"]})
+    >>> make_samples(slices, series, View("slab", 3)).rows.tolist()  # never across series
+    [[-1, 0, 1], [0, 1, -1], [-1, 2, -1]]
+    >>> make_samples(slices, series, View("series", 2, tilted="skip")).usable.tolist()
+    [True, False]
     """
     lengths = series["num_slices"].to_numpy()
     starts = np.cumsum(lengths) - lengths
@@ -261,7 +279,7 @@ def _shifts(
     places = along[:, np.newaxis] * shear
     is_air = rows == AIR
     found = places[rows]
-    # The middle of what is there, so that the head stays in the picture.
+    # Around the middle of the slices that exist, so that the head stays in the picture.
     count = np.maximum((~is_air).sum(axis=1), 1)[:, np.newaxis, np.newaxis]
     middle = np.where(is_air[..., np.newaxis], 0.0, found).sum(axis=1, keepdims=True) / count
     return np.where(is_air[..., np.newaxis], 0.0, found - middle)
