@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.tables import csv_text
+from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels
 from ich_keras.data.split import SPLITS, Split
@@ -166,8 +166,8 @@ def _metrics(
     prevalence: dict[str, list[float]],
 ) -> dict:
     """Score both levels; what has to be chosen is chosen on the validation split and kept."""
-    # Without a PatientID (only splits by name allow that) each series stands for itself.
-    patients = rows["patient_id"].where(rows["patient_id"] != "", rows["series_uid"]).to_numpy()
+    # Only splits by name allow slices without a PatientID.
+    patients = patient_or_series(rows).to_numpy()
     levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
     choices = run.choices()
     # Once: predictions and the metrics of other splits stand on them.

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.ct.dicom import read_hu
+from ich_keras.ct.rejects import (
+    REJECTS_FILE,
+    Reject,
+    RejectedFile,
+    joined,
+    nothing_usable,
+    rejects_kept,
+)
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.inputs import resize_hu, slice_input, stack_slices, volume_input
 from ich_keras.data.views import Samples, make_samples
-from ich_keras.errors import DataError, EnvironmentProblem, RejectedFile
+from ich_keras.errors import EnvironmentProblem
 from ich_keras.files import atomic_write, new_folder
 from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
@@ -32,6 +40,10 @@ from ich_keras.run_folder import SYNTHETIC, RunFolder
 AHEAD_BYTES = 2**30  # of series that workers have read and the network has not seen
 # What says which slice a row of predictions is about.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
+# How a person finds it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
+PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
+TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
+NOTICE_FILE = "notice.txt"
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,8 @@ class FolderPrediction:
     """What `predict_folder` found.
 
     Args:
-        slices: one row per slice: `SLICE_COLUMNS` and six probabilities; None for a run on whole
-            series, which says nothing about single slices.
+        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and six probabilities; None for
+            a run on whole series, which says nothing about single slices.
         series: one row per series: its UID, number of slices, verdict, and its six probabilities:
             those of its slices by the run's rule, or those of a run on whole series.
         rejects: one row per file that could not be used.
@@ -98,14 +110,14 @@ def predict_index(
         progress: called as progress("predicting", done, total).
 
     Raises:
-        DataError: nothing could be predicted.
+        NothingUsable: nothing could be predicted; its `rejects` say why.
         EnvironmentProblem: a worker process died.
     """
     inputs, view = recipe.inputs, recipe.inputs.view
     batch_size = batch_size or recipe.training.batch_size
     index = index.usable()
     kept: list[np.ndarray] = []
-    rejects: list[tuple[str, str, str]] = []
+    rejects: list[Reject] = []
     rows = index.slices.groupby("series_uid", sort=False).indices
     paths = index.slices["container"].to_numpy()
 
@@ -124,7 +136,7 @@ def predict_index(
             if not len(usable):
                 detail = f"series {series.series_uid} is tilted"
                 # The others are rejects already.
-                rejects.extend((p, "TILTED", detail) for p in table.loc[found, "container"])
+                rejects.extend(Reject(p, "TILTED", detail) for p in table.loc[found, "container"])
                 continue
             kept.append(found)
             for start in range(0, len(usable), batch_size):
@@ -135,29 +147,25 @@ def predict_index(
     with _reading(inputs.cache_size, len(rows), longest, workers) as read:
         batches = _full_batches(parts(read), batch_size)
         values = probabilities(model, batches, total, progress)
-    rejected = pd.DataFrame(rejects, columns=list(index.rejects.columns))
-    rejected = pd.concat([index.rejects, rejected]) if rejects else index.rejects
+    rejected = joined(index.rejects, rejects)
     if not kept:
-        counts = ", ".join(f"{n} {code}" for code, n in rejected["code"].value_counts().items())
-        raise DataError(
-            f"no slice of {len(rejected)} files could be predicted.",
-            f"Rejected: {counts}; the first: {rejected['path'].iloc[0]}:"
-            f" {rejected['detail'].iloc[0]}"
-            if counts
-            else "There is no usable slice.",
+        raise nothing_usable(
+            f"no slice of {len(rejected):,} files could be predicted",
+            rejected,
+            "There is no usable slice.",
         )
     slices = index.slices.loc[np.concatenate(kept)]
     if view.kind == "series":
         table = None
         series = _series_predictions(slices, values)
     else:
-        table = probability_table(slices, values)
+        table = _with_places(probability_table(slices, values), slices)
         series = _aggregated(table, rule)
     kept_rows = index.slices.index.isin(slices.index)
     return FolderPrediction(
         table,
         _with_verdicts(series, index, kept_rows),
-        rejected.sort_values("path").reset_index(drop=True),
+        rejected,
     )
 
 
@@ -185,14 +193,11 @@ def _reading(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_series(
-    size: int, paths: list[str]
-) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+def _read_series(size: int, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
     """Read what can be read of one series.
 
     Returns:
-        (HU, int16 (n, size, size); which of the files they are, bool (len(paths),); path, code and
-        detail of the others).
+        (HU, int16 (n, size, size); which of the files they are, bool (len(paths),); the others).
     """
     hu, rejects = [], []
     is_read = np.zeros(len(paths), bool)
@@ -200,7 +205,7 @@ def _read_series(
         try:
             hu.append(resize_hu(read_hu(path), size))
         except RejectedFile as reject:
-            rejects.append((path, reject.code, reject.detail))
+            rejects.append(Reject.of(path, reject))
         else:
             is_read[number] = True
     return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), is_read, rejects
@@ -245,6 +250,14 @@ def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFram
     return series.rename_axis("series_instance_uid")
 
 
+def _with_places(table: pd.DataFrame, slices: pd.DataFrame) -> pd.DataFrame:
+    """Add what a person needs to find a slice in a viewer."""
+    for place, name in enumerate(PLACE_COLUMNS, len(SLICE_COLUMNS)):
+        column = slices["container" if name == "path" else name].to_numpy()
+        table.insert(place, name, column)
+    return table
+
+
 def _with_verdicts(series: pd.DataFrame, index: SeriesIndex, kept: np.ndarray) -> pd.DataFrame:
     verdicts = index.series.set_index("series_uid")["verdict"]
     verdicts[:] = verdicts_after_reading(verdicts, index.slices, kept)
@@ -267,8 +280,8 @@ def predict_folder(
         run_dir: a finished run.
         dicom_dir: any folder; what is not a usable slice is listed in `rejects`.
         out: a new folder for predictions.csv (not for a run on whole series), series.csv,
-            rejects.csv and README.txt, which says what the network was trained on; None writes
-            nothing.
+            rejects.csv and notice.txt, which says what the network was trained on; None writes
+            nothing. A folder without a usable slice leaves rejects.csv alone.
         batch_size: samples a step; None takes that of the run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
@@ -277,19 +290,37 @@ def predict_folder(
     Raises:
         UsageError: `out` exists, or `dicom_dir` does not.
         StaleError: `run_dir` is not a finished run.
-        DataError: not one usable slice.
+        NothingUsable: not one usable slice; its `rejects` say why.
         EnvironmentProblem: a worker process died.
     """
     run = RunFolder.at(run_dir).require_finished()
+    is_synthetic = bool(run.data().get(SYNTHETIC))
     with contextlib.nullcontext() if out is None else new_folder(out) as folder:
-        index = index_folder(dicom_dir, workers=workers, progress=progress)
-        recipe, model = load_run(run, device)
-        result = predict_index(model, index, recipe, run.rule(), batch_size, workers, progress)
-        if run.data().get(SYNTHETIC):
-            result = replace(result, notice=f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}")
+        with rejects_kept(folder):
+            index = index_folder(dicom_dir, workers=workers, progress=progress)
+            recipe, model = load_run(run, device)
+            result = predict_index(model, index, recipe, run.rule(), batch_size, workers, progress)
+        notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL
+        trained_on = "drawn phantoms only" if is_synthetic else "head CT"
+        slices = result.slices
+        if slices is not None:
+            root = Path(dicom_dir).absolute()
+            slices = slices.assign(
+                path=[_inside(path, root) for path in slices["path"]], **{TRAINED_ON: trained_on}
+            )
+        result = FolderPrediction(
+            slices, result.series.assign(**{TRAINED_ON: trained_on}), result.rejects, notice
+        )
         if folder is not None:
-            if result.slices is not None:
-                atomic_write(folder / "predictions.csv", csv_text(result.slices))
+            if slices is not None:
+                atomic_write(folder / "predictions.csv", csv_text(slices))
             atomic_write(folder / "series.csv", csv_text(result.series))
-            atomic_write(folder / "rejects.csv", csv_text(result.rejects))
+            atomic_write(folder / REJECTS_FILE, csv_text(result.rejects))
+            atomic_write(folder / NOTICE_FILE, f"{notice}\n")
     return result
+
+
+def _inside(path: str, root: Path) -> str:
+    """Return a path as seen from the folder that was predicted."""
+    place = Path(path)
+    return str(place.relative_to(root)) if place.is_relative_to(root) else path

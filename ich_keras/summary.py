@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich_keras.errors import REJECT_CODES
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import format_metric
 from ich_keras.report import summary_rows, trivial_line
@@ -199,15 +198,3 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
     if len(series) > len(shown):
         lines.append(f"{len(series) - len(shown):,} more series are in series.csv.")
     return "\n".join(lines)
-
-
-def reject_lines(rejects: pd.DataFrame) -> list[str]:
-    """Return one line per reject code: how many files, and why.
-
-    Args:
-        rejects: with the column "code".
-    """
-    return [
-        f"  {count:,} rejects: {code}, {REJECT_CODES.get(code, 'an unknown code')}"
-        for code, count in rejects["code"].value_counts().items()
-    ]

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.rejects import rejects_kept
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
@@ -241,9 +242,10 @@ def prepare_training(
         raise UsageError("--labels is missing.", "Training needs --labels stage_2_train.csv.")
     index = cache = None
     if dicom is not None:
-        index = prepare_index(
-            dicom, labels, config.data.limit_series, workers, progress=progress, tell=tell
-        )
+        with rejects_kept(out):
+            index = prepare_index(
+                dicom, labels, config.data.limit_series, workers, progress=progress, tell=tell
+            )
     if cache_dir.exists():
         cache = open_cache(cache_dir, labels)
         if index is not None:

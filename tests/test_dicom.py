@@ -28,8 +28,8 @@ from pydicom.uid import (
 from tiny_dicom import tiny_dataset, tiny_file, tiny_values, to_bytes
 
 from ich_keras.ct.dicom import read_header, read_hu, read_slice
+from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
 from ich_keras.ct.window import BRAIN
-from ich_keras.errors import REJECT_CODES, RejectedFile
 
 IMPLICIT = "1.2.840.10008.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"

@@ -13,8 +13,9 @@ import pytest
 
 from ich_keras import errors, files
 from ich_keras.config import RunConfig
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.environment import choose_backend, choose_device, decoders, versions
-from ich_keras.errors import EnvironmentProblem, RejectedFile, StaleError, UsageError
+from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.processes import map_ahead
 
 

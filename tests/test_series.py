@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tiny_dicom import AXIAL, tiny_dataset, tiny_file, to_bytes
 
 from ich_keras.ct import walk
-from ich_keras.ct.geometry import slice_normal, tilt_degrees, verdict
+from ich_keras.ct.geometry import slice_normal, tilt_degrees
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import REJECT_COLUMNS, SERIES_COLUMNS, SLICE_COLUMNS, make_table
+from ich_keras.ct.verdict import verdict
 from ich_keras.ct.walk import read_all
 from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
 from ich_keras.workflow import prepare_index

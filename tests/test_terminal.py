@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ich_keras.errors import REJECT_CODES
 from ich_keras.labels import LABELS
 from ich_keras.summary import (
     evaluation_summary,
@@ -401,12 +400,15 @@ def test_a_table_of_predictions():
 
 
 def test_rejects_are_counted_with_their_reason():
-    from ich_keras.summary import reject_lines
+    from ich_keras.ct.rejects import Reject, reject_table, summary
 
-    rejects = pd.DataFrame({"code": ["NOT_DICOM", "TRUNCATED", "NOT_DICOM"]})
-    assert reject_lines(rejects) == [
-        f"  2 rejects: NOT_DICOM, {REJECT_CODES['NOT_DICOM']}",
-        f"  1 rejects: TRUNCATED, {REJECT_CODES['TRUNCATED']}",
+    codes = {"b": "NOT_DICOM", "c": "TRUNCATED", "a": "NOT_DICOM"}
+    table = reject_table(Reject(path, code, f"{path} is odd") for path, code in codes.items())
+    assert summary(table) == [
+        "2 rejects: NOT_DICOM, not a DICOM file (no preamble with 'DICM')",
+        "  first: a: a is odd",
+        "  what to do: Nothing to do if it is not a CT slice.",
+        "1 reject: TRUNCATED, the file ends before the pixel data does",
     ]
 
 

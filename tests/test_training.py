@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 
 from ich_keras import checkpoints, files, fitting, training
@@ -231,8 +232,20 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
         "series_instance_uid",
         "slice_index",
         "position_mm",
+        "path",
+        "instance_number",
+        "image_position_z_mm",
         *LABELS,
+        "trained_on",
     ]
+    assert set(written["trained_on"]) == {"drawn phantoms only"}
+    for row in written.iloc[[0, -1]].itertuples():
+        image = pydicom.dcmread(phantom_folder / "images" / row.path)
+        assert image.SOPInstanceUID == row.sop_instance_uid
+        assert float(image.ImagePositionPatient[2]) == row.image_position_z_mm
+    assert (tmp_path / "out" / "notice.txt").read_text() == f"{result.notice}\n"
+    assert "drawn phantoms only: its answers say nothing about patients" in result.notice
+    assert "not for clinical use" in result.notice
     held_out = pd.read_csv(run / "predictions-test.csv").set_index("sop_instance_uid")
     both = written.set_index("sop_instance_uid").loc[held_out.index]
     np.testing.assert_allclose(both[list(LABELS)], held_out[list(LABELS)], atol=1e-5)
@@ -913,7 +926,7 @@ def test_parts_of_series_are_not_scored_as_series(phantom_cache, phantom_folder,
 def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch):
     """A slice lost inside a series is a gap; a folder of which nothing can be read tells why."""
     from ich_keras import prediction
-    from ich_keras.errors import RejectedFile
+    from ich_keras.ct.rejects import RejectedFile
 
     images = phantom_folder / "images"
     table = index_folder(images).slices

@@ -81,15 +81,16 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 @WORKERS
 def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | None) -> None:
     """Find, order and check the series in a folder of DICOM files."""
+    from ich_keras.ct.rejects import rejects_kept, summary
+    from ich_keras.ct.verdict import shown
     from ich_keras.files import require_absent
-    from ich_keras.summary import reject_lines
     from ich_keras.workflow import prepare_index
 
     out = require_absent(out).absolute()
     # Beside the folder: it stays when indexing is interrupted, and is removed at the end.
     journal = out.with_name(f"{out.name}.journal")
     try:
-        with open_terminal() as terminal:
+        with open_terminal() as terminal, rejects_kept(out):
             indexed = prepare_index(
                 required(dicom, "--dicom"),
                 labels,
@@ -107,8 +108,8 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
         for series_uid in indexed.series["series_uid"]:
             click.echo(f"  {indexed.describe(series_uid)}")
     for verdict, count in indexed.series["verdict"].value_counts().items():
-        click.echo(f"  {count:,} series: {verdict}")
-    for line in reject_lines(indexed.rejects):
+        click.echo(f"  {count:,} series: {shown(verdict)}")
+    for line in summary(indexed.rejects):
         click.echo(line)
     click.echo(f"Index: {out}")
 

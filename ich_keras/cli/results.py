@@ -79,9 +79,10 @@ def predict(
 
     Not a medical device; not for clinical use.
     """
+    from ich_keras.ct.rejects import summary
     from ich_keras.environment import choose_backend
     from ich_keras.prediction import predict_folder
-    from ich_keras.summary import prediction_table, reject_lines
+    from ich_keras.summary import prediction_table
 
     choose_backend(backend)
     with open_terminal() as terminal:
@@ -96,7 +97,7 @@ def predict(
         )
     click.echo(prediction_table(result.series, terminal_width()))
     click.echo(textwrap.fill(result.notice, terminal_width()))
-    for line in reject_lines(result.rejects):
+    for line in summary(result.rejects):
         click.echo(line)
     click.echo(f"Predictions: {out}")
 

@@ -12,8 +12,6 @@ from typing import BinaryIO
 import numpy as np
 
 from ich_keras.ct.elements import (
-    COPY_AGAIN,
-    EXPORT_AGAIN,
     TAGS,
     Stop,
     bad_value,
@@ -45,7 +43,7 @@ from ich_keras.ct.pixels import (
     to_hu,
     unwrap,
 )
-from ich_keras.errors import RejectedFile
+from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, LEAVE_OUT, SINGLE_FRAME, RejectedFile
 
 # Checked before anything is decoded. CT matrices have 512 rows, of some scanners 2048.
 MAX_ROWS_COLUMNS = 4096
@@ -67,8 +65,6 @@ _REFORMATTED = frozenset(
         *("SCREEN SAVE", "SCREENSAVE"),
     )
 )
-_LEAVE_OUT = "Nothing to do: only acquired CT slices are used."
-_SINGLE_FRAME = "Convert it to single-frame CT images first."
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ class SliceHeader:
         sop_instance_uid, series_instance_uid, study_instance_uid: as written, without padding.
         patient_id: "" when absent.
         acquisition: AcquisitionNumber as written; "" when absent.
+        instance_number: InstanceNumber as written; "" when absent.
         row_spacing_mm, column_spacing_mm: distance between rows, and between columns.
         position: centre of the first pixel, mm, in the patient system (x to the left, y to the
             back, z to the head).
@@ -97,10 +94,11 @@ class SliceHeader:
     study_instance_uid: str
     patient_id: str
     acquisition: str
+    instance_number: str
     row_spacing_mm: float
     column_spacing_mm: float
-    position: tuple[float, float, float]
-    orientation: tuple[float, float, float, float, float, float]
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
     is_localizer: bool
     slope: float
     intercept: float
@@ -225,25 +223,25 @@ def _check_kind(elements: dict, meta: dict) -> None:
     sop_class = text_of(elements, "SOPClassUID") or text_of(meta, "MediaStorageSOPClassUID")
     if sop_class in _MULTIFRAME_CT:
         detail = f"{name('SOPClassUID')} is {sop_class} (enhanced CT); expected {_CT_IMAGE}"
-        raise RejectedFile("MULTIFRAME", detail, _SINGLE_FRAME)
+        raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
     if sop_class not in ("", _CT_IMAGE):
         detail = f"{name('SOPClassUID')} is {show(sop_class)}; expected {_CT_IMAGE} (CT image)"
-        raise RejectedFile("NOT_CT", detail, _LEAVE_OUT)
+        raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
     modality = text_of(elements, "Modality")
     if not modality and not sop_class:
         raise missing("Modality")
     if modality not in ("", "CT"):
         detail = f"{name('Modality')} is {show(modality)}; expected CT"
-        raise RejectedFile("NOT_CT", detail, _LEAVE_OUT)
+        raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
     frames = text_of(elements, "NumberOfFrames")
     if frames not in ("", "1"):
         detail = f"{name('NumberOfFrames')} is {show(frames)}; expected 1 or none"
-        raise RejectedFile("MULTIFRAME", detail, _SINGLE_FRAME)
+        raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
     kinds = _image_type(elements)
     if kinds[0] == "DERIVED" and not _REFORMATTED.isdisjoint(kinds[1:]):
         found = show("\\".join(kinds))
         detail = f"{name('ImageType')} is {found}; expected an acquired slice"
-        raise RejectedFile("NOT_ORIGINAL", detail, _LEAVE_OUT)
+        raise RejectedFile("NOT_ORIGINAL", detail, LEAVE_OUT)
 
 
 def _check_slice(
@@ -255,6 +253,7 @@ def _check_slice(
         "study_instance_uid": uid_of(elements, "StudyInstanceUID"),
         "patient_id": patient_id_of(elements),
         "acquisition": text_of(elements, "AcquisitionNumber"),
+        "instance_number": text_of(elements, "InstanceNumber"),
     }
     is_signed, bits_stored = _check_encoding(elements)
     rows, columns = _side(elements, "Rows"), _side(elements, "Columns")

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from pydicom import charset
 from pydicom.filereader import data_element_generator
 
-from ich_keras.errors import RejectedFile
+from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
 
 TAGS = {
     "MediaStorageSOPClassUID": 0x00020002,
@@ -28,6 +28,7 @@ TAGS = {
     "StudyInstanceUID": 0x0020000D,
     "SeriesInstanceUID": 0x0020000E,
     "AcquisitionNumber": 0x00200012,
+    "InstanceNumber": 0x00200013,
     "ImagePositionPatient": 0x00200032,
     "ImageOrientationPatient": 0x00200037,
     "SamplesPerPixel": 0x00280002,
@@ -51,8 +52,6 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 MAX_VALUE_BYTES = 1 << 16
 MAX_SHOWN_CHARACTERS = 64
 
-EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
-COPY_AGAIN = "Copy or download the file again."
 
 _PREAMBLE = 128
 # PS3.5 6.2, DS: no infinity, no NaN, no underscores, no decimal comma.
@@ -137,10 +136,10 @@ def read_elements(
     Raises:
         RejectedFile: TRUNCATED or BAD_VALUE.
     """
-    end = stream.tell()
-    stop = None
+    end: int | None = stream.tell()
+    stop: Stop | None = None
 
-    def stop_when(tag, vr, length):
+    def stop_when(tag: int, vr: str | None, length: int) -> bool:
         nonlocal end, stop
         offset = stream.tell()
         if stop_at(int(tag)):  # pydicom's tags compare in Python, which is slow
@@ -231,8 +230,9 @@ def integer_of(elements: dict, keyword: str) -> int:
 def decimals_of(elements: dict, keyword: str, count: int, limit: float) -> tuple[float, ...]:
     """Return exactly `count` finite numbers (VR DS), none of them beyond +-limit."""
     text = required_text(elements, keyword)
-    values = tuple(decimal(part) for part in text.split("\\"))
-    if len(values) != count or any(value is None or abs(value) > limit for value in values):
+    parts = [decimal(part) for part in text.split("\\")]
+    values = tuple(value for value in parts if value is not None and abs(value) <= limit)
+    if len(parts) != count or len(values) != count:
         raise bad_value(keyword, show(text), f"{count} numbers, none beyond {limit:g}")
     return values
 
@@ -285,5 +285,8 @@ def _no_preamble(head: bytes, size: int) -> RejectedFile:
         return RejectedFile("TRUNCATED", detail, COPY_AGAIN)
     detail = "the file is empty" if size == 0 else "no 'DICM' behind a preamble of 128 bytes"
     return RejectedFile(
-        "NOT_DICOM", detail, "If it is DICOM without a preamble, read it with force."
+        "NOT_DICOM",
+        detail,
+        "If it is DICOM without a preamble, write it again with one (pydicom: dcmread(PATH,"
+        " force=True).save_as(NEW, enforce_file_format=True)).",
     )

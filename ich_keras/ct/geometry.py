@@ -1,12 +1,10 @@
-"""Where slices lie in space: normal, positions, spacing, tilt, and what to say about a series."""
+"""Where slices lie in space: normal, positions, spacing, tilt."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-# highdicom's tolerance (`highdicom.spatial`), so that "ok" here is a volume there.
-SPACING_TOLERANCE = 0.01
 # Below this two slices lie at one position: positions are written to 1e-3 mm or finer, and no
 # scanner spaces slices by less than 0.1 mm.
 SAME_POSITION_MM = 0.01
@@ -17,13 +15,6 @@ IN_PLANE_TOLERANCE_MM = 0.5
 TILT_DEGREES = 1.0
 # Further from the transverse plane another plane is nearer. Gantries tilt at most 30 degrees.
 AXIAL_DEGREES = 45.0
-# Spacing means nothing with fewer: two slices are always "regular".
-MIN_SLICES = 3
-
-OK = "ok"
-LOCALIZER = "localizer"
-NOT_AXIAL = "not axial"
-VERDICTS = (LOCALIZER, NOT_AXIAL, "too few", "duplicate", "gap", "irregular", "tilted")
 
 
 def slice_normal(orientation: Sequence[float]) -> np.ndarray:
@@ -53,7 +44,7 @@ def shear_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
         orientation: direction cosines along a row, then along a column; (6,).
         positions: float64 (slices, 3), first pixels, mm.
     """
-    _, shear = _in_plane(positions, slice_normal(orientation))
+    _, shear = fit_line(positions, slice_normal(orientation))
     return math.degrees(math.atan(np.linalg.norm(shear)))
 
 
@@ -66,7 +57,7 @@ def in_plane_shear(orientation: Sequence[float], positions: np.ndarray) -> tuple
         orientation: direction cosines along a row, then along a column; (6,).
         positions: float64 (slices, 3), first pixels, mm.
     """
-    _, shear = _in_plane(positions, slice_normal(orientation))
+    _, shear = fit_line(positions, slice_normal(orientation))
     return float(shear @ orientation[:3]), float(shear @ orientation[3:])
 
 
@@ -112,70 +103,17 @@ def slice_spacing_mm(positions_mm: np.ndarray) -> float:
     return float(np.median(distances)) if distances.size else math.nan
 
 
-def verdict(
-    orientation: Sequence[float], positions: np.ndarray, has_localizer: bool = False
-) -> str:
-    """Say what is to be known before a series is taken for a volume.
+def fit_line(positions: np.ndarray, normal: np.ndarray) -> tuple[float, np.ndarray]:
+    """Fit a line through a stack of slices.
 
     Args:
-        orientation: direction cosines along a row, then along a column; (6,).
-        positions: float64 (slices, 3), first pixels, mm, in the order of the series.
-        has_localizer: whether the headers say that these are scout views.
+        positions: float64 (slices, 3), first pixels, mm.
+        normal: float64 (3,), unit normal of the slices.
 
     Returns:
-        "ok", or what holds of VERDICTS, joined by commas:
-        - localizer: scout views;
-        - not axial: coronal, sagittal or oblique, over AXIAL_DEGREES from the transverse plane;
-        - too few: under MIN_SLICES slices;
-        - duplicate: two slices at one position;
-        - gap: a distance is a multiple of the usual one, within 1 %: slices are missing;
-        - irregular: a distance is neither the usual one nor a multiple of it, or a slice lies
-          beside the line through the stack;
-        - tilted: `tilt_degrees` over TILT_DEGREES (said of axial series only).
-
-    Source:
-        Regular is what highdicom's `get_volume_positions` takes for regular: all distances within
-        1 % of their mean.
+        (largest distance of a slice from the line, mm; float64 (3,) its shear, mm per mm along the
+        normal).
     """
-    normal = slice_normal(orientation)
-    positions_mm = positions @ normal
-    axial = is_axial(orientation)
-    found = set()
-    if has_localizer:
-        found.add(LOCALIZER)
-    if not axial:
-        found.add(NOT_AXIAL)
-    if len(positions) < MIN_SLICES:
-        found.add("too few")
-    if (np.diff(positions_mm) <= SAME_POSITION_MM).any():
-        found.add("duplicate")
-    found |= _spacing_faults(neighbour_distances_mm(positions_mm))
-    residual, _ = _in_plane(positions, normal)
-    if residual > IN_PLANE_TOLERANCE_MM:
-        found.add("irregular")
-    if axial and tilt_degrees(orientation, positions) > TILT_DEGREES:
-        found.add("tilted")
-    return ",".join(word for word in VERDICTS if word in found) or OK
-
-
-def _spacing_faults(distances: np.ndarray) -> set[str]:
-    if distances.size == 0:
-        return set()
-    if (abs(distances - distances.mean()) <= SPACING_TOLERANCE * distances.mean()).all():
-        return set()
-    usual = np.median(distances)
-    multiples = np.rint(distances / usual)
-    fits = abs(distances - multiples * usual) <= SPACING_TOLERANCE * usual * multiples
-    faults = set()
-    if (fits & (multiples >= 2)).any():
-        faults.add("gap")
-    if not fits.all() or not faults:
-        faults.add("irregular")
-    return faults
-
-
-def _in_plane(positions: np.ndarray, normal: np.ndarray) -> tuple[float, np.ndarray]:
-    """Fit a line through the stack: largest distance from it (mm), and its shear (mm per mm)."""
     along = positions @ normal
     across = positions - np.outer(along, normal)
     along = along - along.mean()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ich_keras.errors import UsageError
 
 # Raise the number whenever `dicom.read_header` judges files differently: old lines are read again.
-_FIRST_LINE = b"ich-index-journal 2\n"
+_FIRST_LINE = b"ich-index-journal 3\n"
 _FAMILY = b"ich-index-journal "
 # Whether these hold depends on the machine, not on the file.
 _NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
@@ -34,6 +34,8 @@ class Entry(NamedTuple):
     orientation: tuple[float, ...] = ()
     is_localizer: bool = False
     acquisition: str = ""
+    instance_number: str = ""
+    hint: str = ""
 
 
 class Journal:
@@ -82,6 +84,7 @@ class Journal:
             self._append(b"%08x %s\n" % (zlib.crc32(text), text))
 
     def _append(self, line: bytes) -> None:
+        assert self._path is not None  # callers see to it
         # One write in append mode: lines of two processes do not mix.
         with open(self._path, "ab", buffering=0) as stream:
             stream.write(line)

@@ -3,13 +3,13 @@
 import dataclasses
 import struct
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from pydicom.pixels import get_decoder
 
 from ich_keras.ct.elements import COPY_AGAIN, EXPORT_AGAIN, UNDEFINED_LENGTH, name, show
-from ich_keras.errors import RejectedFile
+from ich_keras.ct.rejects import RejectedFile
 
 IMPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
@@ -56,7 +56,7 @@ class StoredPixels:
         return self.transfer_syntax_uid in NATIVE
 
 
-def require_decoder(transfer_syntax_uid: str):
+def require_decoder(transfer_syntax_uid: str) -> Any:
     """Return pydicom's decoder for a compressed transfer syntax.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.ct.geometry import (
-    LOCALIZER,
-    NOT_AXIAL,
     SAME_POSITION_MM,
     TILT_DEGREES,
     in_plane_shear,
@@ -20,19 +17,19 @@ from ich_keras.ct.geometry import (
     slice_normal,
     slice_spacing_mm,
     tilt_degrees,
-    verdict,
 )
 from ich_keras.ct.journal import Entry, Journal
+from ich_keras.ct.rejects import Reject, counts, explained, joined, nothing_usable, reject_table
 from ich_keras.ct.tables import (
-    REJECT_COLUMNS,
     SERIES_COLUMNS,
     SLICE_COLUMNS,
     make_table,
     read_table,
     write_table,
 )
+from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, has_word, shown, verdict
 from ich_keras.ct.walk import read_all, walk
-from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, require_absent, write_json
 from ich_keras.progress import Progress
 
@@ -65,12 +62,12 @@ class SeriesIndex:
     def __repr__(self) -> str:
         patients = self.slices["patient_id"]
         num_patients = patients[patients != ""].nunique()
-        rejects = f"{len(self.rejects)} rejects"
+        rejects = _count(len(self.rejects), "reject")
         if len(self.rejects):
-            rejects += f" ({_counts(self.rejects['code'])})"
+            rejects += f" ({counts(self.rejects)})"
         return (
-            f"SeriesIndex: {len(self.slices)} slices, {len(self.series)} series, "
-            f"{num_patients} patients, {rejects}"
+            f"SeriesIndex: {_count(len(self.slices), 'slice')}, {len(self.series):,} series,"
+            f" {_count(num_patients, 'patient')}, {rejects}"
         )
 
     def describe(self, series_uid: str) -> str:
@@ -90,9 +87,10 @@ class SeriesIndex:
             steps = _distances(distances / math.cos(math.radians(row["shear_degrees"])))
             spacing = f"{spacing} along the normal, {steps} along the table"
         return (
-            f"{series_uid}: {row['num_slices']} slices of {row['rows']} x {row['columns']}; "
+            f"{series_uid}: {_count(row['num_slices'], 'slice')} of {row['rows']} x"
+            f" {row['columns']}; "
             f"slice spacing {spacing or 'n/a'}; tilt {row['tilt_degrees']:.1f} degrees; "
-            f"{row['verdict']}"
+            f"{shown(row['verdict'])}"
         )
 
     def usable(self) -> "SeriesIndex":
@@ -102,25 +100,25 @@ class SeriesIndex:
         """
         codes = {}
         for row in self.series.itertuples():
-            verdicts = row.verdict.split(",")
-            if LOCALIZER in verdicts:
+            if has_word(row.verdict, LOCALIZER):
                 codes[row.series_uid] = ("LOCALIZER", f"series {row.series_uid} is a localizer")
-            elif NOT_AXIAL in verdicts:
+            elif has_word(row.verdict, NOT_AXIAL):
                 detail = f"series {row.series_uid} is {row.tilt_degrees:.0f} degrees from axial"
                 codes[row.series_uid] = ("NOT_AXIAL", detail)
         if not codes:
             return self
         left_out = self.slices["series_uid"].isin(codes)
         found = [
-            (row.container if row.member == "" else f"{row.container}/{row.member}",)
-            + codes[row.series_uid]
+            Reject(
+                row.container if row.member == "" else f"{row.container}/{row.member}",
+                *codes[row.series_uid],
+            )
             for row in self.slices[left_out].itertuples()
         ]
-        rejects = [*self.rejects.itertuples(index=False, name=None), *found]
         return SeriesIndex(
             slices=self.slices[~left_out].reset_index(drop=True),
             series=self.series[~self.series["series_uid"].isin(codes)].reset_index(drop=True),
-            rejects=make_table(sorted(rejects), REJECT_COLUMNS),
+            rejects=joined(self.rejects, found),
         )
 
     def save(self, folder: Path | str) -> None:
@@ -158,7 +156,8 @@ class SeriesIndex:
             for name in _TABLES
         ):
             raise StaleError(f"{folder / 'index.json'} is damaged.", "Make the index again.")
-        return cls(**{name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES})
+        tables = {name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES}
+        return cls(**tables | {"rejects": explained(tables["rejects"])})
 
 
 def index_folder(
@@ -182,7 +181,7 @@ def index_folder(
 
     Raises:
         UsageError: no such folder, or the journal is another kind of file.
-        DataError: no CT slice was found.
+        NothingUsable: no CT slice was found; its `rejects` say why.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -206,32 +205,32 @@ def index_folder(
     found.sort(key=lambda entry: entry.path)
     slices, rejects = _reject_duplicates(found)
     if not slices:
-        counts = f" ({_counts(code for _, code, _ in rejects)})" if rejects else ""
-        raise DataError(
-            f"no CT slice in {folder}: {len(found)} files seen{counts}.",
+        raise nothing_usable(
+            f"no CT slice in {folder}: {_count(len(found), 'file')} seen",
+            reject_table(rejects),
             "Is this the folder of the DICOM files?",
         )
     return _build(slices, rejects)
 
 
-def _reject_duplicates(entries: list[Entry]) -> tuple[list[Entry], list[tuple[str, str, str]]]:
+def _reject_duplicates(entries: list[Entry]) -> tuple[list[Entry], list[Reject]]:
     """Split entries into slices, each SOPInstanceUID once, and rejects."""
     slices: dict[str, Entry] = {}
-    rejects = []
+    rejects: list[Reject] = []
     for entry in entries:
         if entry.code:
-            rejects.append((entry.path, entry.code, entry.detail))
+            rejects.append(Reject(entry.path, entry.code, entry.detail, entry.hint))
             continue
         first = slices.setdefault(entry.sop_instance_uid, entry)
         if first is not entry:
             detail = (
                 f"(0008,0018) SOPInstanceUID {entry.sop_instance_uid} is that of {first.path}, too"
             )
-            rejects.append((entry.path, "DUPLICATE_UID", detail))
+            rejects.append(Reject(entry.path, "DUPLICATE_UID", detail))
     return list(slices.values()), rejects
 
 
-def _build(slices: list[Entry], rejects: list[tuple[str, str, str]]) -> SeriesIndex:
+def _build(slices: list[Entry], rejects: list[Reject]) -> SeriesIndex:
     by_uid = defaultdict(list)
     for entry in slices:
         by_uid[entry.series_instance_uid].append(entry)
@@ -250,7 +249,7 @@ def _build(slices: list[Entry], rejects: list[tuple[str, str, str]]) -> SeriesIn
     return SeriesIndex(
         slices=make_table(slice_rows, SLICE_COLUMNS),
         series=make_table(series_rows, SERIES_COLUMNS),
-        rejects=make_table(sorted(rejects), REJECT_COLUMNS),
+        rejects=reject_table(rejects),
     )
 
 
@@ -350,6 +349,8 @@ def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
                 entry.column_spacing_mm,
                 entry.file_size,
                 entry.file_mtime_ns,
+                entry.instance_number,
+                float(entry.position[2]),
             )
         )
     series_row = (
@@ -371,9 +372,9 @@ def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
 
 
 def _distances(distances_mm: np.ndarray) -> str:
-    counts = Counter(distances_mm.round(2).tolist())
-    return ", ".join(f"{mm:g} mm ({count}x)" for mm, count in sorted(counts.items()))
+    found = Counter(distances_mm.round(2).tolist())
+    return ", ".join(f"{mm:g} mm ({count}x)" for mm, count in sorted(found.items()))
 
 
-def _counts(codes: Iterable[str]) -> str:
-    return ", ".join(f"{code} {count}" for code, count in sorted(Counter(codes).items()))
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -27,6 +27,8 @@ SLICE_COLUMNS = {
     "column_spacing_mm": "float64",
     "file_size": "int64",
     "file_mtime_ns": "int64",
+    "instance_number": TEXT,
+    "image_position_z_mm": "float64",
 }
 SERIES_COLUMNS = {
     "series_uid": TEXT,
@@ -46,10 +48,23 @@ SERIES_COLUMNS = {
     **dict.fromkeys(("row_x", "row_y", "row_z", "column_x", "column_y", "column_z"), "float64"),
     "verdict": TEXT,
 }
-REJECT_COLUMNS = {"path": TEXT, "code": TEXT, "detail": TEXT}
+REJECT_COLUMNS = dict.fromkeys(("path", "code", "detail", "explanation", "hint"), TEXT)
 
 # What spreadsheets take for a formula when a cell begins with it; and our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def patient_or_series(slices: pd.DataFrame) -> pd.Series:
+    """Return whom each slice belongs to: its patient, or without a PatientID its series.
+
+    Args:
+        slices: with the columns patient_id and series_uid.
+
+    >>> rows = {"patient_id": ["p1", ""], "series_uid": ["1.2", "1.3"]}
+    >>> patient_or_series(pd.DataFrame(rows)).tolist()
+    ['p1', '1.3']
+    """
+    return slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
 
 
 def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ich_keras.ct.dicom import read_header
 from ich_keras.ct.journal import Entry, Journal
-from ich_keras.errors import EnvironmentProblem, RejectedFile
+from ich_keras.ct.rejects import RejectedFile
+from ich_keras.errors import EnvironmentProblem
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -20,7 +21,7 @@ _PROGRESS_CALLS = 200
 
 def walk(folder: Path) -> Iterator[Entry]:
     """Yield every file with size and time; what cannot be looked at comes as a reject."""
-    errors = []
+    errors: list[OSError] = []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -36,7 +37,7 @@ def _look_at(path: str) -> Entry:
     try:
         status = os.stat(path)  # noqa: PTH116 (as above)
     except OSError as error:
-        return Entry(path, 0, 0, "UNREADABLE", error.strerror)
+        return Entry(path, 0, 0, "UNREADABLE", error.strerror or type(error).__name__)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         return Entry(path, 0, 0, "UNREADABLE", "a device or pipe; expected a file")
     return Entry(path, status.st_size, status.st_mtime_ns)
@@ -97,7 +98,7 @@ def _read_one(entry: Entry) -> Entry:
     try:
         header = read_header(entry.path)
     except RejectedFile as error:
-        return entry._replace(code=error.code, detail=error.detail)
+        return entry._replace(code=error.code, detail=error.detail, hint=error.hint)
     return entry._replace(
         sop_instance_uid=header.sop_instance_uid,
         series_instance_uid=header.series_instance_uid,
@@ -111,4 +112,5 @@ def _read_one(entry: Entry) -> Entry:
         orientation=header.orientation,
         is_localizer=header.is_localizer,
         acquisition=header.acquisition,
+        instance_number=header.instance_number,
     )

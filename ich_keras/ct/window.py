@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Window:
     level: float
     width: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.level) and math.isfinite(self.width)):
             raise ValueError(
                 f"window level {self.level}, width {self.width}: expected finite numbers in HU"
@@ -46,7 +47,7 @@ class Window:
         """The lowest HU that is mapped to 1."""
         return self.level + self.width / 2
 
-    def __call__(self, hu):
+    def __call__(self, hu: Any) -> Any:
         """Map HU to grey values.
 
         Operators and one `clip` method only, so that the same function serves NumPy and JAX
@@ -58,6 +59,9 @@ class Window:
 
         Returns:
             float32 of the same shape and kind, 0 to 1.
+
+        >>> Window(level=40, width=80)(np.array([-1000, 20, 3000], np.int16)).tolist()
+        [0.0, 0.25, 1.0]
         """
         # float32 scalars: with Python floats NumPy would go through float64, at half the speed.
         return ((hu - np.float32(self.low)) * np.float32(1 / self.width)).clip(0, 1)

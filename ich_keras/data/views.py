@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.verdict import TILTED as TILTED_WORD
+from ich_keras.ct.verdict import has_word
 from ich_keras.data.labels import is_labelled, series_labels
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LABELS
@@ -20,7 +22,6 @@ EDGES = ("air", "repeat")
 LONG_SERIES = ("spread", "middle")
 TILTED = ("keep", "skip", "deshear")
 AIR = -1  # in place of the number of a slice
-TILTED_VERDICT = "tilted"
 SHEAR_COLUMNS = ("shear_row", "shear_column")
 
 
@@ -247,7 +248,7 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
     if set(LABELS) <= set(slices):
         table = series_labels(slices) if view.kind == "series" else slices[list(LABELS)]
         labels = table.to_numpy(np.int8)
-    tilted = series["verdict"].str.split(",").map(lambda words: TILTED_VERDICT in words)
+    tilted = series["verdict"].map(lambda verdict: has_word(verdict, TILTED_WORD))
     tilted = tilted.to_numpy(bool)
     usable = np.ones(len(rows), bool)
     shifts = None

@@ -145,10 +145,10 @@ def _set_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def _rates(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    true_positive = np.count_nonzero(truth & predicted)
-    true_negative = np.count_nonzero(~truth & ~predicted)
-    false_positive = np.count_nonzero(~truth & predicted)
-    false_negative = np.count_nonzero(truth & ~predicted)
+    true_positive = int(np.count_nonzero(truth & predicted))
+    true_negative = int(np.count_nonzero(~truth & ~predicted))
+    false_positive = int(np.count_nonzero(~truth & predicted))
+    false_negative = int(np.count_nonzero(truth & ~predicted))
     return {
         "precision": _ratio(true_positive, true_positive + false_positive),
         "recall": _ratio(true_positive, true_positive + false_negative),

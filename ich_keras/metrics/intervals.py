@@ -10,6 +10,7 @@ Source:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ _CHUNK = 50  # resamples at a time: memory is this times the rows
 def bootstrap(
     truth: np.ndarray,
     values: np.ndarray,
-    patients: Sequence[str],
+    patients: Sequence[str] | np.ndarray,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -35,7 +36,7 @@ def bootstrap(
     Args:
         truth: int (n, 6), 0 or 1.
         values: float (n, 6), probabilities.
-        patients: str (n,), whose each row is.
+        patients: str (n,), the patient of each row.
         resamples: draws of as many patients as there are.
         seed: of the draws.
 
@@ -52,7 +53,7 @@ def bootstrap(
 
 
 def mean_bootstrap(
-    models: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str]]],
+    models: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str] | np.ndarray]],
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -81,7 +82,7 @@ def paired_bootstrap(
     truth: np.ndarray,
     values: np.ndarray,
     others: np.ndarray,
-    patients: Sequence[str],
+    patients: Sequence[str] | np.ndarray,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -103,7 +104,7 @@ def paired_bootstrap(
 
 
 def mean_paired_bootstrap(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[str]]],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[str] | np.ndarray]],
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -136,7 +137,7 @@ def mean_paired_bootstrap(
     return found
 
 
-def _mean(scored: Sequence[dict], name: str):
+def _mean(scored: Sequence[dict], name: str) -> Any:
     """Average a metric over models: float, or float (resamples,); NaN where one is."""
     return np.mean([metrics[name] for metrics in scored], axis=0)
 
@@ -146,8 +147,8 @@ def _interval(value: float, drawn: np.ndarray) -> dict:
     low = high = None
     if len(defined) >= 0.9 * len(drawn):
         low, high = (float(q) for q in np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    value = None if np.isnan(value) else float(value)
-    return {"value": value, "low": low, "high": high, "resamples": len(defined)}
+    rounded = None if np.isnan(value) else float(value)
+    return {"value": rounded, "low": low, "high": high, "resamples": len(defined)}
 
 
 def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, list]:

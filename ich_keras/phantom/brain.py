@@ -93,7 +93,14 @@ def _dura(brain: np.ndarray, place: HeadSlice) -> None:
     blend(brain, head.sinus_hu, coverage(place.sinuses, 1.6))
 
 
-def _bleed(brain, bleed: Bleed, place: HeadSlice, pixel_mm: float, fine, mask) -> None:
+def _bleed(
+    brain: np.ndarray,
+    bleed: Bleed,
+    place: HeadSlice,
+    pixel_mm: float,
+    fine: Callable,
+    mask: np.ndarray,
+) -> None:
     extent = bleed_extent(bleed, place)
     if extent.max() < -8:
         return

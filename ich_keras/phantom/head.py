@@ -8,8 +8,10 @@ the middle of the skull cavity at the level of the third ventricle. An *extent* 
 Sizes and HU are round numbers of adult anatomy, chosen by eye; nothing here is a clinical model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +114,7 @@ class Head:
         return point
 
 
-def shape_terms(shape: tuple[float, ...], x, y, z):
+def shape_terms(shape: tuple[float, ...], x: Any, y: Any, z: Any) -> Any:
     """Return by how much the inner table lies outside the ellipsoid, relative, in a direction.
 
     Args:
@@ -317,7 +319,12 @@ class HeadSlice:
         high = np.clip(np.ceil(middle + half) + 1, low, self.x.shape).astype(int)
         return np.s_[low[0] : high[0], low[1] : high[1]]
 
-    def ellipsoid(self, centre, semi_axes, box: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
+    def ellipsoid(
+        self,
+        centre: Sequence[float],
+        semi_axes: Sequence[float],
+        box: tuple[slice, slice] = np.s_[:, :],
+    ) -> np.ndarray:
         """Return the extent of an ellipsoid, within a box."""
         q = ((self.x[box] - centre[0]) / semi_axes[0]) ** 2
         q += ((self.y[box] - centre[1]) / semi_axes[1]) ** 2

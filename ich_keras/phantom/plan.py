@@ -84,7 +84,7 @@ class PhantomSpec:
     matrix: int = 512
     slice_spacing_mm: tuple[float, float] = (5.0, 8.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [name for name in self.subtypes if name not in SUBTYPES]
         if unknown:
             raise UsageError(f"unknown subtype {unknown[0]!r}.", f"Known: {', '.join(SUBTYPES)}.")

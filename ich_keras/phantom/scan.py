@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -218,7 +219,9 @@ def scan_slice(
     return image
 
 
-def _coarse_slice(head: Head, start, steps, box, factor: int) -> HeadSlice:
+def _coarse_slice(
+    head: Head, start: Any, steps: Any, box: tuple[slice, slice], factor: int
+) -> HeadSlice:
     """Return the geometry of a box of pixels, one point for factor x factor of them."""
     middle = (factor - 1) / 2
     rows, columns = (
@@ -263,7 +266,9 @@ def _table(scan: Scan, index: int, matrix: int) -> np.ndarray:
     return image
 
 
-def _head_box(head: Head, start, steps, matrix: int, factor: int) -> tuple[slice, slice] | None:
+def _head_box(
+    head: Head, start: Any, steps: Any, matrix: int, factor: int
+) -> tuple[slice, slice] | None:
     """Return the rows and columns that can show the head, None above its top.
 
     Their numbers are multiples of a factor.
@@ -320,6 +325,7 @@ def _streaks(place: HeadSlice, scan: Scan, rng: np.random.Generator) -> np.ndarr
 
 def _rays(place: HeadSlice, scan: Scan, rng: np.random.Generator) -> np.ndarray:
     """Return bright straight rays from a piece of metal: float32 (rows, columns), HU."""
+    assert scan.metal is not None  # drawn only where there is a piece
     x, y, z = scan.metal
     strength = scan.ray * math.exp(-(((float(place.z.mean()) - z) / 55) ** 2))
     towards_middle = math.atan2(-y, -x)

@@ -1,5 +1,8 @@
 """What lies around the brain of the synthetic head: skull, muscles, scalp, skull base and face."""
 
+from collections.abc import Callable
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -84,7 +87,7 @@ def outer_head(
     inside *= fine(np.clip((place.z + 90) / 6, 0, 1))
     fat = np.where(skin > -_SKIN_MM, np.float32(SKIN), np.float32(FAT))
     if place.head.swelling[3]:
-        blend(fat, 58.0, coverage(fine(bruise - 1) - on_muscle, 1.5))
+        blend(fat, 58.0, coverage(fine(np.asarray(bruise - 1)) - on_muscle, 1.5))
     blend(fat, MUSCLE, coverage(-on_muscle, 1.0))
     blend(image, fat, inside)
     # Only the thin shell that is bone: its texture is not worth computing elsewhere.
@@ -114,7 +117,7 @@ def _grain(y: np.ndarray, x: np.ndarray, z: float) -> np.ndarray:
     return field + 0.6 * np.sin(0.9 * x + 2.6 * y) * np.sin(2.3 * x - 0.8 * y + z)
 
 
-def _sutures(place: HeadSlice, fine, shell) -> np.ndarray:
+def _sutures(place: HeadSlice, fine: Callable, shell: Any) -> np.ndarray:
     """Return where the bone of the vault is not grown together: 0 to 1, in the shell."""
     x, y, z = place.directions
     zigzag = 0.012 * np.sin(60 * x + 30 * z)
@@ -186,7 +189,13 @@ def _face(image: np.ndarray, place: HeadSlice, below: np.ndarray) -> None:
         blend(image, 85, coverage(lens, 1.0))
 
 
-def _petrous(image, filled, place: HeadSlice, across: np.ndarray, thick: np.ndarray) -> None:
+def _petrous(
+    image: np.ndarray,
+    filled: np.ndarray,
+    place: HeadSlice,
+    across: np.ndarray,
+    thick: np.ndarray,
+) -> None:
     """Draw the petrous bones and the air cells of the mastoids behind the ears."""
     x, y, z = place.x, place.y, place.z
     extent = 6 + 0.1 * across - np.hypot(y - 16 + 0.5 * (46 - across), 0.9 * (z + 32))

@@ -267,7 +267,7 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
     """Wait for a shard's blocks, then verify, sync, rename and record it."""
     plan, raw = started.plan, started.path
     crc_blocks: list[np.ndarray] = []
-    rejected: dict[int, tuple[str, str]] = {}
+    rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
     for block in started.filled:
         crc_blocks.append(block.crc32)
@@ -322,12 +322,13 @@ def _collect(
 ) -> tuple[list[ShardEntry], CacheTables]:
     """Turn the shards' records into the manifest's entries and the cache's tables."""
     entries = []
-    rejected: dict[int, tuple[str, str]] = {}
+    rejected: dict[int, tuple[str, str, str]] = {}
     repaired: set[int] = set()
     first_slice = 0
     for shard in shards:
         record = records[shard.name]
-        rejected |= {row: (code, detail) for row, code, detail in record["rejected"]}
+        # Records of older versions have no hint.
+        rejected |= {row: (*told, "")[:3] for row, *told in record["rejected"]}
         repaired |= set(record["repaired"])
         if record["num_slices"]:
             num_bytes, count = record["num_bytes"], record["num_slices"]
@@ -336,7 +337,7 @@ def _collect(
             )
             first_slice += count
     if not entries:
-        row, (code, detail) = next(iter(rejected.items()))
+        row, (code, detail, _) = next(iter(rejected.items()))
         raise DataError(
             f"none of the {len(index.slices)} slices could be read. The first, "
             f"{index.slices['container'].iloc[row]}: {code}: {detail}",

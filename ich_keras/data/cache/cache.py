@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras import files
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.tables import read_table
 from ich_keras.data.cache.build import (
     LABEL_TABLE,
@@ -41,7 +42,7 @@ from ich_keras.data.cache.shards import (
 from ich_keras.data.cache.tables import UID, CacheTables, with_labels
 from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
-from ich_keras.errors import DataError, RejectedFile, StaleError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
 

@@ -15,10 +15,10 @@ import numpy as np
 import pydicom
 
 from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
 from ich_keras.data.inputs import resize_hu
-from ich_keras.errors import RejectedFile
 from ich_keras.processes import process_pool
 
 # Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
@@ -47,7 +47,7 @@ class Filled:
 
     first_row: int
     crc32: np.ndarray
-    rejected: dict[int, tuple[str, str]]
+    rejected: dict[int, tuple[str, str, str]]
     repaired: tuple[int, ...]
 
 
@@ -105,7 +105,7 @@ def fill_block(block: Block) -> Filled:
         try:
             pixels[number], was_repaired = read_resized(container, rows, columns, block.size)
         except RejectedFile as reject:
-            rejected[block.first_row + number] = (reject.code, reject.detail)
+            rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
         else:
             if was_repaired:
                 repaired.append(block.first_row + number)

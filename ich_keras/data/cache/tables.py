@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.rejects import Reject, joined
+from ich_keras.ct.verdict import GAP, has_word, join_words, words_of
 from ich_keras.data.labels import series_labels
 from ich_keras.labels import LABELS
 
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
 REPAIRED = "repaired"
-GAP = "gap"
-OK = "ok"
 UID = "sop_instance_uid"
 
 
@@ -25,7 +25,7 @@ class CacheTables:
     Args:
         slices: one row per slice; the index's columns and `repaired` (bool: the 12-bit repair).
         series: one row per series, in the order of `slices`.
-        rejects: path, code, detail.
+        rejects: as `reject_table` makes them.
     """
 
     slices: pd.DataFrame
@@ -34,7 +34,7 @@ class CacheTables:
 
 
 def tables_after_reading(
-    index: "SeriesIndex", rejected: dict[int, tuple[str, str]], repaired: set[int]
+    index: "SeriesIndex", rejected: dict[int, tuple[str, str, str]], repaired: set[int]
 ) -> CacheTables:
     """Take the slices that could not be read out of an index.
 
@@ -43,7 +43,7 @@ def tables_after_reading(
 
     Args:
         index: the SeriesIndex the cache was built from.
-        rejected: row of `index.slices` -> reject code and detail.
+        rejected: row of `index.slices` -> reject code, detail and hint.
         repaired: rows of `index.slices` whose HU were repaired.
 
     Returns:
@@ -58,15 +58,8 @@ def tables_after_reading(
     slices = all_slices[kept].reset_index(drop=True)
     by_series = slices.groupby("series_uid", sort=False)
     slices = slices.assign(slice_index=by_series.cumcount().astype(slices["slice_index"].dtype))
-    found = pd.DataFrame(
-        {
-            "path": all_slices["container"].to_numpy()[rows],
-            "code": [rejected[row][0] for row in rows.tolist()],
-            "detail": [rejected[row][1] for row in rows.tolist()],
-        },
-        dtype="str",
-    )
-    rejects = pd.concat([index.rejects, found], ignore_index=True) if len(rows) else index.rejects
+    paths = all_slices["container"].to_numpy()
+    rejects = joined(index.rejects, [Reject(paths[row], *rejected[row]) for row in rows.tolist()])
 
     lengths = by_series.size()
     series = index.series.drop(columns=list(LABELS), errors="ignore").set_index("series_uid")
@@ -115,5 +108,4 @@ def _series_with_new_gaps(all_slices: pd.DataFrame, kept: np.ndarray) -> set[str
 
 
 def _with_gap(verdict: str) -> str:
-    verdicts = [name for name in verdict.split(",") if name != OK]
-    return verdict if GAP in verdicts else ",".join([GAP, *verdicts])
+    return verdict if has_word(verdict, GAP) else join_words({GAP, *words_of(verdict)})

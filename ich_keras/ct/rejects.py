@@ -1,0 +1,231 @@
+"""Why a file cannot be used as a slice: codes, explanations, what to do, and the table of rejects.
+
+A reject carries its code, detail and hint all the way to `rejects.csv` and to the lines that a
+command prints.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from ich_keras.ct.tables import REJECT_COLUMNS, csv_text, make_table
+from ich_keras.errors import DataError
+from ich_keras.files import atomic_write
+
+REJECTS_FILE = "rejects.csv"
+LEAVE_OUT = "Nothing to do: only acquired CT slices are used."
+COPY_AGAIN = "Copy or download the file again."
+EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
+SINGLE_FRAME = "Convert it to single-frame CT images first."
+CODECS = "pip install 'ich_keras[codecs]'"
+
+
+class Explanation(NamedTuple):
+    """What a reject code means, and what a person can do where the reader says nothing better."""
+
+    meaning: str
+    hint: str
+
+
+REJECT_CODES = {
+    "NOT_DICOM": Explanation(
+        "not a DICOM file (no preamble with 'DICM')", "Nothing to do if it is not a CT slice."
+    ),
+    "UNREADABLE": Explanation(
+        "the operating system could not read the file",
+        "Check that it exists and that you may read it.",
+    ),
+    "TRUNCATED": Explanation("the file ends before the pixel data does", COPY_AGAIN),
+    "ZERO_TAIL": Explanation("the second half of the pixel data is filled with zeros", COPY_AGAIN),
+    "MISSING_TAG": Explanation("a tag that a CT slice must have is absent or empty", EXPORT_AGAIN),
+    "BAD_VALUE": Explanation("a tag holds a value that cannot be right", EXPORT_AGAIN),
+    "BAD_RESCALE": Explanation("rescale slope or intercept is absent or unusable", EXPORT_AGAIN),
+    "UNSUPPORTED_PIXELS": Explanation(
+        "not single-channel 16-bit MONOCHROME2 integer pixels", EXPORT_AGAIN
+    ),
+    "NOT_CT": Explanation(
+        "another modality, a secondary capture, or an object that is not an image", LEAVE_OUT
+    ),
+    "NOT_ORIGINAL": Explanation(
+        "an image reformatted from others, not an acquired slice", LEAVE_OUT
+    ),
+    "MULTIFRAME": Explanation(
+        "an enhanced multi-frame object; only single slices are read", SINGLE_FRAME
+    ),
+    "TOO_LARGE": Explanation(
+        "the header claims more pixels than a CT slice can have", EXPORT_AGAIN
+    ),
+    "NO_DECODER": Explanation("no decoder for this transfer syntax is installed", CODECS),
+    "DECODE_ERROR": Explanation("the compressed pixel data could not be decoded", COPY_AGAIN),
+    "DUPLICATE_UID": Explanation(
+        "the same SOPInstanceUID was already seen in another file",
+        "Nothing to do if it is a copy; the first file by path is used.",
+    ),
+    "LOCALIZER": Explanation("a localizer (scout) image", LEAVE_OUT),
+    "NOT_AXIAL": Explanation(
+        "a coronal, sagittal or oblique series", "Nothing to do: only axial series are used."
+    ),
+    "TILTED": Explanation(
+        "a slice of a tilted series, and the run takes none",
+        "Use a run that was trained with --tilted keep or deshear, or a run on slices.",
+    ),
+}
+
+
+class RejectedFile(DataError):
+    """A file that cannot be used as a CT slice.
+
+    Args:
+        code: a key of `REJECT_CODES`.
+        detail: the tag and value at fault, and what was expected.
+        hint: what to do; "" takes that of the code.
+    """
+
+    def __init__(self, code: str, detail: str, hint: str = "") -> None:
+        if code not in REJECT_CODES:
+            raise KeyError(f"unknown reject code {code!r}; known: {', '.join(REJECT_CODES)}")
+        super().__init__(f"{code}: {detail}", hint or REJECT_CODES[code].hint)
+        self.code = code
+        self.detail = detail
+
+    def __reduce__(self) -> tuple:
+        # The default pickles Exception.args, which holds the joined message: worker processes
+        # would fail to hand the exception back.
+        return (RejectedFile, (self.code, self.detail, self.hint))
+
+
+class NothingUsable(DataError):
+    """A folder without a single usable slice.
+
+    Args:
+        message, hint: as in `DataError`.
+        rejects: the table of what was seen instead (`reject_table`).
+    """
+
+    def __init__(self, message: str, hint: str, rejects: pd.DataFrame) -> None:
+        super().__init__(message, hint)
+        self.rejects = rejects
+
+
+class Reject(NamedTuple):
+    """One file that cannot be used."""
+
+    path: str
+    code: str
+    detail: str
+    hint: str = ""
+
+    @classmethod
+    def of(cls, path: str, error: RejectedFile) -> "Reject":
+        """Return the reject of a file that raised an error."""
+        return cls(path, error.code, error.detail, error.hint)
+
+
+def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
+    """Make the table of rejects, by path.
+
+    Returns:
+        Texts: path, code, detail, explanation and hint (REJECT_COLUMNS).
+
+    >>> found = [Reject("b.dcm", "TRUNCATED", "cut"), Reject("a.txt", "NOT_DICOM", "")]
+    >>> table = reject_table(found)
+    >>> table[["path", "code", "hint"]].values.tolist()
+    [['a.txt', 'NOT_DICOM', 'Nothing to do if it is not a CT slice.'],
+     ['b.dcm', 'TRUNCATED', 'Copy or download the file again.']]
+    """
+    rows = [
+        (
+            reject.path,
+            reject.code,
+            reject.detail,
+            REJECT_CODES[reject.code].meaning,
+            reject.hint or REJECT_CODES[reject.code].hint,
+        )
+        for reject in sorted(rejects)
+    ]
+    return make_table(rows, REJECT_COLUMNS)
+
+
+def explained(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of rejects with every column of today; older ones lack the last two."""
+    if set(REJECT_COLUMNS) <= set(table):
+        return table[list(REJECT_COLUMNS)]
+    rows = table[["path", "code", "detail"]].itertuples(index=False, name=None)
+    return reject_table(Reject(*row) for row in rows)
+
+
+def joined(table: pd.DataFrame, rejects: Iterable[Reject]) -> pd.DataFrame:
+    """Return a table of rejects with some more, by path."""
+    more = reject_table(rejects)
+    if more.empty:
+        return table
+    return pd.concat([explained(table), more]).sort_values("path").reset_index(drop=True)
+
+
+def counts(table: pd.DataFrame) -> str:
+    """Count rejects by code, the commonest first.
+
+    >>> counts(reject_table([Reject("a", "NOT_CT", ""), Reject("b", "NOT_CT", "")]))
+    'NOT_CT 2'
+    """
+    found = table["code"].value_counts()
+    return ", ".join(f"{code} {number:,}" for code, number in found.items())
+
+
+def summary(table: pd.DataFrame) -> list[str]:
+    """Say in a few lines why files were not used: each code with its number and meaning, and for
+    the commonest the first file's detail and what to do.
+
+    >>> for line in summary(reject_table([Reject("a.dcm", "MISSING_TAG", "Rows is absent")])):
+    ...     print(line)
+    1 reject: MISSING_TAG, a tag that a CT slice must have is absent or empty
+      first: a.dcm: Rows is absent
+      what to do: Export the series again from where it came from, or leave the file out.
+    """
+    lines = []
+    for place, (code, number) in enumerate(table["code"].value_counts().items()):
+        noun = "reject" if number == 1 else "rejects"
+        lines.append(f"{number:,} {noun}: {code}, {REJECT_CODES[code].meaning}")
+        if place == 0:
+            first = table[table["code"] == code].iloc[0]
+            lines.append(f"  first: {first['path']}: {first['detail']}")
+            lines.append(f"  what to do: {first['hint']}")
+    return lines
+
+
+def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> NothingUsable:
+    """Make the error of a folder of which nothing can be used.
+
+    Args:
+        message: what was looked at, without a full stop.
+        table: of rejects; may be empty.
+        hint: what to do when there are no rejects.
+    """
+    if table.empty:
+        return NothingUsable(f"{message}.", hint, table)
+    code = table["code"].value_counts().index[0]
+    first = table[table["code"] == code].iloc[0]
+    return NothingUsable(
+        f"{message} ({counts(table)}); {first['path']}: {first['detail']}.", first["hint"], table
+    )
+
+
+@contextlib.contextmanager
+def rejects_kept(folder: Path | None) -> Iterator[None]:
+    """When a block finds nothing usable, leave its rejects in a folder and say so in the hint.
+
+    Args:
+        folder: receives rejects.csv; made when it is absent. None writes nothing.
+    """
+    try:
+        yield
+    except NothingUsable as error:
+        if folder is None or error.rejects.empty:
+            raise
+        path = folder / REJECTS_FILE
+        atomic_write(path, csv_text(error.rejects))
+        hint = f"{error.hint} Every file and its reason: {path}"
+        raise NothingUsable(error.message, hint, error.rejects) from error
