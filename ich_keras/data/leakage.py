@@ -105,9 +105,9 @@ def label_faults(slices: pd.DataFrame) -> dict:
         slices: the slice table, with labels.
 
     Returns:
-        Ready for JSON: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled" (slices),
-        "partly_labelled_series", and "same_place_other_labels": pairs of neighbouring slices of a
-        series at one position with different labels.
+        Ready for JSON: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled"
+        (slices), "partly_labelled_series", and "same_place_other_labels": pairs of neighbouring
+        slices of a series at one position with different labels.
 
     Raises:
         DataError: no labels were joined.
