@@ -300,7 +300,7 @@ def test_a_crash_loses_no_finished_shard_and_the_resumed_cache_is_equal(
             return fill(block)
 
         monkeypatch.setattr(cache_build, "fill_block", count)
-        with pytest.raises(StaleError, match=r"no finished cache"):
+        with pytest.raises(StaleError, match=r"not a finished cache"):
             CTCache.open(partial if number < 13 else out)
         assert content(build(index, out, shard_bytes=SLICE_BYTES).path) == whole
         monkeypatch.setattr(cache_build, "fill_block", fill)
@@ -328,7 +328,7 @@ build_cache(index, {str(tmp_path / "cache")!r}, {SIZE}, shard_bytes={SLICE_BYTES
     assert run.returncode == -9
     partial = tmp_path / "cache.partial"
     assert (partial / "shard-0000.h5").exists() and not (partial / "shard-0001.h5").exists()
-    with pytest.raises(StaleError, match="no finished cache"):
+    with pytest.raises(StaleError, match="not a finished cache"):
         CTCache.open(partial)
     first = (partial / "shard-0000.h5").stat()
     cache = build(index, tmp_path / "cache")
@@ -374,7 +374,7 @@ def test_a_folder_that_is_no_partial_cache_is_left_alone(index, tmp_path):
     partial = tmp_path / "cache.partial"
     partial.mkdir()
     (partial / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is no unfinished cache"):
+    with pytest.raises(UsageError, match="is not an unfinished cache"):
         build(index, tmp_path / "cache")
     assert (partial / "thesis.txt").read_text() == "mine"
 
@@ -420,7 +420,7 @@ except EnvironmentProblem as error:
     assert not (tmp_path / "cache").exists()
     left = [path.name for path in (tmp_path / "cache.partial").glob("*.h5")]
     assert left == ["shard-0000.h5"]
-    with pytest.raises(StaleError, match="no finished cache"):
+    with pytest.raises(StaleError, match="not a finished cache"):
         CTCache.open(tmp_path / "cache.partial")
 
 
@@ -580,9 +580,9 @@ def test_an_edited_manifest_is_refused(index, tmp_path):
     with pytest.raises(StaleError, match="is not valid JSON"):
         CTCache.open(cache.path)
     manifest.unlink()
-    with pytest.raises(StaleError, match=r"no finished cache: it has no manifest\.json"):
+    with pytest.raises(StaleError, match=r"not a finished cache: it has no manifest\.json"):
         CTCache.open(cache.path)
-    with pytest.raises(StaleError, match="no finished cache"):
+    with pytest.raises(StaleError, match="not a finished cache"):
         CTCache.open(tmp_path / "nowhere")
 
 

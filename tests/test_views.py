@@ -282,7 +282,10 @@ def test_a_series_is_never_torn_apart():
         ({"kind": "slab", "num_slices": 5, "edge": "wrap"}, "edge 'wrap'; expected one of air, re"),
         ({"kind": "series", "num_slices": 5, "long_series": "all"}, "long_series 'all'"),
         ({"kind": "series", "num_slices": 5, "tilted": "no"}, "tilted 'no'; expected one of keep"),
-        ({"tilted": "skip"}, "tilted 'skip' means nothing for view 'slice'; it is of slab and ser"),
+        (
+            {"tilted": "skip"},
+            "tilted 'skip' means nothing for view 'slice'; it is for slab and ser",
+        ),
         ({"kind": "slab", "num_slices": 5, "long_series": "middle"}, "means nothing for view 'sl"),
         ({"kind": "series", "num_slices": 5, "edge": "repeat"}, "edge 'repeat' means nothing"),
     ],

@@ -185,7 +185,7 @@ def make_augmentation(name: str = "thesis") -> Change:
 
     Returns:
         A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels), or
-        (slices, rows, columns, channels), whose slices are all changed alike; values in 0..1. The
+        (slices, rows, columns, channels), with values in 0..1. It changes all slices alike; the
         result has the same shape and range. It refuses other values, because albumentations
         silently clips HU to [0, 1].
 

@@ -272,7 +272,10 @@ def view_batches(
     if size is not None and not 8 <= size <= 4096:
         raise UsageError(f"size is {size}; expected 8 to 4096 pixels.")
     if reverse and (augment is None or not view.is_volume):
-        raise UsageError("reverse turns augmented slabs or series: it needs both.")
+        raise UsageError(
+            "reverse turns augmented slabs or series upside down; here there are none.",
+            "Leave it out, or give `augment` and a view of slabs or series.",
+        )
     samples = samples or make_samples(cache.slices, cache.series, view)
     intensity = intensity or ("wide" if view.is_volume else "windows")
     plan = epoch_plan(samples, indices, batch_size, seed, balance)

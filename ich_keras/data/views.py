@@ -79,7 +79,7 @@ class View:
         ):
             if value != usual and self.kind not in needs:
                 raise UsageError(
-                    f"{name} {value!r} means nothing for view {self.kind!r}; it is of"
+                    f"{name} {value!r} means nothing for view {self.kind!r}; it is for"
                     f" {' and '.join(needs)}.",
                     "Leave it out.",
                 )

@@ -1,8 +1,8 @@
 """Building a cache: plan the shards, fill them in parallel, finish them one after the other.
 
 Everything happens in `<out>.partial` beside the final folder. A shard is written under a temporary
-name, verified, renamed, and then recorded in a small JSON file; a build that died is resumed by
-calling it again, and takes over what is recorded. The manifest is written last, then the folder is
+name, verified, renamed, and then recorded in a small JSON file. Calling the build again resumes
+one that died: it keeps the recorded shards. The manifest is written last, then the folder is
 renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 """
 
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Rows start..stop of the index's slices, whole series, which one shard shall hold."""
+    """Rows start..stop of the index's slices, whole series, that one shard will hold."""
 
     name: str
     start: int
@@ -81,9 +81,9 @@ class _StartedShard:
 def inputs_fingerprint(index: "SeriesIndex") -> str:
     """Return a fingerprint of the slices of an index and of their order in space.
 
-    Paths and times do not enter: a data set that was moved is still the same, and so it is on
-    another processor: positions, computed from the files, enter in whole micrometres, because their
-    last digits differ there.
+    Paths and times do not enter: a data set that was moved is still the same. Positions are
+    computed from the files, and their last digits differ between processors: they enter in whole
+    micrometres.
 
     Args:
         index: a SeriesIndex, as it goes into the cache.
@@ -103,6 +103,10 @@ def plan_shards(series_uids: list[str], slice_bytes: int, shard_bytes: int) -> l
         series_uids: (slices,), each slice's series; a series' slices lie together.
         slice_bytes: bytes of a slice.
         shard_bytes: bytes of a shard at most, unless one series alone is larger.
+
+    >>> plan_shards(["a", "a", "b", "c"], slice_bytes=10, shard_bytes=30)
+    [PlannedShard(name='shard-0000.h5', start=0, stop=3),
+     PlannedShard(name='shard-0001.h5', start=3, stop=4)]
     """
     bounds = []
     start = stop = 0
@@ -176,8 +180,8 @@ def _resume_or_clear(partial: Path, plan: dict) -> None:
         return
     if not (partial / PLAN).is_file():
         raise UsageError(
-            f"{partial} exists and is no unfinished cache; nothing is overwritten.",
-            "The cache is built there first: move it away or choose another name.",
+            f"{partial} exists and is not an unfinished cache; nothing is overwritten.",
+            "The cache is built there first: move that folder away or choose another name.",
         )
     if files.read_json(partial / PLAN) != plan:
         shutil.rmtree(partial)
@@ -208,7 +212,7 @@ def _remove_temporary(partial: Path) -> None:
 
 
 def _cannot_build(partial: Path, error: Exception) -> EnvironmentProblem:
-    hint = "Finished shards are kept: build again to go on."
+    hint = "Finished shards are kept: build again to resume."
     if isinstance(error, BrokenProcessPool):
         return EnvironmentProblem(
             "a worker process died while reading slices (killed, often for lack of memory).",

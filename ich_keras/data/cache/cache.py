@@ -8,7 +8,7 @@ A cache is a folder:
     shard-0000.h5     whole series, in order, int16 HU (slices, size, size) and a CRC-32 per slice
 
 Windows and labels are applied at load: changing them needs no new cache. A folder without manifest
-is no cache: the manifest is written last, and the folder gets its name after that.
+is not a cache: the manifest is written last, and the folder gets its name after that.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ def build_cache(
     """Read every slice of an index, resize it and write the cache.
 
     Localizers and series that are not axial are left out (`SeriesIndex.usable`). A slice that
-    cannot be read becomes a row of the cache's rejects, and its series closes up behind it. A build
-    that was interrupted goes on where it was, shard by shard, when it is called again.
+    cannot be read becomes a row of the cache's rejects, and the other slices of its series are
+    renumbered. Calling this again resumes an interrupted build, shard by shard.
 
     Args:
         index: what to read, with or without labels.
@@ -78,14 +78,15 @@ def build_cache(
         size: rows and columns of the cached slices, pixels.
         workers: processes that read; 0 reads in this one.
         progress: called as progress("caching", slices done, slices to do).
-        compression: None (fastest), "gzip" or "blosc2" (2 to 4 times smaller, lossless).
+        compression: None (fastest), "gzip" or "blosc2" (2 to 4 times smaller, lossless);
+            "blosc2" needs `pip install 'ich_keras[compression]'`, and so do its readers.
         shard_bytes: pixels per file at most, in bytes; a larger series gets a file of its own.
-        labels: the labels to store beside; None takes those of the index, if it has any.
+        labels: stored with the cache; None takes those of the index, if it has any.
 
     Raises:
         UsageError: `out` exists, or an argument cannot be used.
         DataError: no slice could be read, or the labels belong to other images.
-        EnvironmentProblem: the disk is full, a worker died, or hdf5plugin is absent.
+        EnvironmentProblem: the disk is full, a worker died, or hdf5plugin is not installed.
         StaleError: another process is building this cache.
     """
     if not MIN_SIZE <= size <= MAX_SIZE:
@@ -148,9 +149,10 @@ class CTCache:
 
         Args:
             path: its folder.
-            labels: used instead of those stored beside; images without one get -1.
+            labels: used instead of those stored with the cache; images without one get -1.
 
         Raises:
+            EnvironmentProblem: it is compressed with blosc2, and hdf5plugin is not installed.
             StaleError: not a finished cache, of another schema, or damaged.
             DataError: the labels match no image.
         """
@@ -193,7 +195,7 @@ class CTCache:
 
     @property
     def fingerprint(self) -> str:
-        """What the pixels depend on, as 64 hexadecimal digits, to be noted beside a result."""
+        """64 hexadecimal digits for all that the pixels depend on, to record with a result."""
         keys = ("schema", "size", "resampling", "inputs")
         facts = {key: self.manifest[key] for key in keys}
         return files.fingerprint({**facts, "slices": self.slices[UID].tolist()})
@@ -247,9 +249,9 @@ class CTCache:
     def require(self, size: int | None = None, index: "SeriesIndex | None" = None) -> None:
         """Check that the cache is what a run would build now.
 
-        When other versions of what makes pixels were used, 16 slices are read again and must be
-        equal. Of the slices that could not be read 16 are tried again, and must still fail: a
-        decoder may have been installed since.
+        If the libraries that make pixels had other versions then, 16 slices are read again and
+        must be equal. Of the slices that could not be read, 16 are tried again and must still
+        fail: a decoder may have been installed since.
 
         Args:
             size: the size wanted; None takes the cache's.
@@ -277,7 +279,7 @@ class CTCache:
             raise StaleError(f"{self.path} is stale: {'; '.join(differing)}.", REBUILD)
 
     def _differing_patients(self, index: "SeriesIndex") -> list[str]:
-        """Compare whose each slice is: splits follow the cache's patients."""
+        """Compare the patient of each slice: splits follow the cache's patients."""
         wanted = index.slices.set_index(UID)["patient_id"].reindex(self.slices[UID])
         count = int((wanted.to_numpy() != self.slices["patient_id"].to_numpy()).sum())
         return [f"{count} slices have another PatientID in the cache"] if count else []
@@ -325,7 +327,7 @@ class CTCache:
 
 
 def _some(count: int) -> np.ndarray:
-    """Choose up to REREAD_SLICES of so many, evenly spaced."""
+    """Choose up to REREAD_SLICES numbers below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, REREAD_SLICES)).astype(int))
 
 
@@ -344,8 +346,8 @@ def _read_manifest(path: Path) -> dict:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise StaleError(
-            f"{path} is no finished cache: it has no {MANIFEST}.",
-            "Is it the right folder? Otherwise build the cache (again).",
+            f"{path} is not a finished cache: it has no {MANIFEST}.",
+            "Is it the right folder? If so, build the cache.",
         )
     manifest = files.read_json(manifest_path)
     found = manifest.get("schema") if isinstance(manifest, dict) else None

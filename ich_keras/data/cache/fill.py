@@ -43,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Filled:
-    """What came of a block; rows count from the first slice of the index."""
+    """The outcome of a block; rows count from the first slice of the index."""
 
     first_row: int
     crc32: np.ndarray
@@ -52,7 +52,7 @@ class Filled:
 
 
 def pixel_versions() -> dict[str, str]:
-    """Return the versions of what cached pixels depend on: libraries, and our own reading."""
+    """Return the versions that cached pixels depend on: of libraries, and of our own reading."""
     versions = {"numpy": np.__version__, "opencv": cv2.__version__, "pydicom": pydicom.__version__}
     return versions | {"reading": READING}
 

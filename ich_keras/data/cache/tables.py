@@ -1,4 +1,4 @@
-"""The tables of a cache: those of an index once its pixels were read."""
+"""The tables of a cache: those of an index, after its pixels have been read."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,10 +36,10 @@ class CacheTables:
 def tables_after_reading(
     index: "SeriesIndex", rejected: dict[int, tuple[str, str, str]], repaired: set[int]
 ) -> CacheTables:
-    """Take the slices that could not be read out of an index.
+    """Remove the slices that could not be read from the tables of an index.
 
-    The slices left of a series are numbered anew. A series that lost a slice between two others
-    gets the verdict "gap"; one that lost all its slices vanishes.
+    The remaining slices of a series are renumbered. A series that lost a slice between two others
+    gets the verdict "gap"; one that lost all its slices is left out.
 
     Args:
         index: the SeriesIndex the cache was built from.
@@ -75,7 +75,7 @@ def verdicts_after_reading(
 
     Args:
         verdicts: by series_uid.
-        all_slices: the index' table, in order.
+        all_slices: the index's table of slices, in order.
         kept: bool (len(all_slices),), what could be read.
     """
     torn = _series_with_new_gaps(all_slices, kept)

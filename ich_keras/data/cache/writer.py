@@ -21,11 +21,11 @@ def raw_shard_bytes(num_slices: int, size: int) -> int:
 
 
 def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
-    """Create an uncompressed shard whose slices are still to be written, its space reserved.
+    """Create an uncompressed shard and reserve its space; the slices are written later.
 
-    HDF5 writes only the header. The pixels are written past it at the offsets returned, by any
-    number of processes at once, with plain file writes: a full disk is then an OSError at the
-    write, where HDF5 fails at close and a memory map kills the process with SIGBUS.
+    HDF5 writes only the header. Any number of processes then write the pixels at the offsets
+    returned, with plain file writes: a full disk is then an OSError at the write, where HDF5 would
+    fail at close and a memory map would kill the process with SIGBUS.
 
     Args:
         path: the new file.
@@ -43,7 +43,7 @@ def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)  # the same slices shall give the same bytes
+    properties.set_obj_track_times(False)  # the same slices must give the same bytes
     offsets = []
     try:
         with h5py.File(path, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
