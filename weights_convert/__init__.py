@@ -21,6 +21,7 @@ Modules are nouns so that the verbs (`weights_convert.convert`) can be functions
 """
 
 import importlib
+from typing import Any
 
 # Public name -> module that holds it; imported on first use.
 _PUBLIC = {
@@ -41,7 +42,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import sha256_of
 from ich_keras.models.weights import listed
 from weights_convert.mapping import COUNTER
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 4 * 2**30  # the largest source has 0.2 GiB
 MAX_TENSORS = 10_000
@@ -182,7 +186,7 @@ def _require_members(path: Path, size: int, members: list[zipfile.ZipInfo]) -> N
         raise DataError(f"{path} unpacks to more than its size; refused.")
 
 
-def _load_torch(path: Path, kind: str):
+def _load_torch(path: Path, kind: str) -> Any:
     import torch
 
     try:
@@ -202,7 +206,7 @@ def _load_torch(path: Path, kind: str):
         ) from error
 
 
-def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
+def _refuse_pickle(path: Path, text: str, error: Exception) -> NoReturn:
     forbidden = _FORBIDDEN.search(text)
     if forbidden is None:
         # torch's own words in a sentence; its advice to allow more, all around, is not passed on.
@@ -230,7 +234,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
-def _load_safetensors(path: Path) -> dict:
+def _load_safetensors(path: Path) -> dict[str, "torch.Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -242,7 +246,7 @@ def _load_safetensors(path: Path) -> dict:
         ) from error
 
 
-def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
+def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(content, dict):
         raise DataError(
             f"{path} holds a {type(content).__name__}; expected a state dict.", _SAVE_STATE_DICT
@@ -267,18 +271,18 @@ def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
     return {key.removeprefix(PREFIX): value for key, value in content.items()}, ignored
 
 
-def _is_name(key) -> bool:
+def _is_name(key: object) -> TypeGuard[str]:
     return isinstance(key, str) and bool(_NAME.fullmatch(key.removeprefix(PREFIX)))
 
 
-def _shown(key) -> str:
+def _shown(key: object) -> str:
     """Show a key that may be anything: no control characters, not long, not nested."""
     if _is_name(key):
         return key
     return f"{key!r:.100}" if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _require_plain(path: Path, name: str, tensor) -> int:
+def _require_plain(path: Path, name: str, tensor: object) -> int:
     """Refuse a tensor that is more than its own bytes; return how many these are."""
     import torch
 
@@ -303,7 +307,7 @@ def _require_plain(path: Path, name: str, tensor) -> int:
     return claimed
 
 
-def _array(path: Path, name: str, tensor) -> np.ndarray:
+def _array(path: Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
     place = f"{path}: {name}"

@@ -85,7 +85,14 @@ def inspect(checkpoint: Path) -> None:
 )
 @CHANNELS
 @click.option("--keep-head", is_flag=True, help="Keep a head of six outputs.")
-def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
+def convert(
+    source: str | None,
+    preset_name: str | None,
+    checkpoint: Path,
+    out: Path | None,
+    channels: int | None,
+    keep_head: bool,
+) -> None:
     """Convert a checkpoint into a .weights.h5 file, once both networks agree."""
     from weights_convert.conversion import convert as convert_checkpoint
 
@@ -106,7 +113,7 @@ def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
 @SOURCE
 @PRESET
 @CHECKPOINT
-def verify(source, preset_name, checkpoint) -> None:
+def verify(source: str | None, preset_name: str | None, checkpoint: Path) -> None:
     """Compare torch and Keras on a checkpoint's weights; write nothing."""
     from weights_convert.conversion import verify as verify_checkpoint
 
@@ -120,7 +127,7 @@ def verify(source, preset_name, checkpoint) -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
-def selfcheck(names, dtype) -> None:
+def selfcheck(names: tuple[str, ...], dtype: str) -> None:
     """Compare every network with its oracle (torchvision, or plain torch) on random weights."""
     from weights_convert.selfcheck import check_all
 
@@ -140,7 +147,7 @@ def selfcheck(names, dtype) -> None:
 )
 @CHANNELS
 @NEW_WEIGHTS
-def inflate(weights, preset_name, method, channels, out) -> None:
+def inflate(weights: Path, preset_name: str, method: str, channels: int | None, out: Path) -> None:
     """Make 3D weights from 2D ones."""
     from weights_convert.reshaping import inflate as inflate_weights
 
@@ -152,7 +159,7 @@ def inflate(weights, preset_name, method, channels, out) -> None:
 @click.option("--preset", "preset_name", required=True, help="A 2D network of the same depth.")
 @CHANNELS
 @NEW_WEIGHTS
-def collapse(weights, preset_name, channels, out) -> None:
+def collapse(weights: Path, preset_name: str, channels: int | None, out: Path) -> None:
     """Make 2D weights from 3D ones: sum the kernels over the slices."""
     from weights_convert.reshaping import collapse as collapse_weights
 
@@ -169,7 +176,7 @@ def collapse(weights, preset_name, channels, out) -> None:
     help="Input channels wanted.",
 )
 @NEW_WEIGHTS
-def channels(weights, channels, out) -> None:
+def channels(weights: Path, channels: int, out: Path) -> None:
     """Change the number of input channels."""
     from weights_convert.reshaping import change_channels
 
@@ -181,7 +188,7 @@ def channels(weights, channels, out) -> None:
 @click.option(
     "--out", type=FILE, required=True, metavar="FILE", help="New .pth, .pt or .safetensors file."
 )
-def export(weights, out) -> None:
+def export(weights: Path, out: Path) -> None:
     """Write weights as a torch state dict, bit by bit."""
     from weights_convert.conversion import export as export_weights
 

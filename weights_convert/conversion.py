@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,10 @@ from weights_convert.reference import reference
 from weights_convert.reshaping import rechannelled, require_out
 from weights_convert.sources import Source, source_named
 from weights_convert.state import build, load_state, state_of_file
-from weights_convert.structure import fitting_presets, require_structure, structure_of
+from weights_convert.structure import Structure, fitting_presets, require_structure, structure_of
+
+if TYPE_CHECKING:
+    import keras
 
 _HEAD_PREFIX = f"{HEAD}."
 
@@ -37,19 +41,19 @@ class Conversion:
 
     path: Path
     parity: Parity
-    record: dict
+    record: dict[str, Any]
     dropped: tuple[str, ...]
 
 
 def _settle(source: str | None, preset_name: str | None) -> tuple[Source | None, str]:
-    if (source is None) == (preset_name is None):
+    if source is not None and preset_name is None:
+        found = source_named(source)
+        return found, found.preset
+    if preset_name is None or source is not None:
         raise UsageError(
             "expected either a source or a preset.",
             "A source for published weights (`weights-convert list`), a preset for your own.",
         )
-    if source is not None:
-        found = source_named(source)
-        return found, found.preset
     return None, preset_name
 
 
@@ -78,7 +82,7 @@ def _matched(
 
 def _checked(
     spec: ModelSpec, tensors: dict[str, np.ndarray], place: str, keep_head: bool, batch_size: int
-):
+) -> tuple["keras.Model", Parity]:
     """Return (Keras model with the tensors, parity with the torch reference)."""
     import torch
 
@@ -123,16 +127,18 @@ def convert(
             another network, or the networks disagree.
     """
     known, preset_name = _settle(source, preset_name)
-    if out is None and known is None:
+    if out is not None:
+        path = require_out(out)
+    elif known is not None:
+        path = require_out(weights_folder() / f"{known.name}{SUFFIX}")
+    else:
         raise UsageError(
-            "out is missing; only published weights have a place of their own.",
-            f"Give a file name ending in {SUFFIX}.",
+            "out is missing; only published weights have a default file name.",
+            f"Give --out FILE{SUFFIX}.",
         )
-    has_default_place = out is None
-    out = require_out(weights_folder() / f"{known.name}{SUFFIX}" if has_default_place else out)
     read = read_checkpoint(checkpoint)
     provenance = _provenance(read, known)
-    if has_default_place and provenance.get("is_published_file") is False:
+    if out is None and known is not None and provenance.get("is_published_file") is False:
         raise DataError(
             f"{read.path} has the SHA-256 {read.sha256[:16]}...; {known.name} was published with"
             f" {known.published_sha256}...: it is another file.",
@@ -152,12 +158,12 @@ def convert(
     }
     if channels is not None and channels != spec.channels:
         model, record = rechannelled(tensors, spec, record, channels, keep_head)
-    save_weights(model, out, record)
-    return Conversion(out, parity, record, left_out)
+    save_weights(model, path, record)
+    return Conversion(path, parity, record, left_out)
 
 
-def _provenance(read: Checkpoint, source: Source | None) -> dict:
-    record = {"file": read.path.name, "sha256": read.sha256}
+def _provenance(read: Checkpoint, source: Source | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"file": read.path.name, "sha256": read.sha256}
     if source is None:
         return {**record, "source": "own checkpoint"}
     is_published = None
@@ -219,7 +225,7 @@ def export(weights: Path | str, out: Path | str) -> Path:
     if out.suffix not in (".pth", ".pt", ".safetensors"):
         raise UsageError(f"out {str(out)!r}; expected a name ending in .pth, .pt or .safetensors.")
     file = read_weights(weights)
-    state = OrderedDict()
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
     for name, array in state_of_file(file).items():
         state[name] = torch.from_numpy(np.array(array, order="C"))
         if name.endswith("running_var"):
@@ -254,7 +260,7 @@ class Inspection:
     """
 
     read: Checkpoint
-    structure: dict
+    structure: Structure
     presets: tuple[str, ...]
     missing: tuple[str, ...]
     surplus: tuple[str, ...]
@@ -269,7 +275,8 @@ def inspect(checkpoint: Path | str) -> Inspection:
     read = read_checkpoint(checkpoint)
     structure = structure_of(read.shapes, str(read.path))
     names = fitting_presets(structure)
-    missing, surplus = (), ()
+    missing: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
     if names:
         wanted = reference(PRESETS[names[0]].spec).state_dict()
         missing = tuple(n for n in wanted if n not in read.tensors and not n.endswith(COUNTER))

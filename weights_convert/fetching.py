@@ -32,7 +32,9 @@ def require_published(source: Source, sha256: str, place: str) -> None:
         )
 
 
-def fetch(source_name: str, folder: Path | str | None = None, progress: Progress | None = None):
+def fetch(
+    source_name: str, folder: Path | str | None = None, progress: Progress | None = None
+) -> Path:
     """Download a source's checkpoint, unless it is there already.
 
     Args:

@@ -5,14 +5,19 @@ absolute value of the reference's own feature.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ich_keras.errors import DataError
 from ich_keras.models.presets import FEATURES, ModelSpec
 from ich_keras.models.weights import HEAD
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
 
 TOLERANCE = 1e-5  # float32, relative: rounding, not another network
 # Even, odd and mixed sizes: torch's symmetric padding and Keras' "same" agree on odd ones only.
@@ -93,7 +98,7 @@ def sizes_of(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
 
 
 @contextlib.contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """Switch TF32 off: it rounds products to 10 bits, which no parity survives."""
     import torch
 
@@ -105,7 +110,7 @@ def full_precision():
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def torch_features(module, images: np.ndarray) -> dict[str, np.ndarray]:
+def torch_features(module: "nn.Module", images: np.ndarray) -> dict[str, np.ndarray]:
     """Run a reference network.
 
     Args:
@@ -127,7 +132,7 @@ def torch_features(module, images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def keras_features(model, images: np.ndarray) -> dict[str, np.ndarray]:
+def keras_features(model: "keras.Model", images: np.ndarray) -> dict[str, np.ndarray]:
     """Run a Keras network of ours in inference mode; see `torch_features`."""
     from ich_keras.models.resnet import feature_model
 
@@ -140,8 +145,8 @@ def keras_features(model, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def compare(
-    module,
-    model,
+    module: "nn.Module",
+    model: "keras.Model",
     sizes: Iterable[tuple[int, ...]],
     channels: int,
     batch_size: int = 1,
@@ -157,7 +162,8 @@ def compare(
         batch_size: images or volumes at a time.
         seed: of the inputs, standard normal.
     """
-    random, rows = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    rows: dict[str, tuple[float, float]] = {}
     with full_precision():
         for size in sizes:
             images = random.standard_normal((batch_size, *size, channels)).astype(np.float32)

@@ -1,7 +1,11 @@
 """Changing the shape of weights files on purpose: input channels, 2D -> 3D, 3D -> 2D."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
@@ -10,6 +14,12 @@ from ich_keras.models.weights import HEAD, SUFFIX, listed, read_weights, save_we
 from weights_convert.shapes import to_2d, to_3d, with_channels
 from weights_convert.state import build, load_state, shapes_by_name, spec_of_file, state_of_file
 
+if TYPE_CHECKING:
+    import keras
+
+# Torch's name -> array, and torch's name -> shape.
+_State = Mapping[str, np.ndarray]
+_Shapes = Mapping[str, tuple[int, ...]]
 _SAME_IN_2D_AND_3D = ("depth", "shortcut", "naming", "factorised")
 
 
@@ -24,7 +34,9 @@ def require_out(out: Path | str) -> Path:
     return require_absent(out)
 
 
-def rechannelled(state, spec: ModelSpec, record: dict, channels: int, has_head: bool):
+def rechannelled(
+    state: _State, spec: ModelSpec, record: dict[str, Any], channels: int, has_head: bool
+) -> tuple["keras.Model", dict[str, Any]]:
     """Return (model, record) with another number of input channels."""
     state = with_channels(state, channels)
     changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
@@ -54,7 +66,15 @@ def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path
     return out
 
 
-def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, change: str, reshape):
+def _reshape(
+    weights: Path | str,
+    preset_name: str,
+    out: Path | str,
+    rank: int,
+    channels: int | None,
+    change: str,
+    reshape: Callable[[_State, _Shapes], dict[str, np.ndarray]],
+) -> Path:
     """Read weights, change their kernels, write them for a preset of another rank."""
     out = require_out(out)
     file = read_weights(weights)
@@ -122,7 +142,7 @@ def inflate(
         DataError: the weights do not fit.
     """
 
-    def reshape(state, wanted):
+    def reshape(state: _State, wanted: _Shapes) -> dict[str, np.ndarray]:
         depths = {name: shape[2] for name, shape in wanted.items() if len(shape) == 5}
         return to_3d(state, depths, method)
 

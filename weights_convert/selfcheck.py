@@ -7,7 +7,9 @@ variance 1) a swapped mean and variance would go unseen.
 import contextlib
 import copy
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,13 +23,17 @@ from weights_convert.reference import reference
 from weights_convert.sources import SOURCES, Source, source_named
 from weights_convert.state import load_state, state_of, variables_by_name
 
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
 VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
 # The step is this long, so that the gradient can be read off the weights without rounding it away.
 LEARNING_RATE = 2.0**12
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def randomise(module, seed: int) -> None:
+def randomise(module: "nn.Module", seed: int) -> None:
     """Give a torch network random kernels and random statistics, in place.
 
     gamma lies in [0.5, 1.5], the variance in [0.5, 2], mean and shift are normal with 0.1; kernels
@@ -49,7 +55,7 @@ def randomise(module, seed: int) -> None:
             tensor.normal_(0.0, 0.1, generator=generator)
 
 
-def torchvision_oracle(source: Source, outputs: int):
+def torchvision_oracle(source: Source, outputs: int) -> Any:
     """Return torchvision's own network, made to give features by name; None without torchvision."""
     if not source.name.startswith("torchvision_") or not importlib.util.find_spec("torchvision"):
         return None
@@ -61,14 +67,14 @@ def torchvision_oracle(source: Source, outputs: int):
     net = getattr(zoo, name)(num_classes=outputs).eval()
 
     class Oracle(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.net = net
             self.taps = {"relu": "stem", "stem": "stem", "maxpool": "maxpool", "avgpool": "avgpool"}
             self.taps |= {f"layer{n}": f"layer{n}" for n in range(1, 5)}
 
-        def forward(self, x):
-            found = {}
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            found: dict[str, torch.Tensor] = {}
             hooks = [
                 module.register_forward_hook(
                     lambda _, __, y, key=self.taps[child]: found.setdefault(
@@ -88,7 +94,7 @@ def torchvision_oracle(source: Source, outputs: int):
     return Oracle()
 
 
-def oracle_of(source: Source, spec: ModelSpec):
+def oracle_of(source: Source, spec: ModelSpec) -> tuple["nn.Module", "nn.Module"]:
     """Return (torch network with a six-way head that gives features, its state dict's owner)."""
     made = torchvision_oracle(source, NUM_LABELS)
     if made is not None:
@@ -97,7 +103,7 @@ def oracle_of(source: Source, spec: ModelSpec):
     return made, made
 
 
-def keras_network(spec: ModelSpec, dtype: str = "float32"):
+def keras_network(spec: ModelSpec, dtype: str = "float32") -> "keras.Model":
     """Build a classifier with logits and without dropout for inputs of any size."""
     import keras
 
@@ -110,7 +116,7 @@ def keras_network(spec: ModelSpec, dtype: str = "float32"):
 
 
 @contextlib.contextmanager
-def keep_float64():
+def keep_float64() -> Iterator[None]:
     """Let Keras compute in float64 where its rules would fall back to float32.
 
     Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
@@ -126,7 +132,9 @@ def keep_float64():
         table["float64"] = before
 
 
-def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+def _torch_gradients(
+    model: "keras.Model", images: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return the gradients of a Keras model on torch, by torch's names."""
     import torch
 
@@ -139,7 +147,9 @@ def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[s
     }
 
 
-def _step_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+def _step_gradients(
+    model: "keras.Model", images: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return the gradients that one step of stochastic gradient descent reveals, any backend."""
     import keras
 
@@ -153,7 +163,9 @@ def _step_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[st
     return {n: (before[n].astype(np.float64) - after[n]) / LEARNING_RATE for n in before}
 
 
-def _oracle_gradients(module, images: np.ndarray, direction: np.ndarray) -> list:
+def _oracle_gradients(
+    module: "nn.Module", images: np.ndarray, direction: np.ndarray
+) -> list[np.ndarray]:
     """Return the gradients of the oracle's parameters."""
     import torch
 
@@ -166,7 +178,9 @@ def _oracle_gradients(module, images: np.ndarray, direction: np.ndarray) -> list
     return [p.grad.numpy().astype(np.float64) for p in module.parameters()]
 
 
-def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, tuple[float, float]]:
+def gradient_rows(
+    module: "nn.Module", state_owner: "nn.Module", model: "keras.Model", images: np.ndarray
+) -> dict[str, tuple[float, float]]:
     """Compare the gradients of one training step, with batch statistics.
 
     The loss is the head's output times random numbers, so that every weight matters. In float32 a
@@ -201,7 +215,7 @@ def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, t
             ("oracle", gradient, other),
         ):
             off = value - truth
-            relative = np.linalg.norm(off) / max(np.linalg.norm(truth), _TINY)
+            relative = np.linalg.norm(off) / max(float(np.linalg.norm(truth)), _TINY)
             rows[row] = worse(rows[row], (float(np.abs(off).max()), float(relative)))
     return rows
 
@@ -244,7 +258,7 @@ def check(
     return Parity(rows)
 
 
-def check_all(names: tuple[str, ...] = (), dtype: str = "float32"):
+def check_all(names: tuple[str, ...] = (), dtype: str = "float32") -> Iterator[str]:
     """Check several sources and yield a Markdown table, a line at a time.
 
     Args:

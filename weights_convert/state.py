@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +11,10 @@ from ich_keras.errors import DataError
 from ich_keras.models.presets import ModelSpec
 from ich_keras.models.weights import WeightsFile, listed, own_variables
 from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
+
+if TYPE_CHECKING:
+    import keras
+    import torch
 
 # How a layer's variables follow each other in a weights file, by their number.
 _TORCH_SUFFIXES = {
@@ -19,7 +24,7 @@ _TORCH_SUFFIXES = {
 }
 
 
-def variables_by_name(model) -> dict:
+def variables_by_name(model: "keras.Model") -> dict[str, Any]:
     """Return torch's name -> Keras variable, for every weight of a model."""
     return {
         torch_name(layer.name, variable.name): variable
@@ -28,7 +33,7 @@ def variables_by_name(model) -> dict:
     }
 
 
-def shapes_by_name(model) -> dict[str, tuple[int, ...]]:
+def shapes_by_name(model: "keras.Model") -> dict[str, tuple[int, ...]]:
     """Return torch's name -> torch's shape, for every weight of a model."""
     return {
         name: to_torch(np.empty(variable.shape, np.bool_)).shape
@@ -36,7 +41,11 @@ def shapes_by_name(model) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state dict") -> None:
+def load_state(
+    model: "keras.Model",
+    state: Mapping[str, "np.ndarray | torch.Tensor"],
+    place: str = "the state dict",
+) -> None:
     """Carry a torch state dict into a Keras model: a bijection, or an error.
 
     Args:
@@ -58,7 +67,7 @@ def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state d
         variable.assign(to_keras(tensors[name]))
 
 
-def state_of(model) -> OrderedDict[str, np.ndarray]:
+def state_of(model: "keras.Model") -> OrderedDict[str, np.ndarray]:
     """Return a Keras model's weights as a torch state dict, bit by bit.
 
     Returns:
@@ -73,7 +82,7 @@ def state_of(model) -> OrderedDict[str, np.ndarray]:
     )
 
 
-def build(spec: ModelSpec, has_head: bool):
+def build(spec: ModelSpec, has_head: bool) -> "keras.Model":
     """Build a network for inputs of any size, with logits or without a head."""
     from ich_keras.models.classifier import classifier
     from ich_keras.models.resnet import resnet
@@ -84,7 +93,7 @@ def build(spec: ModelSpec, has_head: bool):
 
 def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
     """Return a weights file as a torch state dict."""
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for layer, arrays in file.layers.items():
         if len(arrays) not in _TORCH_SUFFIXES:
             raise DataError(f"{file.path}: {layer} has {len(arrays)} variables; refused.")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import TypedDict
 
 from ich_keras.errors import DataError
 from ich_keras.models.presets import (
@@ -13,9 +14,38 @@ from ich_keras.models.presets import (
 )
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
-def structure_of(shapes: Mapping[str, tuple[int, ...]], place: str = "the checkpoint") -> dict:
+class Structure(TypedDict):
+    """A ResNet's structure as its tensors show it, under the names of `ModelSpec`.
+
+    Args:
+        naming: "image" or "video": whose tensor names these are.
+        rank: 2 or 3 spatial axes.
+        depth: 10, 18, 34, ...
+        shortcut: "A" (zero padding) or "B" (convolution).
+        channels: of the input.
+        width: channels of the first stage.
+        factorised: whether each 3D kernel is split into one within slices and one across them.
+        stem_kernel: size of the first kernel, per axis.
+        kernels: sizes of each stage's kernels, per axis.
+        head: outputs of `fc`; None without a head.
+    """
+
+    naming: str
+    rank: int
+    depth: int
+    shortcut: str
+    channels: int
+    width: int
+    factorised: bool
+    stem_kernel: tuple[int, ...]
+    kernels: tuple[tuple[int, ...], ...]
+    head: int | None
+
+
+def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     """Read a ResNet's structure from its tensors.
 
     Strides and dilations leave no trace in tensors and are not told: weights that load are not yet
@@ -69,7 +99,7 @@ def structure_of(shapes: Mapping[str, tuple[int, ...]], place: str = "the checkp
     }
 
 
-def _blocks(shapes: Mapping) -> tuple[int, ...]:
+def _blocks(shapes: _Shapes) -> tuple[int, ...]:
     found = {match.groups() for match in map(_STAGE.match, shapes) if match}
     return tuple(
         len({block for stage, block in found if stage == str(number)})
@@ -77,7 +107,7 @@ def _blocks(shapes: Mapping) -> tuple[int, ...]:
     )
 
 
-def _convolution(shapes: Mapping, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
+def _convolution(shapes: _Shapes, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
     name = f"{stem}.0.0.weight" if factorised else f"{stem}.{'0.' * (naming == 'video')}weight"
     if name not in shapes:
         raise DataError(f"the tensor {name} is absent.", "The checkpoint is not whole.")
@@ -90,7 +120,9 @@ def _convolution(shapes: Mapping, stem: str, naming: str, factorised: bool) -> t
     return tuple(shape)
 
 
-def _main_kernels(shapes, naming, is_bottleneck, factorised) -> tuple[tuple[int, ...], ...]:
+def _main_kernels(
+    shapes: _Shapes, naming: str, is_bottleneck: bool, factorised: bool
+) -> tuple[tuple[int, ...], ...]:
     position = "conv2" if is_bottleneck else "conv1"
     return tuple(
         _convolution(shapes, f"layer{stage}.0.{position}", naming, factorised)
@@ -98,14 +130,14 @@ def _main_kernels(shapes, naming, is_bottleneck, factorised) -> tuple[tuple[int,
     )
 
 
-def _last_channels(shapes, naming, is_bottleneck, factorised) -> int:
+def _last_channels(shapes: _Shapes, naming: str, is_bottleneck: bool, factorised: bool) -> int:
     last = f"layer1.0.conv{3 if is_bottleneck else 2}"
     if factorised and not is_bottleneck:
         return shapes[f"{last}.0.3.weight"][0]
     return shapes[f"{last}.{'0.' * (naming == 'video')}weight"][0]
 
 
-def describe(structure: dict) -> str:
+def describe(structure: Structure) -> str:
     """Return a structure in one line."""
     head = f", head of {structure['head']}" if structure["head"] else ", no head"
     kernels = "" if len(set(structure["kernels"])) == 1 else ", mixed kernels"
@@ -117,7 +149,7 @@ def describe(structure: dict) -> str:
     )
 
 
-def _differing(structure: dict, spec: ModelSpec) -> dict[str, tuple]:
+def _differing(structure: Structure, spec: ModelSpec) -> dict[str, tuple[object, object]]:
     """Return what a network has otherwise than a structure: name -> (there, expected)."""
     expected = {
         "stem_kernel": spec.per_axis(spec.stem_kernel),
@@ -126,10 +158,11 @@ def _differing(structure: dict, spec: ModelSpec) -> dict[str, tuple]:
         "width": spec.width,
         "factorised": spec.factorised,
     }
-    return {n: (structure[n], v) for n, v in expected.items() if structure[n] != v}
+    there: Mapping[str, object] = structure
+    return {n: (there[n], v) for n, v in expected.items() if there[n] != v}
 
 
-def fitting_presets(structure: dict) -> tuple[str, ...]:
+def fitting_presets(structure: Structure) -> tuple[str, ...]:
     """Return the presets whose tensors have this structure, whatever their input channels."""
     return tuple(
         name
@@ -138,7 +171,7 @@ def fitting_presets(structure: dict) -> tuple[str, ...]:
     )
 
 
-def require_structure(structure: dict, spec: ModelSpec, place: str, wanted: str) -> None:
+def require_structure(structure: Structure, spec: ModelSpec, place: str, wanted: str) -> None:
     """Refuse tensors of another network than the one asked for.
 
     Args:
