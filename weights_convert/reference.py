@@ -1,8 +1,9 @@
 """The networks in plain torch, for verification only.
 
-Written from the publications, apart from the Keras builder, so that each can show the other's
-faults: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for MedicalNet,
-Tran et al. (2018) for video. The tests hold them against torchvision's own code, bit by bit.
+Written from the publications and independently of the Keras builder, so that each reveals the
+other's errors: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for
+MedicalNet, Tran et al. (2018) for video. The tests compare them with
+torchvision's own code, bit for bit.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def _padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, .
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut A: every stride-th position, new channels zero. It has no parameters."""
+    """Shortcut A: subsample by the stride and fill the new channels with zeros; no parameters."""
 
     def __init__(self, stride: tuple[int, ...], channels: int, is_detached: bool) -> None:
         super().__init__()
@@ -254,11 +255,11 @@ def reference(spec: ModelSpec, outputs: int | None = None) -> nn.Module:
     """Build a network in plain torch.
 
     Args:
-        spec: the network; its input may have any size.
-        outputs: of a head `fc`; None leaves it out.
+        spec: the network; the input may have any size.
+        outputs: number of outputs of the head `fc`; None builds no head.
 
     Returns:
-        A module in evaluation mode: float (N, channels, *spatial) to a dictionary of features.
+        A module in evaluation mode, from float (N, channels, *spatial) to a dictionary of features.
     """
     build: type[VideoNet] | type[ImageNet] = VideoNet if spec.naming == "video" else ImageNet
     return build(spec, outputs).eval()

@@ -1,4 +1,4 @@
-"""Changing the shape of weights files on purpose: input channels, 2D -> 3D, 3D -> 2D."""
+"""Explicit changes of shape of weights files: input channels, 2D -> 3D, 3D -> 2D."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 # Torch's name -> array, and torch's name -> shape.
 _State = Mapping[str, np.ndarray]
 _Shapes = Mapping[str, tuple[int, ...]]
+_CHOOSE_ALIKE = (
+    "Choose a preset with the depth, shortcut and kind of network of the file; `ich presets` lists"
+    " them."
+)
 _SAME_IN_2D_AND_3D = ("depth", "shortcut", "naming", "factorised")
 
 
 def require_out(out: Path | str) -> Path:
-    """Return the path when a weights file can be written there.
+    """Return the path if a weights file can be written there.
 
     Raises:
-        UsageError: another suffix, or something is there.
+        UsageError: the suffix is not `.weights.h5`, or the file exists.
     """
     if not str(out).endswith(SUFFIX):
         raise UsageError(f"out {str(out)!r}; expected a file name ending in {SUFFIX}.")
@@ -37,7 +41,7 @@ def require_out(out: Path | str) -> Path:
 def rechannelled(
     state: _State, spec: ModelSpec, record: dict[str, Any], channels: int, has_head: bool
 ) -> tuple["keras.Model", dict[str, Any]]:
-    """Return (model, record) with another number of input channels."""
+    """Return the model and record of the same network with another number of input channels."""
     state = with_channels(state, channels)
     changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
     model = build(changed, has_head)
@@ -54,9 +58,12 @@ def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path
     """Change the input channels of converted or trained weights; see `shapes.with_channels`.
 
     Args:
-        weights: a `.weights.h5` file that knows its network.
-        out: a new one.
-        channels: wanted.
+        weights: a `.weights.h5` file that records its network.
+        out: the `.weights.h5` file to write.
+        channels: new number of input channels.
+
+    Returns:
+        The path `out`.
     """
     out = require_out(out)
     file = read_weights(weights)
@@ -75,7 +82,7 @@ def _reshape(
     change: str,
     reshape: Callable[[_State, _Shapes], dict[str, np.ndarray]],
 ) -> Path:
-    """Read weights, change their kernels, write them for a preset of another rank."""
+    """Read weights, change their kernels and write them for a preset of another rank."""
     out = require_out(out)
     file = read_weights(weights)
     spec, state = spec_of_file(file), state_of_file(file)
@@ -84,6 +91,8 @@ def _reshape(
         raise UsageError(
             f"{file.path} is {spec.rank}D and {preset_name} is {target.rank}D;"
             f" expected weights that are {5 - rank}D and a preset that is {rank}D.",
+            "`weights-convert inflate` makes 3D weights from 2D ones, `collapse` 2D from 3D;"
+            " `ich presets` lists the presets.",
         )
     target = replace(target, input_shape=(*(None,) * rank, spec.channels), width=spec.width)
     other = {n: p for n, p in spec.differences(target).items() if n in _SAME_IN_2D_AND_3D}
@@ -93,7 +102,7 @@ def _reshape(
         )
         raise DataError(
             f"{file.path} does not fit {preset_name}: {said}.",
-            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+            _CHOOSE_ALIKE,
         )
     has_head = HEAD in file.layers
     model = build(target, has_head)
@@ -104,7 +113,7 @@ def _reshape(
         raise DataError(
             f"{file.path} does not fit {preset_name}: missing {listed(absent)};"
             f" surplus {listed(surplus)}.",
-            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+            _CHOOSE_ALIKE,
         )
     state = reshape(state, wanted)
     record = {
@@ -132,10 +141,10 @@ def inflate(
 
     Args:
         weights: a `.weights.h5` file of a 2D network.
-        preset_name: of a 3D network with the same depth and shortcut ("resnet18_3d").
-        out: a new `.weights.h5` file.
+        preset_name: a 3D network of the same depth and shortcut, such as "resnet18_3d".
+        out: the `.weights.h5` file to write.
         method: "mean" or "centre".
-        channels: change the input channels as well; None keeps them.
+        channels: also change the number of input channels; None keeps it.
 
     Raises:
         UsageError: unknown names, wrong ranks, or `out` exists.
@@ -156,9 +165,10 @@ def collapse(
 
     Args:
         weights: a `.weights.h5` file of a 3D network.
-        preset_name: of a 2D network with the same depth and shortcut ("resnet18_2d_medicalnet").
-        out: a new `.weights.h5` file.
-        channels: change the input channels as well; None keeps them.
+        preset_name: a 2D network of the same depth and shortcut, such as
+            "resnet18_2d_medicalnet".
+        out: the `.weights.h5` file to write.
+        channels: also change the number of input channels; None keeps it.
 
     Raises:
         UsageError: unknown names, wrong ranks, or `out` exists.

@@ -1,7 +1,7 @@
-"""The parity of every network without any checkpoint: random weights against an oracle.
+"""The parity of every network on random weights, against an oracle; needs no checkpoint.
 
-Kernels are random, and so are the statistics of the normalisations: with fresh ones (mean 0,
-variance 1) a swapped mean and variance would go unseen.
+The statistics of the normalisations are random, too: with fresh ones (mean 0, variance 1) an
+exchange of beta and mean, or of gamma and variance, would go unnoticed.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
-# The step is this long, so that the gradient can be read off the weights without rounding it away.
+# Long steps, so that rounding does not hide the gradient in the difference of the weights.
 LEARNING_RATE = 2.0**12
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 def randomise(module: "nn.Module", seed: int) -> None:
-    """Give a torch network random kernels and random statistics, in place.
+    """Give a torch network random kernels and statistics, in place.
 
-    gamma lies in [0.5, 1.5], the variance in [0.5, 2], mean and shift are normal with 0.1; kernels
-    are He-normal.
+    Kernels are He-normal, gamma is uniform in [0.5, 1.5] and the variance in [0.5, 2]; mean and
+    beta are normal with standard deviation 0.1.
     """
     import torch
 
@@ -56,7 +56,10 @@ def randomise(module: "nn.Module", seed: int) -> None:
 
 
 def torchvision_oracle(source: Source, outputs: int) -> Any:
-    """Return torchvision's own network, made to give features by name; None without torchvision."""
+    """Return torchvision's own network, which then returns its features by name.
+
+    None if torchvision is absent or does not have the network.
+    """
     if not source.name.startswith("torchvision_") or not importlib.util.find_spec("torchvision"):
         return None
     import torch
@@ -95,7 +98,7 @@ def torchvision_oracle(source: Source, outputs: int) -> Any:
 
 
 def oracle_of(source: Source, spec: ModelSpec) -> tuple["nn.Module", "nn.Module"]:
-    """Return (torch network with a six-way head that gives features, its state dict's owner)."""
+    """Return (torch network with six outputs that returns features, module with its state dict)."""
     made = torchvision_oracle(source, NUM_LABELS)
     if made is not None:
         return made, made.net
@@ -117,10 +120,10 @@ def keras_network(spec: ModelSpec, dtype: str = "float32") -> "keras.Model":
 
 @contextlib.contextmanager
 def keep_float64() -> Iterator[None]:
-    """Let Keras compute in float64 where its rules would fall back to float32.
+    """Let Keras compute in float64 where it would fall back to float32.
 
-    Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
-    rounds whatever the layers' dtype is. The table behind that rule is changed for the block.
+    Keras promotes float64 to float32 on torch and jax, so its batch normalisation rounds whatever
+    the dtype of the layers. The table behind that rule is changed inside the `with` block.
     """
     from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
 
@@ -150,7 +153,7 @@ def _torch_gradients(
 def _step_gradients(
     model: "keras.Model", images: np.ndarray, direction: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return the gradients that one step of stochastic gradient descent reveals, any backend."""
+    """Return the gradients, computed on any backend from one step of gradient descent."""
     import keras
 
     model.compile(
@@ -183,20 +186,20 @@ def gradient_rows(
 ) -> dict[str, tuple[float, float]]:
     """Compare the gradients of one training step, with batch statistics.
 
-    The loss is the head's output times random numbers, so that every weight matters. In float32 a
-    gradient is not a smooth thing: an activation that rounding moves across a ReLU's corner
-    switches its whole path on or off. The last row shows how far the oracle in its own precision is
-    from itself in float64; in float64 there is next to nothing left of that.
+    The loss is the head's output times random numbers, so that every weight matters. A float32
+    gradient can jump: where rounding moves an activation across zero, its ReLU switches the whole
+    path on or off. The row "oracle" shows how much the oracle's gradient differs from its own one
+    in float64 for that reason; with dtype float64 almost nothing is left of it.
 
     Args:
         module: the oracle.
-        state_owner: the module whose parameters are named as torch names them.
-        model: the Keras network with the same weights; it may take a step.
+        state_owner: the module whose parameters have torch's names.
+        model: the Keras network with the same weights; it may take a training step.
         images: float32 (N, *spatial, channels).
 
     Returns:
         "gradient": the largest absolute difference, and the largest relative one of any tensor
-        (length of the difference over length of the gradient). "oracle": the same, the oracle
+        (norm of the difference over norm of the gradient). "oracle": the same for the oracle
         against itself in float64.
     """
     import keras
@@ -231,7 +234,7 @@ def check(
     Args:
         source_name: a key of `SOURCES`.
         dtype: "float32" or "float64".
-        sizes: of the inputs; None takes even, odd and mixed ones (depths 1, 5, 16, 60 in 3D).
+        sizes: of the inputs; None takes even, odd and mixed ones (in 3D 1, 5, 16 and 60 slices).
         seed: of weights and inputs.
 
     Returns:
@@ -247,7 +250,7 @@ def check(
     randomise(state_owner, seed)
     module.to(getattr(torch, dtype))
     sizes = sizes or (IMAGE_SIZES if spec.rank == 2 else VOLUME_SIZES)
-    # Large enough for the normalisations of the last stage to have statistics worth the name.
+    # Large enough for meaningful statistics in the normalisations of the last stage.
     size = (96, 96) if spec.rank == 2 else (16, 64, 64)
     images = np.random.default_rng(seed).standard_normal((2, *size, spec.channels))
     with keep_float64() if dtype == "float64" else contextlib.nullcontext(), full_precision():
@@ -259,10 +262,10 @@ def check(
 
 
 def check_all(names: tuple[str, ...] = (), dtype: str = "float32") -> Iterator[str]:
-    """Check several sources and yield a Markdown table, a line at a time.
+    """Check several sources and yield a Markdown table line by line.
 
     Args:
-        names: keys of `SOURCES`; () takes one of each network.
+        names: keys of `SOURCES`; () takes one source for each network.
         dtype: "float32" or "float64".
     """
     # The two MedicalNet releases of a depth are the same network.

@@ -1,4 +1,4 @@
-"""State dicts: of Keras models and of `.weights.h5` files, with torch's names and axes."""
+"""State dicts, with torch's names and axes, of Keras models and of `.weights.h5` files."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import keras
     import torch
 
-# How a layer's variables follow each other in a weights file, by their number.
+# Number of a layer's variables -> their order in a weights file.
 _TORCH_SUFFIXES = {
     1: ("weight",),
     2: ("weight", "bias"),
@@ -46,16 +46,16 @@ def load_state(
     state: Mapping[str, "np.ndarray | torch.Tensor"],
     place: str = "the state dict",
 ) -> None:
-    """Carry a torch state dict into a Keras model: a bijection, or an error.
+    """Load a torch state dict into a Keras model, or refuse it if it does not match one to one.
 
     Args:
         model: from `resnet` or `classifier`.
-        state: torch's names and axes, arrays or tensors; counters of batches are left out.
-        place: where it comes from, for the error.
+        state: arrays or tensors with torch's names and axes; batch counters are ignored.
+        place: the origin of the state dict, for the error.
 
     Raises:
-        DataError: naming what is missing, surplus, of another shape or not finite; nothing is
-            assigned then.
+        DataError: a tensor is missing, surplus, of another shape or not finite. Then the model is
+            unchanged.
     """
     tensors, _ = split_off({name: np.asarray(value) for name, value in state.items()}, ())
     variables = variables_by_name(model)
@@ -68,11 +68,11 @@ def load_state(
 
 
 def state_of(model: "keras.Model") -> OrderedDict[str, np.ndarray]:
-    """Return a Keras model's weights as a torch state dict, bit by bit.
+    """Return a Keras model's weights as a torch state dict, bit for bit.
 
     Returns:
-        torch's name -> array with torch's axes, in the order of the network. torch's counters of
-        batches (`num_batches_tracked`) are not among them.
+        torch's name -> array with torch's axes, in the order of the network, without torch's batch
+        counters (`num_batches_tracked`).
     """
     import keras
 
@@ -103,14 +103,14 @@ def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
 
 
 def spec_of_file(file: WeightsFile) -> ModelSpec:
-    """Return the network that a weights file says it belongs to.
+    """Return the network that a weights file records.
 
     Raises:
-        DataError: it does not say.
+        DataError: the file records none.
     """
     if file.spec is None:
         raise DataError(
-            f"{file.path} does not say which network it belongs to.",
-            "Expected a file that weights-convert or a run wrote.",
+            f"{file.path} does not record which network it belongs to.",
+            "Expected a file written by weights-convert or by a training run.",
         )
     return file.spec

@@ -1,4 +1,4 @@
-"""Which network a set of tensors belongs to: read from names and shapes, not from a file's name."""
+"""Finding out which network tensors belong to, from their names and shapes."""
 
 import re
 from collections.abc import Mapping
@@ -48,25 +48,37 @@ class Structure(TypedDict):
 def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     """Read a ResNet's structure from its tensors.
 
-    Strides and dilations leave no trace in tensors and are not told: weights that load are not yet
-    a network that agrees.
+    Strides and dilations leave no trace in tensors. Weights can therefore fit a network that
+    computes something else; only `parity` shows that.
 
     Args:
-        shapes: torch's name -> torch's shape; heads and counters may be among them.
-        place: for the error.
+        shapes: torch's name -> torch's shape; may include a head and batch counters.
+        place: the origin of the tensors, for the error.
 
     Returns:
-        naming, rank, depth, shortcut, channels, width, factorised, stem_kernel, kernels, under the
-        names of `ModelSpec`; and head: the outputs of `fc`, or None.
+        The fields of `Structure`.
 
     Raises:
-        DataError: the tensors are not those of a ResNet known here.
+        DataError: the tensors are not those of a known ResNet.
+
+    >>> shapes = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512)}
+    >>> for stage in (1, 2, 3, 4):
+    ...     for name in ("0.conv1", "0.conv2", "1.conv1", "1.conv2"):
+    ...         shapes[f"layer{stage}.{name}.weight"] = (32 * 2**stage, 32 * 2**stage, 3, 3)
+    >>> shapes["layer2.0.downsample.0.weight"] = (128, 64, 1, 1)
+    >>> structure = structure_of(shapes)
+    >>> structure["depth"], structure["rank"], structure["kernels"][0]
+    (18, 2, (3, 3))
+    >>> describe(structure)
+    '2D ResNet-18, shortcut B, 3 input channels, width 64, image names, head of 1000'
+    >>> fitting_presets(structure)
+    ('resnet18_2d',)
     """
     naming = "video" if "stem.0.weight" in shapes else "image"
     stem = "stem.0.weight" if naming == "video" else "conv1.weight"
     if stem not in shapes or len(shapes[stem]) not in (4, 5):
         raise DataError(
-            f"{place} holds no ResNet: {stem} is absent or is no kernel;"
+            f"{place} holds no ResNet: {stem} is absent or is not a kernel;"
             f" its first tensors are {', '.join(list(shapes)[:3]) or 'none'}.",
             "Expected torchvision's or MedicalNet's names, with or without the prefix 'module.'.",
         )
@@ -110,12 +122,18 @@ def _blocks(shapes: _Shapes) -> tuple[int, ...]:
 def _convolution(shapes: _Shapes, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
     name = f"{stem}.0.0.weight" if factorised else f"{stem}.{'0.' * (naming == 'video')}weight"
     if name not in shapes:
-        raise DataError(f"the tensor {name} is absent.", "The checkpoint is not whole.")
+        raise DataError(
+            f"the tensor {name} is absent.",
+            "The checkpoint is incomplete: expected all weights of the network.",
+        )
     shape = shapes[name][2:]
     if factorised:
         temporal = f"{stem}.0.3.weight"
         if temporal not in shapes:
-            raise DataError(f"the tensor {temporal} is absent.", "The checkpoint is not whole.")
+            raise DataError(
+                f"the tensor {temporal} is absent.",
+                "The checkpoint is incomplete: expected all weights of the network.",
+            )
         shape = (shapes[temporal][2], *shape[1:])
     return tuple(shape)
 
@@ -150,7 +168,7 @@ def describe(structure: Structure) -> str:
 
 
 def _differing(structure: Structure, spec: ModelSpec) -> dict[str, tuple[object, object]]:
-    """Return what a network has otherwise than a structure: name -> (there, expected)."""
+    """Return the fields that differ: name -> (value in the structure, value in the network)."""
     expected = {
         "stem_kernel": spec.per_axis(spec.stem_kernel),
         "kernels": tuple(spec.per_axis(kernel) for kernel in spec.kernels),
@@ -172,21 +190,22 @@ def fitting_presets(structure: Structure) -> tuple[str, ...]:
 
 
 def require_structure(structure: Structure, spec: ModelSpec, place: str, wanted: str) -> None:
-    """Refuse tensors of another network than the one asked for.
+    """Refuse tensors that belong to another network.
 
     Args:
         structure: from `structure_of`.
-        spec: the network.
+        spec: the expected network.
         place: the checkpoint, for the error.
-        wanted: what was asked for, for the error.
+        wanted: the name of the expected source or preset, for the error.
 
     Raises:
-        DataError: naming both.
+        DataError: the networks differ; the message names both.
     """
     differing = _differing(structure, spec)
     if differing:
         said = "; ".join(f"{n} {there}, expected {here}" for n, (there, here) in differing.items())
         raise DataError(
             f"{place} holds a {describe(structure)}; {wanted} is another network: {said}.",
-            "Give the source or preset that the file belongs to.",
+            "Give the source or preset that the file belongs to;"
+            f" `weights-convert inspect --checkpoint {place}` shows which presets fit.",
         )
