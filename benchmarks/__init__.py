@@ -1,1 +1,1 @@
-"""How fast it is, beside plain torch and stock Keras: `python -m benchmarks`, from a clone."""
+"""Speed and memory beside plain torch and stock Keras: `python -m benchmarks`, from a clone."""

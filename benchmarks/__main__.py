@@ -1,11 +1,15 @@
 """The command line: `python -m benchmarks`. Nothing heavy is imported before a command runs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ich_keras.processes import usable_threads
 from ich_keras.terminal import Group, catch_termination
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Setting
 
 HELP = {"help_option_names": ["-h", "--help"]}
 PRECISION = click.option(
@@ -13,7 +17,7 @@ PRECISION = click.option(
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="auto: bfloat16 where the hardware computes in it.",
+    help="auto: bfloat16 where the hardware supports it.",
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 THREADS = click.option(
@@ -21,10 +25,10 @@ THREADS = click.option(
     type=click.IntRange(min=1),
     default=usable_threads,
     show_default="OMP_NUM_THREADS, or one per core",
-    help="Of torch on the CPU.",
+    help="Threads of torch on the CPU.",
 )
 _CUDA_STEPS = 30
-TINY = click.option("--tiny", "is_tiny", is_flag=True, help="Tiny inputs, one repeat: a trial.")
+TINY = click.option("--tiny", "is_tiny", is_flag=True, help="A trial: tiny inputs, one repeat.")
 
 
 @click.group(cls=Group, context_settings=HELP)
@@ -41,15 +45,17 @@ def main() -> None:
 @click.option(
     "--repeats", type=click.IntRange(min=1), help="Timed runs of each variant; default: 5."
 )
-@click.option("--cases", "names", default="", metavar="A,B", help="Only these; see the README.")
-@click.option("--whole", is_flag=True, help="Whole series of 60x256x256 too: minutes a step.")
+@click.option(
+    "--cases", "names", default="", metavar="A,B", help="Only these cases; see the README."
+)
+@click.option("--whole", is_flag=True, help="Also whole series of 60x256x256: minutes per step.")
 @click.option("--no-stock", is_flag=True, help="Leave out stock Keras, which is slow.")
-@click.option("--memory", is_flag=True, help="Measure the peak memory of training, too.")
+@click.option("--memory", is_flag=True, help="Also measure the peak memory of training.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the CSV goes; default: benchmarks/results, with --tiny runs.",
+    help="Folder of the CSV; default: benchmarks/results, or runs with --tiny.",
 )
 def model(
     is_tiny: bool,
@@ -100,8 +106,8 @@ def peak(is_tiny: bool, precision: str, threads: int, name: str, variant: str, s
 
 def _setting(
     precision: str, device: str, threads: int, has_stock: bool = True, is_tiny: bool = False
-):
-    """Decide backend and device before keras is imported."""
+) -> "Setting":
+    """Choose backend and device before keras is imported."""
     from benchmarks.cases import Setting
     from benchmarks.harness import require_torch
     from ich_keras.environment import choose_device, choose_precision

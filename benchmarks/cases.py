@@ -14,19 +14,19 @@ class Case:
     """One network on one input.
 
     Args:
-        name: in tables and for `--cases`.
-        preset: of `ich presets`.
+        name: its name in tables and for `--cases`.
+        preset: a network of `ich presets`.
         shape: of a sample: (rows, columns, channels) or (slices, rows, columns, channels).
-        batch: samples a step.
-        steps: that one timed run takes: many where a step is short, so that what `fit` does once
-            (callbacks, reading the loss) weighs as little as in an epoch.
+        batch: samples per step.
+        steps: steps of one timed run. Short steps need many, so that the work `fit` does once
+            (callbacks, reading the loss) counts as little as in an epoch.
         modes: "train", "predict"; "update" is the optimiser alone.
         width: channels of the first stage.
-        precision: None takes that of the run.
-        is_any_size: build the network for inputs of any size: with so few slices given, the
-            preset would refuse them.
-        recomputes: measure the training steps that compute activations again, too.
-        is_long: only with `--whole`.
+        precision: None takes the precision of the run.
+        is_any_size: build the network for inputs of any size, because the preset refuses so few
+            slices.
+        recomputes: also measure training steps that compute activations twice.
+        is_long: run only with `--whole`.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Setting:
 
     Args:
         device: "cpu" or "cuda".
-        threads: of torch on the CPU.
+        threads: threads of torch on the CPU.
         precision: "float32" or "bfloat16", unless a case has its own.
-        has_stock: whether Keras' own steps are measured, too; they are slow.
-        least_steps: of a timed run: a GPU takes steps of milliseconds, beside which what `fit`
-            does once would weigh.
+        has_stock: whether to measure Keras' own steps, which are slow.
+        least_steps: minimum of steps in a timed run. On a GPU a step takes milliseconds, so the
+            work `fit` does once would distort a short run.
     """
 
     device: str
@@ -84,19 +84,19 @@ CASES = (
     Case("series-strided", STRIDED, SERIES, 1, steps=3, recomputes=True),
     Case("whole-dilated", DILATED, WHOLE, 1, recomputes=True, is_long=True),
     Case("whole-strided", STRIDED, WHOLE, 1, recomputes=True, is_long=True),
-    # Nothing to compute: what is left is the host's own time.
+    # Almost no computation: this measures the time of the host.
     Case("narrow", "resnet18_2d", (64, 64, 3), 1, steps=50, width=8, precision="float32"),
     Case("adam", "resnet18_2d", SLICE, 1, steps=20, modes=(UPDATE,), precision="float32"),
 )
-# The depth that the strided network's last stage still leaves two positions of, and its width.
+# With 17 slices, the last stage of the strided network still has two positions.
 TINY_SLICES, TINY_SIDE, TINY_WIDTH = 17, 64, 8
 
 
 def tiny(case: Case) -> Case:
-    """Shrink a case until a step takes no time; whatever it exercises stays."""
+    """Shrink a case until a step is very short, but still runs the same code."""
     *slices, _, _, channels = case.shape
     shape = (*(min(number, TINY_SLICES) for number in slices), TINY_SIDE, TINY_SIDE, channels)
-    # In 2D the width stays, so that the baseline stays torchvision's own network.
+    # In 2D the width is kept, so that the baseline remains torchvision's own network.
     width = TINY_WIDTH if slices else case.width
     return replace(case, shape=shape, batch=min(case.batch, 2), steps=1, width=width)
 
@@ -105,8 +105,8 @@ def choose_cases(names: str = "", whole: bool = False, is_tiny: bool = False) ->
     """Select cases, in the table's order.
 
     Args:
-        names: separated by commas; "" takes all but the long ones.
-        whole: take the long ones, too.
+        names: separated by commas; "" takes all except the long ones.
+        whole: include the long ones.
         is_tiny: shrink them all.
 
     Raises:
@@ -126,6 +126,6 @@ def choose_cases(names: str = "", whole: bool = False, is_tiny: bool = False) ->
     ]
     if not is_tiny:
         return chosen
-    # Cases that differ in size alone become one.
+    # Cases that differ only in size become one.
     unique = {replace(tiny(case), name="", is_long=False): case for case in reversed(chosen)}
     return [tiny(case) for case in chosen if case in unique.values()]

@@ -1,6 +1,6 @@
-"""How everything is measured: time in turns, kept activations, dispatched operations, memory.
+"""How to measure time, kept activations, dispatched operations and memory.
 
-Importing this imports no torch: the functions that need it do so themselves.
+The functions that need torch import it themselves, so importing this module is cheap.
 """
 
 import os
@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ich_keras.errors import UsageError
 
-# A run takes that many steps.
+if TYPE_CHECKING:
+    import torch
+
+# Takes the given number of steps.
 Run = Callable[[int], None]
 
 
@@ -45,15 +49,15 @@ def alternate(
     steps: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time variants in turns (A B C A B C ...), so that a slow minute of the machine meets all.
+    """Time variants in turns (A B C A B C ...), so that a slow phase of the machine affects all.
 
     Args:
-        variants: name -> what to run.
+        variants: name -> function to time.
         repeats: timed runs of each.
         warmup: runs of each before the first timed one.
-        sync: waits until the device has done what it was given; called around each timed run.
-        steps: that one run takes; times are divided by it.
-        clock: seconds.
+        sync: waits until the device has finished its work; called around each timed run.
+        steps: steps of one run; times are divided by it.
+        clock: returns seconds.
 
     Returns:
         Name -> milliseconds per step.
@@ -73,7 +77,7 @@ def alternate(
 
 
 def wait_for(device: str) -> Callable[[], None]:
-    """Return what waits for a device; on the CPU nothing is ever pending."""
+    """Return a function that waits for a device; on the CPU nothing is ever pending."""
     if device == "cpu":
         return lambda: None
     import torch
@@ -81,24 +85,24 @@ def wait_for(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
-def saved_bytes(run: Run, ignored: Iterable) -> int:
+def saved_bytes(run: Run, ignored: Iterable["torch.Tensor"]) -> int:
     """Count what autograd saves for the backward pass during one step.
 
-    Counted is the memory behind every tensor that is saved, each storage once and whole: inputs
-    of convolutions and activations, statistics of normalisations, indices of poolings, and weights
-    cast to another type. Regions computed again in the backward pass save in their own way and
-    are not seen.
+    This counts the memory behind every saved tensor, each storage once and in full: inputs of
+    convolutions and activations, statistics of normalisations, indices of poolings, and weights
+    cast to another type. It does not see regions that are computed again in the backward pass,
+    which save in their own way.
 
     Args:
         run: takes training steps.
-        ignored: tensors that are there all the time: parameters, buffers, the batch.
+        ignored: tensors that always exist: parameters, buffers, the batch.
     """
     import torch
 
     always = {tensor.untyped_storage().data_ptr() for tensor in ignored}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, lest the address of a freed one returns
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in always:
             kept[storage.data_ptr()] = storage
@@ -111,11 +115,11 @@ def saved_bytes(run: Run, ignored: Iterable) -> int:
 
 @dataclass(frozen=True)
 class Dispatches:
-    """What a step hands to the dispatcher.
+    """What a step sends to torch's dispatcher.
 
     Args:
         operations: aten operations below autograd, forward and backward, views included.
-        uploads: copies of single numbers from the CPU to a device: each makes the host wait.
+        uploads: copies of single numbers from the CPU to a device; each makes the host wait.
     """
 
     operations: int
@@ -123,7 +127,7 @@ class Dispatches:
 
 
 def dispatches(run: Run) -> Dispatches:
-    """Count the operations of one step: those of two steps less those of one."""
+    """Count the operations of one step: those of two steps minus those of one."""
     one, two = (_dispatched(run, steps) for steps in (1, 2))
     return Dispatches(two.operations - one.operations, two.uploads - one.uploads)
 
@@ -138,7 +142,13 @@ def _dispatched(run: Run, steps: int) -> Dispatches:
         def ignore_compile_internals(cls) -> bool:
             return True  # torch.compile refuses to run under other modes
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self,
+            function: Any,
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
             result = function(*args, **(kwargs or {}))
             if function.namespace == "aten":
                 counts["operations"] += 1
@@ -150,7 +160,7 @@ def _dispatched(run: Run, steps: int) -> Dispatches:
     return Dispatches(**counts)
 
 
-def _is_upload(function, args: tuple, result) -> bool:
+def _is_upload(function: Any, args: tuple[Any, ...], result: Any) -> bool:
     name = function.overloadpacket.__name__
     if name not in ("_to_copy", "copy_"):
         return False
@@ -158,15 +168,15 @@ def _is_upload(function, args: tuple, result) -> bool:
     return source.numel() == 1 and source.device.type == "cpu" and result.device.type != "cpu"
 
 
-def graph_breaks(function: Callable, *args) -> int:
-    """Count where `torch.compile` would have to cut a function in two."""
+def graph_breaks(function: Callable[..., Any], *args: Any) -> int:
+    """Count the places where `torch.compile` would have to split a function."""
     import torch
 
     return torch._dynamo.explain(function)(*args).graph_break_count
 
 
 def peak_on_cuda(run: Run, steps: int) -> int:
-    """Return the most bytes of GPU memory a run needs beyond what lay there before it."""
+    """Return the peak of GPU memory in bytes during a run, minus what was allocated before."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
@@ -177,10 +187,10 @@ def peak_on_cuda(run: Run, steps: int) -> int:
 
 
 def peak_of_process() -> int:
-    """Return the most bytes of memory this process ever held."""
+    """Return the peak memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # On Linux ru_maxrss starts with the peak of the process that started this one.
+        # On Linux ru_maxrss starts at the peak of the parent process.
         line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -188,7 +198,7 @@ def peak_of_process() -> int:
 
 
 def require_torch() -> None:
-    """Refuse any backend but torch, before Keras is loaded.
+    """Refuse any backend except torch, before Keras is loaded.
 
     Raises:
         UsageError: KERAS_BACKEND names another one.

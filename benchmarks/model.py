@@ -19,22 +19,22 @@ from ich_keras.errors import EnvironmentProblem
 from ich_keras.models.torch.function import FlatFunction, activation_bytes
 from ich_keras.models.torch.step import accelerated
 
-_MEMORY_STEPS = 2  # the second finds the optimiser's state beside the activations
+_MEMORY_STEPS = 2  # in the second, the optimiser's state exists beside the activations
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one case in one mode; what was not measured is None.
+    """One variant of one case in one mode; None where nothing was measured.
 
     Args:
-        ms_median: milliseconds per step over the repeats; so are the next four.
-        speed_ratio: time of plain torch over this one's: above 1 is faster than plain torch.
-        saved_bytes_per_sample: kept between forward and backward; see `harness.saved_bytes`.
-        saved_ratio: of those to plain torch's: below 1 is less.
+        ms_median: median of the milliseconds per step; then the quartiles and extremes.
+        speed_ratio: time of plain torch divided by this one's; above 1 is faster.
+        saved_bytes_per_sample: kept between forward and backward pass; see `harness.saved_bytes`.
+        saved_ratio: those bytes divided by plain torch's; below 1 is less.
         dispatches_per_step: aten operations; see `harness.Dispatches`.
         uploads_per_step: single numbers sent to the device; None on the CPU.
         graph_breaks: of the function that training runs (`torch._dynamo.explain`).
-        peak_bytes: memory that training needs at most; see the README.
+        peak_bytes: peak memory of training; see the README.
     """
 
     case: str
@@ -68,15 +68,15 @@ def measure(
     memory: bool = False,
     tell: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure cases one after the other; the file is whole after each.
+    """Measure cases one after the other; the file is complete after each.
 
     Args:
         cases: what to measure.
-        setting: how.
+        setting: how the benchmark runs.
         repeats: timed runs of each variant.
         out: CSV to write.
-        place: where this runs.
-        memory: measure the peak memory of training, too; on the CPU in processes of its own.
+        place: machine and versions.
+        memory: also measure the peak memory of training; on the CPU in separate processes.
         tell: called with each case's table.
     """
     torch.set_num_threads(setting.threads)
@@ -93,7 +93,7 @@ def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> l
     variants = {name: build() for name, build in variants_of(case, setting).items()}
     rows, steps = [], max(case.steps, setting.least_steps)
     for mode in case.modes:
-        # Only training tells the several ways of ours apart.
+        # Our variants differ in training only.
         taking = {
             name: getattr(variant, mode)
             for name, variant in variants.items()
@@ -135,7 +135,7 @@ def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> l
 
 
 def _with_training(row: Row, variant: Variant, case: Case, setting: Setting, memory: bool) -> Row:
-    """Add what only training has."""
+    """Add the measurements that only training has."""
     options = accelerated(variant.model) if isinstance(variant, KerasVariant) else None
     if options is not None and options.recompute:
         function = FlatFunction(variant.model, True, options.precision, options.recompute)
@@ -155,7 +155,7 @@ def _with_training(row: Row, variant: Variant, case: Case, setting: Setting, mem
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Put each row beside plain torch's of the same case and mode."""
+    """Add the ratios to plain torch in the same case and mode."""
     plain = {(row.case, row.mode): row for row in rows if row.variant == PLAIN}
     found = []
     for row in rows:
@@ -214,7 +214,7 @@ def _mebibytes(value: float | None) -> str:
 
 
 def take_steps(case: Case, variant: str, setting: Setting, steps: int) -> int:
-    """Build one variant alone, train it so many steps, and return the process's peak in bytes."""
+    """Build one variant, train it for `steps` steps and return the peak of the process in bytes."""
     torch.set_num_threads(setting.threads)
     built = variants_of(case, setting)[variant]()
     if steps:
@@ -223,7 +223,7 @@ def take_steps(case: Case, variant: str, setting: Setting, steps: int) -> int:
 
 
 def _peak_on_cpu(case: Case, variant: str, setting: Setting) -> int:
-    """Return what training needs beside the built network: the peaks of two fresh processes."""
+    """Return the memory that training adds to the built network, from two fresh processes."""
     some, none = (_peak(case, variant, setting, steps) for steps in (_MEMORY_STEPS, 0))
     return some - none
 

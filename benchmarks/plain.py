@@ -1,4 +1,4 @@
-"""The same networks in plain torch, written for speed: what ours are measured against."""
+"""The same networks in plain torch, written for speed: the baseline of the benchmarks."""
 
 import importlib.util
 
@@ -14,11 +14,11 @@ from weights_convert.reference import ImageNet, ZeroPadShortcut, reference
 class PlainResNet(nn.Module):
     """The reference network with its logits as the only output.
 
-    What was written there to be read is done here as fast code does it: ReLUs and additions in
-    place, pooling in the type of its input, shortcut A without leaving channels_last memory.
+    The reference is written for clarity, this one for speed: ReLUs and additions in place, pooling
+    in the type of its input, shortcut A without leaving channels_last memory.
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.network = reference(spec, NUM_LABELS)
         if not isinstance(self.network, ImageNet):
@@ -27,7 +27,7 @@ class PlainResNet(nn.Module):
             if isinstance(module, nn.Conv3d):
                 module.__class__ = _PaddedConv3d
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits float (N, 6) of a batch (N, channels, *spatial)."""
         net = self.network
         x = functional.relu_(net.bn1(net.conv1(x)))
@@ -43,7 +43,7 @@ class _PaddedConv3d(nn.Conv3d):
     """A convolution that pads a shallow volume before it convolves: without that, torch's CPU
     gradient corrupts memory (see `ich_keras.models.torch.function`)."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or not self.padding[0] or x.shape[2] > self.kernel_size[0]:
             return super().forward(x)
         x = functional.pad(x, (0, 0, 0, 0, self.padding[0], self.padding[0]))
@@ -51,7 +51,7 @@ class _PaddedConv3d(nn.Conv3d):
         return functional.conv3d(x, self.weight, None, self.stride, padding, self.dilation)
 
 
-def _block(block: nn.Module, x):
+def _block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     shortcut = _shortcut(block.downsample, x) if hasattr(block, "downsample") else x
     x = functional.relu_(block.bn1(block.conv1(x)))
     x = block.bn2(block.conv2(x))
@@ -60,7 +60,7 @@ def _block(block: nn.Module, x):
     return functional.relu_(x.add_(shortcut))
 
 
-def _shortcut(module: nn.Module, x):
+def _shortcut(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(module, ZeroPadShortcut):
         return module(x)
     x = x.detach() if module.is_detached else x
@@ -69,10 +69,10 @@ def _shortcut(module: nn.Module, x):
 
 
 def plain_network(spec: ModelSpec) -> nn.Module:
-    """Build the plain torch baseline: torchvision's own network where there is one.
+    """Build the plain torch baseline: torchvision's own network where it has one.
 
     Returns:
-        A module: float (N, channels, *spatial) to logits (N, 6).
+        A module from float (N, channels, *spatial) to logits (N, 6).
     """
     if not spec.differences(PRESETS["resnet18_2d"].spec):
         from torchvision.models import resnet18
@@ -82,7 +82,7 @@ def plain_network(spec: ModelSpec) -> nn.Module:
 
 
 def has_monai(spec: ModelSpec, num_slices: int) -> bool:
-    """Tell whether MONAI is installed and has this network: the strided 3D one, of any width.
+    """Return whether MONAI is installed and has this network: the strided 3D one, of any width.
 
     Shallow volumes are left out: its convolutions pad inside (see `_PaddedConv3d`).
     """
@@ -108,5 +108,5 @@ def monai_network(spec: ModelSpec) -> nn.Module:
 
 
 def channels_last(rank: int) -> torch.memory_format:
-    """Return torch's name of the layout that its convolutions are fastest in."""
+    """Return the memory layout in which torch's convolutions are fastest."""
     return torch.channels_last if rank == 2 else torch.channels_last_3d

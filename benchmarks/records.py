@@ -1,13 +1,15 @@
-"""What a benchmark leaves: one CSV per run, named by where it ran, and a table to read."""
+"""The results of a benchmark: one CSV per run, named by machine and versions, and a table."""
 
 import csv
 import importlib.metadata
 import io
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ich_keras import __version__
 from ich_keras.environment import device_name
@@ -24,8 +26,8 @@ class Place:
 
     Args:
         device: name of the processor or GPU.
-        threads: of torch on the CPU.
-        python: version; so are the next ones, "" where a package is absent.
+        threads: threads of torch on the CPU.
+        python: version of Python; then versions of packages, "" where one is absent.
         date: when the run began, ISO 8601.
     """
 
@@ -41,11 +43,11 @@ class Place:
 
 
 def describe_place(device: str, threads: int) -> Place:
-    """Look at the machine and the installed packages.
+    """Describe the machine and the installed packages.
 
     Args:
         device: "cpu" or "cuda".
-        threads: of torch on the CPU.
+        threads: threads of torch on the CPU.
     """
     return Place(
         device=device_name(device),
@@ -65,7 +67,7 @@ def _version(package: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Write a name in lower case, digits and single hyphens."""
+    """Return a name in lower-case letters, digits and single hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -82,12 +84,12 @@ def file_name(bench: str, place: Place, precision: str) -> str:
     return "_".join(parts) + ".csv"
 
 
-def write_csv(path: Path, rows: list, place: Place) -> None:
-    """Write all rows at once; numbers with six digits, None as nothing.
+def write_csv(path: Path, rows: list[Any], place: Place) -> None:
+    """Write all rows at once; floats have six digits, None is an empty cell.
 
     Args:
         path: the file; replaced as a whole.
-        rows: dataclasses of one kind; their fields are the columns, then come those of the place.
+        rows: dataclasses of one kind; their fields are the columns, followed by those of the place.
     """
     stream = io.StringIO(newline="")
     full = [asdict(row) | asdict(place) for row in rows]
@@ -97,8 +99,8 @@ def write_csv(path: Path, rows: list, place: Place) -> None:
     atomic_write(path, stream.getvalue())
 
 
-def cell(value) -> str:
-    """Write one value of a table."""
+def cell(value: object) -> str:
+    """Return one value as the text of a cell."""
     if value is None:
         return ""
     if isinstance(value, tuple):
@@ -107,10 +109,10 @@ def cell(value) -> str:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Lay out a Markdown table with columns of equal width."""
+    """Return a Markdown table whose cells are padded to the width of their column."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
-    def line(cells) -> str:
+    def line(cells: Iterable[str]) -> str:
         padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
         return f"| {' | '.join(padded)} |"
 

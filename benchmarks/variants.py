@@ -1,7 +1,8 @@
-"""The ways to run one network: ours, stock Keras, plain torch, MONAI; each can do every mode."""
+"""The ways to run one network: ours, stock Keras, plain torch and MONAI."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 import keras
 import torch
@@ -21,18 +22,18 @@ LEARNING_RATE = 3e-4
 class KerasVariant:
     """A compiled Keras model under `fit` and `predict`."""
 
-    def __init__(self, model: keras.Model, batch: tuple[torch.Tensor, torch.Tensor]):
+    def __init__(self, model: keras.Model, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.model, self.batch = model, batch
 
     def _loader(self, steps: int) -> DataLoader:
         return DataLoader([self.batch] * steps, batch_size=None)
 
     def train(self, steps: int) -> None:
-        """Fit one epoch of so many batches."""
+        """Fit one epoch of `steps` batches."""
         self.model.fit(self._loader(steps), epochs=1, shuffle=False, verbose=0)
 
     def predict(self, steps: int) -> None:
-        """Predict so many batches; the results arrive on the host."""
+        """Predict `steps` batches and copy the results to the host."""
         self.model.predict(self._loader(steps), verbose=0)
 
     @cached_property
@@ -40,14 +41,14 @@ class KerasVariant:
         return [torch.randn_like(variable.value) for variable in self.model.trainable_variables]
 
     def update(self, steps: int) -> None:
-        """Apply gradients that are there already."""
+        """Apply existing gradients."""
         variables = self.model.trainable_variables  # Keras walks over all layers to list them
         with torch.no_grad():
             for _ in range(steps):
                 self.model.optimizer.apply(self._gradients, variables)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what is no activation."""
+        """Return the tensors that are not activations."""
         return [*(variable.value for variable in self.model.variables), *self.batch]
 
 
@@ -61,7 +62,7 @@ class TorchVariant:
         precision: str,
         layout: torch.memory_format,
         compiled: bool = False,
-    ):
+    ) -> None:
         images, truth = batch
         self.module = module.to(images.device, memory_format=layout)
         self.forward = torch.compile(self.module) if compiled else self.module
@@ -72,7 +73,7 @@ class TorchVariant:
         )
 
     def train(self, steps: int) -> None:
-        """Take so many training steps."""
+        """Take training steps."""
         self.module.train()
         images, truth = self.batch
         for _ in range(steps):
@@ -81,17 +82,17 @@ class TorchVariant:
             loss = functional.binary_cross_entropy_with_logits(logits.float(), truth)
             loss.backward()
             self.optimizer.step()
-            # At the end, as ours does: else what lies there before a step holds its gradients.
+            # At the end, as ours does; otherwise gradients count as memory in use before a step.
             self.optimizer.zero_grad(set_to_none=True)
 
     def predict(self, steps: int) -> None:
-        """Predict so many batches; the results arrive on the host."""
+        """Predict `steps` batches and copy the results to the host."""
         self.module.eval()
         with torch.inference_mode(), self._autocast():
             torch.cat([self.forward(self.batch[0]) for _ in range(steps)]).float().cpu()
 
     def update(self, steps: int) -> None:
-        """Apply gradients that are there already."""
+        """Apply existing gradients."""
         for parameter in self.module.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.randn_like(parameter)
@@ -99,7 +100,7 @@ class TorchVariant:
             self.optimizer.step()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what is no activation."""
+        """Return the tensors that are not activations."""
         return [*self.module.parameters(), *self.module.buffers(), *self.batch]
 
 
@@ -115,19 +116,19 @@ def random_batch(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def variants_of(case: Case, setting: Setting) -> dict[str, Callable[[], Variant]]:
-    """List the variants of a case in the order of their turns: name -> what builds it."""
+    """Return the variants of a case in the order of their turns: name -> function to build it."""
     precision, is_cuda = case.precision or setting.precision, setting.device == "cuda"
     batch = random_batch(case, setting.device)
     layout = channels_last(case.spec.rank)
     if UPDATE in case.modes:
-        # No convolution reads them, and on the CPU torch's fused Adam copies any other layout.
+        # No convolution reads the weights, and on the CPU torch's fused Adam copies other layouts.
         layout = torch.contiguous_format
 
-    def ours(**options) -> KerasVariant:
+    def ours(**options: Any) -> KerasVariant:
         model = classifier(case.spec, output="logits", precision=precision)
         return KerasVariant(compile_classifier(model, LEARNING_RATE, **options), batch)
 
-    def plain(network: Callable, compiled: bool = False) -> TorchVariant:
+    def plain(network: Callable[..., torch.nn.Module], compiled: bool = False) -> TorchVariant:
         return TorchVariant(network(case.spec), batch, precision, layout, compiled)
 
     found: dict[str, Callable[[], Variant]] = {OURS: ours, PLAIN: partial(plain, plain_network)}
@@ -145,7 +146,7 @@ def variants_of(case: Case, setting: Setting) -> dict[str, Callable[[], Variant]
 
 
 def _stock(case: Case, precision: str) -> keras.Model:
-    """Build our network as a user of Keras alone would run it."""
+    """Build our network with Keras' own steps, optimiser and loss."""
     model = choose_step(classifier(case.spec, output="logits", precision=precision), "stock")
     model.compile(
         optimizer=keras.optimizers.Adam(LEARNING_RATE),

@@ -1,4 +1,4 @@
-"""Reading checkpoints nobody vouches for: what is read is exact, what is refused says why."""
+"""Reading untrusted checkpoints: values are exact, and every refusal gives its reason."""
 
 import functools
 import hashlib
@@ -210,7 +210,7 @@ ARMED = {
     "pickle 3": lambda bomb: pickle.dumps({"conv1.weight": bomb}, 3),
 }
 OPAQUE = {
-    "pickle 0": (lambda bomb: pickle.dumps(bomb, 0), "is no checkpoint: it begins with"),
+    "pickle 0": (lambda bomb: pickle.dumps(bomb, 0), "is not a checkpoint: it begins with"),
     "pickle 4": (lambda bomb: pickle.dumps(bomb, 4), "cannot be read as weights"),
     "pickle 5": (lambda bomb: pickle.dumps(bomb, 5), "cannot be read as weights"),
     "ustar": (lambda bomb: tar_of(pickle.dumps(bomb, 2), tarfile.USTAR_FORMAT), "torch's tar"),
@@ -279,9 +279,9 @@ def npz_bytes() -> bytes:
         (b"\r\n  <HTML lang='en'>", "is a web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version '"),
-        (b"weights\x1b[31m", "is no checkpoint: it begins with b'weights"),
-        (PNG, r"is no checkpoint: it begins with b'\\x89PNG"),
-        (b"\0" * 4096, r"is no checkpoint: it begins with b'\\x00"),
+        (b"weights\x1b[31m", "is not a checkpoint: it begins with b'weights"),
+        (PNG, r"is not a checkpoint: it begins with b'\\x89PNG"),
+        (b"\0" * 4096, r"is not a checkpoint: it begins with b'\\x00"),
         (b"\x80", "is damaged"),
         (b"\x80\x02}q\x00.", "is damaged"),
         (b"PK", "damaged zip archive"),
@@ -293,8 +293,8 @@ def npz_bytes() -> bytes:
             f"is a TorchScript program, not a state dict.*{SAVE_INSTEAD}",
         ),
         (zip_of("net/data.pkl", "net/code/__torch__/torch/nn.py"), "is a TorchScript program"),
-        (zip_of("readme.txt"), r"zip archive without data\.pkl: no torch checkpoint"),
-        (npz_bytes(), r"zip archive without data\.pkl: no torch checkpoint"),
+        (zip_of("readme.txt"), r"zip archive without data\.pkl, not a torch checkpoint"),
+        (npz_bytes(), r"zip archive without data\.pkl, not a torch checkpoint"),
     ],
 )
 def test_other_files_are_named(path, content, message):
@@ -319,7 +319,7 @@ def test_truncated_files(path, kind, share):
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 10, 20, 50, 100, -2, -1])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_files_cut_after_or_before_a_few_bytes(path, kind, length):
-    refused(path, to_bytes(small_state(), kind)[:length], "is (a )?damaged|is no checkpoint")
+    refused(path, to_bytes(small_state(), kind)[:length], "is (a )?damaged|is not a checkpoint")
 
 
 # --- Files that claim more than they hold ----------------------------------------------------
@@ -479,7 +479,7 @@ def test_tensors_that_not_every_format_holds(path, kind, build, message):
     refused(path, built(lambda: to_bytes({"a": build()}, kind)), message)
 
 
-# --- State dicts that are none ---------------------------------------------------------------
+# --- State dicts that are refused ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TORCH_FORMATS)
@@ -494,17 +494,17 @@ def test_tensors_that_not_every_format_holds(path, kind, build, message):
         ({"state_dict": {}}, "holds no weights"),
         ({"bn1.num_batches_tracked": torch.tensor(1)}, "holds no weights"),
         ({"state_dict": [torch.ones(2)]}, "state_dict is a list; expected a tensor"),
-        ({3: torch.ones(2)}, "<int> is no name of a tensor"),
-        ({None: torch.ones(2)}, "<NoneType> is no name of a tensor"),
-        ({("a", "b"): torch.ones(2)}, "<tuple> is no name of a tensor"),
-        ({"": torch.ones(2)}, "'' is no name of a tensor"),
-        ({"module.": torch.ones(2)}, r"'module\.' is no name of a tensor"),
-        ({"../a": torch.ones(2)}, r"'\.\./a' is no name of a tensor"),
-        ({"a b": torch.ones(2)}, "'a b' is no name of a tensor"),
-        ({"a\n": torch.ones(2)}, r"'a\\n' is no name of a tensor"),
-        ({"\x1b[31m": torch.ones(2)}, r"'\\x1b\[31m' is no name of a tensor"),
-        ({"größe": torch.ones(2)}, "'größe' is no name of a tensor"),
-        ({"a" * 10**6: torch.ones(2)}, "aaa is no name of a tensor"),
+        ({3: torch.ones(2)}, "<int> is not the name of a tensor"),
+        ({None: torch.ones(2)}, "<NoneType> is not the name of a tensor"),
+        ({("a", "b"): torch.ones(2)}, "<tuple> is not the name of a tensor"),
+        ({"": torch.ones(2)}, "'' is not the name of a tensor"),
+        ({"module.": torch.ones(2)}, r"'module\.' is not the name of a tensor"),
+        ({"../a": torch.ones(2)}, r"'\.\./a' is not the name of a tensor"),
+        ({"a b": torch.ones(2)}, "'a b' is not the name of a tensor"),
+        ({"a\n": torch.ones(2)}, r"'a\\n' is not the name of a tensor"),
+        ({"\x1b[31m": torch.ones(2)}, r"'\\x1b\[31m' is not the name of a tensor"),
+        ({"größe": torch.ones(2)}, "'größe' is not the name of a tensor"),
+        ({"a" * 10**6: torch.ones(2)}, "aaa is not the name of a tensor"),
         (
             {"module.a": torch.ones(2), "b": torch.ones(2)},
             r"some names begin with 'module\.' and some do not: b",
@@ -524,7 +524,7 @@ def test_names_nested_without_end(path, head):
     nested = b")" + b"\x85" * 10_000
     pickled = b"\x80\x02}(" + head + nested + b"K\x01u."
     content = rezipped(to_bytes({"a": torch.ones(2)}, "zip"), {"data.pkl": pickled})
-    refused(path, content, "a is a list; expected a tensor" if head else "<tuple> is no name")
+    refused(path, content, "a is a list; expected a tensor" if head else "<tuple> is not the name")
 
 
 # --- Any damage at all ----------------------------------------------------------------------
@@ -598,5 +598,5 @@ def test_one_changed_bit_of_a_tensor_is_seen(tmp_path):
     place = bytes(content).index(tensor.numpy().tobytes()) + 10
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="does not have the checksum that the archive tells"):
+    with pytest.raises(DataError, match="does not match its checksum in the archive"):
         read_checkpoint(path)

@@ -1,28 +1,29 @@
 """Carry pretrained weights from torch checkpoints into the networks of `ich_keras`, exactly.
 
-Every conversion is a bijection between a checkpoint's tensors and a network's variables, and it is
-written only after both networks agreed on the same input. Checkpoints are untrusted.
+Every conversion matches a checkpoint's tensors and a network's variables one to one, and a
+file is written only after both networks have agreed on the same input. Checkpoints are untrusted.
 
 Map of rooms:
-    sources       which weights there are, where they come from, licence, checksum
-    fetching      downloading one, when asked to
+    sources       the published weights: address, licence, checksum
+    fetching      downloading them, on request only
     checkpoint    reading a file without trusting it
-    structure     which network the tensors belong to
+    structure     finding out which network the tensors belong to
     mapping       names and axes, torch <-> Keras (pure)
-    shapes        changing shapes on purpose: input channels, 2D -> 3D, 3D -> 2D (pure)
+    shapes        explicit changes of shape: input channels, 2D -> 3D, 3D -> 2D (pure)
     reference     the networks in plain torch, for verification only
-    parity        both networks on the same input
+    parity        comparing both networks on the same input
     state         state dicts of Keras models and of weights files
-    reshaping     weights files of another shape, on purpose
+    reshaping     the same changes, from weights file to weights file
     conversion    checkpoint -> `.weights.h5`, and back
-    selfcheck     the parity of every network, without a checkpoint
+    selfcheck     the parity of every network on random weights
     cli           the command `weights-convert`
-Modules are nouns so that the verbs (`weights_convert.convert`) can be functions.
+Modules are named by nouns, so that functions can be verbs (`weights_convert.convert`).
 """
 
 import importlib
+from typing import Any
 
-# Public name -> module that holds it; imported on first use.
+# Public name -> its module, imported on first use.
 _PUBLIC = {
     "SOURCES": "weights_convert.sources",
     "read_checkpoint": "weights_convert.checkpoint",
@@ -41,7 +42,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Reading a torch checkpoint or safetensors file without trusting it.
 
-A `.pth` file is a pickle, and a pickle can run anything. torch's restricted reader
-(`weights_only=True`) is used and nothing else; what it returns is then checked tensor by tensor:
-dense, of a plain float type, no larger than the bytes it brought, finite.
+A `.pth` file is a pickle, and a pickle can run any code. It is read with torch's restricted reader
+(`weights_only=True`) only. Every tensor is then checked: it must be dense, of a plain float type,
+no larger than its stored bytes, and finite.
 """
 
 import pickle
@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -21,17 +22,21 @@ from ich_keras.files import sha256_of
 from ich_keras.models.weights import listed
 from weights_convert.mapping import COUNTER
 
-MAX_BYTES = 4 * 2**30  # the largest source has 0.2 GiB
+if TYPE_CHECKING:
+    import torch
+
+MAX_BYTES = 4 * 2**30  # the largest published file has 0.2 GiB
 MAX_TENSORS = 10_000
 MAX_AXES = 5
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIX = "module."  # of torch's DataParallel
+PREFIX = "module."  # added by torch's DataParallel
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
 _HTML = (b"<!doctype", b"<html", b"<?xml")
 _TAR_MAGIC = slice(257, 262)
-_SAVE_STATE_DICT = "Save model.state_dict() instead of the model, and give that file."
-# What torch and the formats' readers raise on damaged files.
+_DOWNLOAD_AGAIN = "The file is incomplete or damaged: delete it and fetch it again."
+_SAVE_STATE_DICT = "Save model.state_dict() instead of the model, and pass that file."
+# Raised on damaged files by torch and by the readers of the formats.
 _READ_ERRORS = (
     RuntimeError,
     ValueError,
@@ -52,15 +57,15 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Args:
         path: the file.
-        sha256: of its bytes, 64 hexadecimal digits.
-        kind: "zip", "legacy" (torch's two formats) or "safetensors".
+        sha256: SHA-256 of the file, 64 hexadecimal digits.
+        kind: "zip" or "legacy" (torch's two formats), or "safetensors".
         tensors: torch's name, without `module.` -> float32 array with torch's axes, finite.
-            Counters of batches (int64) are left out.
-        ignored: entries beside the tensors that are not weights (epoch, optimiser, counters).
+            Batch counters (int64) are left out.
+        ignored: names of entries that are not weights (epoch, optimiser, batch counters).
     """
 
     path: Path
@@ -76,17 +81,17 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint of weights.
+    """Read the weights in a checkpoint.
 
     Args:
-        path: `.pth` or `.pt` in torch's zip or legacy format, or `.safetensors`; the content
-            decides, not the name. A state dict, plain or wrapped as {"state_dict": ...}; names
-            with or without the prefix "module.".
+        path: `.pth` or `.pt` in torch's zip or legacy format, or `.safetensors`. The format is
+            recognised by content, not by file name. The file must hold a state dict, plain or
+            wrapped as {"state_dict": ...}; names may begin with "module.".
 
     Raises:
-        UsageError: no such file.
-        DataError: the file is damaged, no checkpoint, would run code, or holds a tensor that is
-            not dense, not float, not finite or larger than its bytes.
+        UsageError: the file does not exist, or is a folder.
+        DataError: the file is damaged, is not a checkpoint, would run code, or holds a tensor that
+            is not dense, not float, not finite or larger than its bytes.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,7 +108,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     claimed = sum(_require_plain(path, name, value) for name, value in weights.items())
     size = path.stat().st_size
     if claimed > size:
-        # Many names for one storage, or a legacy file that never fills its storages.
+        # Many names share one storage, or a legacy file does not fill its storages.
         raise DataError(f"{path} has {size:,} bytes, its tensors claim {claimed:,}; refused.")
     tensors = {name: _array(path, name, value) for name, value in weights.items()}
     return Checkpoint(path, sha256_of(path), kind, tensors, (*ignored, *counters))
@@ -112,7 +117,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 def _kind(path: Path) -> str:
     size = path.stat().st_size
     if size == 0:
-        raise DataError(f"{path} is empty.", "The download was cut off; fetch it again.")
+        raise DataError(f"{path} is empty.", _DOWNLOAD_AGAIN)
     if size > MAX_BYTES:
         raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}.")
     with open(path, "rb") as stream:
@@ -120,12 +125,12 @@ def _kind(path: Path) -> str:
     if head.lstrip().lower().startswith(_HTML):
         raise DataError(
             f"{path} is a web page, not a checkpoint.",
-            "The address asked for a login or a confirmation; download it in a browser.",
+            "The server asked for a login or a confirmation: download the file in a browser.",
         )
     if head.startswith(b"\x89HDF"):
         raise DataError(
             f"{path} is an HDF5 file, not a torch checkpoint.",
-            "A .weights.h5 file needs no conversion: give it to --weights.",
+            "A .weights.h5 file needs no conversion: give it to --weights of `ich-train`.",
         )
     if head.startswith(b"PK"):
         _require_plain_zip(path, size)
@@ -133,34 +138,35 @@ def _kind(path: Path) -> str:
     if head[_TAR_MAGIC] == b"ustar":
         raise DataError(
             f"{path} is in torch's tar format (before version 0.4), which cannot be read safely.",
-            "Load and save it again with a torch of your own, on a machine that may be harmed.",
+            "If you trust it, load it with torch on an isolated machine and save its state dict"
+            " again.",
         )
     if head[:1] == b"\x80":
         return "legacy"
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
         return "safetensors"
     raise DataError(
-        f"{path} is no checkpoint: it begins with {head[:8]!r}.",
+        f"{path} is not a checkpoint: it begins with {head[:8]!r}.",
         "Expected torch's zip or legacy format, or safetensors.",
     )
 
 
 def _require_plain_zip(path: Path, size: int) -> None:
-    """Refuse an archive that is no plain one of torch's, or whose bits have changed."""
+    """Refuse an archive that torch did not write, or whose bits have changed."""
     try:
         with zipfile.ZipFile(path) as archive:
             _require_members(path, size, archive.infolist())
-            # torch itself reads on when the bits of a stored tensor have changed.
+            # torch does not notice when the bits of a stored tensor have changed.
             damaged = archive.testzip()
     except _READ_ERRORS as error:
         raise DataError(
             f"{path} is a damaged zip archive: {_printable(str(error))}.",
-            "The download was cut off; fetch it again.",
+            _DOWNLOAD_AGAIN,
         ) from error
     if damaged is not None:
         raise DataError(
-            f"{path}: {_printable(damaged)} does not have the checksum that the archive tells.",
-            "The file is damaged; fetch it again.",
+            f"{path}: {_printable(damaged)} does not match its checksum in the archive.",
+            _DOWNLOAD_AGAIN,
         )
 
 
@@ -174,21 +180,21 @@ def _require_members(path: Path, size: int, members: list[zipfile.ZipInfo]) -> N
     if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
         raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
     if not any(name.endswith("data.pkl") for name in names):
-        raise DataError(f"{path} is a zip archive without data.pkl: no torch checkpoint.")
-    # torch stores a checkpoint's members as they are: a compressed one may be a bomb.
+        raise DataError(f"{path} is a zip archive without data.pkl, not a torch checkpoint.")
+    # torch stores the members uncompressed: a compressed one may be a zip bomb.
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
         sum(member.file_size for member in members) > size
     ):
         raise DataError(f"{path} unpacks to more than its size; refused.")
 
 
-def _load_torch(path: Path, kind: str):
+def _load_torch(path: Path, kind: str) -> Any:
     import torch
 
     try:
-        # A stream: given a path, torch would go by its suffix.
+        # A stream, because torch goes by the suffix of a path.
         with warnings.catch_warnings(), open(path, "rb") as stream:
-            # On reading layouts that are refused right after (sparse, quantized).
+            # torch warns of layouts (sparse, quantized) that are refused below anyway.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", FutureWarning)
             return torch.load(stream, map_location="cpu", weights_only=True)
@@ -198,14 +204,14 @@ def _load_torch(path: Path, kind: str):
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"{path} is damaged (torch's {kind} format): {_printable(reason)}",
-            "The file was cut off or changed; fetch it again.",
+            _DOWNLOAD_AGAIN,
         ) from error
 
 
-def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
+def _refuse_pickle(path: Path, text: str, error: Exception) -> NoReturn:
     forbidden = _FORBIDDEN.search(text)
     if forbidden is None:
-        # torch's own words in a sentence; its advice to allow more, all around, is not passed on.
+        # Quote torch's reason only, without its advice to lift the restriction.
         paragraphs = text.removeprefix("Weights only load failed. ").split("\n\n")
         reason = paragraphs[min(1, len(paragraphs) - 1)].strip().partition("\n")[0].rstrip(".")
         raise DataError(
@@ -220,17 +226,17 @@ def _refuse_pickle(path: Path, text: str, error: Exception) -> None:
         ) from error
     raise DataError(
         f"{path} asks to run {name} when it is read; refused, nothing was run.",
-        "If you trust where it comes from: save model.state_dict() alone, and give that file. If"
-        " not, do not open it with a plain torch.load.",
+        "If you trust its origin, save model.state_dict() alone and pass that file. If you do not,"
+        " do not open it with torch.load either.",
     ) from error
 
 
 def _printable(text: str) -> str:
-    """Make foreign words fit for a line on a terminal."""
+    """Make text from a file safe to print on one line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
-def _load_safetensors(path: Path) -> dict:
+def _load_safetensors(path: Path) -> dict[str, "torch.Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -242,7 +248,7 @@ def _load_safetensors(path: Path) -> dict:
         ) from error
 
 
-def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
+def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(content, dict):
         raise DataError(
             f"{path} holds a {type(content).__name__}; expected a state dict.", _SAVE_STATE_DICT
@@ -257,7 +263,7 @@ def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
         raise DataError(f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.")
     odd = [key for key in content if not _is_name(key)]
     if odd:
-        raise DataError(f"{path}: {_shown(odd[0])} is no name of a tensor.")
+        raise DataError(f"{path}: {_shown(odd[0])} is not the name of a tensor.")
     prefixed = [key for key in content if key.startswith(PREFIX)]
     if prefixed and len(prefixed) != len(content):
         bare = [key for key in content if key not in prefixed]
@@ -267,19 +273,19 @@ def _state_dict(path: Path, content) -> tuple[dict, tuple[str, ...]]:
     return {key.removeprefix(PREFIX): value for key, value in content.items()}, ignored
 
 
-def _is_name(key) -> bool:
+def _is_name(key: object) -> TypeGuard[str]:
     return isinstance(key, str) and bool(_NAME.fullmatch(key.removeprefix(PREFIX)))
 
 
-def _shown(key) -> str:
-    """Show a key that may be anything: no control characters, not long, not nested."""
+def _shown(key: object) -> str:
+    """Show a key of any type in a short text without control characters."""
     if _is_name(key):
         return key
     return f"{key!r:.100}" if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _require_plain(path: Path, name: str, tensor) -> int:
-    """Refuse a tensor that is more than its own bytes; return how many these are."""
+def _require_plain(path: Path, name: str, tensor: object) -> int:
+    """Refuse a tensor that is not plain or not as large as its storage; return its bytes."""
     import torch
 
     place = f"{path}: {name}"
@@ -291,19 +297,21 @@ def _require_plain(path: Path, name: str, tensor) -> int:
         kind = "quantized" if tensor.is_quantized else f"{tensor.layout}, {tensor.device.type}"
         raise DataError(f"{place} is not a dense tensor with data ({kind}).")
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise DataError(f"{place} is {tensor.dtype}; expected float16, bfloat16, 32 or 64.")
+        raise DataError(
+            f"{place} is {tensor.dtype}; expected float16, bfloat16, float32 or float64."
+        )
     if tensor.ndim > MAX_AXES:
         raise DataError(f"{place} has {tensor.ndim} axes; expected at most {MAX_AXES}.")
     claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if claimed != held:
-        # Stride 0 lets 1.5 KB claim gigabytes; a view would hide what else the file holds.
+        # With stride 0, 1.5 KB can claim gigabytes; a view hides the rest of its storage.
         raise DataError(
             f"{place} claims {claimed:,} bytes and its storage holds {held:,}; refused."
         )
     return claimed
 
 
-def _array(path: Path, name: str, tensor) -> np.ndarray:
+def _array(path: Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
     place = f"{path}: {name}"
@@ -316,6 +324,7 @@ def _array(path: Path, name: str, tensor) -> np.ndarray:
         tensor.detach(), torch.from_numpy(array).double()
     ):
         raise DataError(
-            f"{place} is float64 and would be rounded.", "Convert it to float32 yourself first."
+            f"{place} is float64 and would be rounded.",
+            "Convert it first: state = {name: tensor.float() for name, tensor in state.items()}.",
         )
     return array

@@ -1,4 +1,4 @@
-"""The command line: `weights-convert`. Every command calls one public function and prints."""
+"""The command line: `weights-convert`. Each command calls one function and prints the result."""
 
 from pathlib import Path
 
@@ -8,10 +8,23 @@ from ich_keras import __version__
 from ich_keras.terminal import Group
 
 FILE = click.Path(path_type=Path)
-SOURCE = click.option("--source", metavar="NAME", help="Published weights; see `list`.")
-PRESET = click.option("--preset", "preset_name", metavar="PRESET", help="For a file of your own.")
+SOURCE = click.option(
+    "--source",
+    metavar="NAME",
+    help="The published weights in the file; see `weights-convert list`.",
+)
+PRESET = click.option(
+    "--preset",
+    "preset_name",
+    metavar="PRESET",
+    help="The network of a file of your own; see `ich presets`.",
+)
 CHECKPOINT = click.option(
-    "--checkpoint", type=FILE, required=True, metavar="FILE", help=".pth, .pt or .safetensors."
+    "--checkpoint",
+    type=FILE,
+    required=True,
+    metavar="FILE",
+    help="A .pth, .pt or .safetensors file.",
 )
 WEIGHTS = click.option(
     "--weights", type=FILE, required=True, metavar="FILE", help="A .weights.h5 file."
@@ -20,10 +33,10 @@ CHANNELS = click.option(
     "--channels",
     type=click.IntRange(min=1, max=1024),
     metavar="N",
-    help="Change the input channels; default: keep them.",
+    help="Change the number of input channels; default: keep it.",
 )
 NEW_WEIGHTS = click.option(
-    "--out", type=FILE, required=True, metavar="FILE", help="New .weights.h5 file."
+    "--out", type=FILE, required=True, metavar="FILE", help="The .weights.h5 file to write."
 )
 
 
@@ -32,7 +45,7 @@ NEW_WEIGHTS = click.option(
 def main() -> None:
     """Carry pretrained torch weights into the networks of ich_keras, exactly.
 
-    Nothing is downloaded here: `list` says where files lie; `ich-train --download` fetches.
+    This command downloads nothing: `list` shows the addresses; `ich-train --download` fetches.
     """
 
 
@@ -55,7 +68,7 @@ def list_sources() -> None:
 @main.command()
 @CHECKPOINT
 def inspect(checkpoint: Path) -> None:
-    """Say what a checkpoint holds, without trusting it."""
+    """Show what a checkpoint holds, without trusting it."""
     from ich_keras.models.weights import listed
     from weights_convert.conversion import inspect as inspect_checkpoint
     from weights_convert.structure import describe
@@ -84,18 +97,29 @@ def inspect(checkpoint: Path) -> None:
     help="New .weights.h5 file; with --source default: where --weights NAME finds it.",
 )
 @CHANNELS
-@click.option("--keep-head", is_flag=True, help="Keep a head of six outputs.")
-def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
-    """Convert a checkpoint into a .weights.h5 file, once both networks agree."""
+@click.option(
+    "--keep-head",
+    is_flag=True,
+    help="Keep the head of the checkpoint, which must have six outputs.",
+)
+def convert(
+    source: str | None,
+    preset_name: str | None,
+    checkpoint: Path,
+    out: Path | None,
+    channels: int | None,
+    keep_head: bool,
+) -> None:
+    """Convert a checkpoint into a .weights.h5 file, if both networks agree."""
     from weights_convert.conversion import convert as convert_checkpoint
 
     made = convert_checkpoint(checkpoint, source, preset_name, out, channels, keep_head)
     click.echo(str(made.parity))
     click.echo(f"source: {made.record['source']}; sha256 {made.record['sha256']}")
     if made.record.get("is_published_file") is False:
-        click.echo("Note: this is not the published file; its licence is not known.")
+        click.echo("Note: this is not the published file, so its licence is unknown.")
     if made.record.get("published_sha256") == "":
-        click.echo("Note: no checksum is published: that it is this source is your word.")
+        click.echo("Note: the publisher states no checksum, so the origin cannot be verified.")
     click.echo(f"left out: {', '.join(made.dropped) or 'nothing'}")
     for change in made.record["changes"]:
         click.echo(f"changed: {change}")
@@ -106,8 +130,8 @@ def convert(source, preset_name, checkpoint, out, channels, keep_head) -> None:
 @SOURCE
 @PRESET
 @CHECKPOINT
-def verify(source, preset_name, checkpoint) -> None:
-    """Compare torch and Keras on a checkpoint's weights; write nothing."""
+def verify(source: str | None, preset_name: str | None, checkpoint: Path) -> None:
+    """Compare torch and Keras on a checkpoint's weights, without writing anything."""
     from weights_convert.conversion import verify as verify_checkpoint
 
     parity = verify_checkpoint(checkpoint, source, preset_name)
@@ -116,12 +140,14 @@ def verify(source, preset_name, checkpoint) -> None:
 
 
 @main.command()
-@click.option("--source", "names", multiple=True, metavar="NAME", help="Only this one; repeatable.")
+@click.option(
+    "--source", "names", multiple=True, metavar="NAME", help="Check this source only; repeatable."
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
-def selfcheck(names, dtype) -> None:
-    """Compare every network with its oracle (torchvision, or plain torch) on random weights."""
+def selfcheck(names: tuple[str, ...], dtype: str) -> None:
+    """Compare every network with torchvision's or a plain torch one on random weights."""
     from weights_convert.selfcheck import check_all
 
     for line in check_all(names, dtype):
@@ -136,11 +162,11 @@ def selfcheck(names, dtype) -> None:
     type=click.Choice(["mean", "centre"]),
     default="mean",
     show_default=True,
-    help="Spread each kernel over the slices, or keep it in one.",
+    help="Spread each kernel over the slices, or put it into the middle one.",
 )
 @CHANNELS
 @NEW_WEIGHTS
-def inflate(weights, preset_name, method, channels, out) -> None:
+def inflate(weights: Path, preset_name: str, method: str, channels: int | None, out: Path) -> None:
     """Make 3D weights from 2D ones."""
     from weights_convert.reshaping import inflate as inflate_weights
 
@@ -152,8 +178,8 @@ def inflate(weights, preset_name, method, channels, out) -> None:
 @click.option("--preset", "preset_name", required=True, help="A 2D network of the same depth.")
 @CHANNELS
 @NEW_WEIGHTS
-def collapse(weights, preset_name, channels, out) -> None:
-    """Make 2D weights from 3D ones: sum the kernels over the slices."""
+def collapse(weights: Path, preset_name: str, channels: int | None, out: Path) -> None:
+    """Make 2D weights from 3D ones by summing the kernels over the slices."""
     from weights_convert.reshaping import collapse as collapse_weights
 
     click.echo(f"Weights: {collapse_weights(weights, preset_name, out, channels)}")
@@ -166,10 +192,10 @@ def collapse(weights, preset_name, channels, out) -> None:
     type=click.IntRange(min=1, max=1024),
     required=True,
     metavar="N",
-    help="Input channels wanted.",
+    help="New number of input channels.",
 )
 @NEW_WEIGHTS
-def channels(weights, channels, out) -> None:
+def channels(weights: Path, channels: int, out: Path) -> None:
     """Change the number of input channels."""
     from weights_convert.reshaping import change_channels
 
@@ -179,10 +205,14 @@ def channels(weights, channels, out) -> None:
 @main.command()
 @WEIGHTS
 @click.option(
-    "--out", type=FILE, required=True, metavar="FILE", help="New .pth, .pt or .safetensors file."
+    "--out",
+    type=FILE,
+    required=True,
+    metavar="FILE",
+    help="The .pth, .pt or .safetensors file to write.",
 )
-def export(weights, out) -> None:
-    """Write weights as a torch state dict, bit by bit."""
+def export(weights: Path, out: Path) -> None:
+    """Write weights as a torch state dict, bit for bit."""
     from weights_convert.conversion import export as export_weights
 
     click.echo(f"State dict: {export_weights(weights, out)}")

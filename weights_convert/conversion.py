@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,44 +20,48 @@ from weights_convert.reference import reference
 from weights_convert.reshaping import rechannelled, require_out
 from weights_convert.sources import Source, source_named
 from weights_convert.state import build, load_state, state_of_file
-from weights_convert.structure import fitting_presets, require_structure, structure_of
+from weights_convert.structure import Structure, fitting_presets, require_structure, structure_of
+
+if TYPE_CHECKING:
+    import keras
 
 _HEAD_PREFIX = f"{HEAD}."
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote.
+    """The result of a conversion.
 
     Args:
         path: the `.weights.h5` file.
-        parity: torch against Keras, before anything was written.
-        record: what the file says about itself.
-        dropped: tensors of the checkpoint that are not part of the backbone.
+        parity: differences between torch and Keras, measured before the file was written.
+        record: the facts stored in the file: origin, network, parity, changes.
+        dropped: names of the checkpoint's tensors that were left out.
     """
 
     path: Path
     parity: Parity
-    record: dict
+    record: dict[str, Any]
     dropped: tuple[str, ...]
 
 
 def _settle(source: str | None, preset_name: str | None) -> tuple[Source | None, str]:
-    if (source is None) == (preset_name is None):
-        raise UsageError(
-            "expected either a source or a preset.",
-            "A source for published weights (`weights-convert list`), a preset for your own.",
-        )
-    if source is not None:
+    if source is not None and preset_name is None:
         found = source_named(source)
         return found, found.preset
+    if preset_name is None or source is not None:
+        raise UsageError(
+            "expected either a source or a preset.",
+            "Published weights need --source (see `weights-convert list`), your own need --preset"
+            " (see `ich presets`).",
+        )
     return None, preset_name
 
 
 def _matched(
     checkpoint: Checkpoint, source: Source | None, preset_name: str, keep_head: bool
 ) -> tuple[ModelSpec, dict[str, np.ndarray], tuple[str, ...]]:
-    """Return the network of a checkpoint, its tensors and the names of those left out."""
+    """Return the network of a checkpoint, its tensors and the names of the tensors left out."""
     place = str(checkpoint.path)
     structure = structure_of(checkpoint.shapes, place)
     spec = preset(preset_name).with_any_size()
@@ -69,7 +74,7 @@ def _matched(
             raise DataError(
                 f"{place} has {'no head' if structure['head'] is None else structure['head']};"
                 f" expected one of {NUM_LABELS} outputs to keep.",
-                "Convert without the head; a new one is trained.",
+                "Convert without --keep-head; training then starts with a new head.",
             )
         dropped = tuple(prefix for prefix in dropped if prefix != _HEAD_PREFIX)
     tensors, left_out = split_off(checkpoint.tensors, dropped)
@@ -78,7 +83,7 @@ def _matched(
 
 def _checked(
     spec: ModelSpec, tensors: dict[str, np.ndarray], place: str, keep_head: bool, batch_size: int
-):
+) -> tuple["keras.Model", Parity]:
     """Return (Keras model with the tensors, parity with the torch reference)."""
     import torch
 
@@ -87,7 +92,7 @@ def _checked(
     module = reference(spec, NUM_LABELS if keep_head else None)
     module.load_state_dict(
         {name: torch.from_numpy(array) for name, array in tensors.items()}
-        # The one thing a checkpoint may lack: nothing reads it.
+        # A checkpoint may lack the batch counters: no computation reads them.
         | {n: t for n, t in module.state_dict().items() if n.endswith(COUNTER)}
     )
     parity = compare(module, model, sizes_of(spec), spec.channels, batch_size)
@@ -105,38 +110,42 @@ def convert(
 ) -> Conversion:
     """Convert a torch checkpoint into weights for `build_classifier` and `build_backbone`.
 
-    The tensors and the network's variables must match one to one; the Keras network and a plain
-    torch one must then agree on random inputs of several sizes; only then a file is written.
+    The tensors and the network's variables must match one to one. The Keras network and a plain
+    torch one must then agree on random inputs of several sizes. Otherwise no file is written.
 
     Args:
         checkpoint: a file, see `read_checkpoint`.
-        source: which published weights it holds, a key of `SOURCES`.
-        preset_name: for a checkpoint of your own: the network it belongs to.
-        out: ends in `.weights.h5`; None writes <source>.weights.h5 into the weights folder, where
-            `weights=<source>` finds it.
-        channels: change the number of input channels; None keeps it.
-        keep_head: keep a head of six outputs (in the order of `ich_keras.LABELS`).
+        source: the published weights that the file holds, a key of `SOURCES`.
+        preset_name: for a checkpoint of your own, the network it belongs to.
+        out: the file to write, ending in `.weights.h5`. None writes <source>.weights.h5 into the
+            weights folder, where `weights=<source>` finds it.
+        channels: new number of input channels; None keeps it.
+        keep_head: keep the checkpoint's head, which must have six outputs in the order of
+            `ich_keras.LABELS`.
 
     Raises:
         UsageError: unknown names, or `out` exists.
-        DataError: the file is refused, is not the published one (and `out` is None), belongs to
-            another network, or the networks disagree.
+        DataError: the file is refused, differs from the published one while `out` is None, or
+            belongs to another network; or the two networks disagree.
     """
     known, preset_name = _settle(source, preset_name)
-    if out is None and known is None:
+    if out is not None:
+        path = require_out(out)
+    elif known is not None:
+        path = require_out(weights_folder() / f"{known.name}{SUFFIX}")
+    else:
         raise UsageError(
-            "out is missing; only published weights have a place of their own.",
-            f"Give a file name ending in {SUFFIX}.",
+            "out is missing; only published weights have a default file name.",
+            f"Give --out FILE{SUFFIX}.",
         )
-    has_default_place = out is None
-    out = require_out(weights_folder() / f"{known.name}{SUFFIX}" if has_default_place else out)
     read = read_checkpoint(checkpoint)
     provenance = _provenance(read, known)
-    if has_default_place and provenance.get("is_published_file") is False:
+    if out is None and known is not None and provenance.get("is_published_file") is False:
         raise DataError(
             f"{read.path} has the SHA-256 {read.sha256[:16]}...; {known.name} was published with"
             f" {known.published_sha256}...: it is another file.",
-            f"Fetch {known.url}; for weights of your own give --preset {preset_name} and --out.",
+            f"Fetch {known.url}; for weights of your own give --preset {preset_name} and"
+            f" --out FILE{SUFFIX}.",
         )
     spec, tensors, left_out = _matched(read, known, preset_name, keep_head)
     model, parity = _checked(spec, tensors, str(read.path), keep_head, batch_size=1)
@@ -152,12 +161,12 @@ def convert(
     }
     if channels is not None and channels != spec.channels:
         model, record = rechannelled(tensors, spec, record, channels, keep_head)
-    save_weights(model, out, record)
-    return Conversion(out, parity, record, left_out)
+    save_weights(model, path, record)
+    return Conversion(path, parity, record, left_out)
 
 
-def _provenance(read: Checkpoint, source: Source | None) -> dict:
-    record = {"file": read.path.name, "sha256": read.sha256}
+def _provenance(read: Checkpoint, source: Source | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"file": read.path.name, "sha256": read.sha256}
     if source is None:
         return {**record, "source": "own checkpoint"}
     is_published = None
@@ -165,7 +174,7 @@ def _provenance(read: Checkpoint, source: Source | None) -> dict:
         is_published = read.sha256.startswith(source.published_sha256)
     record |= {"published_sha256": source.published_sha256, "is_published_file": is_published}
     if is_published is False:
-        # The right format, but other numbers: neither its licence nor its citation is known.
+        # The right format, but other numbers: licence and citation are unknown.
         return {**record, "source": f"another file in the format of {source.name}"}
     return {
         **record,
@@ -182,15 +191,15 @@ def _provenance(read: Checkpoint, source: Source | None) -> dict:
 def verify(
     checkpoint: Path | str, source: str | None = None, preset_name: str | None = None
 ) -> Parity:
-    """Compare torch and Keras on a checkpoint's weights, and write nothing.
+    """Compare torch and Keras on a checkpoint's weights, without writing anything.
 
     Args:
         checkpoint: a file.
-        source: which published weights it holds.
-        preset_name: for a checkpoint of your own: its network.
+        source: the published weights that it holds.
+        preset_name: for a checkpoint of your own, its network.
 
     Returns:
-        The worst difference of each feature over several input sizes, three images at a time.
+        The largest difference of each feature over several input sizes, in batches of three.
 
     Raises:
         UsageError, DataError: as `convert`.
@@ -202,7 +211,7 @@ def verify(
 
 
 def export(weights: Path | str, out: Path | str) -> Path:
-    """Write weights as a torch state dict, bit by bit, and read it back to check.
+    """Write weights as a torch state dict, bit for bit, and check it by reading it back.
 
     Args:
         weights: a `.weights.h5` file.
@@ -219,7 +228,7 @@ def export(weights: Path | str, out: Path | str) -> Path:
     if out.suffix not in (".pth", ".pt", ".safetensors"):
         raise UsageError(f"out {str(out)!r}; expected a name ending in .pth, .pt or .safetensors.")
     file = read_weights(weights)
-    state = OrderedDict()
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
     for name, array in state_of_file(file).items():
         state[name] = torch.from_numpy(np.array(array, order="C"))
         if name.endswith("running_var"):
@@ -228,13 +237,13 @@ def export(weights: Path | str, out: Path | str) -> Path:
     def require_equal(written: Path) -> None:
         again = read_checkpoint(written).tensors
         if any(not np.array_equal(again[n], a) for n, a in state_of_file(file).items()):
-            raise DataError(f"{written} does not hold what was written.", "Is the disk full?")
+            raise DataError(f"{written} does not read back as it was written.", "Is the disk full?")
 
     with atomic_path(out, verify=require_equal) as temporary:
         if out.suffix == ".safetensors":
             from safetensors.torch import save
 
-            # Not save_file: it makes a file that only its owner may read.
+            # save_file would make the file readable for its owner only.
             temporary.write_bytes(save(state, metadata={"format": "pt"}))
         else:
             torch.save(state, temporary)
@@ -243,25 +252,26 @@ def export(weights: Path | str, out: Path | str) -> Path:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds.
+    """What `inspect` finds in a checkpoint.
 
     Args:
         read: the checkpoint.
         structure: see `structure_of`.
-        presets: networks that it fits, as far as tensors tell (strides and dilations do not).
-        missing: tensors that those networks have and the checkpoint has not.
-        surplus: tensors that it has beside them, heads included.
+        presets: networks whose tensors have this structure. They may differ in strides and
+            dilations, which tensors do not show.
+        missing: tensors of the first of these networks that the checkpoint lacks.
+        surplus: tensors of the checkpoint that this network lacks, heads included.
     """
 
     read: Checkpoint
-    structure: dict
+    structure: Structure
     presets: tuple[str, ...]
     missing: tuple[str, ...]
     surplus: tuple[str, ...]
 
 
 def inspect(checkpoint: Path | str) -> Inspection:
-    """Read a checkpoint and tell which network it holds.
+    """Read a checkpoint and find out which network it holds.
 
     Raises:
         UsageError, DataError: as `read_checkpoint` and `structure_of`.
@@ -269,7 +279,8 @@ def inspect(checkpoint: Path | str) -> Inspection:
     read = read_checkpoint(checkpoint)
     structure = structure_of(read.shapes, str(read.path))
     names = fitting_presets(structure)
-    missing, surplus = (), ()
+    missing: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
     if names:
         wanted = reference(PRESETS[names[0]].spec).state_dict()
         missing = tuple(n for n in wanted if n not in read.tensors and not n.endswith(COUNTER))

@@ -1,4 +1,4 @@
-"""Downloading a published checkpoint, only when asked to, and checking what came."""
+"""Downloading a published checkpoint, on request only, and checking it."""
 
 import hashlib
 import urllib.error
@@ -19,21 +19,37 @@ _CHUNK_BYTES = 2**20
 
 
 def require_published(source: Source, sha256: str, place: str) -> None:
-    """Refuse a file whose SHA-256 is not the published one (where one is published).
+    """Refuse a file whose SHA-256 is not the published one.
+
+    Where the publisher states none (MedicalNet), every file passes.
+
+    Args:
+        source: the published weights.
+        sha256: of the file, 64 hexadecimal digits.
+        place: path or address of the file, for the error.
 
     Raises:
-        DataError: naming both.
+        DataError: the digits differ; the message names both.
+
+    >>> from weights_convert.sources import SOURCES
+    >>> require_published(SOURCES["torchvision_resnet18"], "f37072fd" + 56 * "0", "a.pth")
+    >>> require_published(SOURCES["torchvision_resnet18"], 64 * "0", "a.pth")
+    Traceback (most recent call last):
+    ...
+    ich_keras.errors.DataError: a.pth has the SHA-256 0000000000000000...; torchvision_resnet18 ...
     """
     if not sha256.startswith(source.published_sha256):
         raise DataError(
             f"{place} has the SHA-256 {sha256[:16]}...; {source.name} was published with"
             f" {source.published_sha256}...",
-            "It is damaged or another file: fetch it again.",
+            "The file is damaged or is another one: remove any local copy, then fetch it again.",
         )
 
 
-def fetch(source_name: str, folder: Path | str | None = None, progress: Progress | None = None):
-    """Download a source's checkpoint, unless it is there already.
+def fetch(
+    source_name: str, folder: Path | str | None = None, progress: Progress | None = None
+) -> Path:
+    """Download a source's checkpoint unless it is already there.
 
     Args:
         source_name: a key of `SOURCES`.
@@ -41,12 +57,11 @@ def fetch(source_name: str, folder: Path | str | None = None, progress: Progress
         progress: called as progress("downloading", bytes so far, bytes in all).
 
     Returns:
-        The file. Its SHA-256 begins as published; where none is published (MedicalNet) it can
-        only be recorded.
+        The file. Its SHA-256 begins with the published digits; MedicalNet publishes none.
 
     Raises:
         EnvironmentProblem: no network, or the server refuses.
-        DataError: what came is not what was published, or too large.
+        DataError: the file is not the published one, or is too large.
     """
     source = source_named(source_name)
     path = Path(folder or weights_folder() / CHECKPOINTS) / source.file_name
@@ -62,7 +77,9 @@ def fetch(source_name: str, folder: Path | str | None = None, progress: Progress
             open(temporary, "wb") as stream,
         ):
             if not response.geturl().startswith("https://"):
-                raise DataError(f"{source.url} led to {response.geturl()}, which is not https.")
+                raise DataError(
+                    f"{source.url} redirects to {response.geturl()}, which is not https."
+                )
             total = int(response.headers.get("Content-Length") or 0)
             while chunk := response.read(_CHUNK_BYTES):
                 done += len(chunk)
@@ -80,14 +97,14 @@ def fetch(source_name: str, folder: Path | str | None = None, progress: Progress
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise EnvironmentProblem(
             f"{source.url} could not be downloaded: {error}.",
-            "Download it elsewhere and run weights-convert convert --source"
-            f" {source.name} --checkpoint FILE.",
+            "Download it on another machine, then run `weights-convert convert --source"
+            f" {source.name} --checkpoint FILE`.",
         ) from error
     return path
 
 
 def ensure_weights(name: str, preset_name: str, progress: Progress | None = None) -> Path:
-    """Find converted weights by name; fetch and convert them when they are not there.
+    """Find converted weights by name; fetch and convert them if they are absent.
 
     Args:
         name: a source, or "imagenet", "kinetics", "medicalnet".
@@ -95,7 +112,7 @@ def ensure_weights(name: str, preset_name: str, progress: Progress | None = None
         progress: as in `fetch`.
 
     Raises:
-        UsageError: unknown names, or weights that need a change of shape first.
+        UsageError: unknown names, or weights whose shape must be changed first.
         EnvironmentProblem, DataError: as `fetch` and `convert`.
     """
     source = source_named(source_of(name, preset_name))

@@ -1,12 +1,13 @@
-"""Two networks on the same input: how far apart they are, feature by feature, gradient by gradient.
+"""How much two networks differ on the same input, feature by feature and gradient by gradient.
 
-Every difference is given twice: its largest absolute value, and that value relative to the largest
-absolute value of the reference's own feature.
+Every difference is given twice: as the largest absolute value, and relative to the largest absolute
+value of the reference's feature.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,15 +15,19 @@ from ich_keras.errors import DataError
 from ich_keras.models.presets import FEATURES, ModelSpec
 from ich_keras.models.weights import HEAD
 
-TOLERANCE = 1e-5  # float32, relative: rounding, not another network
-# Even, odd and mixed sizes: torch's symmetric padding and Keras' "same" agree on odd ones only.
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+TOLERANCE = 1e-5  # relative, in float32: rounding stays below, another network does not
+# Even, odd and mixed: torch's symmetric padding and Keras' "same" agree on odd sizes only.
 IMAGE_SIZES = ((64, 64), (65, 63), (96, 71))
 VOLUME_SIZES = ((16, 32, 32), (5, 33, 47), (1, 40, 31))
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two networks are apart.
+    """How much two networks differ.
 
     Args:
         rows: feature or tensor -> (largest absolute difference, the same relative to the largest
@@ -40,19 +45,19 @@ class Parity:
         """Refuse networks that differ.
 
         Raises:
-            DataError: naming the first feature, in the order of the computation, that is off.
+            DataError: naming the first feature, in the order of computation, that differs too much.
         """
         for name, (absolute, relative) in self.rows.items():
             if not np.isfinite(relative):
                 raise DataError(
                     f"{place}: the networks overflow at {name} on these weights.",
-                    "Nothing was written. The values are far from those of a trained network.",
+                    "Nothing was written. The values are far from those of any trained network.",
                 )
             if not relative <= tolerance:
                 raise DataError(
                     f"{place}: the networks disagree from {name} on: {absolute:.3g} absolute,"
                     f" {relative:.3g} relative; expected at most {tolerance:g}.",
-                    "Nothing was written. The weights load, but the networks are not the same.",
+                    "Nothing was written. The shapes fit, but the networks compute differently.",
                 )
 
     def to_dict(self) -> dict[str, float]:
@@ -68,7 +73,10 @@ class Parity:
 def difference(value: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     """Return (largest absolute difference, the same over the largest absolute expected value).
 
-    NaN for both when either holds a value that is not finite.
+    Both are NaN when either array holds a value that is not finite.
+
+    >>> difference(np.array([1.0, 3.5]), np.array([1.0, 4.0]))
+    (0.5, 0.125)
     """
     if value.shape != expected.shape:
         raise ValueError(f"shapes {value.shape} and {expected.shape} cannot be compared")
@@ -80,21 +88,26 @@ def difference(value: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 
 
 def worse(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """Return the larger of each pair's entries; what is not a number stays so.
+    """Return the larger absolute and the larger relative difference; NaN stays NaN.
 
-    Python's `max(0.0, nan)` is 0.0: networks that overflow would pass for equal.
+    Python's `max(0.0, nan)` is 0.0, with which networks that overflow would pass as equal.
+
+    >>> worse((0.5, 0.1), (0.25, 0.2))
+    (0.5, 0.2)
+    >>> worse((0.0, 0.0), (float("nan"), float("nan")))
+    (nan, nan)
     """
     return float(np.maximum(one[0], other[0])), float(np.maximum(one[1], other[1]))
 
 
 def sizes_of(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Return input sizes worth comparing at: (rows, columns) or (slices, rows, columns)."""
+    """Return the input sizes to compare at: (rows, columns) or (slices, rows, columns)."""
     return IMAGE_SIZES if spec.rank == 2 else VOLUME_SIZES
 
 
 @contextlib.contextmanager
-def full_precision():
-    """Switch TF32 off: it rounds products to 10 bits, which no parity survives."""
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off, which would round products to 10 bits."""
     import torch
 
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
@@ -105,11 +118,11 @@ def full_precision():
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def torch_features(module, images: np.ndarray) -> dict[str, np.ndarray]:
+def torch_features(module: "nn.Module", images: np.ndarray) -> dict[str, np.ndarray]:
     """Run a reference network.
 
     Args:
-        module: from `reference`, or one that returns such a dictionary.
+        module: from `reference`, or another one that returns a dictionary of features.
         images: float (N, *spatial, channels), channels-last.
 
     Returns:
@@ -127,7 +140,7 @@ def torch_features(module, images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def keras_features(model, images: np.ndarray) -> dict[str, np.ndarray]:
+def keras_features(model: "keras.Model", images: np.ndarray) -> dict[str, np.ndarray]:
     """Run a Keras network of ours in inference mode; see `torch_features`."""
     from ich_keras.models.resnet import feature_model
 
@@ -140,8 +153,8 @@ def keras_features(model, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def compare(
-    module,
-    model,
+    module: "nn.Module",
+    model: "keras.Model",
     sizes: Iterable[tuple[int, ...]],
     channels: int,
     batch_size: int = 1,
@@ -152,12 +165,13 @@ def compare(
     Args:
         module: from `reference`.
         model: from `resnet` or `classifier`, with the same weights, for inputs of any size.
-        sizes: of the inputs; the worst difference over all of them is kept.
+        sizes: of the inputs; the largest difference over all of them counts.
         channels: of the inputs.
-        batch_size: images or volumes at a time.
-        seed: of the inputs, standard normal.
+        batch_size: images or volumes in a batch.
+        seed: of the inputs, which are standard normal.
     """
-    random, rows = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    rows: dict[str, tuple[float, float]] = {}
     with full_precision():
         for size in sizes:
             images = random.standard_normal((batch_size, *size, channels)).astype(np.float32)

@@ -1,10 +1,12 @@
 """The networks in plain torch, for verification only.
 
-Written from the publications, apart from the Keras builder, so that each can show the other's
-faults: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for MedicalNet,
-Tran et al. (2018) for video. The tests hold them against torchvision's own code, bit by bit.
+Written from the publications and independently of the Keras builder, so that each reveals the
+other's errors: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for
+MedicalNet, Tran et al. (2018) for video. The tests compare them with
+torchvision's own code, bit for bit.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional
 from ich_keras.models.presets import STAGE_BLOCKS, ModelSpec
 
 
-def _layers(rank: int):
+def _layers(rank: int) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     return (nn.Conv2d, nn.BatchNorm2d) if rank == 2 else (nn.Conv3d, nn.BatchNorm3d)
 
 
@@ -23,13 +25,14 @@ def _padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, .
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut A: every stride-th position, new channels zero. It has no parameters."""
+    """Shortcut A: subsample by the stride and fill the new channels with zeros; no parameters."""
 
-    def __init__(self, stride: tuple[int, ...], channels: int, is_detached: bool):
+    def __init__(self, stride: tuple[int, ...], channels: int, is_detached: bool) -> None:
         super().__init__()
         self.stride, self.channels, self.is_detached = stride, channels, is_detached
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the shortcut of x, float (N, channels, *spatial)."""
         if self.is_detached:  # MedicalNet/models/resnet.py takes `out.data` here
             x = x.detach()
         pool = functional.avg_pool2d if len(self.stride) == 2 else functional.avg_pool3d
@@ -41,7 +44,17 @@ class ZeroPadShortcut(nn.Module):
 class ImageBlock(nn.Module):
     """A basic or bottleneck block with torchvision's names (conv1, bn1, ..., downsample)."""
 
-    def __init__(self, rank, channels_in, channels, kernel, stride, dilation, bottleneck, shortcut):
+    def __init__(
+        self,
+        rank: int,
+        channels_in: int,
+        channels: int,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        bottleneck: bool,
+        shortcut: nn.Module | None,
+    ) -> None:
         super().__init__()
         conv, norm = _layers(rank)
         ones, padding = (1,) * rank, _padding(kernel, dilation)
@@ -58,7 +71,8 @@ class ImageBlock(nn.Module):
         if shortcut is not None:
             self.downsample = shortcut
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output for x, float (N, channels, *spatial)."""
         shortcut = self.downsample(x) if hasattr(self, "downsample") else x
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
@@ -70,7 +84,7 @@ class ImageBlock(nn.Module):
 class ImageNet(nn.Module):
     """An image or volume ResNet with torchvision's and MedicalNet's names."""
 
-    def __init__(self, spec: ModelSpec, outputs: int | None = None):
+    def __init__(self, spec: ModelSpec, outputs: int | None = None) -> None:
         super().__init__()
         conv, norm = _layers(spec.rank)
         kernel = spec.per_axis(spec.stem_kernel)
@@ -84,6 +98,8 @@ class ImageNet(nn.Module):
         )
         self.bn1 = norm(spec.width)
         pool = nn.MaxPool2d if spec.rank == 2 else nn.MaxPool3d
+        if spec.pool_kernel is None:
+            raise ValueError("pool_kernel is None; a network with image names has a max pooling")
         pool_kernel = spec.per_axis(spec.pool_kernel)
         self.maxpool = pool(
             pool_kernel,
@@ -100,7 +116,7 @@ class ImageNet(nn.Module):
         if outputs is not None:
             self.fc = nn.Linear(channels, outputs)
 
-    def forward(self, x) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
         found = {"stem": functional.relu(self.bn1(self.conv1(x)))}
         found["maxpool"] = self.maxpool(found["stem"])
@@ -132,7 +148,9 @@ def _image_block(spec: ModelSpec, channels_in: int, stage: int, is_first: bool) 
     )
 
 
-def _later_features(net: nn.Module, found: dict, x) -> dict[str, torch.Tensor]:
+def _later_features(
+    net: nn.Module, found: dict[str, torch.Tensor], x: torch.Tensor
+) -> dict[str, torch.Tensor]:
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         x = getattr(net, stage)(x)
         found[stage] = x
@@ -142,7 +160,14 @@ def _later_features(net: nn.Module, found: dict, x) -> dict[str, torch.Tensor]:
     return found
 
 
-def _video_conv(spec, channels_in, channels, middle, kernel, stride) -> nn.Module:
+def _video_conv(
+    spec: ModelSpec,
+    channels_in: int,
+    channels: int,
+    middle: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> nn.Module:
     if not spec.factorised:
         return nn.Conv3d(
             channels_in,
@@ -178,7 +203,7 @@ def _video_conv(spec, channels_in, channels, middle, kernel, stride) -> nn.Modul
 class VideoBlock(nn.Module):
     """A basic block with the names of torchvision's video networks (conv1.0, conv1.1, ...)."""
 
-    def __init__(self, spec: ModelSpec, channels_in: int, stage: int, is_first: bool):
+    def __init__(self, spec: ModelSpec, channels_in: int, stage: int, is_first: bool) -> None:
         super().__init__()
         channels = spec.width * 2**stage
         kernel = spec.per_axis(spec.kernels[stage])
@@ -194,7 +219,8 @@ class VideoBlock(nn.Module):
                 nn.BatchNorm3d(channels),
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output for x, float (N, channels, slices, rows, columns)."""
         shortcut = self.downsample(x) if hasattr(self, "downsample") else x
         return functional.relu(self.conv2(self.conv1(x)) + shortcut)
 
@@ -202,7 +228,7 @@ class VideoBlock(nn.Module):
 class VideoNet(nn.Module):
     """A video ResNet of basic blocks with torchvision's names."""
 
-    def __init__(self, spec: ModelSpec, outputs: int | None = None):
+    def __init__(self, spec: ModelSpec, outputs: int | None = None) -> None:
         super().__init__()
         kernel, stride = spec.per_axis(spec.stem_kernel), spec.per_axis(spec.stem_stride)
         middle = max(1, 45 * spec.width // 64)  # torchvision: R2Plus1dStem
@@ -219,7 +245,7 @@ class VideoNet(nn.Module):
         if outputs is not None:
             self.fc = nn.Linear(channels, outputs)
 
-    def forward(self, x) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
         found = {"stem": self.stem(x)}
         return _later_features(self, found, found["stem"])
@@ -229,11 +255,11 @@ def reference(spec: ModelSpec, outputs: int | None = None) -> nn.Module:
     """Build a network in plain torch.
 
     Args:
-        spec: the network; its input may have any size.
-        outputs: of a head `fc`; None leaves it out.
+        spec: the network; the input may have any size.
+        outputs: number of outputs of the head `fc`; None builds no head.
 
     Returns:
-        A module in evaluation mode: float (N, channels, *spatial) to a dictionary of features.
+        A module in evaluation mode, from float (N, channels, *spatial) to a dictionary of features.
     """
-    build = VideoNet if spec.naming == "video" else ImageNet
+    build: type[VideoNet] | type[ImageNet] = VideoNet if spec.naming == "video" else ImageNet
     return build(spec, outputs).eval()

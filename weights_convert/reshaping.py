@@ -1,7 +1,11 @@
-"""Changing the shape of weights files on purpose: input channels, 2D -> 3D, 3D -> 2D."""
+"""Explicit changes of shape of weights files: input channels, 2D -> 3D, 3D -> 2D."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
@@ -10,22 +14,34 @@ from ich_keras.models.weights import HEAD, SUFFIX, listed, read_weights, save_we
 from weights_convert.shapes import to_2d, to_3d, with_channels
 from weights_convert.state import build, load_state, shapes_by_name, spec_of_file, state_of_file
 
+if TYPE_CHECKING:
+    import keras
+
+# Torch's name -> array, and torch's name -> shape.
+_State = Mapping[str, np.ndarray]
+_Shapes = Mapping[str, tuple[int, ...]]
+_CHOOSE_ALIKE = (
+    "Choose a preset with the depth, shortcut and kind of network of the file; `ich presets` lists"
+    " them."
+)
 _SAME_IN_2D_AND_3D = ("depth", "shortcut", "naming", "factorised")
 
 
 def require_out(out: Path | str) -> Path:
-    """Return the path when a weights file can be written there.
+    """Return the path if a weights file can be written there.
 
     Raises:
-        UsageError: another suffix, or something is there.
+        UsageError: the suffix is not `.weights.h5`, or the file exists.
     """
     if not str(out).endswith(SUFFIX):
         raise UsageError(f"out {str(out)!r}; expected a file name ending in {SUFFIX}.")
     return require_absent(out)
 
 
-def rechannelled(state, spec: ModelSpec, record: dict, channels: int, has_head: bool):
-    """Return (model, record) with another number of input channels."""
+def rechannelled(
+    state: _State, spec: ModelSpec, record: dict[str, Any], channels: int, has_head: bool
+) -> tuple["keras.Model", dict[str, Any]]:
+    """Return the model and record of the same network with another number of input channels."""
     state = with_channels(state, channels)
     changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
     model = build(changed, has_head)
@@ -42,9 +58,12 @@ def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path
     """Change the input channels of converted or trained weights; see `shapes.with_channels`.
 
     Args:
-        weights: a `.weights.h5` file that knows its network.
-        out: a new one.
-        channels: wanted.
+        weights: a `.weights.h5` file that records its network.
+        out: the `.weights.h5` file to write.
+        channels: new number of input channels.
+
+    Returns:
+        The path `out`.
     """
     out = require_out(out)
     file = read_weights(weights)
@@ -54,8 +73,16 @@ def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path
     return out
 
 
-def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, change: str, reshape):
-    """Read weights, change their kernels, write them for a preset of another rank."""
+def _reshape(
+    weights: Path | str,
+    preset_name: str,
+    out: Path | str,
+    rank: int,
+    channels: int | None,
+    change: str,
+    reshape: Callable[[_State, _Shapes], dict[str, np.ndarray]],
+) -> Path:
+    """Read weights, change their kernels and write them for a preset of another rank."""
     out = require_out(out)
     file = read_weights(weights)
     spec, state = spec_of_file(file), state_of_file(file)
@@ -64,6 +91,8 @@ def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, ch
         raise UsageError(
             f"{file.path} is {spec.rank}D and {preset_name} is {target.rank}D;"
             f" expected weights that are {5 - rank}D and a preset that is {rank}D.",
+            "`weights-convert inflate` makes 3D weights from 2D ones, `collapse` 2D from 3D;"
+            " `ich presets` lists the presets.",
         )
     target = replace(target, input_shape=(*(None,) * rank, spec.channels), width=spec.width)
     other = {n: p for n, p in spec.differences(target).items() if n in _SAME_IN_2D_AND_3D}
@@ -73,7 +102,7 @@ def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, ch
         )
         raise DataError(
             f"{file.path} does not fit {preset_name}: {said}.",
-            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+            _CHOOSE_ALIKE,
         )
     has_head = HEAD in file.layers
     model = build(target, has_head)
@@ -84,7 +113,7 @@ def _reshape(weights, preset_name: str, out, rank: int, channels: int | None, ch
         raise DataError(
             f"{file.path} does not fit {preset_name}: missing {listed(absent)};"
             f" surplus {listed(surplus)}.",
-            "Depth, shortcut and kind of network must be the same in 2D and 3D.",
+            _CHOOSE_ALIKE,
         )
     state = reshape(state, wanted)
     record = {
@@ -112,17 +141,17 @@ def inflate(
 
     Args:
         weights: a `.weights.h5` file of a 2D network.
-        preset_name: of a 3D network with the same depth and shortcut ("resnet18_3d").
-        out: a new `.weights.h5` file.
+        preset_name: a 3D network of the same depth and shortcut, such as "resnet18_3d".
+        out: the `.weights.h5` file to write.
         method: "mean" or "centre".
-        channels: change the input channels as well; None keeps them.
+        channels: also change the number of input channels; None keeps it.
 
     Raises:
         UsageError: unknown names, wrong ranks, or `out` exists.
         DataError: the weights do not fit.
     """
 
-    def reshape(state, wanted):
+    def reshape(state: _State, wanted: _Shapes) -> dict[str, np.ndarray]:
         depths = {name: shape[2] for name, shape in wanted.items() if len(shape) == 5}
         return to_3d(state, depths, method)
 
@@ -136,9 +165,10 @@ def collapse(
 
     Args:
         weights: a `.weights.h5` file of a 3D network.
-        preset_name: of a 2D network with the same depth and shortcut ("resnet18_2d_medicalnet").
-        out: a new `.weights.h5` file.
-        channels: change the input channels as well; None keeps them.
+        preset_name: a 2D network of the same depth and shortcut, such as
+            "resnet18_2d_medicalnet".
+        out: the `.weights.h5` file to write.
+        channels: also change the number of input channels; None keeps it.
 
     Raises:
         UsageError: unknown names, wrong ranks, or `out` exists.

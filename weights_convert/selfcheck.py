@@ -1,13 +1,15 @@
-"""The parity of every network without any checkpoint: random weights against an oracle.
+"""The parity of every network on random weights, against an oracle; needs no checkpoint.
 
-Kernels are random, and so are the statistics of the normalisations: with fresh ones (mean 0,
-variance 1) a swapped mean and variance would go unseen.
+The statistics of the normalisations are random, too: with fresh ones (mean 0, variance 1) an
+exchange of beta and mean, or of gamma and variance, would go unnoticed.
 """
 
 import contextlib
 import copy
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,17 +23,21 @@ from weights_convert.reference import reference
 from weights_convert.sources import SOURCES, Source, source_named
 from weights_convert.state import load_state, state_of, variables_by_name
 
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
 VOLUME_SIZES = ((1, 40, 31), (5, 33, 47), (16, 32, 32), (60, 32, 33))
-# The step is this long, so that the gradient can be read off the weights without rounding it away.
+# Long steps, so that rounding does not hide the gradient in the difference of the weights.
 LEARNING_RATE = 2.0**12
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def randomise(module, seed: int) -> None:
-    """Give a torch network random kernels and random statistics, in place.
+def randomise(module: "nn.Module", seed: int) -> None:
+    """Give a torch network random kernels and statistics, in place.
 
-    gamma lies in [0.5, 1.5], the variance in [0.5, 2], mean and shift are normal with 0.1; kernels
-    are He-normal.
+    Kernels are He-normal, gamma is uniform in [0.5, 1.5] and the variance in [0.5, 2]; mean and
+    beta are normal with standard deviation 0.1.
     """
     import torch
 
@@ -49,8 +55,11 @@ def randomise(module, seed: int) -> None:
             tensor.normal_(0.0, 0.1, generator=generator)
 
 
-def torchvision_oracle(source: Source, outputs: int):
-    """Return torchvision's own network, made to give features by name; None without torchvision."""
+def torchvision_oracle(source: Source, outputs: int) -> Any:
+    """Return torchvision's own network, which then returns its features by name.
+
+    None if torchvision is absent or does not have the network.
+    """
     if not source.name.startswith("torchvision_") or not importlib.util.find_spec("torchvision"):
         return None
     import torch
@@ -61,14 +70,14 @@ def torchvision_oracle(source: Source, outputs: int):
     net = getattr(zoo, name)(num_classes=outputs).eval()
 
     class Oracle(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.net = net
             self.taps = {"relu": "stem", "stem": "stem", "maxpool": "maxpool", "avgpool": "avgpool"}
             self.taps |= {f"layer{n}": f"layer{n}" for n in range(1, 5)}
 
-        def forward(self, x):
-            found = {}
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            found: dict[str, torch.Tensor] = {}
             hooks = [
                 module.register_forward_hook(
                     lambda _, __, y, key=self.taps[child]: found.setdefault(
@@ -88,8 +97,8 @@ def torchvision_oracle(source: Source, outputs: int):
     return Oracle()
 
 
-def oracle_of(source: Source, spec: ModelSpec):
-    """Return (torch network with a six-way head that gives features, its state dict's owner)."""
+def oracle_of(source: Source, spec: ModelSpec) -> tuple["nn.Module", "nn.Module"]:
+    """Return (torch network with six outputs that returns features, module with its state dict)."""
     made = torchvision_oracle(source, NUM_LABELS)
     if made is not None:
         return made, made.net
@@ -97,7 +106,7 @@ def oracle_of(source: Source, spec: ModelSpec):
     return made, made
 
 
-def keras_network(spec: ModelSpec, dtype: str = "float32"):
+def keras_network(spec: ModelSpec, dtype: str = "float32") -> "keras.Model":
     """Build a classifier with logits and without dropout for inputs of any size."""
     import keras
 
@@ -110,11 +119,11 @@ def keras_network(spec: ModelSpec, dtype: str = "float32"):
 
 
 @contextlib.contextmanager
-def keep_float64():
-    """Let Keras compute in float64 where its rules would fall back to float32.
+def keep_float64() -> Iterator[None]:
+    """Let Keras compute in float64 where it would fall back to float32.
 
-    Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
-    rounds whatever the layers' dtype is. The table behind that rule is changed for the block.
+    Keras promotes float64 to float32 on torch and jax, so its batch normalisation rounds whatever
+    the dtype of the layers. The table behind that rule is changed inside the `with` block.
     """
     from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
 
@@ -126,7 +135,9 @@ def keep_float64():
         table["float64"] = before
 
 
-def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+def _torch_gradients(
+    model: "keras.Model", images: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return the gradients of a Keras model on torch, by torch's names."""
     import torch
 
@@ -139,8 +150,10 @@ def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[s
     }
 
 
-def _step_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the gradients that one step of stochastic gradient descent reveals, any backend."""
+def _step_gradients(
+    model: "keras.Model", images: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the gradients, computed on any backend from one step of gradient descent."""
     import keras
 
     model.compile(
@@ -153,7 +166,9 @@ def _step_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[st
     return {n: (before[n].astype(np.float64) - after[n]) / LEARNING_RATE for n in before}
 
 
-def _oracle_gradients(module, images: np.ndarray, direction: np.ndarray) -> list:
+def _oracle_gradients(
+    module: "nn.Module", images: np.ndarray, direction: np.ndarray
+) -> list[np.ndarray]:
     """Return the gradients of the oracle's parameters."""
     import torch
 
@@ -166,23 +181,25 @@ def _oracle_gradients(module, images: np.ndarray, direction: np.ndarray) -> list
     return [p.grad.numpy().astype(np.float64) for p in module.parameters()]
 
 
-def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, tuple[float, float]]:
+def gradient_rows(
+    module: "nn.Module", state_owner: "nn.Module", model: "keras.Model", images: np.ndarray
+) -> dict[str, tuple[float, float]]:
     """Compare the gradients of one training step, with batch statistics.
 
-    The loss is the head's output times random numbers, so that every weight matters. In float32 a
-    gradient is not a smooth thing: an activation that rounding moves across a ReLU's corner
-    switches its whole path on or off. The last row shows how far the oracle in its own precision is
-    from itself in float64; in float64 there is next to nothing left of that.
+    The loss is the head's output times random numbers, so that every weight matters. A float32
+    gradient can jump: where rounding moves an activation across zero, its ReLU switches the whole
+    path on or off. The row "oracle" shows how much the oracle's gradient differs from its own one
+    in float64 for that reason; with dtype float64 almost nothing is left of it.
 
     Args:
         module: the oracle.
-        state_owner: the module whose parameters are named as torch names them.
-        model: the Keras network with the same weights; it may take a step.
+        state_owner: the module whose parameters have torch's names.
+        model: the Keras network with the same weights; it may take a training step.
         images: float32 (N, *spatial, channels).
 
     Returns:
         "gradient": the largest absolute difference, and the largest relative one of any tensor
-        (length of the difference over length of the gradient). "oracle": the same, the oracle
+        (norm of the difference over norm of the gradient). "oracle": the same for the oracle
         against itself in float64.
     """
     import keras
@@ -201,7 +218,7 @@ def gradient_rows(module, state_owner, model, images: np.ndarray) -> dict[str, t
             ("oracle", gradient, other),
         ):
             off = value - truth
-            relative = np.linalg.norm(off) / max(np.linalg.norm(truth), _TINY)
+            relative = np.linalg.norm(off) / max(float(np.linalg.norm(truth)), _TINY)
             rows[row] = worse(rows[row], (float(np.abs(off).max()), float(relative)))
     return rows
 
@@ -217,7 +234,7 @@ def check(
     Args:
         source_name: a key of `SOURCES`.
         dtype: "float32" or "float64".
-        sizes: of the inputs; None takes even, odd and mixed ones (depths 1, 5, 16, 60 in 3D).
+        sizes: of the inputs; None takes even, odd and mixed ones (in 3D 1, 5, 16 and 60 slices).
         seed: of weights and inputs.
 
     Returns:
@@ -233,7 +250,7 @@ def check(
     randomise(state_owner, seed)
     module.to(getattr(torch, dtype))
     sizes = sizes or (IMAGE_SIZES if spec.rank == 2 else VOLUME_SIZES)
-    # Large enough for the normalisations of the last stage to have statistics worth the name.
+    # Large enough for meaningful statistics in the normalisations of the last stage.
     size = (96, 96) if spec.rank == 2 else (16, 64, 64)
     images = np.random.default_rng(seed).standard_normal((2, *size, spec.channels))
     with keep_float64() if dtype == "float64" else contextlib.nullcontext(), full_precision():
@@ -244,11 +261,11 @@ def check(
     return Parity(rows)
 
 
-def check_all(names: tuple[str, ...] = (), dtype: str = "float32"):
-    """Check several sources and yield a Markdown table, a line at a time.
+def check_all(names: tuple[str, ...] = (), dtype: str = "float32") -> Iterator[str]:
+    """Check several sources and yield a Markdown table line by line.
 
     Args:
-        names: keys of `SOURCES`; () takes one of each network.
+        names: keys of `SOURCES`; () takes one source for each network.
         dtype: "float32" or "float64".
     """
     # The two MedicalNet releases of a depth are the same network.

@@ -1,6 +1,6 @@
-"""Changing the shape of weights on purpose: input channels, 2D -> 3D, 3D -> 2D.
+"""Explicit changes of the shape of weights: input channels, 2D -> 3D, 3D -> 2D.
 
-Pure functions on state dicts: torch's names and axes, float32 arrays in, new arrays out.
+Pure functions on state dicts with torch's names and axes; float32 arrays in, new arrays out.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,9 @@ def first_convolution(state: Mapping[str, np.ndarray]) -> str:
 
     Raises:
         DataError: there is none.
+
+    >>> first_convolution({"bn1.weight": np.ones(8), "conv1.weight": np.ones((8, 3, 7, 7))})
+    'conv1.weight'
     """
     for name in FIRST_CONVOLUTIONS:
         if name in state:
@@ -29,19 +32,27 @@ def first_convolution(state: Mapping[str, np.ndarray]) -> str:
 def with_channels(state: Mapping[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
     """Change the number of input channels.
 
-    Many to one sums over the inputs: an image repeated in all channels gets the same answer as the
-    single one. One to many repeats and divides; n to m repeats cyclically and scales with n / m,
-    which keeps the answer to a repeated image where m is a multiple of n or n one of m.
+    Many to one: sum over the input channels. Then one image gives the same answer as before when
+    repeated in all channels. One to many: repeat the kernel and divide. n to m: repeat it
+    cyclically and scale by n / m, which keeps the answer to a repeated image if m is a multiple of
+    n or n a multiple of m.
 
     Args:
         state: a network's tensors.
-        channels: wanted.
+        channels: new number of input channels.
 
     Returns:
         New tensors; only the first convolution differs.
 
     Raises:
-        UsageError: fewer than one channel.
+        UsageError: `channels` is not a whole number from 1 to 1024.
+
+    >>> kernel = np.array([1.0, 2.0, 3.0], np.float32).reshape(1, 3, 1, 1)
+    >>> with_channels({"conv1.weight": kernel}, 1)["conv1.weight"].ravel().tolist()
+    [6.0]
+    >>> single = {"conv1.weight": np.full((1, 1, 1, 1), 6.0, np.float32)}
+    >>> with_channels(single, 3)["conv1.weight"].ravel().tolist()
+    [2.0, 2.0, 2.0]
     """
     if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"channels {channels!r}; expected a whole number, 1 to {MAX_CHANNELS}.")
@@ -66,19 +77,25 @@ def to_3d(
     Args:
         state: tensors of a 2D network.
         depths: name of each convolution -> number of slices of its 3D kernel.
-        method: "mean" puts 1/D of the kernel into each of D slices, "centre" all of it into the
-            middle one. Both give a volume that is constant along the slices the 2D answer; "mean"
-            only where no padding is seen.
+        method: "mean" puts 1/D of the kernel into each of D slices, "centre" the whole kernel
+            into the middle slice. For a volume that is constant along the slices, both give the
+            2D network's answer; "mean" only away from the padding.
 
     Returns:
         Tensors of the 3D network.
 
     Raises:
         UsageError: unknown method.
-        DataError: a kernel that is not 2D.
+        DataError: a kernel is not 2D.
 
     Source:
         Carreira and Zisserman, Quo Vadis, Action Recognition? (2017), section 2.4, for "mean".
+
+    >>> flat = {"conv1.weight": np.full((1, 1, 1, 1), 6.0, np.float32)}
+    >>> to_3d(flat, {"conv1.weight": 3})["conv1.weight"].ravel().tolist()
+    [2.0, 2.0, 2.0]
+    >>> to_3d(flat, {"conv1.weight": 3}, "centre")["conv1.weight"].ravel().tolist()
+    [0.0, 6.0, 0.0]
     """
     if method not in METHODS:
         raise UsageError(f"method {method!r}; expected one of {', '.join(METHODS)}.")
@@ -102,8 +119,8 @@ def to_3d(
 def to_2d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Collapse a 3D network's kernels: sum over the slices.
 
-    The 2D network then answers an image as the 3D one answers that image repeated along the
-    slices (where no padding is seen).
+    The 2D network then answers an image as the 3D network answers that image repeated along the
+    slices (away from the padding).
 
     Args:
         state: tensors of a 3D network.
@@ -113,6 +130,10 @@ def to_2d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Raises:
         DataError: there is no 3D kernel.
+
+    >>> deep = {"conv1.weight": np.array([1, 2, 3], np.float32).reshape(1, 1, 3, 1, 1)}
+    >>> to_2d(deep)["conv1.weight"].ravel().tolist()
+    [6.0]
     """
     if not any(array.ndim == 5 for array in state.values()):
         raise DataError("no tensor is a 3D kernel (5 axes): there is nothing to collapse.")

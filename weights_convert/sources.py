@@ -1,4 +1,4 @@
-"""The pretrained weights that can be carried over: one record each, facts with their origin."""
+"""The published weights that can be converted: one record each, with the origin of its facts."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from ich_keras.errors import UsageError
 from ich_keras.models.presets import LICENCES
 
 # torchvision/models/resnet.py and torchvision/models/video/resnet.py: the weight enumerations.
-# The eight hexadecimal digits in a file name are the beginning of its SHA-256.
+# The eight hexadecimal digits in a file name are the first of its SHA-256.
 _PYTORCH = "https://download.pytorch.org/models/"
 # The organisation TencentMedicalNet on Hugging Face; MedicalNet's README offers the files on Google
 # Drive (https://github.com/Tencent/MedicalNet).
@@ -30,18 +30,18 @@ class Source:
     """One published checkpoint.
 
     Args:
-        name: what it is called here.
+        name: its name here.
         preset: the network it belongs to, a key of `ich_keras.models.presets.PRESETS`.
         channels: input channels of the checkpoint.
-        file_name: as published.
-        url: where it lies.
-        published_sha256: the beginning of the file's SHA-256 as its publisher states it; "" when
-            none is published.
+        file_name: the published file name.
+        url: the address of the file.
+        published_sha256: the first digits of the file's SHA-256 as its publisher states them; ""
+            if none are published.
         licence: of the weights.
-        data_terms: what the training data's owners ask for.
-        citation: what to cite.
-        intensity: what enters the network here, a key of `ich_keras.data.inputs.INTENSITIES`.
-        original_input: what entered it when it was trained.
+        data_terms: terms of use of the training data.
+        citation: publications to cite.
+        intensity: the network's input here, a key of `ich_keras.data.inputs.INTENSITIES`.
+        original_input: the network's input during its pretraining.
         dropped: prefixes of tensors that are not part of the backbone.
     """
 
@@ -115,10 +115,16 @@ SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
 
 
 def source_named(name: str) -> Source:
-    """Look a source up by name.
+    """Look up a source by name.
 
     Raises:
         UsageError: unknown name.
+
+    >>> source = source_named("torchvision_resnet18")
+    >>> source.preset, source.channels, source.published_sha256
+    ('resnet18_2d', 3, 'f37072fd')
+    >>> source_named("medicalnet_resnet10").licence
+    'MIT (MedicalNet)'
     """
     if name not in SOURCES:
         raise UsageError(f"no source is called {name!r}; known: {', '.join(SOURCES)}.")

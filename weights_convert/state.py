@@ -1,8 +1,9 @@
-"""State dicts: of Keras models and of `.weights.h5` files, with torch's names and axes."""
+"""State dicts, with torch's names and axes, of Keras models and of `.weights.h5` files."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from ich_keras.models.presets import ModelSpec
 from ich_keras.models.weights import WeightsFile, listed, own_variables
 from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
 
-# How a layer's variables follow each other in a weights file, by their number.
+if TYPE_CHECKING:
+    import keras
+    import torch
+
+# Number of a layer's variables -> their order in a weights file.
 _TORCH_SUFFIXES = {
     1: ("weight",),
     2: ("weight", "bias"),
@@ -19,7 +24,7 @@ _TORCH_SUFFIXES = {
 }
 
 
-def variables_by_name(model) -> dict:
+def variables_by_name(model: "keras.Model") -> dict[str, Any]:
     """Return torch's name -> Keras variable, for every weight of a model."""
     return {
         torch_name(layer.name, variable.name): variable
@@ -28,7 +33,7 @@ def variables_by_name(model) -> dict:
     }
 
 
-def shapes_by_name(model) -> dict[str, tuple[int, ...]]:
+def shapes_by_name(model: "keras.Model") -> dict[str, tuple[int, ...]]:
     """Return torch's name -> torch's shape, for every weight of a model."""
     return {
         name: to_torch(np.empty(variable.shape, np.bool_)).shape
@@ -36,17 +41,21 @@ def shapes_by_name(model) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state dict") -> None:
-    """Carry a torch state dict into a Keras model: a bijection, or an error.
+def load_state(
+    model: "keras.Model",
+    state: Mapping[str, "np.ndarray | torch.Tensor"],
+    place: str = "the state dict",
+) -> None:
+    """Load a torch state dict into a Keras model, or refuse it if it does not match one to one.
 
     Args:
         model: from `resnet` or `classifier`.
-        state: torch's names and axes, arrays or tensors; counters of batches are left out.
-        place: where it comes from, for the error.
+        state: arrays or tensors with torch's names and axes; batch counters are ignored.
+        place: the origin of the state dict, for the error.
 
     Raises:
-        DataError: naming what is missing, surplus, of another shape or not finite; nothing is
-            assigned then.
+        DataError: a tensor is missing, surplus, of another shape or not finite. Then the model is
+            unchanged.
     """
     tensors, _ = split_off({name: np.asarray(value) for name, value in state.items()}, ())
     variables = variables_by_name(model)
@@ -58,12 +67,12 @@ def load_state(model, state: Mapping[str, np.ndarray], place: str = "the state d
         variable.assign(to_keras(tensors[name]))
 
 
-def state_of(model) -> OrderedDict[str, np.ndarray]:
-    """Return a Keras model's weights as a torch state dict, bit by bit.
+def state_of(model: "keras.Model") -> OrderedDict[str, np.ndarray]:
+    """Return a Keras model's weights as a torch state dict, bit for bit.
 
     Returns:
-        torch's name -> array with torch's axes, in the order of the network. torch's counters of
-        batches (`num_batches_tracked`) are not among them.
+        torch's name -> array with torch's axes, in the order of the network, without torch's batch
+        counters (`num_batches_tracked`).
     """
     import keras
 
@@ -73,7 +82,7 @@ def state_of(model) -> OrderedDict[str, np.ndarray]:
     )
 
 
-def build(spec: ModelSpec, has_head: bool):
+def build(spec: ModelSpec, has_head: bool) -> "keras.Model":
     """Build a network for inputs of any size, with logits or without a head."""
     from ich_keras.models.classifier import classifier
     from ich_keras.models.resnet import resnet
@@ -84,7 +93,7 @@ def build(spec: ModelSpec, has_head: bool):
 
 def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
     """Return a weights file as a torch state dict."""
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for layer, arrays in file.layers.items():
         if len(arrays) not in _TORCH_SUFFIXES:
             raise DataError(f"{file.path}: {layer} has {len(arrays)} variables; refused.")
@@ -94,14 +103,14 @@ def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
 
 
 def spec_of_file(file: WeightsFile) -> ModelSpec:
-    """Return the network that a weights file says it belongs to.
+    """Return the network that a weights file records.
 
     Raises:
-        DataError: it does not say.
+        DataError: the file records none.
     """
     if file.spec is None:
         raise DataError(
-            f"{file.path} does not say which network it belongs to.",
-            "Expected a file that weights-convert or a run wrote.",
+            f"{file.path} does not record which network it belongs to.",
+            "Expected a file written by weights-convert or by a training run.",
         )
     return file.spec

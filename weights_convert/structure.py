@@ -1,7 +1,8 @@
-"""Which network a set of tensors belongs to: read from names and shapes, not from a file's name."""
+"""Finding out which network tensors belong to, from their names and shapes."""
 
 import re
 from collections.abc import Mapping
+from typing import TypedDict
 
 from ich_keras.errors import DataError
 from ich_keras.models.presets import (
@@ -13,30 +14,71 @@ from ich_keras.models.presets import (
 )
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
-def structure_of(shapes: Mapping[str, tuple[int, ...]], place: str = "the checkpoint") -> dict:
-    """Read a ResNet's structure from its tensors.
-
-    Strides and dilations leave no trace in tensors and are not told: weights that load are not yet
-    a network that agrees.
+class Structure(TypedDict):
+    """A ResNet's structure as its tensors show it, under the names of `ModelSpec`.
 
     Args:
-        shapes: torch's name -> torch's shape; heads and counters may be among them.
-        place: for the error.
+        naming: "image" or "video": whose tensor names these are.
+        rank: 2 or 3 spatial axes.
+        depth: 10, 18, 34, ...
+        shortcut: "A" (zero padding) or "B" (convolution).
+        channels: of the input.
+        width: channels of the first stage.
+        factorised: whether each 3D kernel is split into one within slices and one across them.
+        stem_kernel: size of the first kernel, per axis.
+        kernels: sizes of each stage's kernels, per axis.
+        head: outputs of `fc`; None without a head.
+    """
+
+    naming: str
+    rank: int
+    depth: int
+    shortcut: str
+    channels: int
+    width: int
+    factorised: bool
+    stem_kernel: tuple[int, ...]
+    kernels: tuple[tuple[int, ...], ...]
+    head: int | None
+
+
+def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
+    """Read a ResNet's structure from its tensors.
+
+    Strides and dilations leave no trace in tensors. Weights can therefore fit a network that
+    computes something else; only `parity` shows that.
+
+    Args:
+        shapes: torch's name -> torch's shape; may include a head and batch counters.
+        place: the origin of the tensors, for the error.
 
     Returns:
-        naming, rank, depth, shortcut, channels, width, factorised, stem_kernel, kernels, under the
-        names of `ModelSpec`; and head: the outputs of `fc`, or None.
+        The fields of `Structure`.
 
     Raises:
-        DataError: the tensors are not those of a ResNet known here.
+        DataError: the tensors are not those of a known ResNet.
+
+    >>> shapes = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512)}
+    >>> for stage in (1, 2, 3, 4):
+    ...     for name in ("0.conv1", "0.conv2", "1.conv1", "1.conv2"):
+    ...         shapes[f"layer{stage}.{name}.weight"] = (32 * 2**stage, 32 * 2**stage, 3, 3)
+    >>> shapes["layer2.0.downsample.0.weight"] = (128, 64, 1, 1)
+    >>> structure = structure_of(shapes)
+    >>> structure["depth"], structure["rank"], structure["kernels"][0]
+    (18, 2, (3, 3))
+    >>> describe(structure)
+    '2D ResNet-18, shortcut B, 3 input channels, width 64, image names, head of 1000'
+    >>> fitting_presets(structure)
+    ('resnet18_2d',)
     """
     naming = "video" if "stem.0.weight" in shapes else "image"
     stem = "stem.0.weight" if naming == "video" else "conv1.weight"
     if stem not in shapes or len(shapes[stem]) not in (4, 5):
         raise DataError(
-            f"{place} holds no ResNet: {stem} is absent or is no kernel;"
+            f"{place} holds no ResNet: {stem} is absent or is not a kernel;"
             f" its first tensors are {', '.join(list(shapes)[:3]) or 'none'}.",
             "Expected torchvision's or MedicalNet's names, with or without the prefix 'module.'.",
         )
@@ -69,7 +111,7 @@ def structure_of(shapes: Mapping[str, tuple[int, ...]], place: str = "the checkp
     }
 
 
-def _blocks(shapes: Mapping) -> tuple[int, ...]:
+def _blocks(shapes: _Shapes) -> tuple[int, ...]:
     found = {match.groups() for match in map(_STAGE.match, shapes) if match}
     return tuple(
         len({block for stage, block in found if stage == str(number)})
@@ -77,20 +119,28 @@ def _blocks(shapes: Mapping) -> tuple[int, ...]:
     )
 
 
-def _convolution(shapes: Mapping, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
+def _convolution(shapes: _Shapes, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
     name = f"{stem}.0.0.weight" if factorised else f"{stem}.{'0.' * (naming == 'video')}weight"
     if name not in shapes:
-        raise DataError(f"the tensor {name} is absent.", "The checkpoint is not whole.")
+        raise DataError(
+            f"the tensor {name} is absent.",
+            "The checkpoint is incomplete: expected all weights of the network.",
+        )
     shape = shapes[name][2:]
     if factorised:
         temporal = f"{stem}.0.3.weight"
         if temporal not in shapes:
-            raise DataError(f"the tensor {temporal} is absent.", "The checkpoint is not whole.")
+            raise DataError(
+                f"the tensor {temporal} is absent.",
+                "The checkpoint is incomplete: expected all weights of the network.",
+            )
         shape = (shapes[temporal][2], *shape[1:])
     return tuple(shape)
 
 
-def _main_kernels(shapes, naming, is_bottleneck, factorised) -> tuple[tuple[int, ...], ...]:
+def _main_kernels(
+    shapes: _Shapes, naming: str, is_bottleneck: bool, factorised: bool
+) -> tuple[tuple[int, ...], ...]:
     position = "conv2" if is_bottleneck else "conv1"
     return tuple(
         _convolution(shapes, f"layer{stage}.0.{position}", naming, factorised)
@@ -98,14 +148,14 @@ def _main_kernels(shapes, naming, is_bottleneck, factorised) -> tuple[tuple[int,
     )
 
 
-def _last_channels(shapes, naming, is_bottleneck, factorised) -> int:
+def _last_channels(shapes: _Shapes, naming: str, is_bottleneck: bool, factorised: bool) -> int:
     last = f"layer1.0.conv{3 if is_bottleneck else 2}"
     if factorised and not is_bottleneck:
         return shapes[f"{last}.0.3.weight"][0]
     return shapes[f"{last}.{'0.' * (naming == 'video')}weight"][0]
 
 
-def describe(structure: dict) -> str:
+def describe(structure: Structure) -> str:
     """Return a structure in one line."""
     head = f", head of {structure['head']}" if structure["head"] else ", no head"
     kernels = "" if len(set(structure["kernels"])) == 1 else ", mixed kernels"
@@ -117,8 +167,8 @@ def describe(structure: dict) -> str:
     )
 
 
-def _differing(structure: dict, spec: ModelSpec) -> dict[str, tuple]:
-    """Return what a network has otherwise than a structure: name -> (there, expected)."""
+def _differing(structure: Structure, spec: ModelSpec) -> dict[str, tuple[object, object]]:
+    """Return the fields that differ: name -> (value in the structure, value in the network)."""
     expected = {
         "stem_kernel": spec.per_axis(spec.stem_kernel),
         "kernels": tuple(spec.per_axis(kernel) for kernel in spec.kernels),
@@ -126,10 +176,11 @@ def _differing(structure: dict, spec: ModelSpec) -> dict[str, tuple]:
         "width": spec.width,
         "factorised": spec.factorised,
     }
-    return {n: (structure[n], v) for n, v in expected.items() if structure[n] != v}
+    there: Mapping[str, object] = structure
+    return {n: (there[n], v) for n, v in expected.items() if there[n] != v}
 
 
-def fitting_presets(structure: dict) -> tuple[str, ...]:
+def fitting_presets(structure: Structure) -> tuple[str, ...]:
     """Return the presets whose tensors have this structure, whatever their input channels."""
     return tuple(
         name
@@ -138,22 +189,23 @@ def fitting_presets(structure: dict) -> tuple[str, ...]:
     )
 
 
-def require_structure(structure: dict, spec: ModelSpec, place: str, wanted: str) -> None:
-    """Refuse tensors of another network than the one asked for.
+def require_structure(structure: Structure, spec: ModelSpec, place: str, wanted: str) -> None:
+    """Refuse tensors that belong to another network.
 
     Args:
         structure: from `structure_of`.
-        spec: the network.
+        spec: the expected network.
         place: the checkpoint, for the error.
-        wanted: what was asked for, for the error.
+        wanted: the name of the expected source or preset, for the error.
 
     Raises:
-        DataError: naming both.
+        DataError: the networks differ; the message names both.
     """
     differing = _differing(structure, spec)
     if differing:
         said = "; ".join(f"{n} {there}, expected {here}" for n, (there, here) in differing.items())
         raise DataError(
             f"{place} holds a {describe(structure)}; {wanted} is another network: {said}.",
-            "Give the source or preset that the file belongs to.",
+            "Give the source or preset that the file belongs to;"
+            f" `weights-convert inspect --checkpoint {place}` shows which presets fit.",
         )

@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from typing import cast
 
 from ich_keras.errors import UsageError
 
@@ -180,9 +181,10 @@ class ModelSpec:
         return len(self.input_shape) - 1
 
     @property
-    def channels(self) -> int | None:
+    def channels(self) -> int:
         """Length of the last axis of the input."""
-        return self.input_shape[-1]
+        # `_check_input` refuses None.
+        return cast(int, self.input_shape[-1])
 
     @property
     def is_bottleneck(self) -> bool:
