@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from ich_keras.errors import DataError
 from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import binary_metrics, format_metric
+from ich_keras.metrics.binary import METRICS, binary_metrics, format_metric
 
 
 def named(*values):
@@ -222,3 +222,12 @@ def test_these_modules_start_light():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == ""
+
+
+def test_the_table_of_metrics_names_what_is_computed():
+    labels = np.repeat([[1], [0]], 6, axis=1)
+    metrics = binary_metrics(labels, labels * 0.8 + 0.1)
+    assert set(METRICS) <= set(metrics)
+    for name, metric in METRICS.items():  # all labels are right: the best value of each
+        if "log_loss" not in name:
+            assert metrics[name] == float(metric.higher_is_better), name

@@ -25,7 +25,8 @@ from ich_keras.phantom.dicom import (
     sop_instance_uids,
     write_phantoms,
 )
-from ich_keras.phantom.head import HeadSlice, draw_head
+from ich_keras.phantom.head import draw_head
+from ich_keras.phantom.head_slice import HeadSlice
 from ich_keras.phantom.plan import (
     ENCODINGS,
     MASK_BITS,

@@ -1,7 +1,7 @@
 """From probabilities of slices to one of their series: rules, and the choice among them.
 
-Which rule is best depends on how a network errs, so it is chosen on the validation split and said
-beside the result; a rule chosen on the test split would be a parameter fitted to it.
+Which rule is best depends on how a network errs, so it is chosen on the validation split and
+reported with the result; a rule chosen on the test split would be a parameter fitted to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +55,13 @@ def aggregate(
 
     Raises:
         UsageError: unknown rule.
+
+    >>> values = np.repeat([[0.5], [0.2], [0.1]], 6, axis=1)
+    >>> aggregate(values, ["a", "a", "b"])["any"].to_dict()
+    {'a': 0.5, 'b': 0.1}
+    >>> noisy = aggregate(values, ["a", "a", "b"], "noisy-or")["any"]
+    >>> noisy.round(6).to_dict()  # 1 - 0.5 * 0.8
+    {'a': 0.6, 'b': 0.1}
     """
     if rule not in RULES:
         raise UsageError(f"aggregation {rule!r}; expected one of {', '.join(RULES)}.")
@@ -78,7 +85,13 @@ def choose_rule(
         series_uids: str (slices,).
 
     Returns:
-        (rule, log loss per rule). Of equal ones the first.
+        (rule, log loss per rule). Of rules with equal loss, the first in `RULES`.
+
+    >>> truth = np.zeros((4, 6), int)
+    >>> values = np.repeat([[0.5], [0.1], [0.1], [0.1]], 6, axis=1)  # one slice is wrongly 0.5
+    >>> rule, losses = choose_rule(truth, values, ["a"] * 4)
+    >>> rule, round(losses["max"], 4)  # -ln(1 - 0.5)
+    ('mean of the top 3', 0.6931)
     """
     labels = aggregate(truth, series_uids).to_numpy().astype(np.int64)
     losses = {

@@ -17,6 +17,7 @@ Definitions, for n samples and six labels, y in {0, 1}, p a probability:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,34 @@ TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
 
 RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
 _MACRO = ("precision", "recall", "f1", "specificity")
+
+
+class Metric(NamedTuple):
+    """How a metric is presented.
+
+    Args:
+        title: its name in a report.
+        formula: in terms of tp, tn, fp, fn (counts), y, p and n as in the module's docstring.
+        higher_is_better: False for losses.
+    """
+
+    title: str
+    formula: str
+    higher_is_better: bool
+
+
+# Name in metrics.json -> how it is presented, in the order of a report.
+METRICS = {
+    "log_loss": Metric("log loss", "mean of -(y ln p + (1 - y) ln(1 - p))", False),
+    "rsna_log_loss": Metric("RSNA-weighted log loss", "(2 any + sum of the others) / 7", False),
+    "exact_match": Metric("exact match", "share of samples with six right labels", True),
+    "hamming_loss": Metric("Hamming loss", "(fp + fn) / (6 n)", False),
+    "hamming_score": Metric("Hamming score", "mean of |y and p| / |y or p|", True),
+    "precision": Metric("precision (macro)", "tp / (tp + fp)", True),
+    "recall": Metric("recall (macro)", "tp / (tp + fn)", True),
+    "f1": Metric("F1 (macro)", "2 tp / (2 tp + fp + fn)", True),
+    "specificity": Metric("specificity (macro)", "tn / (tn + fp)", True),
+}
 
 
 def binary_metrics(
@@ -53,6 +82,18 @@ def binary_metrics(
     Raises:
         DataError: no samples, another shape, a label that is not 0 or 1, or a probability that is
             NaN or outside [0, 1]; the row is named.
+
+    >>> labels = np.repeat([[1], [1], [0], [0]], 6, axis=1)
+    >>> probabilities = np.repeat([[0.9], [0.1], [0.1], [0.1]], 6, axis=1)  # one bleed is missed
+    >>> metrics = binary_metrics(labels, probabilities)
+    >>> round(metrics["log_loss"], 4)  # (-3 ln 0.9 - ln 0.1) / 4
+    0.6547
+    >>> metrics["exact_match"], metrics["hamming_loss"], metrics["recall"], metrics["precision"]
+    (0.75, 0.25, 0.5, 1.0)
+    >>> metrics["auroc"]["any"]  # of 4 pairs, 2 in order and 2 tied
+    0.75
+    >>> metrics["ap"]["any"]  # 1/2 * 1 + 1/2 * 2/4
+    0.75
     """
     labels = _checked_labels(labels)
     probabilities = _checked_probabilities(probabilities, labels.shape)
@@ -218,5 +259,9 @@ def _skill(losses: dict, baseline: dict) -> dict[str, float | None]:
 
 
 def format_metric(value: float | None, digits: int = 4) -> str:
-    """Return a metric as text; None becomes "n/a"."""
+    """Return a metric as text; None becomes "n/a".
+
+    >>> format_metric(0.98765, 3), format_metric(None)
+    ('0.988', 'n/a')
+    """
     return "n/a" if value is None else f"{value:.{digits}f}"

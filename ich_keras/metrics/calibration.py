@@ -23,8 +23,15 @@ def calibration(truth: np.ndarray, values: np.ndarray, bins: int = BINS) -> dict
         mean over samples of |frequency - mean probability| of their bin, "bins": one of
         {"low", "high", "count", "mean_probability", "frequency"} per bin that is not empty}.
 
+        brier = mean (p - y)^2; ece = sum over bins of count / n * |frequency - mean probability|.
+
     Source:
         Brier 1950; Guo et al., On Calibration of Modern Neural Networks (2017).
+
+    >>> truth = np.repeat([[1], [0], [0], [0]], 6, axis=1)  # 25 % are positive
+    >>> label = calibration(truth, np.full((4, 6), 0.75))["any"]
+    >>> label["ece"], label["brier"]  # |0.25 - 0.75| and (0.0625 + 3 * 0.5625) / 4
+    (0.5, 0.4375)
     """
     truth, values = _checked(truth, values)
     found = {}
@@ -56,15 +63,21 @@ def calibration(truth: np.ndarray, values: np.ndarray, bins: int = BINS) -> dict
 
 
 def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
-    """Find the temperature that makes the log loss least: on validation, never on test.
+    """Find the temperature with the lowest log loss: on validation, never on test.
 
     Args:
         truth: int (n, 6), 0 or 1.
         values: float (n, 6), probabilities.
 
     Returns:
-        T: above 1 the probabilities were too sure of themselves, below 1 not sure enough.
-        One number for all labels, so that no ranking within a label changes.
+        T > 0, which minimises the log loss of sigmoid(logit(p) / T). Above 1 the probabilities were
+        overconfident, below 1 underconfident. One number for all labels, so that no ranking within
+        a label changes.
+
+    >>> truth = np.repeat([[1], [1], [1], [0]], 6, axis=1)  # 75 % are positive: odds of 3
+    >>> values = np.full((4, 6), 0.9)  # odds of 9 = 3 ** 2
+    >>> round(fit_temperature(truth, values), 3)
+    2.0
     """
     from scipy.optimize import minimize_scalar
 
@@ -81,7 +94,11 @@ def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
 
 
 def with_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
-    """Divide the logits of probabilities by a temperature: float (n, 6) -> float64 (n, 6)."""
+    """Divide the logits of probabilities by a temperature: float (n, 6) -> float64 (n, 6).
+
+    >>> with_temperature(np.array([[0.9, 0.5]]), 2.0).round(6).tolist()  # odds 9 -> 3
+    [[0.75, 0.5]]
+    """
     scaled = _logits(np.asarray(values, np.float64)) / temperature
     return 0.5 * (1.0 + np.tanh(0.5 * scaled))
 

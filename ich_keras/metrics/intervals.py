@@ -48,6 +48,12 @@ def bootstrap(
 
     Raises:
         DataError: shapes differ, or there are fewer than two patients.
+
+    >>> truth = np.repeat([[1], [0], [0], [0]], 6, axis=1)
+    >>> values = np.repeat([[0.9], [0.1], [0.1], [0.1]], 6, axis=1)  # all are right by the same 0.1
+    >>> found = bootstrap(truth, values, ["p1", "p2", "p3", "p4"], resamples=20)
+    >>> {name: round(number, 6) for name, number in found["brier"].items()}
+    {'value': 0.01, 'low': 0.01, 'high': 0.01, 'resamples': 20}
     """
     return mean_bootstrap([(truth, values, patients)], resamples, seed)
 
@@ -99,6 +105,11 @@ def paired_bootstrap(
 
     Raises:
         DataError: as `bootstrap`.
+
+    >>> truth = np.zeros((2, 6), int)
+    >>> found = paired_bootstrap(truth, truth + 0.3, truth + 0.1, ["p1", "p2"], resamples=20)
+    >>> round(found["brier"]["value"], 6), found["brier"]["share_above_0"]  # 0.3^2 - 0.1^2
+    (0.08, 1.0)
     """
     return mean_paired_bootstrap([(truth, values, others, patients)], resamples, seed)
 

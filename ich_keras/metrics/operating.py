@@ -1,4 +1,4 @@
-"""Operating points: what a threshold costs, and which one gives the specificity that is wanted."""
+"""Operating points: what a threshold costs, and which threshold reaches a given specificity."""
 
 import numpy as np
 
@@ -21,8 +21,12 @@ def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: floa
         wanted: specificity, 0..1.
 
     Returns:
-        The threshold; above every negative when no other will do (`inf` is written as the next
-        number above the highest negative). None without negatives.
+        The threshold: 0, or the next float64 above a negative. None without negatives.
+
+    >>> truth = np.array([False, False, True, True])
+    >>> limit = threshold_at_specificity(truth, np.array([0.1, 0.4, 0.3, 0.8]), 0.5)
+    >>> round(limit, 6), limit > 0.1  # one of two negatives lies below
+    (0.1, True)
     """
     negatives = np.sort(np.asarray(values, np.float64)[~np.asarray(truth, bool)])
     if not len(negatives):
@@ -43,6 +47,11 @@ def choose_thresholds(truth: np.ndarray, values: np.ndarray) -> dict[str, dict[s
 
     Returns:
         {"0.90": {label: threshold or None}, ...} for `SPECIFICITIES`.
+
+    >>> values = np.repeat(np.arange(100)[:, np.newaxis] / 100, 6, axis=1)
+    >>> chosen = choose_thresholds(np.zeros((100, 6), int), values)
+    >>> {wanted: round(limits["any"], 6) for wanted, limits in chosen.items()}
+    {'0.90': 0.89, '0.95': 0.94, '0.99': 0.98}
     """
     truth, values = np.asarray(truth) == 1, np.asarray(values)
     return {
@@ -67,6 +76,12 @@ def rates_at(
     Returns:
         label -> {"threshold", "recall" (sensitivity), "specificity", "precision", "f1"}; undefined
         is None.
+
+    >>> truth = np.repeat([[1], [1], [0], [0]], 6, axis=1)
+    >>> values = np.repeat([[0.9], [0.2], [0.6], [0.1]], 6, axis=1)
+    >>> rates = rates_at(truth, values, dict.fromkeys(LABELS, 0.15))["any"]
+    >>> {name: round(float(rate), 4) for name, rate in rates.items()}
+    {'threshold': 0.15, 'recall': 1.0, 'specificity': 0.5, 'precision': 0.6667, 'f1': 0.8}
     """
     limits = np.array([np.inf if thresholds[name] is None else thresholds[name] for name in LABELS])
     predicted = (np.asarray(values, np.float64) >= limits).astype(np.float64)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ich_keras.phantom.head import Head, HeadSlice
+from ich_keras.phantom.head import Head
+from ich_keras.phantom.head_slice import HeadSlice
 
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
 OEDEMA_HU = -10.0  # difference to the brain around it

@@ -6,7 +6,8 @@ import numpy as np
 
 from ich_keras.labels import SUBTYPES
 from ich_keras.phantom.bleeds import OEDEMA_HU, Bleed, bleed_extent
-from ich_keras.phantom.head import CSF, Blob, HeadSlice, coverage
+from ich_keras.phantom.head import CSF, Blob
+from ich_keras.phantom.head_slice import HeadSlice, coverage
 from ich_keras.phantom.skull import blend
 
 # A subtype is labelled on a slice when its mask covers at least this much of it.

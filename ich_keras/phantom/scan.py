@@ -9,7 +9,8 @@ import numpy as np
 
 from ich_keras.phantom.bleeds import Bleed
 from ich_keras.phantom.brain import draw_inside
-from ich_keras.phantom.head import AIR, Head, HeadSlice, coverage
+from ich_keras.phantom.head import AIR, Head
+from ich_keras.phantom.head_slice import HeadSlice, coverage
 from ich_keras.phantom.skull import blend, outer_head, skull_base, upsample
 
 # Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail

@@ -6,7 +6,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ich_keras.phantom.head import AIR, FAT, MUSCLE, SKIN, HeadSlice, coverage
+from ich_keras.phantom.head import AIR, FAT, MUSCLE, SKIN
+from ich_keras.phantom.head_slice import HeadSlice, coverage
 
 COMPACT_BONE, DIPLOE = 1300.0, 800.0
 _TABLE_MM = 1.6  # of compact bone on either side of the diploe
