@@ -6,24 +6,12 @@ import pandas as pd
 
 from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import format_metric
+from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.run_folder import PLAN, SYNTHETIC, RunFolder
 
 _SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
-_SUMMARY = (
-    ("log_loss", "log loss"),
-    ("rsna_log_loss", "RSNA-weighted log loss"),
-    ("exact_match", "exact match"),
-    ("hamming_loss", "Hamming loss"),
-    ("hamming_score", "Hamming score"),
-    ("precision", "precision (macro)"),
-    ("recall", "recall (macro)"),
-    ("f1", "F1 (macro)"),
-    ("specificity", "specificity (macro)"),
-)
 _COUNTED = ("patients", "series", "slices")
-_PER_LABEL = ("auroc", "ap", "log_loss", "precision", "recall", "f1", "specificity")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -41,13 +29,13 @@ def summary_rows(metrics: dict) -> list[list[str]]:
     baseline, skill = metrics["baseline"], metrics["skill"]
     return [
         [
-            title,
+            metric.title,
             format_metric(metrics[name]),
             format_metric(baseline["prevalence"].get(name)),
             format_metric(baseline["all_negative"].get(name)),
             format_metric(skill.get(name)),
         ]
-        for name, title in _SUMMARY
+        for name, metric in METRICS.items()
     ]
 
 
@@ -76,12 +64,12 @@ def _split_section(title: str, metrics: dict) -> list[str]:
             ),
             "",
             markdown_table(
-                ["label", "positive", *_PER_LABEL],
+                ["label", "positive", *PER_LABEL],
                 [
                     [
                         label,
                         f"{part['n']['positive'][label]:,}",
-                        *(_with_interval(part, label, metric) for metric in _PER_LABEL),
+                        *(_with_interval(part, label, metric) for metric in PER_LABEL),
                     ]
                     for label in LABELS
                 ],

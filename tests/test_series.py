@@ -14,6 +14,7 @@ from tiny_dicom import AXIAL, tiny_dataset, tiny_file, to_bytes
 from ich_keras.ct import walk
 from ich_keras.ct.geometry import slice_normal, tilt_degrees
 from ich_keras.ct.journal import Entry, Journal
+from ich_keras.ct.rejects import REJECT_CODES, NothingUsable, RejectedFile, rejects_kept
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import REJECT_COLUMNS, SERIES_COLUMNS, SLICE_COLUMNS, make_table
 from ich_keras.ct.verdict import verdict
@@ -80,7 +81,7 @@ def test_order_and_columns(tmp_path):
     assert (row["row_spacing_mm"], row["slice_spacing_mm"]) == (0.5, 10)
     assert (row["row_x"], row["column_y"], row["column_z"]) == (1, 1, 0)
     assert (row["tilt_degrees"], row["shear_degrees"], row["verdict"]) == (0, 0, "ok")
-    assert repr(index) == "SeriesIndex: 4 slices, 1 series, 1 patients, 0 rejects"
+    assert repr(index) == "SeriesIndex: 4 slices, 1 series, 1 patient, 0 rejects"
 
 
 def test_names_and_instance_numbers_do_not_matter(tmp_path):
@@ -96,7 +97,11 @@ def test_names_and_instance_numbers_do_not_matter(tmp_path):
                 InstanceNumber=name,
             )
     one, two = (index_folder(tmp_path / str(seed)) for seed in range(2))
-    places = ["container", "file_mtime_ns", "file_size"]
+    for index, seed in ((one, 0), (two, 1)):
+        expected = random.Random(seed).sample(range(100), len(zs))
+        assert index.slices["instance_number"].tolist() == [str(name) for name in expected]
+        assert index.slices["image_position_z_mm"].tolist() == zs
+    places = ["container", "file_mtime_ns", "file_size", "instance_number"]
     pd.testing.assert_frame_equal(one.slices.drop(columns=places), two.slices.drop(columns=places))
     pd.testing.assert_frame_equal(one.series, two.series)
 
@@ -204,7 +209,7 @@ def test_highdicom_agrees_what_a_regular_volume_is(steps, degrees, straight):
 
 def test_the_real_ge_head(real_ge_series):
     index = index_folder(real_ge_series)
-    assert repr(index) == ("SeriesIndex: 28 slices, 1 series, 1 patients, 2 rejects (NOT_DICOM 2)")
+    assert repr(index) == "SeriesIndex: 28 slices, 1 series, 1 patient, 2 rejects (NOT_DICOM 2)"
     row = index.series.iloc[0]
     assert row["verdict"] == "irregular,tilted"
     assert row["tilt_degrees"] == pytest.approx(18.5, abs=1e-4)
@@ -212,7 +217,7 @@ def test_the_real_ge_head(real_ge_series):
     assert (np.diff(index.slices["position_mm"]) > 0).all()
     text = index.describe(row["series_uid"])
     assert "1.14 mm (1x), 4.22 mm (13x), 7.38 mm (13x) along the table" in text
-    assert "tilt 18.5 degrees; irregular,tilted" in text
+    assert "tilt 18.5 degrees; irregular, tilted" in text
 
 
 def test_the_real_rsna_slices(real_rsna_slices):
@@ -448,7 +453,53 @@ def test_what_is_no_slice_is_a_reject(tmp_path):
     assert "(0020,0032) ImagePositionPatient" in rejects["sub/no_position.dcm"][1]
     assert str(tmp_path / "000.dcm") in rejects["zz.dcm"][1]
     assert index.rejects["path"].tolist() == sorted(index.rejects["path"])
-    assert "8 rejects (DUPLICATE_UID 1, MISSING_TAG 1, NOT_CT 1, NOT_DICOM 3" in repr(index)
+    assert "8 rejects (NOT_DICOM 3, UNREADABLE 2, DUPLICATE_UID 1, MISSING_TAG 1" in repr(index)
+    table = index.rejects.set_index("path")
+    lacking = table.loc[str(tmp_path / "sub" / "no_position.dcm")]
+    assert lacking["explanation"] == REJECT_CODES["MISSING_TAG"].meaning
+    assert lacking["hint"].startswith("Export the series again")
+    index.save(tmp_path / "saved")
+    written = pd.read_csv(tmp_path / "saved" / "rejects.csv")
+    assert list(written.columns) == ["path", "code", "detail", "explanation", "hint"]
+    assert_equal(SeriesIndex.load(tmp_path / "saved"), index)
+
+
+def test_an_index_of_an_older_version_is_read_with_its_rejects_explained(tmp_path):
+    write_series(tmp_path / "dicom", [0, 5, 10])
+    (tmp_path / "dicom" / "a.txt").write_text("text")
+    index = index_folder(tmp_path / "dicom")
+    older = dataclasses.replace(
+        index,
+        slices=index.slices.drop(columns=["instance_number", "image_position_z_mm"]),
+        rejects=index.rejects[["path", "code", "detail"]],
+    )
+    older.save(tmp_path / "index")
+    loaded = SeriesIndex.load(tmp_path / "index")
+    pd.testing.assert_frame_equal(loaded.rejects, index.rejects)
+    assert loaded.slices["instance_number"].tolist() == [""] * 3
+    assert loaded.slices["image_position_z_mm"].isna().all()
+
+
+def test_the_hint_of_a_missing_decoder_reaches_the_table(tmp_path, monkeypatch):
+    def refused(path):
+        raise RejectedFile("NO_DECODER", "a kind of JPEG", "pip install 'ich_keras[codecs]'")
+
+    monkeypatch.setattr(walk, "read_header", refused)
+    write(tmp_path, "a.dcm")
+    with pytest.raises(NothingUsable, match=r"NO_DECODER 1.*a.dcm: a kind of JPEG") as caught:
+        index_folder(tmp_path)
+    assert caught.value.hint == "pip install 'ich_keras[codecs]'"
+    assert caught.value.rejects["hint"].tolist() == ["pip install 'ich_keras[codecs]'"]
+    with pytest.raises(NothingUsable) as kept, rejects_kept(tmp_path / "out"):
+        index_folder(tmp_path)
+    assert str(tmp_path / "out" / "rejects.csv") in kept.value.hint
+    assert pd.read_csv(tmp_path / "out" / "rejects.csv")["code"].tolist() == ["NO_DECODER"]
+
+
+def test_every_reject_code_says_what_to_do():
+    for code, explanation in REJECT_CODES.items():
+        assert explanation.meaning and explanation.hint, code
+        assert RejectedFile(code, "detail").hint == explanation.hint
 
 
 def test_the_first_path_keeps_its_uid(tmp_path):
@@ -481,9 +532,12 @@ def test_no_slice_at_all(tmp_path):
         index_folder(tmp_path)
     (tmp_path / "a.csv").write_text("x")
     write(tmp_path, "mr.dcm", Modality="MR")
-    with pytest.raises(DataError, match=r"2 files seen \(NOT_CT 1, NOT_DICOM 1\)\.") as caught:
+    with pytest.raises(
+        NothingUsable, match=r"2 files seen \(NOT_CT 1, NOT_DICOM 1\); .*mr.dcm: .*Modality is 'MR'"
+    ) as caught:
         index_folder(tmp_path)
     assert caught.value.exit_code == 3
+    assert caught.value.rejects["code"].tolist() == ["NOT_DICOM", "NOT_CT"]
     with pytest.raises(UsageError, match="is not a folder"):
         index_folder(tmp_path / "a.csv")
     with pytest.raises(UsageError, match="workers is -1"):
@@ -663,10 +717,10 @@ NASTY = [
 def index_of(texts, floats):
     sizes = (2, 2, 0.1, 0.1, 9, 9)
     rows = [
-        (text, f"u{n}", "s", "t", text, f"/d/{n}", "", n, floats[n % len(floats)], *sizes)
+        (text, f"u{n}", "s", "t", text, f"/d/{n}", "", n, floats[n % len(floats)], *sizes, "1", 0.0)
         for n, text in enumerate(texts)
     ]
-    rejects = [(text, "NOT_CT", text) for text in texts]
+    rejects = [(text, "NOT_CT", text, text, text) for text in texts]
     slices = make_table(rows, SLICE_COLUMNS)
     return SeriesIndex(slices, make_table([], SERIES_COLUMNS), make_table(rejects, REJECT_COLUMNS))
 

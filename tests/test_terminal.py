@@ -407,7 +407,8 @@ def test_rejects_are_counted_with_their_reason():
     assert summary(table) == [
         "2 rejects: NOT_DICOM, not a DICOM file (no preamble with 'DICM')",
         "  first: a: a is odd",
-        "  what to do: Nothing to do if it is not a CT slice.",
+        "  what to do: Nothing to do if it is not a CT slice. Export DICOM without a preamble again,"
+        " with one.",
         "1 reject: TRUNCATED, the file ends before the pixel data does",
     ]
 

@@ -284,9 +284,4 @@ def _no_preamble(head: bytes, size: int) -> RejectedFile:
         detail = f"the file ends inside the preamble, after {size} bytes"
         return RejectedFile("TRUNCATED", detail, COPY_AGAIN)
     detail = "the file is empty" if size == 0 else "no 'DICM' behind a preamble of 128 bytes"
-    return RejectedFile(
-        "NOT_DICOM",
-        detail,
-        "If it is DICOM without a preamble, write it again with one (pydicom: dcmread(PATH,"
-        " force=True).save_as(NEW, enforce_file_format=True)).",
-    )
+    return RejectedFile("NOT_DICOM", detail)

@@ -5,6 +5,7 @@ command prints.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,8 @@ class Explanation(NamedTuple):
 
 REJECT_CODES = {
     "NOT_DICOM": Explanation(
-        "not a DICOM file (no preamble with 'DICM')", "Nothing to do if it is not a CT slice."
+        "not a DICOM file (no preamble with 'DICM')",
+        "Nothing to do if it is not a CT slice. Export DICOM without a preamble again, with one.",
     ),
     "UNREADABLE": Explanation(
         "the operating system could not read the file",
@@ -133,7 +135,7 @@ def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
     >>> found = [Reject("b.dcm", "TRUNCATED", "cut"), Reject("a.txt", "NOT_DICOM", "")]
     >>> table = reject_table(found)
     >>> table[["path", "code", "hint"]].values.tolist()
-    [['a.txt', 'NOT_DICOM', 'Nothing to do if it is not a CT slice.'],
+    [['a.txt', 'NOT_DICOM', 'Nothing to do if it is not a CT slice. ...'],
      ['b.dcm', 'TRUNCATED', 'Copy or download the file again.']]
     """
     rows = [
@@ -171,8 +173,13 @@ def counts(table: pd.DataFrame) -> str:
     >>> counts(reject_table([Reject("a", "NOT_CT", ""), Reject("b", "NOT_CT", "")]))
     'NOT_CT 2'
     """
-    found = table["code"].value_counts()
-    return ", ".join(f"{code} {number:,}" for code, number in found.items())
+    return ", ".join(f"{code} {number:,}" for code, number in _by_code(table))
+
+
+def _by_code(table: pd.DataFrame) -> list[tuple[str, int]]:
+    """Count rejects by code, the commonest first; codes as common as each other by name."""
+    found = Counter(table["code"].tolist())
+    return sorted(found.items(), key=lambda item: (-item[1], item[0]))
 
 
 def summary(table: pd.DataFrame) -> list[str]:
@@ -186,7 +193,7 @@ def summary(table: pd.DataFrame) -> list[str]:
       what to do: Export the series again from where it came from, or leave the file out.
     """
     lines = []
-    for place, (code, number) in enumerate(table["code"].value_counts().items()):
+    for place, (code, number) in enumerate(_by_code(table)):
         noun = "reject" if number == 1 else "rejects"
         lines.append(f"{number:,} {noun}: {code}, {REJECT_CODES[code].meaning}")
         if place == 0:
@@ -206,7 +213,7 @@ def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> Nothing
     """
     if table.empty:
         return NothingUsable(f"{message}.", hint, table)
-    code = table["code"].value_counts().index[0]
+    code, _ = _by_code(table)[0]
     first = table[table["code"] == code].iloc[0]
     return NothingUsable(
         f"{message} ({counts(table)}); {first['path']}: {first['detail']}.", first["hint"], table

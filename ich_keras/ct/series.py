@@ -23,6 +23,7 @@ from ich_keras.ct.rejects import Reject, counts, explained, joined, nothing_usab
 from ich_keras.ct.tables import (
     SERIES_COLUMNS,
     SLICE_COLUMNS,
+    TEXT,
     make_table,
     read_table,
     write_table,
@@ -157,7 +158,14 @@ class SeriesIndex:
         ):
             raise StaleError(f"{folder / 'index.json'} is damaged.", "Make the index again.")
         tables = {name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES}
-        return cls(**tables | {"rejects": explained(tables["rejects"])})
+        # Older indexes lack some columns.
+        absent = {
+            name: "" if dtype == TEXT else math.nan
+            for name, dtype in SLICE_COLUMNS.items()
+            if name not in tables["slices"]
+        }
+        slices = tables["slices"].assign(**absent)
+        return cls(slices, tables["series"], explained(tables["rejects"]))
 
 
 def index_folder(

@@ -16,7 +16,7 @@ Definitions, for n samples and six labels, y in {0, 1}, p a probability:
 - specificity: recall of the inverted labels; macro: mean over the labels where it is defined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,24 @@ THRESHOLD = 0.5
 TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
 
 RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
-_MACRO = ("precision", "recall", "f1", "specificity")
+
+# A rate of one label from its counts; None where it is undefined. A new one needs an entry here,
+# and one in METRICS to be shown.
+RATES: dict[str, Callable[["Counts"], float | None]] = {
+    "precision": lambda n: _ratio(n.tp, n.tp + n.fp),
+    "recall": lambda n: _ratio(n.tp, n.tp + n.fn),
+    "f1": lambda n: _ratio(2 * n.tp, 2 * n.tp + n.fp + n.fn),
+    "specificity": lambda n: _ratio(n.tn, n.tn + n.fp),
+}
+
+
+class Counts(NamedTuple):
+    """True and false positives and negatives of one label."""
+
+    tp: int
+    tn: int
+    fp: int
+    fn: int
 
 
 class Metric(NamedTuple):
@@ -58,6 +75,8 @@ METRICS = {
     "f1": Metric("F1 (macro)", "2 tp / (2 tp + fp + fn)", True),
     "specificity": Metric("specificity (macro)", "tn / (tn + fp)", True),
 }
+# What a report shows for each label; those of `RATES` are also averaged over the labels (macro).
+PER_LABEL = ("auroc", "ap", "log_loss", *RATES)
 
 
 def binary_metrics(
@@ -113,9 +132,9 @@ def binary_metrics(
     baseline = _baselines(truth, prevalence)
     return {
         **losses,
-        **{metric: _macro([row[metric] for row in per_label.values()]) for metric in _MACRO},
+        **{metric: _macro([row[metric] for row in per_label.values()]) for metric in RATES},
         "defined_labels": {
-            metric: sum(row[metric] is not None for row in per_label.values()) for metric in _MACRO
+            metric: sum(row[metric] is not None for row in per_label.values()) for metric in RATES
         },
         "auroc": {name: row["auroc"] for name, row in per_label.items()},
         "ap": {name: row["ap"] for name, row in per_label.items()},
@@ -186,16 +205,13 @@ def _set_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def _rates(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    true_positive = int(np.count_nonzero(truth & predicted))
-    true_negative = int(np.count_nonzero(~truth & ~predicted))
-    false_positive = int(np.count_nonzero(~truth & predicted))
-    false_negative = int(np.count_nonzero(truth & ~predicted))
-    return {
-        "precision": _ratio(true_positive, true_positive + false_positive),
-        "recall": _ratio(true_positive, true_positive + false_negative),
-        "f1": _ratio(2 * true_positive, 2 * true_positive + false_positive + false_negative),
-        "specificity": _ratio(true_negative, true_negative + false_positive),
-    }
+    counts = Counts(
+        tp=int(np.count_nonzero(truth & predicted)),
+        tn=int(np.count_nonzero(~truth & ~predicted)),
+        fp=int(np.count_nonzero(~truth & predicted)),
+        fn=int(np.count_nonzero(truth & ~predicted)),
+    )
+    return {name: rate(counts) for name, rate in RATES.items()}
 
 
 def _ratio(numerator: int, denominator: int) -> float | None:
