@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import dispatch_mode, num_graph_breaks
 
 # A run takes that many steps.
 Run = Callable[[int], None]
@@ -129,11 +130,9 @@ def dispatches(run: Run) -> Dispatches:
 
 
 def _dispatched(run: Run, steps: int) -> Dispatches:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     counts = {"operations": 0, "uploads": 0}
 
-    class Count(TorchDispatchMode):
+    class Count(dispatch_mode()):
         @classmethod
         def ignore_compile_internals(cls) -> bool:
             return True  # torch.compile refuses to run under other modes
@@ -160,9 +159,7 @@ def _is_upload(function, args: tuple, result) -> bool:
 
 def graph_breaks(function: Callable, *args) -> int:
     """Count where `torch.compile` would have to cut a function in two."""
-    import torch
-
-    return torch._dynamo.explain(function)(*args).graph_break_count
+    return num_graph_breaks(function, *args)
 
 
 def peak_on_cuda(run: Run, steps: int) -> int:

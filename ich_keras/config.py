@@ -9,7 +9,8 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import FREEZABLE, NORMS, PRECISIONS, RECOMPUTE, STEPS, require_preset
+from ich_keras.models.options import FREEZABLE, NORMS, PRECISIONS, RECOMPUTE, STEPS
+from ich_keras.models.presets import require_preset
 
 
 @dataclass(frozen=True)

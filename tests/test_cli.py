@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from ich_keras.cli import _run_config, main, train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import EXIT_TERMINATED
-from ich_keras.models.presets import PRESETS, ModelSpec, Preset
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
 
 
 def ich(*arguments):

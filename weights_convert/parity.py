@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import FEATURES, ModelSpec
+from ich_keras.models.spec import FEATURES, ModelSpec
 from ich_keras.models.weights import HEAD
 
 TOLERANCE = 1e-5  # float32, relative: rounding, not another network

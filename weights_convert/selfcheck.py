@@ -12,8 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import keep_float64
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.presets import preset
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import HEAD
 from weights_convert.mapping import COUNTER, to_torch
 from weights_convert.parity import IMAGE_SIZES, Parity, compare, full_precision, worse
@@ -107,23 +109,6 @@ def keras_network(spec: ModelSpec, dtype: str = "float32"):
     backbone = resnet(spec, dtype=dtype)
     x = keras.layers.Dense(NUM_LABELS, dtype=dtype, name=HEAD)(backbone.output)
     return keras.Model(backbone.input, x, name=backbone.name)
-
-
-@contextlib.contextmanager
-def keep_float64():
-    """Let Keras compute in float64 where its rules would fall back to float32.
-
-    Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
-    rounds whatever the layers' dtype is. The table behind that rule is changed for the block.
-    """
-    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
-
-    before = table["float64"]
-    table["float64"] = "float64"
-    try:
-        yield
-    finally:
-        table["float64"] = before
 
 
 def _torch_gradients(model, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
