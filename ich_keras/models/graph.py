@@ -1,7 +1,7 @@
-"""A functional model read as a flat list of steps, for whoever runs it another way.
+"""A functional model read as a flat list of steps, for code that runs it another way.
 
-Pure reading: no backend is imported and nothing is changed. Padding layers disappear into the
-convolution or pooling that follows them, which pads by itself.
+Reading imports no backend and changes nothing. Padding layers are merged into the convolution or
+pooling that follows them, which pads by itself.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ MEANS = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
 
 
 class UnknownStep(Exception):
-    """The model holds something that this reading does not cover; the text says what."""
+    """The model contains something that cannot be read as a step; the text says what."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Graph:
     Args:
         steps: what to do.
         outputs: numbers of the values that the model gives, flat.
-        readers: value number -> how many steps (and outputs) read it.
+        readers: number of a value -> how many steps and outputs read it.
     """
 
     steps: tuple[Step, ...]

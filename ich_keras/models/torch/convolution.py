@@ -1,4 +1,4 @@
-"""The convolution of the flat function: exact, and around what torch's own does wrong or slowly."""
+"""The convolutions of the flat function, with guards against what torch does wrong or slowly."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from ich_keras.models.graph import Step
 from ich_keras.models.torch.layout import as_channels, cast, deep, num_interleaved, shallow
 
-# A value by its number, and the tensors of the function, to the value that an operation makes.
-# A value that nobody needs any more is None.
+# An operation takes all values by number and the tensors of the function, and returns its value.
+# Values that are no longer needed are None.
 Values = list[torch.Tensor]
 Tensors = Sequence[torch.Tensor]
 Operation = Callable[[Values, Tensors], torch.Tensor]

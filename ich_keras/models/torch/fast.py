@@ -74,7 +74,7 @@ class Functions:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What `compile` asked for.
+    """What the user's `compile` asked for, as far as the fast steps depend on it.
 
     Args:
         has_only_its_loss: a loss, and no layer adds to it.

@@ -26,7 +26,8 @@ from ich_keras.models.torch.convolution import Operation, Tensors, Values
 from ich_keras.models.torch.layout import channels_last, shallow
 from ich_keras.models.torch.operations import Operations
 
-# Whose results must not be overwritten: their gradient needs them, or they are their source's.
+# Steps whose results must not be overwritten: their gradient needs the result, or the result shares
+# the memory of its source.
 _NOT_TO_OVERWRITE = ("relu", "sigmoid", "subsample", "detach", "dropout")
 
 
@@ -36,10 +37,10 @@ class Part:
 
     Args:
         operations: (operation, number of the value it makes, numbers of values no longer needed).
-        read: numbers of the values it needs from before.
-        left: numbers of the values it leaves for later.
-        recomputed: whether it keeps nothing for the backward pass but what it reads.
-        draws: whether it has dropout, which must draw the same again.
+        read: numbers of the values that it takes from earlier parts.
+        left: numbers of the values that later parts need.
+        recomputed: whether it keeps only what it reads and is computed again in the backward pass.
+        draws: whether it has dropout, whose second draw must equal the first.
     """
 
     operations: tuple[tuple[Operation, int, tuple[int, ...]], ...]
@@ -49,7 +50,7 @@ class Part:
     draws: bool
 
     def run(self, values: Values, tensors: Tensors) -> None:
-        """Compute the values of this part, and let go of those that nobody needs any more."""
+        """Compute the values of this part, and drop those that are no longer needed."""
         for operation, target, finished in self.operations:
             values[target] = operation(values, tensors)
             for number in finished:
@@ -93,7 +94,7 @@ class FlatFunction:
         own = set(map(id, steps))
         later = {s for step in graph.steps if id(step) not in own for s in step.sources}
         left = made & (later | set(graph.outputs))
-        # Values that may be overwritten: nobody but the next step of this part reads them.
+        # Values that may be overwritten: only the next step of this part reads them.
         needed = {step.target for step in steps if step.kind in _NOT_TO_OVERWRITE}
         owned = {value for value in made - left - needed if graph.readers[value] == 1}
         last_reader = {source: step.target for step in steps for source in step.sources}

@@ -21,7 +21,7 @@ def deep(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(2) if x.dim() == 4 else x
 
 
-# A volume hardly deeper may have its slices interleaved with its channels in memory: the shape is
+# A volume of a few slices may have them interleaved with its channels in memory: the shape is
 # still (N, channels, slices, rows, columns), the order (N, rows, columns, slices, channels).
 
 
@@ -36,17 +36,17 @@ def num_interleaved(x: torch.Tensor) -> int:
 
 
 def as_channels(x: torch.Tensor) -> torch.Tensor:
-    """(N, channels, slices, rows, columns) to an image of all slices' channels, slice by slice."""
+    """Turn a volume into an image (N, slices * channels, rows, columns), slice by slice."""
     return x.transpose(1, 2).flatten(1, 2)
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """Interleaved slices as an image (N, channels, rows, columns * slices), without a copy."""
+    """Turn interleaved slices into an image (N, channels, rows, columns * slices), not copied."""
     return x.permute(0, 1, 3, 4, 2).flatten(3)
 
 
 def interleaved(x: torch.Tensor, slices: int) -> torch.Tensor:
-    """Undo `_side_by_side`."""
+    """Undo `side_by_side`."""
     return x.unflatten(3, (-1, slices)).permute(0, 1, 4, 2, 3)
 
 
