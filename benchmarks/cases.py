@@ -4,7 +4,8 @@ import difflib
 from dataclasses import dataclass, replace
 
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.presets import preset
+from ich_keras.models.spec import ModelSpec
 
 TRAIN, PREDICT, UPDATE = "train", "predict", "update"
 

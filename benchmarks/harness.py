@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import dispatch_mode, num_graph_breaks
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +134,9 @@ def dispatches(run: Run) -> Dispatches:
 
 
 def _dispatched(run: Run, steps: int) -> Dispatches:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     counts = {"operations": 0, "uploads": 0}
 
-    class Count(TorchDispatchMode):
+    class Count(dispatch_mode()):
         @classmethod
         def ignore_compile_internals(cls) -> bool:
             return True  # torch.compile refuses to run under other modes
@@ -170,9 +169,7 @@ def _is_upload(function: Any, args: tuple[Any, ...], result: Any) -> bool:
 
 def graph_breaks(function: Callable[..., Any], *args: Any) -> int:
     """Count the places where `torch.compile` would have to split a function."""
-    import torch
-
-    return torch._dynamo.explain(function)(*args).graph_break_count
+    return num_graph_breaks(function, *args)
 
 
 def peak_on_cuda(run: Run, steps: int) -> int:

@@ -16,7 +16,9 @@ from benchmarks.cases import CASES, TRAIN, Case, Setting
 from benchmarks.records import Place, cell, table, write_csv
 from benchmarks.variants import OURS, PLAIN, KerasVariant, Variant, variants_of
 from ich_keras.errors import EnvironmentProblem
-from ich_keras.models.torch.function import FlatFunction, activation_bytes
+from ich_keras.keras_private import forget_compiled
+from ich_keras.models.torch.function import FlatFunction
+from ich_keras.models.torch.memory import activation_bytes
 from ich_keras.models.torch.step import accelerated
 
 _MEMORY_STEPS = 2  # in the second, the optimiser's state exists beside the activations
@@ -129,7 +131,7 @@ def _measure_case(case: Case, setting: Setting, repeats: int, memory: bool) -> l
             rows.append(row)
     del variants, taking
     keras.backend.clear_session()
-    torch._dynamo.reset()
+    forget_compiled()
     gc.collect()
     return rows
 

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.presets import PRESETS, STAGE_BLOCKS, ModelSpec
+from ich_keras.models.presets import PRESETS
+from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
 from weights_convert.reference import ImageNet, ZeroPadShortcut, reference
 
 

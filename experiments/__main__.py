@@ -195,7 +195,7 @@ def _reproduce(
     from experiments.runs import Source, chosen_runs
     from ich_keras.environment import choose_device
     from ich_keras.errors import UsageError
-    from ich_keras.models.weights import FOLDER_VARIABLE
+    from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 
     if (dicom is None) != (labels is None):
         raise UsageError("--dicom and --labels belong together.")

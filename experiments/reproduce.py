@@ -17,7 +17,7 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.environment import choose_device
 from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
 from ich_keras.files import lock, read_json, write_json
-from ich_keras.models.weights import find_weights, weights_folder
+from ich_keras.models.weights_lookup import find_weights, weights_folder
 from ich_keras.planning import plan_training
 from ich_keras.processes import process_pool, usable_cores
 from ich_keras.progress import Tell

@@ -53,7 +53,7 @@ _PUBLIC = {
     "Adam": "ich_keras.models.optimizer",
     "BinaryCrossEntropy": "ich_keras.models.loss",
     "feature_model": "ich_keras.models.resnet",
-    "ModelSpec": "ich_keras.models.presets",
+    "ModelSpec": "ich_keras.models.spec",
     "Recipe": "ich_keras.recipe",
     "RunFolder": "ich_keras.run_folder",
     "load_run": "ich_keras.inference",

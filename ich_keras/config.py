@@ -9,7 +9,13 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import FREEZABLE, NORMS, PRECISIONS, RECOMPUTE, STEPS, require_preset
+from ich_keras.models.options import RANGES, require_choice, require_in_range
+from ich_keras.models.presets import require_preset
+
+# The names of `ich_keras.data.augment` and `ich_keras.data.inputs`; a test compares them. Those
+# modules import OpenCV, which the command line's help does without.
+AUGMENT = ("thesis", "flip", "none")
+INTENSITY = ("windows", "wide", "head-z-score")
 
 
 @dataclass(frozen=True)
@@ -116,31 +122,19 @@ class RunConfig:
         require_preset(self.preset)
         for name, value, least, most in (
             ("data.size", self.data.size, 16, 4096),
+            ("data.slices", self.data.slices, 1, 4096),
+            ("data.limit_series", self.data.limit_series, 1, 10**9),
             ("data.loader_workers", self.data.loader_workers, 0, 1024),
             ("fit.batch_size", self.fit.batch_size, 1, 2**16),
             ("fit.epochs", self.fit.epochs, 1, 10**6),
-            ("fit.accumulate", self.fit.accumulate, 1, 10**6),
-            ("fit.warmup_steps", self.fit.warmup_steps, 0, 10**9),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
             if value is not None and not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected at least {least}, at most {most}.")
-        if self.data.slices is not None and not 1 <= self.data.slices <= 4096:
-            raise UsageError(f"data.slices is {self.data.slices}; expected 1 to 4096.")
-        limit = self.data.limit_series
-        if limit is not None and limit < 1:
-            raise UsageError(f"data.limit_series is {limit}; expected at least 1.")
-        rate = self.fit.learning_rate
-        if rate is not None and not 0 < rate < float("inf"):
-            raise UsageError(f"fit.learning_rate is {rate}; expected a number above 0.")
-        if not 0 <= self.fit.weight_decay < float("inf"):
-            raise UsageError(
-                f"fit.weight_decay is {self.fit.weight_decay}; expected a number of at least 0."
-            )
-        if not 0 < self.fit.backbone_factor <= 1:
-            raise UsageError(
-                f"fit.backbone_factor is {self.fit.backbone_factor}; expected above 0, at most 1."
-            )
+        for name in RANGES:
+            number = getattr(self.fit, name)
+            if number is not None:
+                require_in_range(name, number, f"fit.{name}")
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
                 "fit.freeze without weights would keep random numbers.", "Add --weights."
@@ -155,18 +149,18 @@ class RunConfig:
                 "norm 'frozen' without weights would keep statistics that fit nothing.",
                 "Add --weights, or take norm 'group'.",
             )
+        require_choice("norm", self.norm)
+        require_choice("precision", self.precision, also=("auto",))
+        for name in ("step", "schedule", "loss"):
+            require_choice(name, getattr(self.fit, name), f"fit.{name}")
+        for name in ("recompute", "freeze"):
+            if getattr(self.fit, name) is not None:
+                require_choice(name, getattr(self.fit, name), f"fit.{name}")
         for name, chosen, known in (
             ("backend", self.backend, (None, *BACKENDS)),
-            ("norm", self.norm, NORMS),
             ("device", self.device, DEVICES),
-            ("precision", self.precision, ("auto", *PRECISIONS)),
-            ("fit.step", self.fit.step, STEPS),
-            ("fit.recompute", self.fit.recompute, (None, *RECOMPUTE)),
-            ("fit.schedule", self.fit.schedule, ("constant", "cosine")),
-            ("fit.loss", self.fit.loss, ("bce", "rsna")),
-            ("data.augment", self.data.augment, ("thesis", "flip", "none")),
-            ("data.intensity", self.data.intensity, (None, "windows", "wide", "head-z-score")),
-            ("fit.freeze", self.fit.freeze, (None, *FREEZABLE)),
+            ("data.augment", self.data.augment, AUGMENT),
+            ("data.intensity", self.data.intensity, (None, *INTENSITY)),
         ):
             if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)

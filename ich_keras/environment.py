@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ich_keras import __version__
 from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.keras_private import has_bfloat16_cpu, keras_device
 
 BACKENDS = ("torch", "jax", "tensorflow")
 DEVICES = ("auto", "cpu", "cuda")
@@ -139,9 +140,7 @@ def _kind(device: str, source: str, hint: str) -> str:
 
 def _loaded_device(name: str, backend: str) -> str:
     if backend == "torch":
-        from keras.src.backend.torch.core import get_device
-
-        found = str(get_device())
+        found = keras_device()
         hint = f"Set {TORCH_DEVICE} before keras is imported."
         current = _kind(found, f"Keras runs on {found}", hint)
     else:
@@ -172,11 +171,11 @@ def choose_precision(name: str = "auto", device: str = "cpu") -> str:
 
 def has_bfloat16(device: str) -> bool:
     """Tell whether torch computes in bfloat16 here with instructions made for it."""
-    import torch
-
     if device == "cuda":
+        import torch
+
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_bfloat16_cpu()
 
 
 def why_no_cuda(backend: str) -> str:

@@ -78,7 +78,8 @@ def compiled_network(
     import keras
 
     from ich_keras.models.classifier import classifier, compile_classifier, freeze
-    from ich_keras.models.weights import find_weights, load_weights
+    from ich_keras.models.weights import load_weights
+    from ich_keras.models.weights_lookup import find_weights
 
     training = recipe.training
     keras.utils.set_random_seed(training.seed)
@@ -151,7 +152,7 @@ def restored(training: Fit, tell: Tell) -> Course:
     Raises:
         LostState: all states are damaged.
     """
-    from ich_keras.models.weights import read_record
+    from ich_keras.models.weights_file import read_record
 
     state = load_state(training.run.state_folder, training.model, tell)
     course = Course(state["history"], state["best_loss"], state["best_epoch"])

@@ -117,7 +117,7 @@ def count_plan(
         UsageError: the optimiser would make no step, or none that learns.
     """
     from ich_keras.data.batches import epoch_plan
-    from ich_keras.models.presets import require_trainable
+    from ich_keras.models.spec import require_trainable
 
     training = recipe.training
     require_trainable(recipe.network, training.batch_size)
@@ -149,7 +149,8 @@ def count_plan(
 
 
 def _weights_line(recipe: Recipe) -> str:
-    from ich_keras.models.weights import find_weights, origin, read_record
+    from ich_keras.models.weights_file import origin, read_record
+    from ich_keras.models.weights_lookup import find_weights
 
     if recipe.training.weights is None:
         return ""

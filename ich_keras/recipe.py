@@ -31,7 +31,8 @@ from ich_keras.data.inputs import (
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, ModelSpec, preset
+from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
+from ich_keras.models.spec import ModelSpec
 
 SCHEMA = 1
 # In the metadata of `model.keras` and in the record of a weights file.
@@ -322,7 +323,8 @@ def _view(config: RunConfig) -> View:
 def _intensity(config: RunConfig) -> Intensity:
     """Return the intensity: as asked, as the weights were made for, or as the preset's channels
     ask. A weights file that does not exist is refused here, before anything long begins."""
-    from ich_keras.models.weights import find_weights, read_record
+    from ich_keras.models.weights_file import read_record
+    from ich_keras.models.weights_lookup import find_weights
 
     record: dict = {}
     if config.weights is not None:

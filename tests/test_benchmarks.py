@@ -214,7 +214,8 @@ def test_plain_network_computes_what_the_reference_does(name):
 @on_torch
 def test_saved_bytes_agree_with_the_librarys_own_count():
     from benchmarks.variants import OURS, variants_of
-    from ich_keras.models.torch.function import FlatFunction, activation_bytes
+    from ich_keras.models.torch.function import FlatFunction
+    from ich_keras.models.torch.memory import activation_bytes
 
     case = choose_cases("narrow", is_tiny=True)[0]
     ours = variants_of(case, Setting("cpu", 1, "float32"))[OURS]()

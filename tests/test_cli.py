@@ -13,7 +13,8 @@ from ich_keras.cli import main, train_main
 from ich_keras.cli.train import _run_config
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import EXIT_TERMINATED
-from ich_keras.models.presets import PRESETS, ModelSpec, Preset
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
 
 
 def ich(*arguments):

@@ -20,9 +20,11 @@ from ich_keras.files import sha256_of
 from ich_keras.labels import LABELS
 from ich_keras.models import resnet as resnet_module
 from ich_keras.models.classifier import build_backbone, build_classifier, classifier
-from ich_keras.models.presets import PRESETS, STAGE_BLOCKS, ModelSpec, Preset, preset
+from ich_keras.models.presets import PRESETS, Preset, preset
 from ich_keras.models.resnet import feature_model, resnet
-from ich_keras.models.weights import FOLDER_VARIABLE, read_record, read_weights
+from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.weights_file import read_record, read_weights
+from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 from weights_convert import conversion, fetching, selfcheck
 from weights_convert import state as state_module
 from weights_convert.cli import main

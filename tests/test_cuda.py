@@ -26,6 +26,7 @@ from test_training import (  # noqa: F401
 )
 
 from ich_keras import checkpoints, training
+from ich_keras.keras_private import keep_float64
 from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS
@@ -34,7 +35,6 @@ from ich_keras.models.torch.function import FlatFunction
 from ich_keras.models.torch.step import ATTRIBUTE, accelerated
 from ich_keras.prediction import predict_folder
 from ich_keras.training import train
-from weights_convert.selfcheck import keep_float64
 
 pytestmark = [
     pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_compiled_steps_train_as_the_processor_does(name):
             batches = [tuple(map(torch.from_numpy, random_batch(model, 4, i))) for i in range(5)]
             losses[device] = [float(model.train_on_batch(*batch)) for batch in batches]
             weights[device] = {v.path: np.asarray(v.value.detach().cpu()) for v in model.variables}
-    is_compiled = not isinstance(getattr(model, ATTRIBUTE)._train, FlatFunction)
+    is_compiled = not isinstance(getattr(model, ATTRIBUTE).functions.train, FlatFunction)
     assert is_compiled
     np.testing.assert_allclose(losses[DEVICE], losses["cpu"], rtol=1e-3)
     moved = {p: v for p, v in weights["cpu"].items() if p.endswith(("moving_mean", "fc/bias"))}

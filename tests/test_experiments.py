@@ -1186,7 +1186,7 @@ def test_words_follow_the_numbers():
 
 def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
     from experiments.write_up import write_report
-    from ich_keras.models.weights import FOLDER_VARIABLE
+    from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "no-weights"))
 

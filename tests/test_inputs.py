@@ -148,8 +148,11 @@ def test_z_score_has_mean_0_and_spread_1_over_the_head(seed):
 
 
 def test_intensities_have_names_that_configurations_know():
-    from ich_keras.config import DataConfig, RunConfig
+    from ich_keras.config import AUGMENT, INTENSITY, DataConfig, RunConfig
+    from ich_keras.data.augment import AUGMENTATIONS
 
+    assert tuple(INTENSITIES) == INTENSITY
+    assert (*AUGMENTATIONS, "none") == AUGMENT
     for name, intensity in INTENSITIES.items():
         RunConfig(data=DataConfig(intensity=name))
         assert slice_input(np.zeros((4, 4), np.int16), intensity=name).shape[-1] == (

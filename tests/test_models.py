@@ -18,10 +18,12 @@ from ich_keras.models.classifier import (
     ends_in_logits,
     with_probabilities,
 )
-from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
+from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.options import RSNA_WEIGHTS
+from ich_keras.models.presets import preset
 from ich_keras.models.resnet import resnet
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import load_weights
 
@@ -234,13 +236,13 @@ def test_loss_goes_down_in_fit():
         (lambda: ModelSpec((32, 32, 3), strides=(1, 2)), "one entry for each of the 4 stages"),
         (lambda: ModelSpec((32, 32, None)), "channels, must be known"),
         (lambda: ModelSpec((32, 32, 3), dropout=1.0), "below 1"),
-        (lambda: classifier(NARROW, output="votes"), "output 'votes'"),
-        (lambda: classifier(NARROW, precision="float8"), "precision 'float8'"),
-        (lambda: compile_classifier(classifier(NARROW), -1.0), "learning rate -1.0"),
-        (lambda: compile_classifier(classifier(NARROW), loss="mse"), "loss 'mse'"),
-        (lambda: compile_classifier(classifier(NARROW), schedule="step"), "schedule 'step'"),
+        (lambda: classifier(NARROW, output="votes"), "output is 'votes'"),
+        (lambda: classifier(NARROW, precision="float8"), "precision is 'float8'"),
+        (lambda: compile_classifier(classifier(NARROW), -1.0), "learning_rate is -1.0"),
+        (lambda: compile_classifier(classifier(NARROW), loss="mse"), "loss is 'mse'"),
+        (lambda: compile_classifier(classifier(NARROW), schedule="step"), "schedule is 'step'"),
         (lambda: compile_classifier(classifier(NARROW), schedule="cosine"), "total_steps"),
-        (lambda: compile_classifier(classifier(NARROW), weight_decay=-1.0), "weight decay -1.0"),
+        (lambda: compile_classifier(classifier(NARROW), weight_decay=-1.0), "weight_decay is -1.0"),
         (lambda: load_weights(None, "imagenet"), "expected a file ending in .weights.h5"),
         (lambda: load_weights(None, "none.weights.h5"), "does not exist"),
     ],

@@ -18,8 +18,9 @@ from ich_keras.models.classifier import (
     freeze,
 )
 from ich_keras.models.cost import cost, preset_table
-from ich_keras.models.presets import PRESETS, ModelSpec, preset, require_trainable
+from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import feature_model, resnet
+from ich_keras.models.spec import ModelSpec, require_trainable
 from weights_convert.state import load_state, shapes_by_name
 
 NARROW = ModelSpec((32, 32, 3), width=8, dropout=0.0)
@@ -227,7 +228,7 @@ def test_freezing_keeps_the_first_part_and_trains_the_rest():
     }
     assert not {n for n in changed if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
     assert {"layer3_0_conv1", "layer4_1_bn2", "fc"} <= changed
-    with pytest.raises(UsageError, match="freeze 'layer9'; expected one of stem, layer1"):
+    with pytest.raises(UsageError, match="freeze is 'layer9'; expected one of stem, layer1"):
         freeze(model, "layer9")
 
 

@@ -15,8 +15,9 @@ from ich_keras.data.inputs import INTENSITIES, Intensity, slice_input, volume_in
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
-from ich_keras.models.presets import PRESETS, ModelSpec, Preset
-from ich_keras.models.weights import read_record
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights_file import read_record
 from ich_keras.recipe import Recipe, read_from_model
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train

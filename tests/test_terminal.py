@@ -400,15 +400,14 @@ def test_a_table_of_predictions():
 
 
 def test_rejects_are_counted_with_their_reason():
-    from ich_keras.ct.rejects import Reject, reject_table, summary
+    from ich_keras.ct.rejects import REJECT_CODES, Reject, reject_table, summary
 
     codes = {"b": "NOT_DICOM", "c": "TRUNCATED", "a": "NOT_DICOM"}
     table = reject_table(Reject(path, code, f"{path} is odd") for path, code in codes.items())
     assert summary(table) == [
         "2 rejects: NOT_DICOM, not a DICOM file (no preamble with 'DICM')",
         "  first: a: a is odd",
-        "  what to do: Nothing to do if it is not a CT slice. Export DICOM without a preamble again,"
-        " with one.",
+        f"  what to do: {REJECT_CODES['NOT_DICOM'].hint}",
         "1 reject: TRUNCATED, the file ends before the pixel data does",
     ]
 

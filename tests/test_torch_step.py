@@ -14,18 +14,20 @@ import torch
 from test_networks import NARROW, TINY, random_batch
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import keep_float64
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
-from ich_keras.models.loss import RSNA_WEIGHTS, BinaryCrossEntropy
+from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
+from ich_keras.models.options import RSNA_WEIGHTS
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import resnet
 from ich_keras.models.steps import choose_step
 from ich_keras.models.torch import adam as torch_adam
 from ich_keras.models.torch.adam import fused_update
-from ich_keras.models.torch.function import FlatFunction, activation_bytes
+from ich_keras.models.torch.function import FlatFunction
+from ich_keras.models.torch.memory import activation_bytes
 from ich_keras.models.torch.step import ATTRIBUTE, StockStep, accelerated
-from weights_convert.selfcheck import keep_float64
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="the fast steps are the torch backend's"
@@ -487,7 +489,7 @@ def test_precision_is_refused_where_it_is_built_in():
     with pytest.raises(UsageError, match="exclude each other"):
         choose_step(model, recompute="stage", compiled=True)
     for name, value in (("step", "slow"), ("precision", "float8"), ("recompute", "layer")):
-        with pytest.raises(UsageError, match=f"{name} '{value}'; expected one of"):
+        with pytest.raises(UsageError, match=f"{name} is '{value}'; expected one of"):
             choose_step(model, **{name: value})
     built = classifier(NARROW, output="logits", precision="bfloat16")
     compile_classifier(built, step="stock", precision="bfloat16")
@@ -506,7 +508,7 @@ def test_mixed_policies_and_precision_agree():
 
 def run_out_of_memory(steps, most: int, message=None):
     """Let the inference function take at most so many samples."""
-    infer, sizes = steps._infer, []
+    infer, sizes = steps.functions.infer, []
 
     def limited(x, tensors):
         sizes.append(len(x))
@@ -515,7 +517,7 @@ def run_out_of_memory(steps, most: int, message=None):
         return infer(x, tensors)
 
     limited.tensors = infer.tensors
-    steps._infer = limited
+    steps.functions = replace(steps.functions, infer=limited)
     return sizes
 
 
@@ -840,7 +842,7 @@ def test_nothing_is_copied_between_memory_layouts():
     model = build(NARROW)
     choose_step(model)
     images, _ = batch(model)
-    function = getattr(model, ATTRIBUTE)._train
+    function = getattr(model, ATTRIBUTE).functions.train
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -901,3 +903,71 @@ def test_a_model_counts_as_called_after_the_fast_steps():
 def test_only_models_can_choose_steps():
     with pytest.raises(UsageError, match="choose_step takes a Keras model; received NoneType"):
         choose_step(None)
+
+
+@pytest.fixture
+def distribution():
+    """Two devices of a kind that every machine has; Keras' torch backend takes any names."""
+    found = keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"])
+    yield found
+    keras.distribution.set_distribution(None)
+
+
+def test_a_distribution_in_force_is_refused(distribution):
+    """Neither Keras' steps nor ours would carry it out: every process would train alone."""
+    message = r"a keras.distribution is in force \(DataParallel\)"
+    model = choose_step(build(NARROW))
+    model.compile(Adam(1e-3), _loss())
+    images, truth = random_batch(model, 2)
+    keras.distribution.set_distribution(distribution)
+    before = states(model)
+    for call in (
+        lambda: model.fit(images, truth, verbose=0),
+        lambda: model.train_on_batch(images, truth),
+        lambda: model.evaluate(images, truth, verbose=0),
+        lambda: model.predict(images, verbose=0),
+        lambda: choose_step(model),
+        lambda: choose_step(model, "stock"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+    for path, value in states(model).items():
+        np.testing.assert_array_equal(value, before[path])
+    keras.distribution.set_distribution(None)
+    model.fit(images, truth, verbose=0)
+
+
+def test_the_reason_for_keras_steps_is_only_an_answer():
+    """It writes nothing, on a model that is covered and on one that is not, and does not warn."""
+    model = choose_step(build(NARROW))
+    model.compile(Adam(1e-3), _loss())
+    steps = getattr(model, ATTRIBUTE)
+    for change, expected in (
+        (lambda: None, None),
+        (lambda: setattr(model.get_layer("conv1"), "trainable", False), None),
+        (lambda: setattr(model.get_layer("conv1"), "activation", keras.ops.tanh), "activation"),
+        (lambda: setattr(model, "run_eagerly", True), "run_eagerly=True"),
+    ):
+        change()
+        before, hung = dict(vars(steps)), set(vars(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reason = steps.reason_for_stock("train")
+        assert reason == expected if expected is None else expected in reason
+        assert vars(steps) == before and set(vars(model)) == hung
+
+
+def test_every_attribute_of_the_steps_is_there_from_the_beginning():
+    model = choose_step(build(NARROW))
+    steps = getattr(model, ATTRIBUTE)
+    names = set(vars(type(steps)(model, steps.options)))
+    compile_and_use(model)
+    assert set(vars(steps)) == names
+
+
+def compile_and_use(model):
+    model.compile(Adam(1e-3), _loss(label_weights=RSNA_WEIGHTS))
+    images, truth = random_batch(model, 2)
+    model.fit(images, truth, verbose=0)
+    model.evaluate(images, truth, verbose=0)
+    model.predict(images, verbose=0)

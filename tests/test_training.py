@@ -35,8 +35,10 @@ from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.models.classifier import classifier, compile_classifier
-from ich_keras.models.presets import PRESETS, ModelSpec, Preset
-from ich_keras.models.weights import read_record, save_weights
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import save_weights
+from ich_keras.models.weights_file import read_record
 from ich_keras.planning import plan_training, split_indices
 from ich_keras.prediction import predict_folder, predict_index
 from ich_keras.recipe import Recipe
@@ -756,7 +758,8 @@ def test_a_training_that_fails_in_its_first_epoch_leaves_nothing(phantom_cache, 
 def converted(tmp_path, monkeypatch):
     """A converted backbone of the narrow network, found by name."""
     from ich_keras.models.resnet import resnet
-    from ich_keras.models.weights import FOLDER_VARIABLE, save_weights
+    from ich_keras.models.weights import save_weights
+    from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "weights"))
     model = resnet(PRESETS[NARROW].spec)

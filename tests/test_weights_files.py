@@ -12,21 +12,11 @@ import pytest
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
-from ich_keras.models.presets import ModelSpec
 from ich_keras.models.resnet import resnet
-from ich_keras.models.weights import (
-    RECORD,
-    SUFFIX,
-    LoadedWeights,
-    find_weights,
-    load_weights,
-    own_variables,
-    read_record,
-    read_weights,
-    save_weights,
-    source_of,
-    weights_folder,
-)
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import LoadedWeights, load_weights, own_variables, save_weights
+from ich_keras.models.weights_file import RECORD, SUFFIX, read_record, read_weights
+from ich_keras.models.weights_lookup import find_weights, source_of, weights_folder
 
 NARROW = ModelSpec((32, 32, 3), width=8)
 PROVENANCE = {"source": "torchvision_resnet18", "licence": "BSD-3-Clause"}

@@ -11,8 +11,11 @@ from ich_keras import __version__
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_path, require_absent
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.presets import PRESETS, ModelSpec, preset
-from ich_keras.models.weights import HEAD, SUFFIX, read_weights, save_weights, weights_folder
+from ich_keras.models.presets import PRESETS, preset
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import HEAD, save_weights
+from ich_keras.models.weights_file import SUFFIX, read_weights
+from ich_keras.models.weights_lookup import weights_folder
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
 from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
 from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of

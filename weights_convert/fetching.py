@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.files import atomic_path, sha256_of
-from ich_keras.models.weights import SUFFIX, find_weights, source_of, weights_folder
+from ich_keras.models.weights_file import SUFFIX
+from ich_keras.models.weights_lookup import find_weights, source_of, weights_folder
 from ich_keras.progress import Progress
 from weights_convert.checkpoint import MAX_BYTES
 from weights_convert.conversion import convert

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import FEATURES, ModelSpec
+from ich_keras.models.spec import FEATURES, ModelSpec
 from ich_keras.models.weights import HEAD
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ich_keras.models.presets import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
 
 
 def _layers(rank: int) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
@@ -117,7 +117,7 @@ class ImageNet(nn.Module):
             self.fc = nn.Linear(channels, outputs)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
+        """Return the features by the names of `ich_keras.models.spec.FEATURES`."""
         found = {"stem": functional.relu(self.bn1(self.conv1(x)))}
         found["maxpool"] = self.maxpool(found["stem"])
         return _later_features(self, found, found["maxpool"])
@@ -246,7 +246,7 @@ class VideoNet(nn.Module):
             self.fc = nn.Linear(channels, outputs)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the features by the names of `ich_keras.models.presets.FEATURES`."""
+        """Return the features by the names of `ich_keras.models.spec.FEATURES`."""
         found = {"stem": self.stem(x)}
         return _later_features(self, found, found["stem"])
 

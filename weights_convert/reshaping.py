@@ -9,8 +9,10 @@ import numpy as np
 
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
-from ich_keras.models.presets import ModelSpec, preset
-from ich_keras.models.weights import HEAD, SUFFIX, listed, read_weights, save_weights
+from ich_keras.models.presets import preset
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import HEAD, listed, save_weights
+from ich_keras.models.weights_file import SUFFIX, read_weights
 from weights_convert.shapes import to_2d, to_3d, with_channels
 from weights_convert.state import build, load_state, shapes_by_name, spec_of_file, state_of_file
 

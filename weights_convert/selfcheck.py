@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import keep_float64
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.presets import ModelSpec, preset
+from ich_keras.models.presets import preset
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import HEAD
 from weights_convert.mapping import COUNTER, to_torch
 from weights_convert.parity import IMAGE_SIZES, Parity, compare, full_precision, worse
@@ -116,23 +118,6 @@ def keras_network(spec: ModelSpec, dtype: str = "float32") -> "keras.Model":
     backbone = resnet(spec, dtype=dtype)
     x = keras.layers.Dense(NUM_LABELS, dtype=dtype, name=HEAD)(backbone.output)
     return keras.Model(backbone.input, x, name=backbone.name)
-
-
-@contextlib.contextmanager
-def keep_float64() -> Iterator[None]:
-    """Let Keras compute in float64 where it would fall back to float32.
-
-    Keras promotes float64 to float32 on torch and jax, so its batch normalisation rounds whatever
-    the dtype of the layers. The table behind that rule is changed inside the `with` block.
-    """
-    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
-
-    before = table["float64"]
-    table["float64"] = "float64"
-    try:
-        yield
-    finally:
-        table["float64"] = before
 
 
 def _torch_gradients(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ich_keras.errors import DataError, UsageError
-from ich_keras.models.presets import MAX_CHANNELS
+from ich_keras.models.spec import MAX_CHANNELS
 
 METHODS = ("mean", "centre")
 FIRST_CONVOLUTIONS = ("conv1.weight", "stem.0.weight")

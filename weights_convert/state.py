@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import ModelSpec
-from ich_keras.models.weights import WeightsFile, listed, own_variables
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import listed, own_variables
+from ich_keras.models.weights_file import WeightsFile
 from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
 
 if TYPE_CHECKING:

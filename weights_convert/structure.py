@@ -5,13 +5,8 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from ich_keras.errors import DataError
-from ich_keras.models.presets import (
-    BOTTLENECK_EXPANSION,
-    NUM_STAGES,
-    PRESETS,
-    STAGE_BLOCKS,
-    ModelSpec,
-)
+from ich_keras.models.presets import PRESETS
+from ich_keras.models.spec import BOTTLENECK_EXPANSION, NUM_STAGES, STAGE_BLOCKS, ModelSpec
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
 _Shapes = Mapping[str, tuple[int, ...]]

@@ -1,22 +1,34 @@
 """From pooled features to six probabilities, and how a classifier is compiled."""
 
+from typing import Any
+
 import keras
 from keras import layers
 
 from ich_keras.errors import UsageError
 from ich_keras.labels import NUM_LABELS
-from ich_keras.models.loss import LOSSES, BinaryCrossEntropy
+from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
-from ich_keras.models.presets import FREEZABLE, PRECISIONS, ModelSpec, preset
+from ich_keras.models.options import (
+    FREEZABLE,
+    LOSSES,
+    PRECISIONS,
+    require_choice,
+    require_in_range,
+)
+from ich_keras.models.presets import preset
 from ich_keras.models.resnet import resnet
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
-from ich_keras.models.weights import HEAD, find_weights, load_weights
+from ich_keras.models.weights import HEAD, load_weights
+from ich_keras.models.weights_lookup import find_weights
 
-OUTPUTS = ("probabilities", "logits")
 PROBABILITIES = "probabilities"
 
 
-def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | None = None):
+def classifier(
+    spec: ModelSpec, output: str = "probabilities", precision: str | None = None
+) -> keras.Model:
     """Build the network with its head: backbone, dropout, dense six, sigmoid or logits.
 
     Args:
@@ -32,11 +44,14 @@ def classifier(spec: ModelSpec, output: str = "probabilities", precision: str | 
 
     Raises:
         UsageError: unknown output or precision.
+
+    >>> model = classifier(ModelSpec((32, 32, 1), depth=10, width=4), output="logits")
+    >>> model.output.shape
+    (None, 6)
     """
-    if output not in OUTPUTS:
-        raise UsageError(f"output {output!r}; expected one of {', '.join(OUTPUTS)}.")
-    if precision is not None and precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    require_choice("output", output)
+    if precision is not None:
+        require_choice("precision", precision)
     backbone = resnet(spec, dtype=None if precision is None else PRECISIONS[precision])
     x = backbone.output
     if spec.dropout:
@@ -83,6 +98,10 @@ def build_classifier(
     Raises:
         UsageError: an unknown name or value.
         DataError: the weights file is not one for this network.
+
+    >>> model = build_classifier("resnet10_2d", input_shape=(32, 32, 1))
+    >>> model.input_shape, model.output_shape
+    ((None, 32, 32, 1), (None, 6))
     """
     spec = preset(name, input_shape, norm)
     model = classifier(spec, output=output, precision=precision)
@@ -96,7 +115,7 @@ def build_backbone(
     weights: str | None = None,
     input_shape: tuple[int | None, ...] | None = None,
 ) -> keras.Model:
-    """Build a preset without its head.
+    """Build a preset without its head, for features.
 
     Args:
         name: a preset.
@@ -105,6 +124,9 @@ def build_backbone(
 
     Returns:
         A functional `keras.Model`: float32 (N, *input_shape) to pooled features (N, features).
+
+    >>> build_backbone("resnet10_2d").output_shape
+    (None, 512)
     """
     spec = preset(name).with_any_size() if input_shape is None else preset(name, input_shape)
     model = choose_step(resnet(spec))
@@ -114,7 +136,7 @@ def build_backbone(
 
 
 def freeze(model: keras.Model, up_to: str) -> int:
-    """Keep the first part of a network as it is while the rest is trained.
+    """Freeze the first part of a network, so that only the rest is trained.
 
     Frozen batch normalisation uses its stored statistics, also in training. What was frozen before
     stays frozen.
@@ -128,9 +150,12 @@ def freeze(model: keras.Model, up_to: str) -> int:
 
     Raises:
         UsageError: unknown name.
+
+    >>> model = classifier(ModelSpec((32, 32, 1), depth=10, width=4))
+    >>> freeze(model, "layer4"), len(model.trainable_variables)  # the head's kernel and bias
+    (24, 2)
     """
-    if up_to not in FREEZABLE:
-        raise UsageError(f"freeze {up_to!r}; expected one of {', '.join(FREEZABLE)}.")
+    require_choice("freeze", up_to)
     later = FREEZABLE[FREEZABLE.index(up_to) + 1 :]
     frozen = [
         layer
@@ -147,12 +172,9 @@ def ends_in_logits(model: keras.Model) -> bool:
     return model.output_names != [PROBABILITIES] and model.layers[-1].name == HEAD
 
 
-SCHEDULES = ("constant", "cosine")
-
-
 def learning_rate_schedule(
     learning_rate: float, schedule: str, total_steps: int | None, warmup_steps: int
-):
+) -> Any:
     """Return a constant, or a Keras schedule with a linear warm-up.
 
     Args:
@@ -163,9 +185,14 @@ def learning_rate_schedule(
 
     Raises:
         UsageError: unknown schedule, or a cosine without its length.
+
+    >>> learning_rate_schedule(3e-4, "constant", None, 0)
+    0.0003
+    >>> cosine = learning_rate_schedule(0.01, "cosine", total_steps=100, warmup_steps=10)
+    >>> [round(float(cosine(step)), 4) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.005, 0.01, 0.005, 0.0]
     """
-    if schedule not in SCHEDULES:
-        raise UsageError(f"schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
+    require_choice("schedule", schedule)
     if schedule == "constant" and not warmup_steps:
         return learning_rate
     if schedule == "cosine" and not total_steps:
@@ -194,7 +221,7 @@ def compile_classifier(
     precision: str | None = None,
     recompute: str | None = None,
     compiled: bool | None = None,
-    **adam,
+    **adam: Any,
 ) -> keras.Model:
     """Compile a classifier for `fit`: Adam and the loss alone.
 
@@ -213,22 +240,26 @@ def compile_classifier(
         backbone_factor: the backbone learns at this multiple of the learning rate, the head at
             the full one; below 1 for pretrained weights under a new head.
 
+        accumulate: batches whose gradients are averaged into one optimiser step.
+        step, precision, recompute, compiled: see `choose_step`.
+        adam: further settings of `ich_keras.Adam`.
+
     Returns:
         The same model.
 
     Raises:
         UsageError: an unknown name or a value out of range.
+
+    >>> model = classifier(ModelSpec((32, 32, 1), depth=10, width=4), output="logits")
+    >>> compile_classifier(model, 1e-4, loss="rsna").loss.name
+    'rsna'
     """
-    if loss not in LOSSES:
-        raise UsageError(f"loss {loss!r}; expected one of {', '.join(LOSSES)}.")
-    if not learning_rate > 0:
-        raise UsageError(f"learning rate {learning_rate}; expected a number above 0.")
-    if not weight_decay >= 0:
-        raise UsageError(f"weight decay {weight_decay}; expected a number of at least 0.")
-    if not 0 < backbone_factor <= 1:
-        raise UsageError(f"backbone factor {backbone_factor}; expected above 0, at most 1.")
-    if accumulate < 1:
-        raise UsageError(f"accumulate {accumulate}; expected at least 1.")
+    require_choice("loss", loss)
+    require_in_range("learning_rate", learning_rate)
+    require_in_range("weight_decay", weight_decay)
+    require_in_range("backbone_factor", backbone_factor)
+    require_in_range("accumulate", accumulate)
+    require_in_range("warmup_steps", warmup_steps)
     choose_step(model, step, precision, recompute, compiled)
     optimizer = Adam(
         learning_rate=learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 
+from ich_keras.keras_private import maker_of
 from ich_keras.models.classifier import build_classifier
 from ich_keras.models.presets import PRESETS, preset
 
@@ -45,8 +47,14 @@ def cost(model: keras.Model) -> Cost:
 
     Args:
         model: of ours, built for inputs of a known size.
+
+    >>> from ich_keras.models.resnet import resnet
+    >>> from ich_keras.models.spec import ModelSpec
+    >>> cost(resnet(ModelSpec((32, 32, 1), depth=10, width=4))).parameters
+    19660
     """
-    multiply_adds, kept = 0, {}
+    multiply_adds = 0
+    kept: dict[int, int] = {}
     for layer in model.layers:
         kernel = getattr(layer, "kernel", None)
         if kernel is not None:
@@ -54,7 +62,7 @@ def cost(model: keras.Model) -> Cost:
             multiply_adds += positions * math.prod(kernel.shape)
         if layer.weights or "pool" in layer.name:
             source = _before_padding(layer.input)
-            if source._keras_history.operation.__class__.__name__ != "InputLayer":
+            if type(maker_of(source)).__name__ != "InputLayer":
                 kept[id(source)] = math.prod(source.shape[1:])
     return Cost(
         parameters=sum(math.prod(variable.shape) for variable in model.trainable_variables),
@@ -63,10 +71,10 @@ def cost(model: keras.Model) -> Cost:
     )
 
 
-def _before_padding(tensor):
+def _before_padding(tensor: Any) -> Any:
     """Look through a padding layer: a good implementation pads inside the convolution."""
-    layer = tensor._keras_history.operation
-    return layer.input if "ZeroPadding" in layer.__class__.__name__ else tensor
+    layer = maker_of(tensor)
+    return layer.input if "ZeroPadding" in type(layer).__name__ else tensor
 
 
 def preset_table(names: tuple[str, ...]) -> str:
@@ -77,10 +85,13 @@ def preset_table(names: tuple[str, ...]) -> str:
 
     Raises:
         UsageError: an unknown name.
+
+    >>> preset_table(("resnet10_2d",)).splitlines()[-1]
+    '| `resnet10_2d` | ResNet-10 on slices | 256x256x3 | 10 | ... | none | - |'
     """
     lines = [f"| {' | '.join(_COLUMNS)} |", "|--" * len(_COLUMNS) + "|"]
     for name in names:
-        spec, found, chosen = preset(name), cost(build_classifier(name)), PRESETS[name]
+        spec, costs, chosen = preset(name), cost(build_classifier(name)), PRESETS[name]
         weights = ", ".join(f"`{source}`" for source in chosen.sources) or "none"
         if chosen.via:
             weights += f" ({chosen.via})"
@@ -89,9 +100,9 @@ def preset_table(names: tuple[str, ...]) -> str:
             chosen.title,
             "x".join(map(str, spec.input_shape)),
             f"{spec.depth}",
-            f"{found.multiply_adds / 1e9:,.1f}",
-            f"{found.parameters:,}",
-            f"{found.activation_bytes / 2**20:,.0f}",
+            f"{costs.multiply_adds / 1e9:,.1f}",
+            f"{costs.parameters:,}",
+            f"{costs.activation_bytes / 2**20:,.0f}",
             weights,
             chosen.licence or "-",
         )

@@ -1,14 +1,18 @@
-"""A functional model read as a flat list of steps, for whoever runs it another way.
+"""A functional model read as a flat list of steps, for code that runs it another way.
 
-Pure reading: no backend is imported and nothing is changed. Padding layers disappear into the
-convolution or pooling that follows them, which pads by itself.
+Reading imports no backend and changes nothing. Padding layers are merged into the convolution or
+pooling that follows them, which pads by itself.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import keras
 from keras import layers
+
+from ich_keras.keras_private import nodes_by_depth, operation_kind
 
 CONVOLUTIONS = (layers.Conv2D, layers.Conv3D)
 PADDINGS = (layers.ZeroPadding2D, layers.ZeroPadding3D)
@@ -17,7 +21,7 @@ MEANS = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
 
 
 class UnknownStep(Exception):
-    """The model holds something that this reading does not cover; the text says what."""
+    """The model contains something that cannot be read as a step; the text says what."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Step:
     Args:
         kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "mean", "add", "dropout",
             "dense", "sigmoid", "pad", "channels" (zero channels appended), "subsample" (every
-            so-manieth position) or "detach".
+            n-th position) or "detach".
         name: of the layer or operation.
         layer: the Keras layer or operation.
         sources: numbers of the values it reads; 0 is the model's input.
@@ -35,17 +39,17 @@ class Step:
         dtype: Keras' name of the type it computes in.
         amounts: per axis: padding of "conv" (symmetric), "max_pool" (symmetric) and "pad"
             (before, after); steps of "subsample"; channels added by "channels" (one number).
-        norm: the batch normalisation that a "conv" has taken in (`fold_norms`).
+        norm: the batch normalisation folded into a "conv" (`fold_norms`); None without one.
     """
 
     kind: str
     name: str
-    layer: object
+    layer: Any
     sources: tuple[int, ...]
     target: int
     dtype: str
-    amounts: tuple = ()
-    norm: object = None
+    amounts: tuple[Any, ...] = ()
+    norm: Any = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Graph:
     Args:
         steps: what to do.
         outputs: numbers of the values that the model gives, flat.
-        readers: value number -> how many steps (and outputs) read it.
+        readers: number of a value -> how many steps and outputs read it.
     """
 
     steps: tuple[Step, ...]
@@ -76,8 +80,13 @@ def read_graph(model: keras.Model) -> Graph:
 
     Raises:
         UnknownStep: a layer, a setting of a layer, or a structure that is not covered.
+
+    >>> image = keras.Input((8, 8, 3))
+    >>> x = layers.Conv2D(4, 3, use_bias=False)(layers.ZeroPadding2D(1)(image))
+    >>> [(step.kind, step.amounts) for step in read_graph(keras.Model(image, x)).steps]
+    [('conv', (1, 1))]
     """
-    nodes = getattr(model, "_nodes_by_depth", None)
+    nodes = nodes_by_depth(model)
     if nodes is None or len(model.inputs) != 1:
         raise UnknownStep("the model is not a functional one with a single input")
     numbers = {id(model.inputs[0]): 0}
@@ -95,7 +104,7 @@ def read_graph(model: keras.Model) -> Graph:
     return _with_padding_inside(steps, outputs)
 
 
-def _step(node, sources: tuple[int, ...], target: int) -> Step:
+def _step(node: Any, sources: tuple[int, ...], target: int) -> Step:
     operation = node.operation
     if isinstance(operation, layers.Layer):
         kind, amounts = _layer_kind(operation)
@@ -106,12 +115,12 @@ def _step(node, sources: tuple[int, ...], target: int) -> Step:
     return Step(kind, operation.name, operation, sources, target, dtype, amounts)
 
 
-def _require(is_met: bool, layer, what: str) -> None:
+def _require(is_met: bool, layer: Any, what: str) -> None:
     if not is_met:
         raise UnknownStep(f"layer {layer.name} ({type(layer).__name__}) {what}")
 
 
-def _layer_kind(layer) -> tuple[str, tuple]:
+def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
     kind = type(layer)
     _require(getattr(layer, "activity_regularizer", None) is None, layer, "regularises outputs")
     _require(layer.quantization_mode is None, layer, "is quantised")
@@ -162,10 +171,10 @@ def _layer_kind(layer) -> tuple[str, tuple]:
     raise UnknownStep(f"layer {layer.name} is a {kind.__name__}")
 
 
-def _operation_kind(node) -> tuple[str, tuple]:
+def _operation_kind(node: Any) -> tuple[str, tuple[Any, ...]]:
     """Read what shortcut A is made of (`ich_keras.models.resnet._shortcut`)."""
     operation = node.operation
-    kind = type(operation).__name__ if type(operation).__module__.startswith("keras.src") else ""
+    kind = operation_kind(operation)
     if kind == "StopGradient":
         return "detach", ()
     if kind == "GetItem":
@@ -186,7 +195,7 @@ def _operation_kind(node) -> tuple[str, tuple]:
     raise UnknownStep(f"operation {operation.name} ({type(operation).__name__})")
 
 
-def _constant(node) -> float:
+def _constant(node: Any) -> float:
     return node.arguments.kwargs.get("constant_values") or 0.0
 
 
@@ -194,7 +203,8 @@ def _with_padding_inside(steps: list[Step], outputs: tuple[int, ...]) -> Graph:
     """Let convolutions pad by themselves, and max pooling too where a ReLU comes before."""
     readers = _count_readers(steps, outputs)
     made = {step.target: step for step in steps}
-    inside, kept = set(), []
+    inside: set[int] = set()
+    kept: list[Step] = []
     for step in steps:
         pad = made.get(step.sources[0])
         if (
@@ -210,8 +220,8 @@ def _with_padding_inside(steps: list[Step], outputs: tuple[int, ...]) -> Graph:
                 step, sources=pad.sources, amounts=tuple(before for before, _ in pad.amounts)
             )
         kept.append(step)
-    kept = tuple(step for step in kept if step.target not in inside)
-    return Graph(kept, outputs, _count_readers(kept, outputs))
+    left = tuple(step for step in kept if step.target not in inside)
+    return Graph(left, outputs, _count_readers(left, outputs))
 
 
 def _pools_like_torch(step: Step, pad: Step, before: Step | None) -> bool:
@@ -221,9 +231,10 @@ def _pools_like_torch(step: Step, pad: Step, before: Step | None) -> bool:
 
 
 def fold_norms(graph: Graph) -> Graph:
-    """Let every convolution take in the batch normalisation that alone reads its result."""
+    """Fold batch normalisation into the convolution before it, where nothing else reads that."""
     convolutions = {step.target: step for step in graph.steps if step.kind == "conv"}
-    steps, taken = [], set()
+    steps: list[Step] = []
+    taken: set[int] = set()
     for step in graph.steps:
         conv = convolutions.get(step.sources[0])
         if step.kind == "batch_norm" and conv and graph.readers[conv.target] == 1:
@@ -234,7 +245,7 @@ def fold_norms(graph: Graph) -> Graph:
     return Graph(kept, graph.outputs, _count_readers(kept, graph.outputs))
 
 
-def _count_readers(steps, outputs: tuple[int, ...]) -> dict[int, int]:
+def _count_readers(steps: Iterable[Step], outputs: tuple[int, ...]) -> dict[int, int]:
     counts = Counter(outputs)
     counts.update(source for step in steps for source in step.sources)
     return dict(counts)

@@ -1,14 +1,11 @@
 """The loss: binary cross-entropy over the six labels, plain or weighted as the competition's."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from ich_keras.errors import UsageError
-from ich_keras.labels import ANY, LABELS
-
-# The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
-RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)
-LOSSES = {"bce": None, "rsna": RSNA_WEIGHTS}
 
 
 @keras.saving.register_keras_serializable("ich_keras")
@@ -20,16 +17,24 @@ class BinaryCrossEntropy(keras.losses.Loss):
             cannot be seen from the numbers, and the wrong one trains on the wrong loss. (The fast
             steps of the torch backend see the model and refuse it; `compile_classifier` sets it.)
         label_weights: one weight per label; the average divides by their sum. None: all alike.
-            RSNA_WEIGHTS makes it the competition's metric.
+            `ich_keras.models.options.RSNA_WEIGHTS` makes it the competition's metric.
         settings: of `keras.losses.Loss`.
+
+    Formula:
+        -(y log p + (1 - y) log(1 - p)) for each label, with p = 1 / (1 + exp(-logit)).
+
+    >>> loss = BinaryCrossEntropy(from_logits=True)
+    >>> zeros = keras.ops.zeros((2, 6))
+    >>> round(float(loss(zeros, zeros)), 4)  # log 2: undecided
+    0.6931
     """
 
     def __init__(
         self,
         from_logits: bool = True,
         label_weights: tuple[float, ...] | None = None,
-        **settings,
-    ):
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
         self.from_logits = from_logits
         self.label_weights = None if label_weights is None else tuple(label_weights)
@@ -41,7 +46,7 @@ class BinaryCrossEntropy(keras.losses.Loss):
             return None
         return [weight / sum(self.label_weights) for weight in self.label_weights]
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
@@ -61,7 +66,7 @@ class BinaryCrossEntropy(keras.losses.Loss):
                 f"{len(self.label_weights)} label weights for {number} outputs; expected one each."
             )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs."""
         return super().get_config() | {
             "from_logits": self.from_logits,

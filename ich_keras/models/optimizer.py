@@ -4,13 +4,16 @@ Schedules, clipping, EMA, accumulation, loss scaling, saving and loading stay Ke
 update itself is ours.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from ich_keras.errors import UsageError
 
 # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
-_BASE = type(keras.optimizers.Adam())
+_BASE: Any = type(keras.optimizers.Adam())
 
 
 @keras.saving.register_keras_serializable("ich_keras")
@@ -30,24 +33,39 @@ class Adam(_BASE):
         fused: on the torch backend, use torch's fused kernel: one pass over weights, gradients
             and moments instead of nine.
         settings: of `keras.optimizers.Adam`.
+
+    Formula:
+        w -= rate * m' / (sqrt(v') + epsilon), with m' and v' the first and second moments divided
+        by 1 - beta_1^t and 1 - beta_2^t.
+
+    >>> weight = keras.Variable([1.0], name="weight")
+    >>> optimizer = Adam(0.1)
+    >>> optimizer.apply([keras.ops.convert_to_tensor([5.0])], [weight])
+    >>> [round(float(w), 6) for w in weight.numpy()]  # the first step is the rate itself
+    [0.9]
     """
+
+    # Keras' own, changed for the length of a call.
+    epsilon: Any
+    weight_decay: float | None
 
     def __init__(
         self,
-        learning_rate=1e-3,
+        learning_rate: Any = 1e-3,
         epsilon: float = 1e-8,
         backbone_factor: float = 1.0,
         head_layers: tuple[str, ...] = (),
         fused: bool = True,
-        **settings,
-    ):
+        **settings: Any,
+    ) -> None:
         super().__init__(learning_rate=learning_rate, epsilon=epsilon, **settings)
         self.backbone_factor = backbone_factor
         self.head_layers = tuple(head_layers)
         self.fused = fused and keras.backend.backend() == "torch"
-        self._flat = {}  # of the fused update
+        # The fused update's views of weights and slots, by the slots' position.
+        self.fused_views: dict[int, list[Any]] = {}
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs."""
         return super().get_config() | {
             "backbone_factor": self.backbone_factor,
@@ -55,7 +73,7 @@ class Adam(_BASE):
             "fused": self.fused,
         }
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Any]) -> None:
         """Make the slots.
 
         Raises:
@@ -76,7 +94,9 @@ class Adam(_BASE):
                 )
         super().build(variables)
 
-    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
         """Add a slot; for the fused update in the memory order of its weight."""
         if self.fused and initializer == "zeros":
             from ich_keras.models.torch.adam import zeros_in_order_of
@@ -84,12 +104,14 @@ class Adam(_BASE):
             initializer = zeros_in_order_of(reference_variable)
         return super().add_variable_from_reference(reference_variable, name, initializer)
 
-    def _is_head(self, variable) -> bool:
+    def _is_head(self, variable: Any) -> bool:
         return self.backbone_factor == 1 or variable.path.startswith(
             tuple(f"{layer}/" for layer in self.head_layers)
         )
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
         if self.backbone_factor == 1:
             self._update(grads, trainable_variables, learning_rate)
             return
@@ -98,9 +120,10 @@ class Adam(_BASE):
             group = [pair for pair in pairs if self._is_head(pair[1]) == is_head]
             if group:
                 rate = learning_rate * factor
-                self._update(*map(list, zip(*group, strict=True)), rate)
+                some_grads, some_variables = map(list, zip(*group, strict=True))
+                self._update(some_grads, some_variables, rate)
 
-    def _update(self, grads, variables, learning_rate):
+    def _update(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         if self.fused:
             from ich_keras.models.torch.adam import fused_update
 
@@ -114,7 +137,7 @@ class Adam(_BASE):
         finally:
             self.epsilon = epsilon
 
-    def _apply_weight_decay(self, variables):
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         if self.weight_decay is None:
             return
         decay = self.weight_decay

@@ -1,304 +1,26 @@
-"""ModelSpec, and the presets: which network is meant by a name."""
+"""The presets: which network and which pretrained weights are meant by a name."""
 
 import difflib
-import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import cast
+from dataclasses import dataclass, replace
 
 from ich_keras.errors import UsageError
-
-# Blocks per stage (He et al., Deep Residual Learning, 2016, table 1; 10 as in MedicalNet).
-STAGE_BLOCKS = {
-    10: (1, 1, 1, 1),
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-NUM_STAGES = 4
-BOTTLENECK_EXPANSION = 4
-MAX_CHANNELS = 1024  # of an input; a typing error must not ask for terabytes
-SHORTCUTS = ("A", "B")
-NORMS = ("batch", "frozen", "group")
-NAMINGS = ("image", "video")
-# Where the outputs of a backbone can be tapped, in the order of the computation.
-FEATURES = ("stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
-# The steps of `fit`, and what may be computed twice in them: see `ich_keras.models.steps`.
-STEPS = ("fast", "stock")
-# What one part that is computed again is: its layers share this beginning of their names.
-RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
-# Keras' policy of each precision.
-PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
-# What can be kept as it is while the rest is trained: all up to and including that part.
-FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")
-
-# A kernel, stride or dilation: one number for all axes, or one per axis (slices, rows, columns).
-PerAxis = int | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A ResNet, described.
-
-    Args:
-        input_shape: (rows, columns, channels) for 2D, (slices, rows, columns, channels) for 3D;
-            the number of spatial axes follows from it. A length may be None (any).
-        depth: a key of `STAGE_BLOCKS`; 50 and more use bottleneck blocks.
-        shortcut: "B" is a strided 1x1 convolution with batch normalisation, "A" is subsampling
-            with zero channels appended (He et al. 2016, section 3.3; MedicalNet 18 and 34).
-        detach_shortcut: let no gradient through shortcut A. MedicalNet's own code does so (it
-            builds the shortcut from `out.data`); only to imitate its training.
-        stem_kernel: of the first convolution.
-        stem_stride: of the first convolution.
-        pool_kernel: of the max pooling after it; None leaves the pooling out.
-        pool_stride: of the max pooling.
-        kernels: of each stage's 3x3 convolutions.
-        strides: stride of each stage's first block.
-        dilations: dilation of each stage's 3x3 convolutions.
-        factorised: split each 3D kernel into one within slices and one across, with batch
-            normalisation and ReLU between (Tran et al. 2018, R(2+1)D).
-        naming: how torch names the layers: "image" (`layer1.0.conv1`, `layer1.0.bn1`;
-            torchvision's image ResNets, MedicalNet) or "video" (`layer1.0.conv1.0`,
-            `layer1.0.conv1.1`; torchvision's video ResNets).
-        norm: "batch"; "frozen" keeps the statistics, scale and shift that were loaded, for
-            batches of one volume; "group" normalises groups of channels in each sample, likewise
-            independent of the batch, but fits no pretrained weights.
-        width: channels of the first stage; 64 in the paper, fewer in tests.
-        dropout: rate before the head.
-    """
-
-    input_shape: tuple[int | None, ...]
-    depth: int = 18
-    shortcut: str = "B"
-    detach_shortcut: bool = False
-    stem_kernel: PerAxis = 7
-    stem_stride: PerAxis = 2
-    pool_kernel: PerAxis | None = 3
-    pool_stride: PerAxis = 2
-    kernels: tuple[PerAxis, ...] = (3, 3, 3, 3)
-    strides: tuple[PerAxis, ...] = (1, 2, 2, 2)
-    dilations: tuple[PerAxis, ...] = (1, 1, 1, 1)
-    factorised: bool = False
-    naming: str = "image"
-    norm: str = "batch"
-    width: int = 64
-    dropout: float = 0.5
-
-    def __post_init__(self):
-        self._check_input()
-        for name, known in (
-            ("depth", tuple(STAGE_BLOCKS)),
-            ("shortcut", SHORTCUTS),
-            ("naming", NAMINGS),
-            ("norm", NORMS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                shown = " or ".join(repr(k) for k in known) if len(known) < 4 else f"one of {known}"
-                raise UsageError(f"{name} {value!r}; expected {shown}.")
-        for name in ("kernels", "strides", "dilations"):
-            if len(getattr(self, name)) != NUM_STAGES:
-                raise UsageError(
-                    f"{name} {getattr(self, name)}; expected one entry for each of the"
-                    f" {NUM_STAGES} stages."
-                )
-            for value in getattr(self, name):
-                self._check_per_axis(name, value)
-        for name in ("stem_kernel", "stem_stride", "pool_kernel", "pool_stride"):
-            if getattr(self, name) is not None:
-                self._check_per_axis(name, getattr(self, name))
-        if self.detach_shortcut and self.shortcut != "A":
-            raise UsageError("detach_shortcut is about shortcut 'A'; this network has 'B'.")
-        if self.factorised and self.rank != 3:
-            raise UsageError("factorised kernels need slices: a 3D input.")
-        if type(self.width) is not int or self.width < 1:
-            raise UsageError(f"width {self.width}; expected a whole number of at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout {self.dropout}; expected a rate of at least 0, below 1.")
-        self._check_slices()
-
-    def _check_input(self) -> None:
-        if not isinstance(self.input_shape, tuple) or self.rank not in (2, 3):
-            raise UsageError(
-                f"input_shape {self.input_shape!r}; expected"
-                " (rows, columns, channels) or (slices, rows, columns, channels)."
-            )
-        odd = [n for n in self.input_shape if n is not None and type(n) is not int]
-        if odd:
-            raise UsageError(f"input_shape {self.input_shape}; expected whole numbers or None.")
-        if self.channels is None or not 1 <= self.channels <= MAX_CHANNELS:
-            raise UsageError(
-                f"input_shape {self.input_shape}: the last axis, the channels, must be known, from"
-                f" 1 to {MAX_CHANNELS}."
-            )
-        if any(length is not None and length < 1 for length in self.input_shape):
-            raise UsageError(f"input_shape {self.input_shape}; expected lengths of at least 1.")
-
-    def _check_per_axis(self, name: str, value: PerAxis) -> None:
-        numbers = self.per_axis(value)
-        if min(numbers) < 1:
-            raise UsageError(f"{name} {value}; expected at least 1.")
-        if "kernel" in name and any(number % 2 == 0 for number in numbers):
-            raise UsageError(f"{name} {value}; expected odd numbers, which pad both ends alike.")
-
-    def _check_slices(self) -> None:
-        """Refuse a stride along slices where one slice is left: the input is too thin for it.
-
-        The last stage may stride over one slice: three stages have seen its neighbours by then.
-        """
-        if self.rank == 2 or self.input_shape[0] is None:
-            return
-        before, seen = self.input_shape[0], [str(self.input_shape[0])]
-        for name, stride in self._strides()[:-1]:
-            if before == 1 and stride[0] > 1:
-                raise UsageError(
-                    f"{self.input_shape[0]} slice(s) are too few for this network: their number"
-                    f" goes {' -> '.join(seen)}, and {name} still strides over slices; it takes at"
-                    f" least {self._least_slices()}. Take more slices, a preset with depth stride"
-                    " 1 (such as resnet18_3d_slab), or a 2D preset; in Python, with input_shape"
-                    " (None, ...) the network runs all the same."
-                )
-            before = _strided(before, stride[0])
-            seen.append(f"{before} ({name})")
-
-    def _least_slices(self) -> int:
-        """Return the least number of slices that `_check_slices` lets pass."""
-        least = 1
-        for _, stride in reversed(self._strides()[:-1]):
-            # Two have to enter a stride over slices, however many leave it.
-            least = max((least - 1) * stride[0] + 1, 2 if stride[0] > 1 else 1)
-        return least
-
-    def _strides(self) -> list[tuple[str, tuple[int, ...]]]:
-        pool = [] if self.pool_kernel is None else [("maxpool", self.per_axis(self.pool_stride))]
-        stages = [(f"layer{n}", self.per_axis(s)) for n, s in enumerate(self.strides, 1)]
-        return [("stem", self.per_axis(self.stem_stride)), *pool, *stages]
-
-    @property
-    def rank(self) -> int:
-        """Number of spatial axes: 2 or 3."""
-        return len(self.input_shape) - 1
-
-    @property
-    def channels(self) -> int:
-        """Length of the last axis of the input."""
-        # `_check_input` refuses None.
-        return cast(int, self.input_shape[-1])
-
-    @property
-    def is_bottleneck(self) -> bool:
-        """Whether the blocks are 1x1-3x3-1x1 with four times the channels."""
-        return self.depth >= 50
-
-    @property
-    def num_features(self) -> int:
-        """Length of the pooled feature vector."""
-        expansion = BOTTLENECK_EXPANSION if self.is_bottleneck else 1
-        return self.width * 2 ** (NUM_STAGES - 1) * expansion
-
-    def per_axis(self, value: PerAxis) -> tuple[int, ...]:
-        """Spell out a kernel, stride or dilation as one number per spatial axis."""
-        if isinstance(value, int):
-            return (value,) * self.rank
-        if len(value) != self.rank:
-            raise UsageError(f"{value} has {len(value)} axes; the network has {self.rank}.")
-        return tuple(value)
-
-    def spatial_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Return (slices, rows, columns) or (rows, columns) after the stem, the pooling and each
-        stage; None where the input's length is None."""
-        shape, shapes = self.input_shape[:-1], {}
-        for name, stride in self._strides():
-            shape = tuple(_strided(n, s) for n, s in zip(shape, stride, strict=True))
-            shapes[name] = shape
-        return shapes
-
-    def with_any_size(self) -> "ModelSpec":
-        """Return the same network for inputs of any size, with the same rank and channels."""
-        return replace(self, input_shape=(*(None for _ in range(self.rank)), self.channels))
-
-    def differences(self, other: "ModelSpec") -> dict[str, tuple]:
-        """Return what another network computes differently from the same weights, or which weights
-        it lacks: name -> (here, there).
-
-        The input's size, the dropout and the way of training (a detached shortcut, frozen
-        statistics) do not count.
-        """
-        left_out = ("input_shape", "dropout", "detach_shortcut", "norm")
-        names = ["rank", "channels", *(f.name for f in fields(self) if f.name not in left_out)]
-        pairs = {name: (self._spelt_out(name), other._spelt_out(name)) for name in names}
-        pairs["norm"] = tuple("group" if s.norm == "group" else "batch" for s in (self, other))
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-    def _spelt_out(self, name: str):
-        """Return a field with kernels, strides and dilations as one number per axis."""
-        value = getattr(self, name)
-        if name in ("kernels", "strides", "dilations"):
-            return tuple(self.per_axis(entry) for entry in value)
-        if name in ("stem_kernel", "stem_stride", "pool_kernel", "pool_stride"):
-            return None if value is None else self.per_axis(value)
-        return value
-
-    def to_dict(self) -> dict:
-        """Return the specification ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict) -> "ModelSpec":
-        """Read a specification back from JSON.
-
-        Raises:
-            UsageError: not one, or one with unknown entries.
-        """
-        known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or not set(content) <= known:
-            raise UsageError(f"network {content!r}; expected an object with {sorted(known)}.")
-        try:
-            return cls(**{name: _tuples(value) for name, value in content.items()})
-        except TypeError as error:
-            raise UsageError(f"network {content!r}: {error}.") from error
-
-
-def _tuples(value):
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
-
-
-def _strided(length: int | None, stride: int) -> int | None:
-    # Odd kernels padded alike on both ends: the output length depends on the stride alone.
-    return None if length is None else (length - 1) // stride + 1
-
-
-def require_trainable(spec: ModelSpec, batch_size: int) -> None:
-    """Refuse a training whose batch normalisation has a single value per channel.
-
-    Its variance is then 0 and its output a constant: the network would learn nothing and say
-    nothing about it.
-
-    Raises:
-        UsageError: naming the size after the last stage and the ways out.
-    """
-    last = spec.spatial_shapes()[f"layer{NUM_STAGES}"]
-    if spec.norm != "batch" or None in last or math.prod(last) * batch_size > 1:
-        return
-    raise UsageError(
-        f"an input of {spec.input_shape[:-1]} is {last} after the last stage: with a batch of"
-        f" {batch_size}, batch normalisation has one value per channel and no variance.",
-        "Take larger batches or inputs, or norm 'frozen' (with weights) or 'group'.",
-    )
+from ich_keras.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A network by name.
+    """A network that has a name, and the pretrained weights that fit it.
 
     Args:
         spec: the network.
-        title: one line: what it is.
+        title: what it is, in one line.
         sources: pretrained weights, by the names of `weights-convert list`; the first is the
             usual one.
-        via: the `weights-convert` command that changes their shape to fit ("" when they fit as
-            they are).
+        via: the `weights-convert` command that changes the shape of the weights to fit ("" when
+            they fit as they are).
+
+    >>> PRESETS["resnet50_3d_medicalnet"].licence
+    'MIT'
     """
 
     spec: ModelSpec
@@ -309,12 +31,8 @@ class Preset:
     @property
     def licence(self) -> str:
         """Licence of the weights; "" without any."""
-        found = (
-            text
-            for begin, text in LICENCES.items()
-            if self.sources[:1] and self.sources[0].startswith(begin)
-        )
-        return next(found, "")
+        usual = self.sources[0] if self.sources else ""
+        return next((text for begin, text in LICENCES.items() if usual.startswith(begin)), "")
 
 
 # Licence of the weights, by how the names of sources begin.
@@ -325,42 +43,55 @@ SERIES_SHAPE = (60, 256, 256, 1)  # a whole series, one channel (thesis, its 3D 
 SLAB_SHAPE = (5, 256, 256, 1)  # five neighbouring slices (thesis, its third network)
 VIDEO_SHAPE = (60, 256, 256, 3)  # Kinetics' networks take three channels
 
-# Chen et al., Med3D (2019): output stride 8, the last two stages dilated instead of strided.
-_MEDICALNET = {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)}
 _MEDICALNET_SHORTCUTS = {10: "B", 18: "A", 34: "A", 50: "B"}
-# Slices are never skipped: five of them stay five until the average at the end.
-_SLAB = {
-    "stem_stride": (1, 2, 2),
-    "pool_kernel": (1, 3, 3),
-    "pool_stride": (1, 2, 2),
-    "strides": (1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
-}
 # Tran et al., A Closer Look at Spatiotemporal Convolutions (2018), as in torchvision.
-_VIDEO = {
-    "input_shape": VIDEO_SHAPE,
-    "naming": "video",
-    "stem_kernel": (3, 7, 7),
-    "stem_stride": (1, 2, 2),
-    "pool_kernel": None,
-}
+_VIDEO = ModelSpec(
+    VIDEO_SHAPE,
+    naming="video",
+    stem_kernel=(3, 7, 7),
+    stem_stride=(1, 2, 2),
+    pool_kernel=None,
+)
+
+
+def _medicalnet(input_shape: tuple[int, ...], depth: int) -> ModelSpec:
+    """Chen et al., Med3D (2019): output stride 8, the last two stages dilated, not strided."""
+    return ModelSpec(
+        input_shape,
+        depth=depth,
+        shortcut=_MEDICALNET_SHORTCUTS[depth],
+        strides=(1, 2, 1, 1),
+        dilations=(1, 1, 2, 4),
+    )
+
+
+def _slab(depth: int) -> ModelSpec:
+    """Slices are never skipped: five of them stay five until the average at the end."""
+    return ModelSpec(
+        SLAB_SHAPE,
+        depth=depth,
+        stem_stride=(1, 2, 2),
+        pool_kernel=(1, 3, 3),
+        pool_stride=(1, 2, 2),
+        strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
+    )
 
 
 def _depth_presets(depth: int) -> dict[str, Preset]:
     image = (f"torchvision_resnet{depth}",) if depth != 10 else ()
     medicalnet = (f"medicalnet_resnet{depth}_23datasets", f"medicalnet_resnet{depth}")
-    dilated = {"depth": depth, "shortcut": _MEDICALNET_SHORTCUTS[depth], **_MEDICALNET}
     return {
         f"resnet{depth}_2d": Preset(
             ModelSpec(SLICE_SHAPE, depth=depth), f"ResNet-{depth} on slices", image
         ),
         f"resnet{depth}_2d_medicalnet": Preset(
-            ModelSpec((*SLICE_SHAPE[:2], 1), **dilated),
+            _medicalnet((*SLICE_SHAPE[:2], 1), depth),
             f"MedicalNet's ResNet-{depth} collapsed to slices",
             medicalnet,
             via="collapse",
         ),
         f"resnet{depth}_3d_medicalnet": Preset(
-            ModelSpec(SERIES_SHAPE, **dilated),
+            _medicalnet(SERIES_SHAPE, depth),
             f"MedicalNet's ResNet-{depth}: dilated, output stride 8",
             medicalnet,
         ),
@@ -371,7 +102,7 @@ def _depth_presets(depth: int) -> dict[str, Preset]:
             via="inflate" if image else "",
         ),
         f"resnet{depth}_3d_slab": Preset(
-            ModelSpec(SLAB_SHAPE, depth=depth, **_SLAB),
+            _slab(depth),
             f"ResNet-{depth} on slabs: depth stride 1",
             image,
             via="inflate" if image else "",
@@ -381,12 +112,10 @@ def _depth_presets(depth: int) -> dict[str, Preset]:
 
 PRESETS: dict[str, Preset] = {
     **{name: made for depth in (10, 18, 34, 50) for name, made in _depth_presets(depth).items()},
-    "r3d_18": Preset(
-        ModelSpec(**_VIDEO), "R3D-18 of Kinetics: 3D kernels", ("torchvision_r3d_18",)
-    ),
+    "r3d_18": Preset(_VIDEO, "R3D-18 of Kinetics: 3D kernels", ("torchvision_r3d_18",)),
     "mc3_18": Preset(
-        ModelSpec(
-            **_VIDEO,
+        replace(
+            _VIDEO,
             kernels=(3, (1, 3, 3), (1, 3, 3), (1, 3, 3)),
             strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
         ),
@@ -394,7 +123,7 @@ PRESETS: dict[str, Preset] = {
         ("torchvision_mc3_18",),
     ),
     "r2plus1d_18": Preset(
-        ModelSpec(**_VIDEO, factorised=True),
+        replace(_VIDEO, factorised=True),
         "R(2+1)D-18 of Kinetics: factorised kernels",
         ("torchvision_r2plus1d_18",),
     ),
@@ -402,7 +131,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def require_preset(name: str) -> None:
-    """Refuse a name that is no preset's.
+    """Refuse a name that belongs to no preset.
 
     Raises:
         UsageError: with the nearest name, or all of them.
@@ -416,7 +145,7 @@ def require_preset(name: str) -> None:
 def preset(
     name: str, input_shape: tuple[int | None, ...] | None = None, norm: str = "batch"
 ) -> ModelSpec:
-    """Look a preset up by name.
+    """Look up a preset by name.
 
     Args:
         name: a key of `PRESETS`.
@@ -424,7 +153,12 @@ def preset(
         norm: see `ModelSpec`.
 
     Raises:
-        UsageError: unknown name, or an input of another rank.
+        UsageError: unknown name, or an input with another number of axes.
+
+    >>> preset("resnet18_3d_slab").input_shape
+    (5, 256, 256, 1)
+    >>> preset("resnet18_3d_slab", input_shape=(5, 128, 128, 1)).rank
+    3
     """
     require_preset(name)
     spec = replace(PRESETS[name].spec, norm=norm)

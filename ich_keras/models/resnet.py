@@ -11,12 +11,13 @@ Tran et al., A Closer Look at Spatiotemporal Convolutions (2018) for the video n
 
 import math
 import re
+from typing import Any
 
 import keras
 from keras import layers, ops
 
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec, PerAxis
 
 # torch's defaults; its momentum 0.1 weighs the new value, Keras' 0.9 the old one.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
@@ -28,7 +29,7 @@ FACTORISED_STEM_CHANNELS, FACTORISED_STEM_WIDTH = 45, 64
 class _Graph:
     """The rank-dependent layers and the settings every layer shares."""
 
-    def __init__(self, spec: ModelSpec, dtype):
+    def __init__(self, spec: ModelSpec, dtype: Any) -> None:
         self.spec = spec
         self.dtype = dtype
         suffix = f"{spec.rank}D"
@@ -42,23 +43,31 @@ class _Graph:
             return f"{prefix}_conv{number}_0", f"{prefix}_conv{number}_1"
         return f"{prefix}_conv{number}", f"{prefix}_bn{number}"
 
-    def pad(self, x, width: tuple[int, ...], name: str):
+    def pad(self, x: Any, width: tuple[int, ...], name: str) -> Any:
         # torch pads both ends alike; Keras' "same" pads an even input at stride 2 on one end only
         # and so reads other pixels.
         if not any(width):
             return x
         return self.pad_layer(tuple((w, w) for w in width), dtype=self.dtype, name=name)(x)
 
-    def conv(self, x, filters: int, kernel, name: str, stride=1, dilation=1):
+    def conv(
+        self,
+        x: Any,
+        filters: int,
+        kernel: PerAxis,
+        name: str,
+        stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+    ) -> Any:
         """Convolve with symmetric padding of dilation * (kernel // 2), without bias."""
-        kernel, stride, dilation = (self.spec.per_axis(v) for v in (kernel, stride, dilation))
-        width = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
+        kernels, strides, dilations = map(self.spec.per_axis, (kernel, stride, dilation))
+        width = tuple(d * (k // 2) for d, k in zip(dilations, kernels, strict=True))
         x = self.pad(x, width, f"{name}_pad")
         return self.conv_layer(
             filters,
-            kernel,
-            strides=stride,
-            dilation_rate=dilation,
+            kernels,
+            strides=strides,
+            dilation_rate=dilations,
             use_bias=False,
             kernel_initializer=keras.initializers.VarianceScaling(
                 2.0, mode="fan_out", distribution="untruncated_normal"
@@ -67,7 +76,9 @@ class _Graph:
             name=name,
         )(x)
 
-    def main_conv(self, x, filters: int, stage: int, name: str, middle: int, stride=1):
+    def main_conv(
+        self, x: Any, filters: int, stage: int, name: str, middle: int, stride: PerAxis = 1
+    ) -> Any:
         """Convolve with the stage's kernel, whole or split into rows-and-columns and slices."""
         kernel, dilation = self.spec.kernels[stage], self.spec.dilations[stage]
         if not self.spec.factorised:
@@ -75,16 +86,26 @@ class _Graph:
         names = (f"{name}_0", f"{name}_1", f"{name}_3")
         return self.factorised_conv(x, filters, kernel, names, middle, stride, dilation)
 
-    def factorised_conv(self, x, filters, kernel, names, middle, stride=1, dilation=1):
-        kernel, stride, dilation = (self.spec.per_axis(v) for v in (kernel, stride, dilation))
-        within = [(1, *values[1:]) for values in (kernel, stride, dilation)]
-        across = [(values[0], 1, 1) for values in (kernel, stride, dilation)]
+    def factorised_conv(
+        self,
+        x: Any,
+        filters: int,
+        kernel: PerAxis,
+        names: tuple[str, str, str],
+        middle: int,
+        stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+    ) -> Any:
+        """Convolve within slices, normalise, and convolve across slices."""
+        settings = [self.spec.per_axis(value) for value in (kernel, stride, dilation)]
+        within = [(1, *values[1:]) for values in settings]
+        across = [(values[0], 1, 1) for values in settings]
         spatial, norm, temporal = names
         x = self.conv(x, middle, within[0], spatial, within[1], within[2])
         x = self.relu(self.norm(x, norm), f"{norm}_relu")
         return self.conv(x, filters, across[0], temporal, across[1], across[2])
 
-    def norm(self, x, name: str):
+    def norm(self, x: Any, name: str) -> Any:
         if self.spec.norm == "group":
             return layers.GroupNormalization(
                 math.gcd(MAX_NORM_GROUPS, x.shape[-1]),
@@ -98,11 +119,11 @@ class _Graph:
             **BATCH_NORM, trainable=is_trainable, dtype=self.dtype, name=name
         )(x)
 
-    def relu(self, x, name: str):
+    def relu(self, x: Any, name: str) -> Any:
         return layers.ReLU(dtype=self.dtype, name=name)(x)
 
 
-def _stem(graph: _Graph, x):
+def _stem(graph: _Graph, x: Any) -> Any:
     spec = graph.spec
     if spec.naming == "image":
         x = graph.conv(x, spec.width, spec.stem_kernel, "conv1", spec.stem_stride)
@@ -123,7 +144,7 @@ def _stem(graph: _Graph, x):
     return graph.max_pool_layer(kernel, strides=stride, dtype=graph.dtype, name="maxpool")(x)
 
 
-def _shortcut(graph: _Graph, x, filters: int, stride, prefix: str):
+def _shortcut(graph: _Graph, x: Any, filters: int, stride: PerAxis, prefix: str) -> Any:
     strides = graph.spec.per_axis(stride)
     missing = filters - x.shape[-1]
     if missing == 0 and set(strides) == {1}:
@@ -143,7 +164,9 @@ def _middle_channels(before: int, after: int) -> int:
     return before * after * 27 // (before * 9 + 3 * after)
 
 
-def _basic_block(graph: _Graph, x, channels: int, stage: int, stride, prefix: str):
+def _basic_block(
+    graph: _Graph, x: Any, channels: int, stage: int, stride: PerAxis, prefix: str
+) -> Any:
     shortcut = _shortcut(graph, x, channels, stride, prefix)
     middle = _middle_channels(x.shape[-1], channels)
     (conv1, norm1), (conv2, norm2) = graph.names(prefix, 1), graph.names(prefix, 2)
@@ -155,7 +178,9 @@ def _basic_block(graph: _Graph, x, channels: int, stage: int, stride, prefix: st
     return graph.relu(x, f"{prefix}_relu2")
 
 
-def _bottleneck_block(graph: _Graph, x, channels: int, stage: int, stride, prefix: str):
+def _bottleneck_block(
+    graph: _Graph, x: Any, channels: int, stage: int, stride: PerAxis, prefix: str
+) -> Any:
     wide = channels * BOTTLENECK_EXPANSION
     shortcut = _shortcut(graph, x, wide, stride, prefix)
     middle = _middle_channels(x.shape[-1], channels)
@@ -170,7 +195,7 @@ def _bottleneck_block(graph: _Graph, x, channels: int, stage: int, stride, prefi
     return graph.relu(x, f"{prefix}_relu3")
 
 
-def resnet(spec: ModelSpec, dtype=None) -> keras.Model:
+def resnet(spec: ModelSpec, dtype: Any = None) -> keras.Model:
     """Build the backbone: from an image or volume to pooled features.
 
     Args:
@@ -184,6 +209,9 @@ def resnet(spec: ModelSpec, dtype=None) -> keras.Model:
 
     Source:
         He et al. 2016, table 1.
+
+    >>> resnet(ModelSpec((32, 32, 1), depth=10, width=4)).output.shape
+    (None, 32)
     """
     graph = _Graph(spec, dtype)
     image = keras.Input(spec.input_shape, name="image", dtype="float32")
@@ -218,9 +246,13 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
 
     Raises:
         UsageError: a name the network does not have.
+
+    >>> maps = feature_model(resnet(ModelSpec((32, 32, 1), depth=10, width=4)), ("layer2",))
+    >>> maps.output["layer2"].shape
+    (None, 4, 4, 8)
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    last = {}
+    last: dict[str, Any] = {}
     for layer in model.layers:
         stage = re.match(r"layer\d+(?=_)", layer.name)
         name = "stem" if layer.name == "relu" else stage[0] if stage else layer.name

@@ -3,7 +3,7 @@
 import keras
 
 from ich_keras.errors import UsageError
-from ich_keras.models.presets import PRECISIONS, RECOMPUTE, STEPS
+from ich_keras.models.options import PRECISIONS, require_choice
 
 
 def built_precision(model: keras.Model) -> str:
@@ -20,7 +20,7 @@ def choose_step(
     recompute: str | None = None,
     compiled: bool | None = None,
 ) -> keras.Model:
-    """Choose the steps a functional model takes; may be called at any time.
+    """Choose the steps that a functional model takes; may be called at any time.
 
     On the torch backend "fast" runs the model as one flat function over its own parameters
     (`ich_keras.models.torch.step`); everything a Keras user sees stays. On jax and tensorflow both
@@ -44,23 +44,28 @@ def choose_step(
         The same model.
 
     Raises:
-        UsageError: an unknown name, or what Keras' own steps cannot do.
+        UsageError: an unknown name, what Keras' own steps cannot do, or a `keras.distribution` in
+            force on torch, whose backend does not carry it out.
+
+    >>> from ich_keras.models.resnet import resnet
+    >>> from ich_keras.models.spec import ModelSpec
+    >>> model = resnet(ModelSpec((32, 32, 1), depth=10, width=4))
+    >>> choose_step(model, "stock") is model
+    True
     """
     if not isinstance(model, keras.Model):
         raise UsageError(f"choose_step takes a Keras model; received {type(model).__name__}.")
-    for name, value, known in (
-        ("step", step, STEPS),
-        ("precision", precision, (None, *PRECISIONS)),
-        ("recompute", recompute, (None, *RECOMPUTE)),
-    ):
-        if value not in known:
-            names = ", ".join(option for option in known if option)
-            raise UsageError(f"{name} {value!r}; expected one of {names}.")
+    require_choice("step", step)
+    if precision is not None:
+        require_choice("precision", precision)
+    if recompute is not None:
+        require_choice("recompute", recompute)
     if recompute is not None and compiled:
         raise UsageError("recompute and compiled exclude each other.", "Leave one of them out.")
     backend = keras.backend.backend()
     if step == "fast" and backend == "torch":
-        from ich_keras.models.torch.step import StepOptions, accelerate
+        from ich_keras.models.torch.fast import StepOptions
+        from ich_keras.models.torch.step import accelerate
 
         if accelerate(model, StepOptions(precision, recompute, compiled)):
             return model

@@ -1,11 +1,18 @@
 """The fused Adam kernel of torch on the slots of Keras' optimiser."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 import torch
 
+from ich_keras.keras_private import adam_slots, fused_adam, slot_place, tensor_of
+
 
 @torch.no_grad()
-def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None:
+def fused_update(
+    optimizer: Any, grads: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
+) -> None:
     """Make one Adam step in place.
 
     Args:
@@ -18,13 +25,13 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
         `torch.optim.Adam(fused=True)`.
     """
     steps = optimizer.iterations
-    steps = (steps._value if isinstance(steps, keras.Variable) else steps) + 1
+    steps = (tensor_of(steps) if isinstance(steps, keras.Variable) else steps) + 1
     steps = steps.to(torch.float32)
-    rate = learning_rate._value if isinstance(learning_rate, keras.Variable) else learning_rate
-    by_dtype: dict[torch.dtype, list] = {}
+    rate = tensor_of(learning_rate) if isinstance(learning_rate, keras.Variable) else learning_rate
+    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, ...]]] = {}
     for grad, variable in zip(grads, variables, strict=True):
         weight, *slots = _tensors(optimizer, variable)
-        grad = _in_order_of(variable._value, grad)
+        grad = _in_order_of(tensor_of(variable), grad)
         if (grad.shape, grad.stride()) != (weight.shape, weight.stride()):
             grad = grad.as_strided(weight.shape, weight.stride())
         row = (weight, grad, *slots)
@@ -32,7 +39,7 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
     for rows in by_dtype.values():
         columns = [list(column) for column in zip(*rows, strict=True)]
         weights, ordered, momentums, velocities, *highest = columns
-        torch._fused_adam_(
+        fused_adam(
             weights,
             ordered,
             momentums,
@@ -50,47 +57,45 @@ def fused_update(optimizer, grads: list, variables: list, learning_rate) -> None
 
 
 # The kernel pairs elements by their place in memory, whatever the shape says: unequal strides
-# would train the wrong weights without a word. So every step looks.
+# would silently train the wrong weights. So every step checks.
 
 
-def zeros_in_order_of(variable):
+def zeros_in_order_of(variable: Any) -> Callable[..., torch.Tensor]:
     """Return a Keras initialiser for a slot that lies in memory like its weight.
 
     Rearranging the slots in the first step instead would hold most of them twice.
     """
-    return lambda shape, dtype: torch.zeros_like(variable._value.detach())
+    return lambda shape, dtype: torch.zeros_like(tensor_of(variable).detach())
 
 
-def _lay_out(slot, weight: torch.Tensor) -> None:
-    tensor = slot._value
+def _lay_out(slot: Any, weight: torch.Tensor) -> None:
+    tensor = tensor_of(slot)
     if tensor.stride() != weight.stride():
         tensor.data = _in_order_of(weight, tensor.data)
 
 
-def _tensors(optimizer, variable) -> list[torch.Tensor]:
+def _tensors(optimizer: Any, variable: Any) -> list[torch.Tensor]:
     """Return a weight and its slots as the kernel takes them without a copy.
 
     They are made once: the views hold their memory, so an equal address is the same memory.
     """
-    place = optimizer._get_variable_index(variable)
-    slots = [optimizer._momentums[place], optimizer._velocities[place]]
-    if optimizer.amsgrad:
-        slots.append(optimizer._velocity_hats[place])
-    tensors = [variable._value, *(slot._value for slot in slots)]
-    found = optimizer._flat.get(place)
-    if found is None or any(
-        tensor.data_ptr() != view.data_ptr() for tensor, view in zip(tensors, found, strict=True)
+    place = slot_place(optimizer, variable)
+    slots = adam_slots(optimizer, place)
+    weight = tensor_of(variable)
+    tensors = [weight, *map(tensor_of, slots)]
+    views = optimizer.fused_views.get(place)
+    if views is None or any(
+        tensor.data_ptr() != view.data_ptr() for tensor, view in zip(tensors, views, strict=True)
     ):
         for slot in slots:
-            _lay_out(slot, variable._value)
-        weight = variable._value
+            _lay_out(slot, weight)
         if _takes_any(weight):
             shape, stride = weight.shape, weight.stride()
         else:
             shape, stride = (weight.numel(),), (1,)
-        found = [tensor.as_strided(shape, stride) for tensor in tensors]
-        optimizer._flat[place] = found
-    return found
+        views = [tensor.as_strided(shape, stride) for tensor in tensors]
+        optimizer.fused_views[place] = views
+    return views
 
 
 def _takes_any(weight: torch.Tensor) -> bool:

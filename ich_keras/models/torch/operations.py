@@ -1,0 +1,264 @@
+"""Each step of a graph as a torch operation over numbered values."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ich_keras.keras_private import tensor_of
+from ich_keras.models.graph import Step
+from ich_keras.models.torch.convolution import Operation, Tensors, Values, convolution
+from ich_keras.models.torch.layout import (
+    as_channels,
+    cast,
+    deep,
+    interleaved,
+    num_interleaved,
+    shallow,
+    side_by_side,
+)
+
+# The head and what follows it stay in float32 whatever the precision.
+FULL_PRECISION = ("dense", "dropout", "sigmoid")
+
+
+class Operations:
+    """Makes the operations of one function, and numbers the tensors that they take.
+
+    Args:
+        training: use batch statistics and dropout.
+        precision: see `FlatFunction`.
+    """
+
+    def __init__(self, training: bool, precision: str | None):
+        self._training = training
+        self._precision = precision
+        self._makers: list[Callable[[], torch.Tensor]] = []
+        self._replaying = False
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that the operations take, in the order of their numbers."""
+        return [make() for make in self._makers]
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Compute for a second time: the statistics of normalisation stay."""
+        self._replaying = True
+        try:
+            yield
+        finally:
+            self._replaying = False
+
+    def of(self, step: Step, owned: set[int]) -> Operation:
+        """Return the operation of a step.
+
+        Args:
+            step: of a graph.
+            owned: numbers of the values that may be overwritten.
+        """
+        return getattr(self, f"_{step.kind}")(step, owned)
+
+    def _dtype(self, step: Step) -> torch.dtype:
+        if self._precision is None or step.kind in FULL_PRECISION:
+            return getattr(torch, step.dtype)
+        return getattr(torch, self._precision)
+
+    def _number(self, variable: Any) -> int:
+        """Take a variable's tensor into the list and return its number."""
+        return self._number_of(lambda: tensor_of(variable))
+
+    def _number_of(self, make: Callable[[], torch.Tensor]) -> int:
+        self._makers.append(make)
+        return len(self._makers) - 1
+
+    def _conv(self, step: Step, owned: set[int]) -> Operation:
+        layer, dtype = step.layer, self._dtype(step)
+        if step.norm is None:
+            kernel = self._number(layer.kernel)
+            bias = self._number(layer.bias) if layer.use_bias else None
+        else:
+            kernel = self._number_of(lambda: _folded_kernel(step, dtype))
+            bias = self._number_of(lambda: _folded_bias(step, dtype))
+        return convolution(step, kernel, bias, dtype)
+
+    def _batch_norm(self, step: Step, owned: set[int]) -> Operation:
+        layer, dtype, source = step.layer, self._dtype(step), step.sources[0]
+        gamma, beta = self._number(layer.gamma), self._number(layer.beta)
+        mean, variance = self._number(layer.moving_mean), self._number(layer.moving_variance)
+        by_batch = self._training and layer.trainable
+        weight_of_new, epsilon = 1 - layer.momentum, layer.epsilon
+
+        def batch_norm(values: Values, tensors: Tensors) -> torch.Tensor:
+            x, running = cast(values[source], dtype), (tensors[mean], tensors[variance])
+            slices = num_interleaved(x)
+            x = side_by_side(x) if slices else x
+            if by_batch and self._replaying:
+                # Computed again for the backward pass: the statistics must not move twice.
+                running = running[0].clone(), running[1].clone()
+            scale, shift = tensors[gamma], tensors[beta]
+            if by_batch and x.numel() == x.shape[1]:
+                return _norm_of_one(x, *running, scale, shift, weight_of_new)
+            x = F.batch_norm(x, *running, scale, shift, by_batch, weight_of_new, epsilon)
+            return interleaved(x, slices) if slices else x
+
+        return batch_norm
+
+    def _group_norm(self, step: Step, owned: set[int]) -> Operation:
+        layer, dtype, source = step.layer, self._dtype(step), step.sources[0]
+        gamma, beta = self._number(layer.gamma), self._number(layer.beta)
+        groups, epsilon = layer.groups, layer.epsilon
+        wide = torch.promote_types(dtype, torch.float32)  # mixed types are not for every device
+
+        def group_norm(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = cast(values[source], wide)
+            scale, shift = cast(tensors[gamma], wide), cast(tensors[beta], wide)
+            return cast(F.group_norm(x, groups, scale, shift, epsilon), dtype)
+
+        return group_norm
+
+    def _relu(self, step: Step, owned: set[int]) -> Operation:
+        source = step.sources[0]
+        # What made an owned value (normalisation, addition) does not need it for its gradient.
+        is_owned = source in owned
+
+        def relu(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = values[source]
+            # Interleaved slices are views: autograd would copy the gradient of an overwritten one.
+            return torch.relu_(x) if is_owned and not num_interleaved(x) else torch.relu(x)
+
+        return relu
+
+    def _add(self, step: Step, owned: set[int]) -> Operation:
+        first, *others = step.sources
+        is_owned, dtype = first in owned, self._dtype(step)
+
+        def add(values: Values, tensors: Tensors) -> torch.Tensor:
+            total = cast(values[first], dtype)
+            for number in others:
+                other = cast(values[number], dtype)
+                is_mine = is_owned and not num_interleaved(total)
+                total = total.add_(other) if is_mine else total + other
+            return total
+
+        return add
+
+    def _max_pool(self, step: Step, owned: set[int]) -> Operation:
+        layer, source = step.layer, step.sources[0]
+        size, stride, padding = layer.pool_size, layer.strides, step.amounts
+        if len(size) == 2:
+            return lambda values, tensors: F.max_pool2d(values[source], size, stride, padding)
+        within = size[1:], stride[1:], padding[1:]
+        # Whether one slice in gives one slice out.
+        is_flat = 0 <= 1 + 2 * padding[0] - size[0] < stride[0]
+
+        def max_pool(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = values[source]
+            if x.dim() == 4 and is_flat:
+                return F.max_pool2d(x, *within)
+            slices = num_interleaved(x)
+            if not slices:
+                return shallow(F.max_pool3d(deep(x), size, stride, padding))
+            x = F.max_pool2d(as_channels(x), *within)
+            if size[0] == stride[0] == 1:
+                return x.unflatten(1, (slices, -1)).transpose(1, 2)
+            rows_and_columns = x.shape[2:]
+            x = x.unflatten(1, (slices, -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)
+            x = F.max_pool2d(x, (1, size[0]), (1, stride[0]), (0, padding[0]))
+            return shallow(x.unflatten(2, rows_and_columns).permute(0, 1, 4, 2, 3))
+
+        return max_pool
+
+    def _mean(self, step: Step, owned: set[int]) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        return lambda values, tensors: cast(values[source], dtype).flatten(2).mean(dim=2)
+
+    def _dropout(self, step: Step, owned: set[int]) -> Operation:
+        source, dtype, rate = step.sources[0], self._dtype(step), step.layer.rate
+        if not self._training:
+            return lambda values, tensors: cast(values[source], dtype)
+        return lambda values, tensors: F.dropout(cast(values[source], dtype), rate, True)
+
+    def _dense(self, step: Step, owned: set[int]) -> Operation:
+        layer, source, dtype = step.layer, step.sources[0], self._dtype(step)
+        kernel = self._number(layer.kernel)
+        bias = self._number(layer.bias) if layer.use_bias else None
+
+        def dense(values: Values, tensors: Tensors) -> torch.Tensor:
+            shift = None if bias is None else cast(tensors[bias], dtype)
+            return F.linear(cast(values[source], dtype), cast(tensors[kernel], dtype).t(), shift)
+
+        return dense
+
+    def _sigmoid(self, step: Step, owned: set[int]) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        return lambda values, tensors: torch.sigmoid(cast(values[source], dtype))
+
+    def _pad(self, step: Step, owned: set[int]) -> Operation:
+        source, rank = step.sources[0], len(step.amounts)
+        amounts = [n for pair in reversed(step.amounts) for n in pair]  # torch: last axis first
+
+        def pad(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = values[source]
+            return shallow(F.pad(deep(x) if rank == 3 else x, amounts))
+
+        return pad
+
+    def _channels(self, step: Step, owned: set[int]) -> Operation:
+        source, missing = step.sources[0], step.amounts[0]
+
+        def channels(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = values[source]
+            return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
+
+        return channels
+
+    def _subsample(self, step: Step, owned: set[int]) -> Operation:
+        source, steps = step.sources[0], step.amounts
+
+        def subsample(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = values[source]
+            inner = steps[len(steps) - (x.dim() - 2) :]
+            return shallow(x[(slice(None), slice(None), *(slice(None, None, s) for s in inner))])
+
+        return subsample
+
+    def _detach(self, step: Step, owned: set[int]) -> Operation:
+        source = step.sources[0]
+        return lambda values, tensors: values[source].detach()
+
+
+def _norm_of_one(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight_of_new: float,
+) -> torch.Tensor:
+    """Normalise one value per channel, as Keras does: torch refuses, for n - 1 is zero."""
+    with torch.no_grad():
+        mean.lerp_(x.flatten().to(mean.dtype), weight_of_new)
+        variance.mul_(1 - weight_of_new)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return ((x - x) * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
+def _norm_factor(layer: Any) -> torch.Tensor:
+    variance = tensor_of(layer.moving_variance)
+    return tensor_of(layer.gamma).to(variance.dtype) * torch.rsqrt(variance + layer.epsilon)
+
+
+def _folded_kernel(step: Step, dtype: torch.dtype) -> torch.Tensor:
+    """W' = W gamma / sqrt(variance + epsilon), per output channel (the last axis)."""
+    with torch.no_grad():
+        return (tensor_of(step.layer.kernel) * _norm_factor(step.norm)).to(dtype)
+
+
+def _folded_bias(step: Step, dtype: torch.dtype) -> torch.Tensor:
+    """b' = beta + (b - mean) gamma / sqrt(variance + epsilon)."""
+    with torch.no_grad():
+        before = tensor_of(step.layer.bias) if step.layer.use_bias else 0.0
+        offset = (before - tensor_of(step.norm.moving_mean)) * _norm_factor(step.norm)
+        return (tensor_of(step.norm.beta) + offset).to(dtype)
