@@ -156,7 +156,7 @@ def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
     parts.append(
         textwrap.fill(
             "prevalence, negative: a constant prediction of each label's prevalence, and of no"
-            " haemorrhage. skill: 1 - loss / loss of the prevalence.",
+            " haemorrhage. skill: 1 - loss / loss of the constant.",
             width,
         )
     )
@@ -211,6 +211,6 @@ def reject_lines(rejects: pd.DataFrame) -> list[str]:
         rejects: with the column "code".
     """
     return [
-        f"  {count:,} rejects: {code}, {REJECT_CODES.get(code, 'an unknown code')}"
+        f"  {count:,} {'reject' if count == 1 else 'rejects'}: {code}, {REJECT_CODES[code]}"
         for code, count in rejects["code"].value_counts().items()
     ]

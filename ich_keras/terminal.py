@@ -194,19 +194,17 @@ class _Step:
         return f"{self.name}: {self.done:,}/{self.total:,}{self._in_brackets()}"
 
     def line(self, now: float) -> str:
-        left = self.left(now)
-        return self.start_line() + (f", {left} left" if left else "")
+        left = self.seconds_left(now)
+        return self.start_line() + ("" if left is None else f", {duration(left)} left")
 
     def end_line(self, now: float) -> str:
         state = f"done, {self.total:,}" if self.is_finished else f"{self.done:,}/{self.total:,}"
         return f"{self.name}: {state} in {duration(now - self.began)}{self._in_brackets()}"
 
-    def left(self, now: float) -> str:
-        """Return the time left at the pace so far; "" before there is one."""
+    def seconds_left(self, now: float) -> float | None:
+        """Return the time left at the pace so far; None before there is one."""
         done = self.done - self.first
-        if done <= 0:
-            return ""
-        return duration((now - self.began) / done * (self.total - self.done))
+        return None if done <= 0 else (now - self.began) / done * (self.total - self.done)
 
     def _in_brackets(self) -> str:
         return f" ({self.detail})" if self.detail else ""
@@ -224,6 +222,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def clock(seconds: float) -> str:
+    """Return a time in little room, for a bar.
+
+    >>> clock(12.3), clock(140), clock(8000)
+    ('0:12', '2:20', '2:13:20')
+    """
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
 
 
 class _Display(Protocol):
@@ -345,8 +354,9 @@ class _Bars:
         is_due = is_new or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS
         if is_due:
             self._drawn = now
-        left = step.left(now)
-        note = ", ".join(part for part in (step.detail, left and f"{left} left") if part)
+        left = step.seconds_left(now)
+        parts = [step.detail, "" if left is None else f"{clock(left)} left"]
+        note = ", ".join(part for part in parts if part)
         with self._console:
             if self._bars is None:
                 self._bars = _new_bars(self._console, self._has_stdout)

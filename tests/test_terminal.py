@@ -142,7 +142,7 @@ def shown(work) -> dict[str, Screen]:
         command("train", "--demo-plan", "light", "--out", out, "--workers", 0, "--seed", 4),
         command(
             *("train", *cached, "--out", work / "run", "--split", "thesis-slices"),
-            *("--preset", "resnet10_2d", "--size", 32, "--epochs", 3, "--workers", 0),
+            *("--preset", "resnet10_2d", "--size", 32, "--epochs", 1, "--workers", 0),
         ),
         command("evaluate", "--run", out / "run", *cached, "--split", "valid"),
         command("predict", "--run", out / "run", "--dicom", images, "--out", work / "p", *ONE),
@@ -292,7 +292,7 @@ def test_the_running_bar_is_on_the_screen():
     screen = screens(output, 80)[0]
     bars = [line for line in screen.display if BAR in line]
     assert any(
-        re.match(r"training ━.*/120 epoch 25/30, loss 0.4, \d+ s left", line) for line in bars
+        re.match(r"training ━.*/120 epoch 25/30, loss 0.4, \d:\d\d left", line) for line in bars
     )
     assert len(bars) <= 2
 
@@ -406,7 +406,7 @@ def test_rejects_are_counted_with_their_reason():
     rejects = pd.DataFrame({"code": ["NOT_DICOM", "TRUNCATED", "NOT_DICOM"]})
     assert reject_lines(rejects) == [
         f"  2 rejects: NOT_DICOM, {REJECT_CODES['NOT_DICOM']}",
-        f"  1 rejects: TRUNCATED, {REJECT_CODES['TRUNCATED']}",
+        f"  1 reject: TRUNCATED, {REJECT_CODES['TRUNCATED']}",
     ]
 
 
