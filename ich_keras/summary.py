@@ -172,6 +172,13 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
 
     Returns:
         At most `SHOWN_SERIES` rows, and how many there are beyond.
+
+    >>> row = {"series_instance_uid": "ID_4f3d994c83", "verdict": "ok"}
+    >>> print(prediction_table(pd.DataFrame([row | dict.fromkeys(LABELS, 0.5)]), 60))
+    series        verdict   EDH   IPH   IVH   SAH   SDH   any
+    ID_4f3d994c83 ok      0.500 0.500 0.500 0.500 0.500 0.500
+    EDH epidural, IPH intraparenchymal, IVH intraventricular,
+    SAH subarachnoid, SDH subdural.
     """
     width = max(width, 60)
     shown = series.iloc[:SHOWN_SERIES]
@@ -209,6 +216,9 @@ def reject_lines(rejects: pd.DataFrame) -> list[str]:
 
     Args:
         rejects: with the column "code".
+
+    >>> reject_lines(pd.DataFrame({"code": ["UNREADABLE"]}))
+    ['  1 reject: UNREADABLE, the operating system could not read the file']
     """
     return [
         f"  {count:,} {'reject' if count == 1 else 'rejects'}: {code}, {REJECT_CODES[code]}"

@@ -19,15 +19,24 @@ TINY = DemoSettings(num_series=24, matrix=64, size=32, epochs=1)
 
 @pytest.mark.slow
 def test_the_demo_walks_the_whole_road(tmp_path):
-    told, steps = [], set()
+    told, calls = [], []
     result = run_demo(
         tmp_path / "demo",
         seed=4,
         settings=TINY,
-        progress=lambda step, done, total, detail="": steps.add(step),
+        progress=lambda *call: calls.append(call),
         tell=told.append,
     )
+    steps = {call[0] for call in calls}
     assert {"drawing phantoms", "indexing", "caching", "training", "validating"} <= steps
+    # One step for the whole training, which ends after the last validation.
+    fitting = [call for call in calls if call[0] == "training"]
+    (total,) = {call[2] for call in fitting}
+    assert fitting[0] == ("training", 0, total, "epoch 1/1")
+    assert [call for call in fitting if call[1] == total] == fitting[-1:]
+    assert all(call[3].startswith("epoch 1/1") for call in fitting)
+    last_validation = max(n for n, call in enumerate(calls) if call[0] == "validating")
+    assert calls.index(fitting[-1]) > last_validation
     assert result.run_dir == tmp_path / "demo" / "run"
     summary = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert summary["synthetic"] is True
