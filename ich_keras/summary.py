@@ -25,7 +25,7 @@ ABBREVIATIONS = {
     "subdural": "SDH",
     "any": "any",
 }
-SHOWN_SERIES = 20
+SHOWN_SERIES = 15  # with header and legend they fit on 24 rows
 _LEAST_WIDTH = 40
 _LEAST_UID = 13
 _LONGEST_VERDICT = 20

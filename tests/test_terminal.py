@@ -392,8 +392,8 @@ def test_a_table_of_predictions():
         "0.080",
     ]
     assert table[3].split()[0].endswith("000000000002")
-    assert table[-1] == "5 more series are in series.csv."
-    assert "EDH epidural, IPH intraparenchymal" in table[21]
+    assert table[-1] == "10 more series are in series.csv."
+    assert "EDH epidural, IPH intraparenchymal" in table[16]
     wide = prediction_table(series_table(2), 140).splitlines()
     assert wide[0].split() == ["series", "verdict", *LABELS]
     assert wide[1].split()[0] == "1.2.840.113619.2.5.1762583153.000000000000"
