@@ -24,7 +24,7 @@ ABBREVIATIONS = {
     "subdural": "SDH",
     "any": "any",
 }
-SHOWN_SERIES = 20
+SHOWN_SERIES = 15  # with header and legend they fit on 24 rows
 _LEAST_WIDTH = 40
 _LEAST_UID = 13
 _LONGEST_VERDICT = 20
@@ -152,7 +152,7 @@ def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
     parts.append(
         textwrap.fill(
             "prevalence, negative: a constant prediction of each label's prevalence, and of no"
-            " haemorrhage. skill: 1 - loss / loss of the prevalence.",
+            " haemorrhage. skill: 1 - loss / loss of the constant.",
             width,
         )
     )
@@ -168,6 +168,13 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
 
     Returns:
         At most `SHOWN_SERIES` rows, and how many there are beyond.
+
+    >>> row = {"series_instance_uid": "ID_4f3d994c83", "verdict": "ok"}
+    >>> print(prediction_table(pd.DataFrame([row | dict.fromkeys(LABELS, 0.5)]), 60))
+    series        verdict   EDH   IPH   IVH   SAH   SDH   any
+    ID_4f3d994c83 ok      0.500 0.500 0.500 0.500 0.500 0.500
+    EDH epidural, IPH intraparenchymal, IVH intraventricular,
+    SAH subarachnoid, SDH subdural.
     """
     width = max(width, 60)
     shown = series.iloc[:SHOWN_SERIES]

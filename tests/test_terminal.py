@@ -141,7 +141,7 @@ def shown(work) -> dict[str, Screen]:
         command("train", "--demo-plan", "light", "--out", out, "--workers", 0, "--seed", 4),
         command(
             *("train", *cached, "--out", work / "run", "--split", "thesis-slices"),
-            *("--preset", "resnet10_2d", "--size", 32, "--epochs", 3, "--workers", 0),
+            *("--preset", "resnet10_2d", "--size", 32, "--epochs", 1, "--workers", 0),
         ),
         command("evaluate", "--run", out / "run", *cached, "--split", "valid"),
         command("predict", "--run", out / "run", "--dicom", images, "--out", work / "p", *ONE),
@@ -291,7 +291,7 @@ def test_the_running_bar_is_on_the_screen():
     screen = screens(output, 80)[0]
     bars = [line for line in screen.display if BAR in line]
     assert any(
-        re.match(r"training ━.*/120 epoch 25/30, loss 0.4, \d+ s left", line) for line in bars
+        re.match(r"training ━.*/120 epoch 25/30, loss 0.4, \d:\d\d left", line) for line in bars
     )
     assert len(bars) <= 2
 
@@ -391,8 +391,8 @@ def test_a_table_of_predictions():
         "0.080",
     ]
     assert table[3].split()[0].endswith("000000000002")
-    assert table[-1] == "5 more series are in series.csv."
-    assert "EDH epidural, IPH intraparenchymal" in table[21]
+    assert table[-1] == "10 more series are in series.csv."
+    assert "EDH epidural, IPH intraparenchymal" in table[16]
     wide = prediction_table(series_table(2), 140).splitlines()
     assert wide[0].split() == ["series", "verdict", *LABELS]
     assert wide[1].split()[0] == "1.2.840.113619.2.5.1762583153.000000000000"
