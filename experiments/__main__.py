@@ -89,7 +89,7 @@ def main() -> None:
 @_run_options
 def everything(**options) -> None:
     """Make tables 1 to 4 and the questions leak, views, stride and fractions."""
-    from experiments.runs import QUESTIONS, TABLES
+    from experiments.questions import QUESTIONS, TABLES
 
     asked = tuple(name for name, question in QUESTIONS.items() if question.in_all)
     _reproduce(TABLES, asked, **options)
@@ -109,7 +109,7 @@ def table(number: int, **options) -> None:
 def question(name: str, **options) -> None:
     """Make what one question needs: leak, views, stride, fractions, stride-9, memory, intensity,
     normalise, pretraining."""
-    from experiments.runs import QUESTIONS
+    from experiments.questions import QUESTIONS
     from ich_keras.errors import UsageError
 
     if name not in QUESTIONS:
@@ -129,7 +129,7 @@ def show_list() -> None:
 @_scale_options
 def report(is_tiny, is_small, dicom, labels, work, out) -> None:
     """Make tables and figures of what is finished; --out alone is enough."""
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     scale = None
     if out is None or is_tiny or is_small or dicom is not None:
@@ -154,7 +154,7 @@ def sheet(folders: tuple[Path, ...], out: Path, columns: int, seed: int) -> None
 
 
 def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):
-    from experiments.runs import require_scale
+    from experiments.scales import require_scale
     from ich_keras.errors import UsageError
 
     named = [
@@ -191,8 +191,8 @@ def _reproduce(
     weights_dir: Path | None,
     seeds: str,
 ) -> None:
-    from experiments.data import Place
-    from experiments.runs import Source, chosen_runs
+    from experiments.declare import Source, chosen_runs
+    from experiments.place import Place
     from ich_keras.environment import choose_device
     from ich_keras.errors import UsageError
     from ich_keras.models.weights import FOLDER_VARIABLE
@@ -213,10 +213,10 @@ def _reproduce(
         threads=threads,
         jobs=jobs,
     )
-    from experiments.figures import require_matplotlib
+    from experiments.report.figures import require_matplotlib
+    from experiments.report.page import write_report
     from experiments.reproduce import reproduce
     from experiments.scores import sound_results
-    from experiments.write_up import write_report
 
     # Now rather than after hours.
     choose_device(device)

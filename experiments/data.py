@@ -1,10 +1,9 @@
 """The data of a work folder: phantoms, or DICOM files of the user's, -> index -> one cache."""
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
-from experiments.runs import Scale, Source, data_settings
+from experiments.declare import data_settings
+from experiments.place import OTHER, Place
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
@@ -13,42 +12,6 @@ from ich_keras.preparation import make_cache, prepare_index
 from ich_keras.progress import Progress, Tell
 
 MARK = "experiment.json"
-OTHER = "other"  # the other phantoms, for the stand-ins
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where experiments are worked on, and how.
-
-    Args:
-        work: caches, splits and run folders; large.
-        out: results: small, enough to make tables and figures again.
-        scale: how large they are.
-        source: DICOM files; None draws phantoms.
-        device: "auto", "cpu" or "cuda".
-        threads: of the processor, in all.
-        jobs: runs trained at the same time.
-    """
-
-    work: Path
-    out: Path
-    scale: Scale
-    source: Source | None = None
-    device: str = "auto"
-    threads: int = 1
-    jobs: int = 1
-
-    def run_dir(self, key: str, seed: int) -> Path:
-        """Return the run folder."""
-        return self.work / "runs" / f"{key}-s{seed}"
-
-    def result_dir(self, key: str, seed: int) -> Path:
-        """Return where what is kept of a run lies."""
-        return self.out / "runs" / f"{key}-s{seed}"
-
-    def cache_dir(self, is_other: bool = False) -> Path:
-        """Return the cache, or that of the other phantoms."""
-        return self.work / (f"{OTHER}-cache" if is_other else "cache")
 
 
 def claim_work(place: Place) -> None:

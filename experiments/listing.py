@@ -1,14 +1,9 @@
 """Every declared run in one Markdown table: what for, command, machine, time, published number."""
 
-from experiments.runs import (
-    QUESTIONS,
-    RUNS,
-    SCALES,
-    TABLE_RUNS,
-    TABLES,
-    chosen_runs,
-    seeds_of,
-)
+from experiments.declare import chosen_runs, seeds_of
+from experiments.questions import QUESTIONS, TABLE_RUNS, TABLES
+from experiments.runs import RUNS
+from experiments.scales import SCALES
 from experiments.tables import PUBLISHED
 from experiments.times import IN_FLOAT32, TWO_AT_A_TIME, expected_seconds, expected_time
 from ich_keras.report import markdown_table

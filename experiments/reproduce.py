@@ -1,4 +1,4 @@
-"""Making runs: what is there is skipped, what is half made goes on or is made again."""
+"""Running trainings: a finished run is skipped, an interrupted one is resumed or started again."""
 
 import contextlib
 import multiprocessing
@@ -6,54 +6,25 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.data import Place, claim_work, open_or_make
-from experiments.results import is_kept, keep_result, require_same_cache
-from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
-from experiments.splits import FOLDER, split_path
-from ich_keras.config import RunConfig
+from experiments.data import claim_work, open_or_make
+from experiments.declare import declaration, seeds_of
+from experiments.keeping import keep_result
+from experiments.place import Place
+from experiments.results import is_kept, require_same_cache
+from experiments.runs import RUNS
+from experiments.settle import Task, resolve
+from experiments.weights import absent_weights
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.environment import choose_device
-from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
+from ich_keras.errors import EnvironmentProblem, LostState, StaleError
 from ich_keras.files import lock, read_json, write_json
-from ich_keras.models.weights import find_weights, weights_folder
-from ich_keras.planning import plan_training
-from ich_keras.processes import process_pool, usable_cores
+from ich_keras.models.weights import weights_folder
+from ich_keras.processes import process_pool
 from ich_keras.progress import Tell
-from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import changed_environment, resume, train
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run with one seed."""
-
-    key: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.key} seed {self.seed}"
-
-
-def absent_weights(key: str) -> str:
-    """Say which weights a run lacks and how to get them; "" when it lacks none."""
-    run = RUNS[key]
-    source = run.needs_weights
-    if source is None:
-        return ""
-    try:
-        find_weights(source, run.preset)
-    except UsageError:
-        if source == MEDICALNET_2D:
-            return (
-                f"weights-convert collapse --weights FILE.weights.h5 --preset {run.preset} --out"
-                f" {weights_folder() / source}.weights.h5"
-            )
-        return f"weights-convert convert --source {source} --checkpoint FILE.pth"
-    return ""
 
 
 def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[Task]:
@@ -94,89 +65,6 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
             and not RunFolder(place.run_dir(task.key, task.seed)).best_weights.is_file()
         )
     ]
-
-
-def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, dict]:
-    """Fill in what a declaration leaves to the data: split, weights, and what `like` asks for.
-
-    Args:
-        place: of the experiments.
-        task: the run.
-        cache: the one it trains on.
-
-    Returns:
-        (configuration, {"samples_per_epoch", "operations_per_sample"}).
-    """
-    run, seed = RUNS[task.key], task.seed
-    folder = place.work / FOLDER
-    config = base_config(run, place.scale, seed, place.device)
-    # More than there are cores only wait for each other; batches are the same.
-    workers = min(config.data.loader_workers, max(1, usable_cores() // place.jobs))
-    config = replace(config, data=replace(config.data, loader_workers=workers))
-    split = split_path(folder, run.split, cache.slices, seed, run.fraction)
-    config = replace(config, data=replace(config.data, split=split))
-    if run.weights is not None:
-        config = replace(config, weights=_weights(place, run.weights, run.preset))
-    if run.like is not None:
-        what, key = run.like
-        other, cost = resolve(place, Task(key, seed), cache)
-        config = _like(config, what, cache, other, cost)
-    plan = plan_training(cache, config)
-    return config, {
-        "samples_per_epoch": _samples_per_epoch(config, plan),
-        "operations_per_sample": _cost(config).multiply_adds,
-    }
-
-
-def _like(
-    config: RunConfig, what: str, cache: CTCache, other: RunConfig, other_cost: dict
-) -> RunConfig:
-    plan = plan_training(cache, config)
-    if what == "steps":
-        steps = plan_training(cache, other).total_steps / Recipe.of(other).training.accumulate
-        epochs = steps * Recipe.of(config).training.accumulate / plan.steps_per_epoch
-        return _with_fit(config, epochs=max(1, round(epochs)))
-    if what == "operations":
-        total = (
-            other_cost["operations_per_sample"] * other_cost["samples_per_epoch"] * other.fit.epochs
-        )
-        one = _cost(config).multiply_adds * _samples_per_epoch(config, plan)
-        return _with_fit(config, epochs=max(1, round(total / one)))
-    # At least two: batch normalisation has nothing to compare a single sample of a slab with.
-    kept = _cost(other).activation_bytes * Recipe.of(other).training.batch_size
-    return _with_fit(config, batch_size=max(2, round(kept / _cost(config).activation_bytes)))
-
-
-def _with_fit(config: RunConfig, **settings) -> RunConfig:
-    return replace(config, fit=replace(config.fit, **settings))
-
-
-def _samples_per_epoch(config: RunConfig, plan) -> int:
-    # A last batch that is not full is left out of training.
-    return min(plan.samples_per_epoch, plan.steps_per_epoch * Recipe.of(config).training.batch_size)
-
-
-def _cost(config: RunConfig):
-    from ich_keras.models.classifier import classifier
-    from ich_keras.models.cost import cost
-
-    return cost(classifier(Recipe.of(config).network))
-
-
-def _weights(place: Place, weights: str, preset_name: str) -> str:
-    kind, _, key = weights.partition(":")
-    if kind not in ("run", "collapsed"):
-        return weights
-    best = RunFolder(place.run_dir(key, place.scale.seeds[0])).best_weights
-    if kind == "run":
-        return str(best)
-    # In the run's own folder, so that it goes when the run is made again.
-    path = best.with_name("collapsed.weights.h5")
-    if not path.is_file():
-        from weights_convert import collapse
-
-        collapse(best, preset_name, path)
-    return str(path)
 
 
 def make_run(

@@ -15,7 +15,7 @@ import pandas as pd
 
 from experiments.convention import thesis_metrics
 from experiments.results import Result, load_results
-from experiments.runs import SCALES
+from experiments.scales import SCALES
 from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
@@ -114,6 +114,21 @@ def seed_values(results: Sequence[Result], level: str, name: str) -> list[float]
         if level in result.info["metrics"]
     )
     return [value for value in found if value is not None]
+
+
+def baseline_values(
+    results: Sequence[Result], level: str, name: str, baseline: str = "prevalence"
+) -> list[float]:
+    """Return what a constant answer scores on each seed, where that is defined.
+
+    Args:
+        results: of one run.
+        level: "slice" or "series".
+        name: of a metric.
+        baseline: "prevalence" of the training set, or "all_negative".
+    """
+    values = (result.info["metrics"][level]["baseline"][baseline].get(name) for result in results)
+    return [value for value in values if value is not None]
 
 
 def together(parts: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

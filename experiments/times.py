@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from experiments.runs import RUNS, Run, Scale, fitting_of
+from experiments.declare import fitting_of
+from experiments.runs import RUNS, Run
+from experiments.scales import Scale
 from experiments.splits import LEAKY_PART
 from ich_keras.data.split import FRACTIONS
 

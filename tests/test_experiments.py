@@ -39,24 +39,16 @@ import itertools
 
 from experiments import reproduce as reproducing
 from experiments.convention import thesis_metrics
-from experiments.data import Place, claim_work
+from experiments.data import claim_work
+from experiments.declare import Source, base_config, chosen_runs, declaration
 from experiments.listing import listing
 from experiments.normalise_first import make_thesis_order, thesis_order
-from experiments.reproduce import Task, reproduce, resolve
+from experiments.place import Place
+from experiments.questions import QUESTIONS, TABLE_RUNS, TABLES
+from experiments.reproduce import reproduce
 from experiments.results import RESULT, Result, load_result, load_results
-from experiments.runs import (
-    QUESTIONS,
-    RUNS,
-    SCALES,
-    TABLE_RUNS,
-    TABLES,
-    Fitting,
-    Scale,
-    Source,
-    base_config,
-    chosen_runs,
-    declaration,
-)
+from experiments.runs import RUNS
+from experiments.scales import SCALES, Fitting, Scale
 from experiments.scores import (
     compare,
     constant_under_convention,
@@ -64,6 +56,7 @@ from experiments.scores import (
     scored,
     under_convention,
 )
+from experiments.settle import Task, resolve
 from experiments.sheet import contact_sheet
 from experiments.splits import FOLDER, leaky_split, with_fraction
 from experiments.tables import (
@@ -410,7 +403,7 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypa
     assert len(again.configs) == 1
     # Another seed is another run. Voxels are counted once for all of them.
     assert len(list(place.work.glob("cache-bands-*.npy"))) == 1
-    monkeypatch.setattr("experiments.results.cache_band_counts", None)
+    monkeypatch.setattr("experiments.keeping.cache_band_counts", None)
     reproduce(place, ["2d"], (0, 1), train_run=again)
     assert [config.seed for config in again.configs] == [0, 1]
 
@@ -656,7 +649,7 @@ def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
 def test_no_more_processes_make_batches_than_there_are_cores(place, phantom_cache, monkeypatch):
     many = replace(place, scale=replace(FAKE, loader_workers=8))
     for cores, jobs, workers in ((16, 1, 8), (2, 1, 2), (8, 2, 4), (1, 2, 1)):
-        monkeypatch.setattr(reproducing, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("experiments.settle.usable_cores", lambda cores=cores: cores)
         config, _ = resolve(replace(many, jobs=jobs), Task("2d", 0), phantom_cache)
         assert config.data.loader_workers == workers
     assert resolve(place, Task("2d", 0), phantom_cache)[0].data.loader_workers == 0
@@ -746,7 +739,7 @@ def test_pairs_are_aligned_by_name():
 
 
 def test_networks_that_rank_no_better_than_counting_voxels_are_named():
-    from experiments.caveats import behind_notes
+    from experiments.report.confounders import behind_notes
 
     results = {
         "2d": [made_result("2d", seed, some_rows(1)) for seed in range(3)],
@@ -860,7 +853,8 @@ def cells(lines, begin):
 
 
 def test_tables_put_each_number_into_its_column():
-    from experiments.write_up import _table, _table_1, bounds
+    from experiments.report.formatting import bounds
+    from experiments.report.thesis_tables import loss_table, metrics_table
 
     sound, thesis = (
         made_result(key, 0, some_rows(seed))
@@ -868,7 +862,7 @@ def test_tables_put_each_number_into_its_column():
     )
     results = {"2d-stand-in": [sound], "2d-stand-in-thesis": [thesis]}
     metric, published, convention, constant, ours, interval, prevalence, never, skill = cells(
-        _table(2, results), "loss"
+        metrics_table(2, results), "loss"
     )
     assert (metric, published, never) == ("loss", "0.0823", "n/a")
     # Forty slices are two batches of the thesis, by name: n0, n1, n10, ...
@@ -884,38 +878,38 @@ def test_tables_put_each_number_into_its_column():
     assert prevalence == f"{by_hand:.4f}"
     assert skill == f"{1 - seed_metric(sound, 'log_loss') / by_hand:.3f}"
     assert float(constant) == pytest.approx(by_hand, abs=0.03)  # in batches of other shares
-    row = cells(_table(2, results), "auroc of any")
+    row = cells(metrics_table(2, results), "auroc of any")
     assert row[4] == f"{seed_metric(sound, 'auroc/any'):.4f}"
     assert row[6] == "counting voxels: 0.7000"
 
-    row = cells(_table_1(results), RUNS["2d-stand-in"].title)
+    row = cells(loss_table(results), RUNS["2d-stand-in"].title)
     assert row[1:6] == ["0 (too few)", "0.0927", "0.5000", "0.5000", ours]
     assert row[6:] == [interval, prevalence, skill]
     several = results | {"2d-stand-in": [sound, made_result("2d-stand-in", 1, some_rows(3))]}
-    row = cells(_table_1(several), RUNS["2d-stand-in"].title)
+    row = cells(loss_table(several), RUNS["2d-stand-in"].title)
     assert row[1:4] == ["0, 1 (too few)", "0.0927", "0.5000 (seed 0)"]
     # Of a rate that falls it is said that four epochs are under way.
     for schedule, is_falling in (("cosine", True), ("constant", False)):
         config = {"fit": {"schedule": schedule}, "data": {"view": "slice"}}
         falling = {"2d": [made_result("2d", 0, some_rows(0), config=config)]}
-        assert ("under way" in " ".join(_table_1(falling))) == is_falling
+        assert ("under way" in " ".join(loss_table(falling))) == is_falling
     alone = {"2d-thesis": [made_result("2d-thesis", 0, some_rows(0))]}
-    row = cells(_table_1(alone), RUNS["2d"].title)
+    row = cells(loss_table(alone), RUNS["2d"].title)
     assert (row[1], *row[3:5]) == ("n/a", "0.5000 (seed 0)", "n/a: not run")
 
 
 def test_every_intensity_has_a_name_in_the_tables():
-    from experiments.write_up import _intensity_text
+    from experiments.report.thesis_tables import intensity_text
     from ich_keras.data.inputs import INTENSITIES
 
     for name in (*INTENSITIES, None):
         config = {"data": {"view": "slab", "intensity": name}}
-        text = _intensity_text([made_result("slab", 0, some_rows(0), config=config)])
+        text = intensity_text([made_result("slab", 0, some_rows(0), config=config)])
         assert ("not recorded" in text) == (name is None)
 
 
 def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
-    from experiments.write_up import _runs_section
+    from experiments.report.trainings import runs_section
 
     def trained(seed, device, precision, steps):
         info = {"patients": {"train": 10 + seed, "test": 5}, "steps": steps}
@@ -926,7 +920,7 @@ def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
         return made_result("2d", seed, some_rows(seed), config=config, **info)
 
     mixed = [trained(0, "ARM", "float32", 100), trained(2, "H100", "bfloat16", 300)]
-    row = cells(_runs_section({"2d": mixed}), "`2d`")
+    row = cells(runs_section({"2d": mixed}), "`2d`")
     assert row[:4] == [
         "`2d`",
         RUNS["2d"].title,
@@ -935,12 +929,13 @@ def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
     ]
     assert row[4:8] == ["11", "5", "0.001, 32; 0.003, 32", "2 of 2, 2 of 2"]
     assert row[8:] == ["200", "1,600", "3.0", "60 (60 to 60)"]
-    alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
+    alone = cells(runs_section({"2d": mixed[:1]}), "`2d`")
     assert alone[2:4] == ["0", "ARM, float32, torch 2.0"]
 
 
 def test_what_starts_from_a_network_that_has_not_learned_says_so():
-    from experiments.write_up import _runs_section, _table, _table_1
+    from experiments.report.thesis_tables import loss_table, metrics_table
+    from experiments.report.trainings import runs_section
 
     info = {"patients": {"train": 10, "test": 5}, "steps": 1, "samples_seen": 1}
     info |= {"training_operations": 1e12, "seconds": 60.0}
@@ -957,26 +952,30 @@ def test_what_starts_from_a_network_that_has_not_learned_says_so():
     good = {"stand-in-2d-18": made("stand-in-2d-18", 1.0), "2d-stand-in": made("2d-stand-in", 1.0)}
     bad = good | {"stand-in-2d-18": made("stand-in-2d-18", 0.0)}
     said = "`2d-stand-in` starts from `stand-in-2d-18`, which does not rank above counting"
-    for lines in (_table_1(bad), _table(2, bad)):
+    for lines in (loss_table(bad), metrics_table(2, bad)):
         assert any(line.startswith(said) for line in lines)
         assert "(too few)" in "".join(lines)
-    for lines in (_table_1(good), _table(2, good), _table(2, {"2d-stand-in": good["2d-stand-in"]})):
+    for lines in (
+        loss_table(good),
+        metrics_table(2, good),
+        metrics_table(2, {"2d-stand-in": good["2d-stand-in"]}),
+    ):
         assert not any(line.startswith(said) for line in lines)
-    named = [line for line in _runs_section(bad) if "Not above counting voxels" in line]
+    named = [line for line in runs_section(bad) if "Not above counting voxels" in line]
     assert ["`stand-in-2d-18` per slice (of seed 0)" in line for line in named] == [True]
-    assert not any("Not above counting voxels" in line for line in _runs_section(good))
+    assert not any("Not above counting voxels" in line for line in runs_section(good))
 
 
 def test_the_leak_is_shown_on_shared_slices():
-    from experiments.caveats import over_seeds
-    from experiments.write_up import _compared, _leak
+    from experiments.report.comparisons import compare_runs, leak_section
+    from experiments.report.confounders import over_seeds
 
     counts = {"patients": {"train": 30}, "slices": {"train": 200}}
     fewer = {"patients": {"train": 30}, "slices": {"train": 160}}
     fair = [made_result("2d", s, some_rows(s, count=40), **counts) for s in range(3)]
     leaky = [made_result("2d-leaky", s, some_rows(s + 5, 1.5)[:24], **fewer) for s in range(3)]
     results = {"2d": fair, "2d-leaky": leaky}
-    lines = _leak(results, _compared("leak", results))
+    lines = leak_section(results, compare_runs("leak", results))
     assert "They trained on 30 and 30 patients and 160 and 200 slices" in lines[0]
     row = cells(lines, "`2d-leaky` - `2d`")
     shared = [made_result("2d", s, some_rows(s, count=40)[:24]) for s in range(3)]
@@ -998,21 +997,22 @@ def test_the_leak_is_shown_on_shared_slices():
     # Only of the seeds that are compared.
     more = made_result("2d", 3, some_rows(3), patients={"train": 90}, slices={"train": 999})
     results["2d"] = [*fair, more]
-    assert _leak(results, _compared("leak", results)) == lines
-    assert _compared("leak", {"2d": fair}) == _leak({"2d": fair}, []) == []
+    assert leak_section(results, compare_runs("leak", results)) == lines
+    assert compare_runs("leak", {"2d": fair}) == leak_section({"2d": fair}, []) == []
 
 
 def test_the_report_begins_with_every_comparison_in_one_line():
-    from experiments.write_up import _compared, _in_short
+    from experiments.report.comparisons import compare_runs
+    from experiments.report.summary import summary_section
 
     results = {
         "slab": [made_result("slab", s, some_rows(s, 1.5)) for s in range(3)],
         "2d": [made_result("2d", s, some_rows(s, 0.0 if s == 1 else 0.8)) for s in range(3)],
         "slab-9": [made_result("slab-9", s, some_rows(s)) for s in range(3)],
     }
-    compared = {name: _compared(name, results) for name in QUESTIONS}
+    compared = {name: compare_runs(name, results) for name in QUESTIONS}
     assert len(compared["stride-9"]) == 2  # per slice and per series
-    lines = _in_short(compared, results)
+    lines = summary_section(compared, results)
     # Of questions that `all` asks.
     assert not any("slab-9" in line for line in lines)
     table = next(line for line in lines if line.startswith("| question"))
@@ -1025,11 +1025,11 @@ def test_the_report_begins_with_every_comparison_in_one_line():
     assert row[4] == f"{np.mean(each):.4f} ({', '.join(f'{value:.4f}' for value in each)})"
     assert row[7] == "0, 1, 2"
     assert row[8] == "too few patients; not above counting voxels: `2d` (seed 1)"
-    assert _in_short({name: [] for name in QUESTIONS}, results) == []
+    assert summary_section({name: [] for name in QUESTIONS}, results) == []
 
 
 def test_early_epochs_are_named():
-    from experiments.caveats import early, early_notes, kept_epoch
+    from experiments.report.confounders import early, early_notes, kept_epoch
 
     def trained(seed, losses, rankings):
         table = {"epoch": range(1, len(losses) + 1)}
@@ -1051,7 +1051,7 @@ def test_early_epochs_are_named():
 
 
 def test_trainings_in_other_places_are_named():
-    from experiments.caveats import unlike_places
+    from experiments.report.confounders import unlike_places
 
     config = {"precision": "float32", "fit": {"epochs": 2}, "data": {"view": "slice"}}
     ones = [made_result("2d", s, some_rows(s), config=config) for s in range(3)]
@@ -1062,9 +1062,9 @@ def test_trainings_in_other_places_are_named():
         for s, changes in enumerate((machine, {}, version))
     ]
     results = {"2d": ones, "slab": others}
-    from experiments.caveats import flags
+    from experiments.report.confounders import confounders
 
-    found = flags("slab", "2d", "slice", (0, 1, 2), results)
+    found = confounders("slab", "2d", "slice", (0, 1, 2), results)
     assert "other device, precision or version (seed 0, 2)" in found
     (line, _) = unlike_places([("slab", "2d", (0, 1, 2))] * 2, results)
     assert line.endswith("part of the difference: `slab` - `2d` (seed 0, 2).")
@@ -1072,7 +1072,7 @@ def test_trainings_in_other_places_are_named():
 
 
 def test_a_result_older_than_its_source_is_named():
-    from experiments.caveats import source_notes
+    from experiments.report.confounders import source_notes
 
     source = [made_result("stand-in-2d-18", 0, some_rows(0))]
     made = [
@@ -1094,8 +1094,9 @@ def test_a_result_older_than_its_source_is_named():
 
 
 def test_words_follow_the_numbers():
-    from experiments.caveats import over_seeds, verdict
-    from experiments.write_up import bounds, each, loss_after, spread
+    from experiments.report.confounders import over_seeds, verdict
+    from experiments.report.formatting import bounds, each, spread
+    from experiments.report.thesis_tables import loss_after
 
     above = [0.19, 0.2, 0.21]
     below = [-value for value in above]
@@ -1128,7 +1129,7 @@ def test_words_follow_the_numbers():
 
 
 def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
     from ich_keras.models.weights import FOLDER_VARIABLE
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "no-weights"))
@@ -1165,7 +1166,7 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
 
 def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
     from experiments.__main__ import main
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     reproduce(place, ["2d"], (0, 1), train_run=FakeTraining())
     folder = place.result_dir("2d", 0)
@@ -1246,7 +1247,7 @@ def test_results_of_different_data_are_not_mixed(place):
 
 
 def test_without_matplotlib_the_report_says_what_to_install(place, monkeypatch):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -1290,7 +1291,7 @@ def test_commands_explain_themselves_and_refuse_nonsense():
 
 @pytest.mark.slow
 def test_the_whole_road_on_the_smallest_scale(tmp_path):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     scale = replace(
         FAKE,

@@ -2,25 +2,20 @@
 few seeds or patients, seeds that disagree, networks that have not learned, early epochs, trainings
 in different places."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
 
+from experiments.report.formatting import LEAST_PATIENTS, LEAST_SEEDS, RANKING, Results
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import LEVELS, seed_values
 from ich_keras.metrics.binary import format_metric
 
-RANKING = "auroc/any"
-# Below these the report draws no line: percentile intervals of a few patients are too narrow, and
-# one training says little about the next.
-LEAST_SEEDS, LEAST_PATIENTS = 3, 30
 # Of an interval's width: a little more than twice the standard error (.022) that a bound from 1,000
 # resamples of a normal distribution has.
 _NEAR = 0.05
-
-Results = Mapping[str, Sequence[Result]]
 
 
 def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
@@ -195,11 +190,13 @@ def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Resu
 
 
 def _unlike(one: str, other: str, seeds: Sequence[int], results: Results) -> list[int]:
-    places = [{r.seed: place(r.info) for r in results[key]} for key in (one, other)]
+    places = [{r.seed: trained_on(r.info) for r in results[key]} for key in (one, other)]
     return [seed for seed in seeds if places[0][seed] != places[1][seed]]
 
 
-def flags(one: str, other: str, level: str, seeds: Sequence[int], results: Results) -> list[str]:
+def confounders(
+    one: str, other: str, level: str, seeds: Sequence[int], results: Results
+) -> list[str]:
     """Say in few words what a comparison has in it beside its question."""
     found = []
     for said, of in (
@@ -219,7 +216,7 @@ def flags(one: str, other: str, level: str, seeds: Sequence[int], results: Resul
     return found
 
 
-def place(info: dict) -> str:
+def trained_on(info: dict) -> str:
     """Say what a run was trained on."""
     backend = info["environment"]["backend"]
     version = info["environment"]["versions"].get(backend)
