@@ -1,9 +1,12 @@
-"""The data of a work folder: phantoms, or DICOM files of the user's, -> index -> one cache."""
+"""The data of a work folder: phantoms, or the user's DICOM files -> index -> one cache."""
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 from experiments.declare import data_settings
 from experiments.place import OTHER, Place
+from experiments.scales import Scale
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
@@ -15,7 +18,7 @@ MARK = "experiment.json"
 
 
 def claim_work(place: Place) -> None:
-    """Mark a work folder as belonging to these data, or find that it does.
+    """Mark a work folder as belonging to these data, or check that it does.
 
     Raises:
         UsageError: the scale needs DICOM files, or takes none.
@@ -30,7 +33,7 @@ def claim_work(place: Place) -> None:
     if not mark.is_file():
         if place.work.is_dir() and any(place.work.iterdir()):
             raise UsageError(
-                f"{place.work} is no work folder of experiments, and not empty.",
+                f"{place.work} is not a work folder of the experiments, and it is not empty.",
                 "Give another --work.",
             )
         write_json(mark, settings)
@@ -41,14 +44,14 @@ def claim_work(place: Place) -> None:
     if found != settings:
         here, there = _flat(settings), _flat(found)
         differing = sorted(name for name in here | there if here.get(name) != there.get(name))
-        said = ", ".join(f"{n} {there.get(n)!r} (now {here.get(n)!r})" for n in differing)
+        changes = ", ".join(f"{n} {there.get(n)!r} (now {here.get(n)!r})" for n in differing)
         raise StaleError(
-            f"{place.work} was made with other settings: {said}.",
+            f"{place.work} was made with other settings: {changes}.",
             "Give another --work, or remove it.",
         )
 
 
-def _flat(settings: dict) -> dict:
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {"scale": settings.get("scale"), **settings.get("data", {})}
 
 
@@ -58,12 +61,14 @@ def open_or_make(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CTCache:
-    """Open the cache of a work folder; when it is not there, draw the phantoms (or index the
-    DICOM files) and build it. What was interrupted is begun again.
+    """Open the cache of a work folder, or build it when it is missing.
+
+    To build it, the phantoms are drawn or the DICOM files are indexed. An interrupted build starts
+    from the beginning.
 
     Args:
         place: claimed.
-        is_other: the other phantoms instead.
+        is_other: use the second set of phantoms.
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
     """
@@ -72,30 +77,42 @@ def open_or_make(
         return CTCache.open(path)
     workers = place.threads if place.threads > 1 else 0
     if place.source is not None:
-        dicom, labels = place.source.dicom, place.source.labels
-    else:
-        phantoms = place.work / (f"{OTHER}-phantoms" if is_other else "phantoms")
-        if not phantoms.is_dir():
-            write_phantoms(
-                phantoms,
-                scale.other_series if is_other else scale.num_series,
-                scale.other_seed if is_other else scale.phantom_seed,
-                matrix=scale.matrix,
-                slice_spacing_mm=scale.slice_spacing_mm,
-                workers=workers,
-                progress=progress,
-            )
-        dicom, labels = phantoms / IMAGES, phantoms / LABELS_CSV
-    index = prepare_index(
-        dicom,
-        labels,
-        workers=workers,
-        journal=place.work / "index.journal" if place.source is not None else None,
-        progress=progress,
-        tell=tell,
+        journal = place.work / "index.journal"
+        return _cache_dicom(
+            place.source.dicom, place.source.labels, path, scale, workers, journal, progress, tell
+        )
+    phantoms = place.work / (f"{OTHER}-phantoms" if is_other else "phantoms")
+    if not phantoms.is_dir():
+        assert scale.num_series is not None  # `claim_work`: without DICOM files there are phantoms
+        write_phantoms(
+            phantoms,
+            scale.other_series if is_other else scale.num_series,
+            scale.other_seed if is_other else scale.phantom_seed,
+            matrix=scale.matrix,
+            slice_spacing_mm=scale.slice_spacing_mm,
+            workers=workers,
+            progress=progress,
+        )
+    cache = _cache_dicom(
+        phantoms / IMAGES, phantoms / LABELS_CSV, path, scale, workers, None, progress, tell
     )
-    cache = make_cache(index, path, scale.size, workers=workers, progress=progress)
-    if place.source is None:
-        # The cache has all that is needed, and they can be drawn again.
-        shutil.rmtree(phantoms)
+    # The cache holds all that is needed, and the phantoms can be drawn again.
+    shutil.rmtree(phantoms)
     return cache
+
+
+def _cache_dicom(
+    dicom: Path | str,
+    labels: Path | str,
+    path: Path,
+    scale: Scale,
+    workers: int,
+    journal: Path | None,
+    progress: Progress | None,
+    tell: Tell | None,
+) -> CTCache:
+    """Index a folder of DICOM files with its labels, and build the cache at `path`."""
+    index = prepare_index(
+        dicom, labels, workers=workers, journal=journal, progress=progress, tell=tell
+    )
+    return make_cache(index, path, scale.size, workers=workers, progress=progress)

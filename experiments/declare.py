@@ -12,7 +12,7 @@ from ich_keras.files import fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """DICOM files of the user's, for scales without phantoms.
+    """DICOM files that the user provides, for scales without phantoms.
 
     Args:
         dicom: the folder.
@@ -24,7 +24,7 @@ class Source:
 
 
 def is_made_at(run: Run, scale: Scale) -> bool:
-    """Whether a scale has the run: its fraction of patients, and stand-ins only of phantoms."""
+    """Whether a scale has a run: it needs the fraction of patients, and phantoms for stand-ins."""
     is_stand_in = run.split == "other" or bool(run.depends_on)
     is_asked_for = run.fraction in (1.0, *scale.fractions[run.view])
     return is_asked_for and (scale.is_synthetic or not is_stand_in)
@@ -52,14 +52,16 @@ def chosen_runs(
 
 
 def fitting_of(run: Run, scale: Scale) -> Fitting:
-    """Return how a run's network is fitted."""
+    """Return the training settings of a run."""
     own = scale.other_fittings.get(run.preset) if run.split == "other" else None
     return own or scale.fittings[run.view]
 
 
 def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunConfig:
-    """Return the configuration of a run as far as it depends on nothing but the declaration: its
-    split, weights and what `like` asks for are filled in later."""
+    """Return the part of a run's configuration that follows from the declaration alone.
+
+    `settle.resolve` adds the split, the weights and what `like` asks for.
+    """
     fitting = fitting_of(run, scale)
     slices = {"slice": None, "slab": run.slices or 5, "series": scale.series_slices}[run.view]
     return RunConfig(
@@ -88,7 +90,7 @@ def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunC
 
 
 def data_settings(scale: Scale, source: Source | None = None) -> dict:
-    """Return what decides the data: a work folder belongs to one such set."""
+    """Return the settings that determine the data: a work folder belongs to one set of them."""
     names = ("size", "num_series", "phantom_seed", "matrix", "other_series", "other_seed")
     content = {name: getattr(scale, name) for name in names}
     content["slice_spacing_mm"] = list(scale.slice_spacing_mm)
@@ -96,8 +98,10 @@ def data_settings(scale: Scale, source: Source | None = None) -> dict:
 
 
 def declaration(key: str, scale: Scale, seed: int, source: Source | None = None) -> str:
-    """Return the fingerprint of all that is declared about a run: a stored result of another one
-    is stale."""
+    """Return the fingerprint of everything declared about a run, except its title.
+
+    A stored result with another fingerprint is stale. Runs that a run depends on are included.
+    """
     run = RUNS[key]
     content = {
         "run": {name: value for name, value in asdict(run).items() if name != "title"},
@@ -113,5 +117,10 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
 
 
 def seeds_of(key: str, seeds: tuple[int, ...], scale: Scale) -> tuple[int, ...]:
-    """Return the seeds a run is made for: those asked for, or the scale's first."""
+    """Return the seeds a run is trained with: the given ones, or only the scale's first.
+
+    >>> from experiments.scales import SCALES
+    >>> seeds_of("2d", (0, 1), SCALES["small"]), seeds_of("2d-thesis", (0, 1), SCALES["small"])
+    ((0, 1), (0,))
+    """
     return scale.seeds[:1] if RUNS[key].first_seed else seeds

@@ -12,6 +12,7 @@ from experiments.declare import declaration
 from experiments.place import Place
 from experiments.results import AUGMENTED, HISTORY, PREDICTIONS, RESULT
 from experiments.runs import RUNS
+from experiments.settle import RunCost
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples
@@ -31,25 +32,28 @@ _KEPT_METRICS = (
 
 
 def patient_numbers(cache: CTCache) -> pd.Series:
-    """Number the patients of a cache: series_uid -> 0, 1, ...; without a PatientID each series
-    stands for itself."""
+    """Number the patients of a cache.
+
+    Returns:
+        series_uid -> 0, 1, ...; a series without a PatientID counts as a patient of its own.
+    """
     slices = cache.slices.drop_duplicates("series_uid")
     names = slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
     numbers, _ = pd.factorize(names, sort=True)
     return pd.Series(numbers, index=slices["series_uid"])
 
 
-def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -> None:
-    """Copy what is worth keeping of a finished run folder.
+def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost) -> None:
+    """Store the result of a finished run folder.
 
     Args:
         place: of the experiments.
         key, seed: of the run.
         cache: the one it was trained on.
-        cost: "samples_per_epoch" and "operations_per_sample" of its training.
+        cost: of its training.
 
     Raises:
-        StaleError: the run folder does not say when and where it was trained.
+        StaleError: the run folder does not record when and where it was trained.
     """
     run, out = RunFolder(place.run_dir(key, seed)), place.result_dir(key, seed)
     environment, machine = _trained_in(run)
@@ -63,12 +67,13 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
     history = pd.read_csv(run.history_file)
     atomic_write(out / HISTORY, run.history_file.read_text(encoding="utf-8"))
     data, metrics, split = run.data(), run.metrics("test"), run.split()
+    assert metrics is not None  # a finished run has been evaluated
     plan = data["plan"]
-    samples = cost["samples_per_epoch"] * len(history)
+    samples = cost.samples_per_epoch * len(history)
     content = recipe.as_config().to_dict()
     content["data"]["split"] = Path(content["data"]["split"]).name
     if content["weights"]:
-        # The run it came from says more than a path on this machine.
+        # The run they came from is more useful than a path on this machine.
         content["weights"] = RUNS[key].weights
     write_json(
         out / RESULT,
@@ -90,7 +95,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "environment": environment,
             "machine": {
                 **machine,
-                # Of the command that keeps it, as a rule the one that trained it.
+                # Of the command that stores the result, as a rule the one that trained the run.
                 "threads": max(1, place.threads // place.jobs),
                 "jobs": place.jobs,
             },
@@ -98,7 +103,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "seconds": round(float(history["seconds"].sum()), 1),
             "samples_seen": samples,
             "steps": plan["total_steps"] // recipe.training.accumulate,
-            "training_operations": 3 * samples * cost["operations_per_sample"],
+            "training_operations": 3 * samples * cost.operations_per_sample,
             "patients": plan["num_patients"],
             "series": plan["num_series"],
             "slices": plan["num_slices"],
@@ -106,7 +111,8 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
             "note": plan["note"],
             "trivial_auroc_any": trivial_auroc(
                 cache,
-                *(split.indices(cache.slices, part) for part in ("train", "test")),
+                split.indices(cache.slices, "train"),
+                split.indices(cache.slices, "test"),
                 counts=_band_counts(cache),
             ),
             "metrics": {
@@ -118,24 +124,26 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -
 
 
 def _trained_in(run: RunFolder) -> tuple[dict, dict]:
-    """Return what the training wrote about its environment and its machine: results may be kept
-    later, and elsewhere."""
-    found = run.environment()
-    absent = {"started", "device_name", "processor", "cpu_count"} - {*found}
+    """Return the recorded environment and machine of a training: its result may be stored later,
+    and elsewhere."""
+    environment = run.environment()
+    absent = {"started", "device_name", "processor", "cpu_count"} - {*environment}
     if absent:
         raise StaleError(
-            f"{run.environment_file} lacks {', '.join(sorted(absent))}: an older version made it.",
+            f"{run.environment_file} lacks {', '.join(sorted(absent))}: an older version wrote it.",
             f"Remove {run}: the same command trains it again.",
         )
     names = {"device_name": "device", "processor": "processor", "cpu_count": "cores"}
-    machine = {name: found.pop(of) for of, name in names.items()}
-    found.pop("seed", None)
-    return found, machine
+    machine = {name: environment.pop(entry) for entry, name in names.items()}
+    environment.pop("seed", None)
+    return environment, machine
 
 
 def _band_counts(cache: CTCache) -> np.ndarray:
-    """Count voxels per HU band in all slices of a cache: once, for all runs on it. RSNA's take
-    minutes, so the counts stay beside the cache."""
+    """Count the voxels per HU band in all slices of a cache.
+
+    The counts are stored beside the cache for all runs on it: RSNA's take minutes.
+    """
     path = cache.path.with_name(f"{cache.path.name}-bands-{cache.fingerprint[:16]}.npy")
     if not path.is_file():
         content = io.BytesIO()
@@ -162,7 +170,7 @@ def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
 
 
 def _augmented(recipe: Recipe, cache: CTCache, run: RunFolder, table: pd.DataFrame) -> pd.DataFrame:
-    """Predict the held-out samples once, each changed at random as the thesis did."""
+    """Predict the held-out samples once, each augmented at random as in the thesis."""
     from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan
 
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
@@ -182,5 +190,5 @@ def _augmented(recipe: Recipe, cache: CTCache, run: RunFolder, table: pd.DataFra
 
 def _write(path: Path, table: pd.DataFrame) -> None:
     text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
-    # Without the time, so that the same numbers are the same bytes.
+    # Without the time, so that the same numbers give the same bytes.
     atomic_write(path, gzip.compress(text.encode("utf-8"), mtime=0))

@@ -15,11 +15,11 @@ class Place:
 
     Args:
         work: caches, splits and run folders; large.
-        out: results: small, enough to make tables and figures again.
+        out: results; small, and enough to make tables and figures again.
         scale: how large they are.
         source: DICOM files; None draws phantoms.
         device: "auto", "cpu" or "cuda".
-        threads: of the processor, in all.
+        threads: processor threads, in all.
         jobs: runs trained at the same time.
     """
 
@@ -36,9 +36,9 @@ class Place:
         return self.work / "runs" / f"{key}-s{seed}"
 
     def result_dir(self, key: str, seed: int) -> Path:
-        """Return where what is kept of a run lies."""
+        """Return the folder of a run's stored result."""
         return self.out / "runs" / f"{key}-s{seed}"
 
     def cache_dir(self, is_other: bool = False) -> Path:
-        """Return the cache, or that of the other phantoms."""
+        """Return the folder of the cache, or of the cache of the second set of phantoms."""
         return self.work / (f"{OTHER}-cache" if is_other else "cache")

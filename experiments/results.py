@@ -1,18 +1,18 @@
-"""What is kept of a run: small files from which every table and figure can be made again.
+"""Stored results: small files from which every table and figure can be made again.
 
 OUT/runs/<key>-s<seed>/
     predictions.csv.gz   test split: UIDs, patient, six probabilities (nine digits, which are all
                          of a float32), six labels
     augmented.csv.gz     the same under the thesis's random augmentation (thesis splits only)
     history.csv          per epoch
-    result.json          what it was, when and where it was trained, how long, metrics; written last
+    result.json          settings, time and place of the training, metrics; written last
 
-A patient is a running number over the data set, never a PatientID.
+Patients are numbered over the data set; no PatientID is stored.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,8 +30,8 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
 HISTORY = "history.csv"
 
-# What the report takes from result.json without asking.
-_ENTRIES = {
+# Entries of result.json that the report needs, with their types.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("scale", "config.precision", "config.data.view", "machine.device"), str),
     **dict.fromkeys(("environment.backend", "date"), str),
     **dict.fromkeys(("config.fit", "environment.versions", "patients", "metrics"), dict),
@@ -48,11 +48,11 @@ class Result:
 
     Args:
         key, seed: which.
-        info: what result.json says.
-        predictions: one row a sample of the test split: `sop` ("" for series), `series`,
+        info: the content of result.json.
+        predictions: one row per sample of the test split: `sop` ("" for series), `series`,
             `patient`, probabilities by label, labels as `true_<label>`.
-        history: one row an epoch.
-        augmented: predictions under the thesis's augmentation; None where they were not made.
+        history: one row per epoch.
+        augmented: predictions under the thesis's augmentation; None for other splits than its own.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Result:
 
     @property
     def is_series(self) -> bool:
-        """Whether it says something about whole series only."""
+        """Whether it has predictions for whole series only."""
         return self.info["config"]["data"]["view"] == "series"
 
 
@@ -73,10 +73,10 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def is_kept(place: Place, key: str, seed: int) -> bool:
-    """Tell whether a run is finished and kept.
+    """Tell whether the result of a run is stored.
 
     Raises:
-        StaleError: what is kept was declared otherwise.
+        StaleError: the stored result has other settings, or is damaged.
     """
     folder = place.result_dir(key, seed)
     if not (folder / RESULT).is_file():
@@ -89,38 +89,37 @@ def is_kept(place: Place, key: str, seed: int) -> bool:
 def _require_declared(info: dict, folder: Path, wanted: str) -> None:
     if info["declaration"] != wanted:
         raise StaleError(
-            f"{folder} is the result of a run that was declared otherwise (its date:"
-            f" {info['date']}).",
+            f"{folder} is the result of a run with other settings (of {info['date']}).",
             "Give another --out and --work, or remove that folder and the run's.",
         )
 
 
 def require_same_cache(place: Place, cache: CTCache, kept: Sequence[tuple[str, int]]) -> None:
-    """Refuse kept results that stand on other data than the cache of the work folder.
+    """Refuse stored results of other data than the cache of the work folder.
 
     Args:
         place: of the experiments.
         cache: of the work folder.
-        kept: key and seed of finished runs that were trained on it.
+        kept: key and seed of the runs whose stored results must be of this cache.
 
     Raises:
-        StaleError: one stands on other data, or is damaged.
+        StaleError: a result is of other data, or is damaged.
     """
     fingerprint = cache.fingerprint
     for key, seed in kept:
         folder = place.result_dir(key, seed)
         if _read_info(folder)["cache"] != fingerprint:
             raise StaleError(
-                f"{folder} is a result on other data than {cache.path}.",
+                f"{folder} is a result of other data than {cache.path}.",
                 "Give another --out, or remove the results.",
             )
 
 
 def _read_info(folder: Path) -> dict:
-    """Read result.json and check that the files beside it are those it was written for.
+    """Read result.json and check that the files beside it match its checksums.
 
     Raises:
-        StaleError: one is damaged or missing.
+        StaleError: a file is damaged or missing.
     """
     try:
         info = read_json(folder / RESULT)
@@ -131,7 +130,7 @@ def _read_info(folder: Path) -> dict:
         raise _damaged(folder, RESULT) from error
     if folder.name != name:
         raise StaleError(
-            f"{folder} holds the result of {name}.", f"Call the folder {name} again, or remove it."
+            f"{folder} holds the result of {name}.", f"Rename the folder to {name}, or remove it."
         )
     for name, checksum in checksums.items():
         path = folder / name
@@ -143,15 +142,15 @@ def _read_info(folder: Path) -> dict:
 def _damaged(folder: Path, name: str) -> StaleError:
     return StaleError(
         f"{folder / name} is missing or damaged.",
-        f"Remove {folder}: the command that made it makes it again.",
+        f"Remove {folder}: the command that made it will make it again.",
     )
 
 
 def load_result(out: Path, key: str, seed: int) -> Result:
-    """Read a kept run.
+    """Read a stored result.
 
     Raises:
-        StaleError: it is not there, or damaged.
+        StaleError: it is missing or damaged.
     """
     folder = out / "runs" / f"{key}-s{seed}"
     info = _read_info(folder)
@@ -172,7 +171,7 @@ def load_result(out: Path, key: str, seed: int) -> Result:
     )
 
 
-def _has(info: dict, path: str, kind: type | tuple[type, ...]) -> bool:
+def _has(info: object, path: str, kind: type | tuple[type, ...]) -> bool:
     for name in path.split("."):
         info = info.get(name) if isinstance(info, dict) else None
     return isinstance(info, kind)
@@ -185,7 +184,7 @@ def _has_numbers(table: pd.DataFrame, columns: Sequence[str]) -> bool:
 
 
 def _read_rows(folder: Path, name: str) -> pd.DataFrame:
-    """Read predictions: names, patients, numbers; each sample once."""
+    """Read predictions and check their columns, and that each sample occurs once."""
     table = _read(folder / name)
     if (
         not {"sop", "series"} <= {*table}
@@ -197,10 +196,10 @@ def _read_rows(folder: Path, name: str) -> pd.DataFrame:
 
 
 def load_results(out: Path) -> dict[str, list[Result]]:
-    """Read all kept runs: key -> results by seed. Runs that are no longer declared are left out.
+    """Read all stored results: key -> results by seed. Runs no longer declared are left out.
 
     Raises:
-        StaleError: they stand on different data, or one was declared otherwise.
+        StaleError: they are of different data, or one has other settings.
     """
     found: dict[str, list[Result]] = {}
     for path in sorted(out.glob(f"runs/*/{RESULT}")):
@@ -208,10 +207,10 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         if key in RUNS and seed.isdecimal():
             result = load_result(out, key, int(seed))
             scale = SCALES.get(result.info["scale"])
-            # Not the other way round: DICOM files may be phantoms, to try the road.
+            # Not the other way round: the DICOM files may be phantoms, for a trial.
             if scale is not None and scale.is_synthetic and not result.info["synthetic"]:
                 raise _damaged(path.parent, RESULT)
-            # What DICOM files were declared is known only to whoever has them.
+            # The declaration of DICOM files is known only to whoever has them.
             if scale is not None and scale.is_synthetic:
                 _require_declared(result.info, path.parent, declaration(key, scale, int(seed)))
             found.setdefault(key, []).append(result)
@@ -225,13 +224,13 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         caches = _caches(found, is_other)
         if len(caches) > 1:
             raise StaleError(
-                f"the results in {out} stand on {len(caches)} different caches.",
+                f"the results in {out} are of {len(caches)} different caches.",
                 "Keep the results of one set of data in one folder.",
             )
     return {key: sorted(results, key=lambda r: r.seed) for key, results in found.items()}
 
 
-def _caches(found: dict[str, Sequence[Result]], is_other: bool) -> set[str]:
+def _caches(found: Mapping[str, Sequence[Result]], is_other: bool) -> set[str]:
     return {
         result.info["cache"]
         for key, results in found.items()

@@ -8,7 +8,7 @@ from ich_keras.run_folder import RunFolder
 
 
 def absent_weights(key: str) -> str:
-    """Say which weights a run lacks and how to get them; "" when it lacks none."""
+    """Return the command that provides the weights a run lacks; "" when it lacks none."""
     run = RUNS[key]
     source = run.needs_weights
     if source is None:
@@ -26,13 +26,20 @@ def absent_weights(key: str) -> str:
 
 
 def starting_weights(place: Place, weights: str, preset_name: str) -> str:
+    """Return what a run starts from: the name of a source, or the file of another run's weights.
+
+    Args:
+        place: of the experiments.
+        weights: as `Run.weights`.
+        preset_name: of the network that receives the weights.
+    """
     kind, _, key = weights.partition(":")
     if kind not in ("run", "collapsed"):
         return weights
     best = RunFolder(place.run_dir(key, place.scale.seeds[0])).best_weights
     if kind == "run":
         return str(best)
-    # In the run's own folder, so that it goes when the run is made again.
+    # In the run's own folder, so that it is removed when the run is trained again.
     path = best.with_name("collapsed.weights.h5")
     if not path.is_file():
         from weights_convert import collapse

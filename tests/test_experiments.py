@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import queue
 import re
 import shutil
 import sys
@@ -483,6 +484,22 @@ def test_phantoms_as_dicom_files_try_the_road_of_real_data(place, monkeypatch):
         load_results(place.out)
 
 
+def test_lines_of_worker_processes_are_told_by_their_parent():
+    lines, told = queue.Queue(), []
+    for line in ("2d seed 0: one", "2d seed 1: two"):
+        lines.put(line)
+    reproducing._tell_all(lines, told.append)
+    assert told == ["2d seed 0: one", "2d seed 1: two"]
+    # A worker puts its lines there; only the command line prints.
+    folder = Path(reproducing.__file__).parent
+    printing = [
+        path.name
+        for path in folder.rglob("*.py")
+        if re.search(r"(?<!\w)(print|echo)\(", path.read_text(encoding="utf-8"))
+    ]
+    assert printing == ["__main__.py"]
+
+
 def interrupted(place):
     with pytest.raises(KeyboardInterrupt):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining(fails_at=1))
@@ -585,7 +602,7 @@ def test_results_under_another_name_or_on_other_data_are_refused(place):
     info = read_json(folder / RESULT)
     write_json(folder / RESULT, info | {"cache": "0" * 64})
     for keys in (["2d"], ["2d", "series"]):
-        with pytest.raises(StaleError, match="a result on other data than"):
+        with pytest.raises(StaleError, match="a result of other data than"):
             reproduce(place, keys, (0,), train_run=FakeTraining())
     write_json(place.work / "experiment.json", [])
     with pytest.raises(StaleError, match="experiment.json is damaged"):
@@ -602,7 +619,7 @@ def test_results_of_other_dicom_files_are_refused(place, tmp_path):
     shutil.copytree(place.cache_dir(), here.cache_dir())
     reproduce(here, ["2d"], (0,), train_run=FakeTraining())
     assert reproduce(here, ["2d"], (0,), train_run=FakeTraining(fails_at=1)) == 0
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(there, ["2d"], (0,), train_run=FakeTraining())
 
 
@@ -617,11 +634,11 @@ def test_other_settings_are_refused(place, monkeypatch):
     with pytest.raises(UsageError, match="not empty"):
         claim_work(replace(place, work=place.out))
     monkeypatch.setitem(RUNS, "2d", replace(RUNS["2d"], intensity="wide"))
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     # Without its results the run folder is refused all the same.
     shutil.rmtree(place.out)
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining())
 
 
@@ -638,7 +655,7 @@ def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
     slab, slab_cost = resolve(place, Task("slab", 0), phantom_cache)
     config, cost = resolve(place, Task("2d-operations", 0), phantom_cache)
     totals = [
-        c.fit.epochs * k["samples_per_epoch"] * k["operations_per_sample"]
+        c.fit.epochs * k.samples_per_epoch * k.operations_per_sample
         for c, k in ((slab, slab_cost), (config, cost))
     ]
     assert totals[1] == pytest.approx(totals[0], rel=0.5 / config.fit.epochs + 1e-9)
@@ -1152,7 +1169,7 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
     # Nor may its results have been declared otherwise.
     with monkeypatch.context() as patched:
         patched.setitem(RUNS, "2d", replace(RUNS["2d"], augment="thesis"))
-        with pytest.raises(StaleError, match="declared otherwise"):
+        with pytest.raises(StaleError, match="with other settings"):
             write_report(alone)
     monkeypatch.delitem(SCALES, FAKE.name)
     for name in ("learning-curves", "reliability", "roc-pr", "labels"):
@@ -1201,7 +1218,7 @@ def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
         ("metrics.series.n.samples", 1),
     ):
         changed(read_json(folder / RESULT), path, value)
-        refused("metrics of 2d seed 0 per (slice|series) are not those of its predictions")
+        refused("metrics of 2d seed 0 per (slice|series) do not follow from its predictions")
     changed(read_json(folder / RESULT), "scale", "another")
     refused("of the scales another and fake")
 
@@ -1226,7 +1243,7 @@ def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
         rewritten(name, change)
         refused(f"{name} is missing or damaged")
     rewritten("predictions.csv.gz", lambda t: t[: len(t) // 2])
-    refused("are not those of its predictions")
+    refused("do not follow from its predictions")
     write_report(place.out)
 
     for words, code, said in (

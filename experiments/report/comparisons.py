@@ -32,11 +32,11 @@ from experiments.scores import (
 from ich_keras.labels import LABELS
 from ich_keras.report import markdown_table
 
-Compared = tuple[str, str, str, Difference]  # one, other, level, one minus other
+Compared = tuple[str, str, str, Difference]  # two runs, level, first minus second
 
 
 def compare_runs(name: str, results: Results) -> list[Compared]:
-    """Compare what a question puts side by side, at each level that both have."""
+    """Compare the pairs of a question at each level that both runs have."""
     question = QUESTIONS[name]
     return [
         (one, other, level, found)
@@ -48,6 +48,7 @@ def compare_runs(name: str, results: Results) -> list[Compared]:
 
 
 def question_section(name: str, results: Results, compared: Sequence[Compared]) -> list[str]:
+    """Return the section of a question; empty when none of its runs is finished."""
     question = QUESTIONS[name]
     finished = [key for key in question.runs if key in results]
     if not finished or (not question.in_all and set(finished) <= _shared_runs(name)):
@@ -72,7 +73,7 @@ def question_section(name: str, results: Results, compared: Sequence[Compared]) 
 
 
 def _shared_runs(name: str) -> set[str]:
-    """Return the runs of a question that others ask for as well."""
+    """Return the runs of a question that other questions or tables need too."""
     others = [set(q.runs) for other, q in QUESTIONS.items() if other != name]
     return set().union(*others, *(set(keys) for keys in TABLE_RUNS.values()))
 
@@ -141,7 +142,7 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
 
 
 def _rules(results: Sequence[Result]) -> list[str]:
-    """Return the rules by which a run's slices became series, chosen on each seed's validation."""
+    """Return the rules from slices to series, which each seed chose on validation."""
     found = (result.info["metrics"].get("series", {}).get("aggregation") for result in results)
     return sorted({choice["rule"] for choice in found if choice})
 
@@ -165,6 +166,7 @@ def _differences(found: Sequence[Compared], metrics: Sequence[str] = HEADLINE) -
 def difference_row(
     one: str, other: str, level: str, difference: Difference, metric: str
 ) -> list[str]:
+    """Return the cells of a difference's row."""
     row = difference.mean[metric]
     values = [value for value in difference.per_seed[metric] if value is not None]
     return [
@@ -181,6 +183,7 @@ def difference_row(
 
 
 def leak_section(results: Results, compared: Sequence[Compared]) -> list[str]:
+    """Return the comparison on the slices that both splits held out."""
     if "2d" not in results or "2d-leaky" not in results:
         return []
     if not compared:
@@ -211,13 +214,16 @@ def leak_section(results: Results, compared: Sequence[Compared]) -> list[str]:
 
 
 def _shared_table(leaky: Sequence[Result], fair: Sequence[Result]) -> str:
-    """Score two runs on the slices that both held out, seed by seed."""
+    """Return the scores of two runs on the slices that both held out."""
     found = shared_scores(leaky, fair, "slice")
     rows = [
         [
             f"`{group[0].key}`",
             "; ".join(f"{m['n']['samples']} ({m['n']['positive']['any']})" for m in metrics),
-            *(spread([pick(m, name) for m in metrics]) for name in HEADLINE),
+            *(
+                spread([v for m in metrics if (v := pick(m, name)) is not None])
+                for name in HEADLINE
+            ),
         ]
         for group, metrics in zip((leaky, fair), zip(*found, strict=True), strict=True)
     ]
@@ -229,15 +235,15 @@ def _fractions_note(results: Results) -> list[str]:
     views = [view for view in ("2d", "slab", "series") if len(curve_points(results, view)) > 1]
     if not views:
         return []
-    said = []
+    counts = []
     for view in views:
         steps = [
             f"{np.mean([r.info['steps'] for r in results[key]]):,.0f}"
             for key in curve_points(results, view)
         ]
-        said.append(f"{view} {', '.join(steps)}")
+        counts.append(f"{view} {', '.join(steps)}")
     return [
-        f"Optimiser steps, from the smallest part to the whole: {'; '.join(said)}. Fewer patients"
+        f"Optimiser steps, from the smallest part to the whole: {'; '.join(counts)}. Fewer patients"
         " are shown more often; they are also validated more often, since an epoch is shorter.",
         "",
     ]

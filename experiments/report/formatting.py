@@ -18,11 +18,16 @@ Results = Mapping[str, Sequence[Result]]  # key of a run -> its results by seed
 
 
 def mean_text(values: Sequence[float], digits: int) -> str:
+    """Return the mean with thousands separators."""
     return f"{np.mean(values):,.{digits}f}"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Write the mean and, of several, the range."""
+    """Return the mean and, for several values, the range.
+
+    >>> spread([0.25, 0.75], digits=2)
+    '0.50 (0.25 to 0.75)'
+    """
     if not values:
         return "n/a"
     mean = format_metric(float(np.mean(values)), digits)
@@ -32,7 +37,11 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def each(values: Sequence[float | None], digits: int = 4) -> str:
-    """Write the mean of what is defined and, of several seeds, the value of each, in order."""
+    """Return the mean of the defined values and, for several seeds, each value in order.
+
+    >>> each([0.75, None, 0.25], digits=2)
+    '0.50 (0.75, n/a, 0.25)'
+    """
     defined = [value for value in values if value is not None]
     mean = format_metric(float(np.mean(defined)) if defined else None, digits)
     if len(values) == 1:
@@ -41,20 +50,20 @@ def each(values: Sequence[float | None], digits: int = 4) -> str:
 
 
 def bounds(row: dict | None, digits: int = 4) -> str:
-    """Write an interval."""
+    """Return an interval as text."""
     if row is None or row["low"] is None:
         return "n/a"
     return f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
 
 
 def absent(key: str) -> str:
-    """Say why a run has no result."""
+    """Explain why a run has no result."""
     command = absent_weights(key)
     return f"n/a: weights not fetched (`{command}`)" if command else "n/a: not run"
 
 
 def seeds_text(group: Sequence[Result]) -> str:
-    """Name the seeds, and say where they are too few to conclude from."""
+    """Name the seeds, and mark where they are too few for a conclusion."""
     if not group:
         return "n/a"
     few = "" if len(group) >= LEAST_SEEDS else " (too few)"
@@ -62,7 +71,7 @@ def seeds_text(group: Sequence[Result]) -> str:
 
 
 def fewer_text(group: Sequence[Result], others: Sequence[Result]) -> str:
-    """Name the seeds of a number that stands beside one of more seeds."""
+    """Name the seeds of a number that is shown beside one with more seeds."""
     if others and len(group) >= len(others):
         return ""
     return f" (seed {', '.join(str(result.seed) for result in group)})"

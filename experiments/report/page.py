@@ -24,26 +24,26 @@ SYNTHETIC = "phantoms (synthetic): says nothing about patients"
 
 
 def write_report(out: Path, tell: Tell | None = None, scale: str | None = None) -> Path:
-    """Make tables and figures of all that is finished below a folder, from nothing else.
+    """Write tables and figures from the stored results of a folder.
 
     Args:
         out: has runs/; receives README.md and figures/.
         tell: called with single lines of text.
-        scale: that the results are said to have; None takes any.
+        scale: that the results must have; None accepts any.
 
     Returns:
         README.md.
 
     Raises:
-        StaleError: nothing is finished, the results are damaged, do not belong together or are of
-            another scale.
-        EnvironmentProblem: matplotlib is absent.
+        StaleError: no run is finished, or the results are damaged, do not belong together or are
+            of another scale.
+        EnvironmentProblem: matplotlib is missing.
     """
     results = sound_results(out, scale)
     if not results:
         raise StaleError(
             f"{out} has no finished run.",
-            "`python -m experiments all`, of one of the scales, first.",
+            "Run `python -m experiments all` with one of the scales first.",
         )
     compared = {}
     for name in QUESTIONS:
@@ -69,7 +69,7 @@ def _all(results: Results) -> list[Result]:
 
 
 def mark_of(results: Results) -> str:
-    """Say in one line what results are: data, date, machine, seeds, time."""
+    """Describe results in one line: data, dates, machines, seeds, time."""
     every = _all(results)
     infos = [result.info for result in every]
     dates = sorted({info["date"] for info in infos})

@@ -11,7 +11,7 @@ from ich_keras.report import markdown_table
 
 
 def summary_section(compared: Mapping[str, Sequence[Compared]], results: Results) -> list[str]:
-    """Say of each comparison that `all` makes how far the two lie apart, in one line."""
+    """Return the section with a line per comparison of the questions that `all` answers."""
     rows = []
     for name, question in QUESTIONS.items():
         pairs = compared[name] if question.in_all else ()

@@ -28,7 +28,7 @@ _TABLE_TITLES = {
     3: "3D ResNet-18 on whole series",
     4: "3D ResNet-18 on slabs of five slices",
 }
-# Table 1's rows: the published one, and our runs beside it (sound split, thesis split).
+# Rows of table 1: the published network, and our runs (patient split, thesis split).
 _TABLE_1 = (
     ("2d-pretrained-4-epochs", "2d-pretrained", "2d-pretrained-thesis"),
     ("2d-pretrained-4-epochs", "2d-stand-in", "2d-stand-in-thesis"),
@@ -58,6 +58,7 @@ METRICS_NOTES = (_CONVENTION, _MACRO_NOTE)
 
 
 def loss_table(results: Results) -> list[str]:
+    """Return table 1: losses after four epochs."""
     rows = []
     for published, sound, thesis in _TABLE_1:
         group = results.get(sound, [])
@@ -101,12 +102,12 @@ def loss_table(results: Results) -> list[str]:
 
 
 def loss_after(result: Result, epochs: int = TABLE_1_EPOCHS) -> float:
-    """Return the validation log loss after so many epochs, or after the last one."""
+    """Return the validation log loss after some epochs, or after the last of fewer."""
     return float(result.history["valid_log_loss"].iloc[min(epochs, len(result.history)) - 1])
 
 
 def _under_way(results: Results) -> str:
-    """Say that the learning rate falls over a whole training, where it does."""
+    """Return a remark that the learning rate is still falling, where it is."""
     schedules = {
         result.info["config"]["fit"].get("schedule")
         for _, *keys in _TABLE_1
@@ -122,6 +123,7 @@ def _under_way(results: Results) -> str:
 
 
 def metrics_table(table: int, results: Results) -> list[str]:
+    """Return one of the tables 2 to 4: the metrics of one network."""
     lines = [f"## Table {table}: {_TABLE_TITLES[table]}", ""]
     keys = TABLE_RUNS[table]
     for key in keys:
@@ -144,6 +146,7 @@ def metrics_table(table: int, results: Results) -> list[str]:
 
 
 def intensity_text(group: Sequence[Result]) -> str:
+    """Return the names of the intensities that runs were trained on."""
     names = {
         "windows": "three windows",
         "wide": "one wide range",
@@ -156,13 +159,16 @@ def intensity_text(group: Sequence[Result]) -> str:
 
 def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key: str) -> str:
     level = "series" if group[0].is_series else "slice"
-    published = asdict(PUBLISHED[RUNS[group[0].key].published])
+    name_there = RUNS[group[0].key].published
+    assert name_there is not None  # every run of the tables has a published counterpart
+    published = asdict(PUBLISHED[name_there])
     convention = [under_convention(result) for result in thesis]
     constant = [constant_under_convention(result) for result in thesis]
     found = intervals(group, level)
     defined = [
         binary_metrics(part.truth, part.values)["defined_labels"]
-        for part in (scored(result, level) for result in group)
+        for result in group
+        if (part := scored(result, level)) is not None
     ]
     rows = []
     for name, ours in THESIS_NAMES.items():
@@ -197,6 +203,6 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
 
 
 def _labels_text(defined: Sequence[dict[str, int]], metric: str) -> str:
-    """Say of a mean over labels over how many it is, where some label has no such rate."""
+    """Return the number of labels behind a mean, where some label has no such rate."""
     number = min(numbers.get(metric, len(LABELS)) for numbers in defined)
     return f" ({number} of {len(LABELS)} labels)" if number < len(LABELS) else ""

@@ -9,6 +9,7 @@ from ich_keras.report import markdown_table
 
 
 def runs_section(results: Results) -> list[str]:
+    """Return the section on the runs, one row each."""
     rows = []
     for key in RUNS:
         if key not in results:
