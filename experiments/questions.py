@@ -65,7 +65,7 @@ QUESTIONS = {
         ),
         in_all=True,
         note=(
-            "`2d`, `slab` and `series` have each view's own epochs and learning rate;"
+            "`2d`, `slab` and `series` have the epochs and learning rate of their view."
             " `2d-operations` and `series-operations` are the same networks, trained for as many"
             " operations as `slab`."
         ),
@@ -76,14 +76,14 @@ QUESTIONS = {
         pairs=(("slab", "slab-medicalnet"),),
         in_all=True,
         note=(
-            "The networks differ in the strides in depth and in the plane, in dilation and in the"
-            " kind of shortcut, and both are trained from scratch with a learning rate and epochs"
-            " that were chosen on `slab`: the difference is that of the two networks at this"
-            " budget, not what a stride costs (`stride-9` changes nothing but strides in depth)."
+            "The networks differ in their strides in depth and in the plane, in dilation and in the"
+            " kind of shortcut. Both are trained from scratch with a learning rate and epochs that"
+            " were chosen on `slab`. The difference is that of the two networks at this budget, not"
+            " the cost of a stride (`stride-9` changes nothing but the strides in depth)."
         ),
     ),
     "stride-9": Question(
-        title="What do strides along the slices cost, and all else equal, on slabs of nine?",
+        title="What do strides along the slices cost on slabs of nine, all else equal?",
         runs=("slab", "slab-9", "slab-9-strided"),
         pairs=(("slab-9", "slab-9-strided"), ("slab-9", "slab")),
     ),
@@ -92,7 +92,7 @@ QUESTIONS = {
         runs=("2d", "slab", "series", *FRACTIONS),
         pairs=(
             *(("2d", "2d-half"), ("slab", "slab-half"), ("series", "series-half")),
-            # Five slices a sample on half of the patients, beside one a sample on all of them.
+            # Five slices per sample on half of the patients, against one on all of them.
             *(("slab-half", "2d"), ("series-half", "2d")),
         ),
         in_all=True,
@@ -108,7 +108,7 @@ QUESTIONS = {
         pairs=(("slab", "slab-wide"), ("series", "series-wide")),
     ),
     "normalise": Question(
-        title="Normalise before or after brightness and contrast (fault of the thesis)?",
+        title="Normalise before brightness and contrast (a fault of the thesis) or after?",
         runs=("2d-normalise-last", "2d-normalise-first"),
         pairs=(("2d-normalise-last", "2d-normalise-first"),),
     ),

@@ -1097,7 +1097,7 @@ def test_a_result_older_than_its_source_is_named():
         for seed in range(3)
     ]
     (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
-    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    assert line.startswith("`2d-stand-in` of seed 0 is older than the stored result")
     # The same day: newer results have the time.
     made, source = (
         [made_result(key, 0, some_rows(0), environment={"started": f"2026-01-02T{hour}:00:00"})]
@@ -1106,7 +1106,7 @@ def test_a_result_older_than_its_source_is_named():
     for group, date in ((made, "2026-01-02"), (source, "2026-01-02")):
         group[0].info["date"] = date
     (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
-    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    assert line.startswith("`2d-stand-in` of seed 0 is older than the stored result")
     assert source_notes(("2d-stand-in",), {"2d-stand-in": source, "stand-in-2d-18": made}) == []
 
 
@@ -1127,10 +1127,10 @@ def test_words_follow_the_numbers():
     assert disagreeing == "below 0; the seeds disagree"
     # A difference of exactly 0, of two that rank all rightly, has no sign.
     assert verdict({"low": 0.01, "high": 0.04}, 100, [0.0, 0.02, 0.03]).startswith(
-        "above 0; that over seeds"
+        "above 0; interval over seeds"
     )
     apart = verdict({"low": 0.1, "high": 0.3}, 100, [0.01, 0.2, 0.4])
-    assert apart == "above 0; that over seeds includes 0"
+    assert apart == "above 0; interval over seeds includes 0"
     for low, high in ((-0.001, 0.1), (0.001, 0.1), (-0.1, 0.001)):
         assert verdict({"low": low, "high": high}, 100, above) == "ends at about 0"
     # Mean 2, standard deviation 1: 4.3027 / sqrt(3) either way.

@@ -114,10 +114,10 @@ def _scores_table(keys: Sequence[str], results: Results) -> list[str]:
     return [
         markdown_table(header, rows),
         "",
-        "Mean over seeds (range), and its interval over patients. Samples (any): of the test set,"
-        " and those with any haemorrhage, seed by seed. Counting voxels: a logistic regression on"
-        " how many voxels lie in each band of HU, fitted on the slices that the run was trained on;"
-        " of a series its worst slice.",
+        "Mean over seeds (range), and its interval over patients. Samples (any): the samples of the"
+        " test set and, of these, the ones with any haemorrhage, for each seed. Counting voxels: a"
+        " logistic regression on how many voxels lie in each band of HU, fitted on the slices that"
+        " the run was trained on; a series has the score of its worst slice.",
         "",
         *_balance_note([result for key in keys for result in results[key]]),
         *behind_notes(keys, results),
@@ -134,9 +134,9 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
     if not any(r.info["config"]["data"]["balance"] and not r.is_series for r in results):
         return []
     return [
-        "Slices and slabs were trained on as many positive as negative samples and are scored on"
-        " all of them: their log loss contains that shift, their AUROC does not. Series were"
-        " trained nearly as they are, about half of them positive.",
+        "Slices and slabs were trained on as many positive as negative samples, but are scored on"
+        " all samples: this shift affects their log loss, not their AUROC. Series were trained"
+        " nearly as they are, about half of them positive.",
         "",
     ]
 
@@ -155,8 +155,8 @@ def _differences(found: Sequence[Compared], metrics: Sequence[str] = HEADLINE) -
     header += ["95 % interval over patients", "95 % interval over seeds"]
     header += ["seeds", "samples / patients", "the interval over patients"]
     return [
-        "On the same test patients, paired (log loss: below 0 is better; AUROC: above 0 is"
-        " better):",
+        "Paired differences on the same test patients (log loss: below 0 means that the first run"
+        " is better; AUROC: above 0):",
         "",
         markdown_table(header, rows),
         "",
@@ -187,7 +187,10 @@ def leak_section(results: Results, compared: Sequence[Compared]) -> list[str]:
     if "2d" not in results or "2d-leaky" not in results:
         return []
     if not compared:
-        return ["No seed has both, or no slice was held out by both; no paired comparison.", ""]
+        return [
+            "No paired comparison: no seed has both runs, or no slice was held out by both.",
+            "",
+        ]
     seeds = compared[0][3].seeds
     infos = [
         [result.info for result in results[key] if result.seed in seeds]
@@ -200,12 +203,11 @@ def leak_section(results: Results, compared: Sequence[Compared]) -> list[str]:
     names = [*HEADLINE, "rsna_log_loss"]
     names += [f"{kind}/{label}" for kind in ("auroc", "log_loss") for label in LABELS]
     return [
-        "The slices that the leaky split held out of the patient split's test patients, scored by"
-        f" both models. They trained on {patients} patients and {slices} slices (leaky and patient"
-        " split, mean over seeds), with as many optimiser steps, and neither chose its epoch on"
-        " these slices; the leaky model was trained on other slices of these patients, the other"
-        " on none of theirs. It had fewer slices, so that the difference is, if anything, too"
-        " small:",
+        "Both models are scored on the slices of the patient split's test patients that the leaky"
+        f" split held out. They trained on {patients} patients and {slices} slices (leaky and"
+        " patient split, mean over seeds), with as many optimiser steps. Neither chose its epoch on"
+        " these slices. The leaky model was trained on other slices of these patients, the other"
+        " model on none. The leaky model had fewer slices, so the difference is, if anything, too small:",
         "",
         _shared_table(results["2d-leaky"], results["2d"]),
         "",
@@ -243,7 +245,7 @@ def _fractions_note(results: Results) -> list[str]:
         ]
         counts.append(f"{view} {', '.join(steps)}")
     return [
-        f"Optimiser steps, from the smallest part to the whole: {'; '.join(counts)}. Fewer patients"
-        " are shown more often; they are also validated more often, since an epoch is shorter.",
+        f"Optimiser steps, from the fewest patients to all: {'; '.join(counts)}. Fewer patients are"
+        " shown more often; they are also validated more often, since an epoch is shorter.",
         "",
     ]

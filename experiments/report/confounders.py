@@ -42,7 +42,7 @@ def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
     if min(per_seed) < 0 < max(per_seed):
         return f"{position}; the seeds disagree"
     first, last = _over_seeds(per_seed)
-    return f"{position}; that over seeds includes 0" if first <= 0 <= last else position
+    return f"{position}; interval over seeds includes 0" if first <= 0 <= last else position
 
 
 def over_seeds(values: Sequence[float], digits: int = 4) -> str:
@@ -92,8 +92,8 @@ def behind_notes(keys: Iterable[str], results: Results) -> list[str]:
     if not named:
         return []
     return [
-        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has found"
-        " no more than a count of voxels tells; a comparison with it says that, and little else.",
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has"
+        " learned no more than a count of voxels shows; a comparison with it means little else.",
         "",
     ]
 
@@ -111,14 +111,14 @@ def source_notes(keys: Iterable[str], results: Results) -> list[str]:
             if behind_notes([source], results):
                 notes += [
                     f"`{key}` starts from `{source}`, which does not rank above counting voxels"
-                    " itself: it says little about starting from learned weights.",
+                    " itself. It shows little about starting from learned weights.",
                     "",
                 ]
             made = results[source][0].info
             older = [str(r.seed) for r in results[key] if _is_before(r.info, made)]
             if older:
                 notes += [
-                    f"`{key}` of seed {' and '.join(older)} is older than what is kept of"
+                    f"`{key}` of seed {' and '.join(older)} is older than the stored result of"
                     f" `{source}` ({made['date']}): it started from an earlier training of it.",
                     "",
                 ]
@@ -159,11 +159,11 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
     if not named:
         return []
     return [
-        "**Early epochs kept.** The model scored is that of the epoch with the lowest validation"
-        " log loss. Of these it lies in the first half of the training (in brackets the AUROC of"
-        f" `any` on validation, then and after the last epoch): {'; '.join(named)}. Steps and"
-        " operations are what was spent, of which such a model has seen a part; a comparison with"
-        " it is also one of how the epoch was chosen.",
+        "**Early epochs kept.** The scored model is that of the epoch with the lowest validation"
+        " log loss. For the following runs it lies in the first half of the training (in brackets:"
+        " the epochs kept; the AUROC of `any` on validation at that epoch and after the last):"
+        f" {'; '.join(named)}. Such a model saw only a part of the steps and operations listed, and"
+        " a comparison with it also depends on how the epoch was chosen.",
         "",
     ]
 
@@ -189,8 +189,8 @@ def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Resu
     if not named:
         return []
     return [
-        "Trained on other devices, in other precisions or with other versions (see Runs), which is"
-        f" part of the difference: {', '.join(named)}.",
+        "The compared runs were trained on different devices, in different precisions or with"
+        f" different versions (see Runs), which is part of the difference: {', '.join(named)}.",
         "",
     ]
 

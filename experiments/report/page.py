@@ -91,10 +91,10 @@ def _head(results: Results) -> list[str]:
     lines = [f"# Experiments: scale `{info['scale']}`", "", f"*{mark_of(results)}.*", ""]
     if any(result.info["synthetic"] for result in _all(results)):
         lines += [
-            "**Synthetic data.** All numbers of ours below come from phantoms (drawn head CT). They"
-            " say how the programs and the comparisons behave; they say nothing about patients. The"
-            " columns *as published* are the thesis's, on RSNA 2019: beside numbers on phantoms"
-            " they can be read, not compared.",
+            "**Synthetic data.** All our numbers below come from phantoms (drawn head CT). They"
+            " show how the programs and the comparisons behave; they say nothing about patients."
+            " The columns *as published* hold the thesis's numbers on RSNA 2019. They must not be"
+            " compared with numbers on phantoms.",
             "",
         ]
     seeds = {result.seed for result in _all(results)}
@@ -110,18 +110,18 @@ def _head(results: Results) -> list[str]:
         ]
     return [
         *lines,
-        f"{NOT_CLINICAL} Made by `python -m experiments report`; what the runs are is in"
-        " experiments/README.md of the clone.",
+        f"{NOT_CLINICAL} Made by `python -m experiments report`; experiments/README.md of the"
+        " clone explains the runs and how to read this report.",
         "",
-        "All models on the patient split of a seed have the same test patients (those on the"
-        " thesis's split and the stand-ins on other phantoms have their own). Numbers are means"
+        "All models on the patient split of a seed have the same test patients. Models on the"
+        " thesis's split, and the stand-ins on other phantoms, have their own. Numbers are means"
         f" over seeds. Intervals over patients are 95 %, percentiles of {RESAMPLES:,} resamples:"
-        " patients are drawn once for all seeds, and count in each seed in whose test set they are."
-        " They hold for these trained models on other patients, and have no variation between"
-        " trainings in them. A seed changes split and training together; the range of so few values"
-        " describes them, and the interval over seeds (Student's t; the test sets of seeds overlap)"
-        " is as wide as so few values make it. No correction is made for the number of"
-        " comparisons.",
+        " patients are drawn once for all seeds, and a patient counts in each seed whose test set"
+        " contains them. These intervals hold for these trained models on other patients; they do"
+        " not include the variation between trainings. A seed changes the split and the training"
+        " together. The range over seeds only describes a few values, and the interval over seeds"
+        " (Student's t; the test sets of seeds overlap) is wide because there are so few. The"
+        " number of comparisons is not corrected for.",
         "",
     ]
 

@@ -36,11 +36,11 @@ def summary_section(compared: Mapping[str, Sequence[Compared]], results: Results
     return [
         "## In short",
         "",
-        "Differences on the same test patients (AUROC: above 0 is better; log loss: below 0). Log"
-        " loss is left out where one of the two was trained on whole series, which are balanced"
-        " otherwise. The last column says where the interval over patients lies; where it excludes"
-        " 0, whether the seeds bear it; and what the comparison has in it beside its question. What"
-        " the runs are, and all metrics, stand below.",
+        "Differences on the same test patients (AUROC: above 0 means that the first run is better;"
+        " log loss: below 0). Log loss is left out where only one of the two runs was trained on"
+        " whole series, which are balanced differently. The last column shows where the interval"
+        " over patients lies, whether the seeds agree when it excludes 0, and the confounders: what"
+        " else differs between the two runs. The runs and all metrics follow below.",
         "",
         markdown_table([*header, "the interval over patients"], rows),
         "",

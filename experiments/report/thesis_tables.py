@@ -38,20 +38,20 @@ _TABLE_1 = (
 )
 TABLE_1_EPOCHS = 4
 _CONVENTION = (
-    "Thesis convention: its split, on which the same held-out samples choose the model; each"
-    " held-out sample changed once by its random augmentation; means over batches of its size"
-    " (32 slices, 16 slabs, 1 series), an undefined rate counting as 0. Not imitated: its"
-    " reading faults (zeros for unreadable files, neighbours from the rows of a table), windows"
-    " before resizing, normalising before brightness, and the changing rules for undefined"
-    " rates. Constants on the same samples: under the convention its loss is that of the"
-    " training set's prevalence, its other metrics those of never any haemorrhage. Skill: 1 -"
-    " loss / loss of the constant (log loss against the prevalence, Hamming loss and error"
-    " against never any haemorrhage)."
+    "Thesis convention: the thesis's split, on which the held-out samples also choose the model;"
+    " each held-out sample augmented once at random; means over batches of the thesis's size (32"
+    " slices, 16 slabs, 1 series), where an undefined rate counts as 0. Not imitated: its reading"
+    " faults (zeros for unreadable files, neighbours from the rows of a table), windows before"
+    " resizing, normalisation before brightness, and its changing rules for undefined rates."
+    " Constants are constant answers, scored on the same samples. Under the convention, the loss"
+    " is that of the training set's prevalence, and the other metrics are those of answering"
+    ' "no haemorrhage". Skill: 1 - loss / loss of the constant (log loss against the'
+    ' prevalence; Hamming loss and error against "no haemorrhage").'
 )
 _MACRO_NOTE = (
     "Precision, recall, F1 and specificity are means over the labels that have such a rate: a label"
-    " that is never predicted has no precision. For these and the Hamming metrics no intervals are"
-    " made (n/a)."
+    " that is never predicted has no precision. These and the Hamming metrics have no intervals"
+    " (n/a)."
 )
 
 METRICS_NOTES = (_CONVENTION, _MACRO_NOTE)
@@ -91,11 +91,11 @@ def loss_table(results: Results) -> list[str]:
         "",
         markdown_table(header, rows),
         "",
-        f"Validation: log loss after {TABLE_1_EPOCHS} epochs, as published, or after the last of"
-        f" fewer{_under_way(results)}. Test: of the epoch kept. The two validation columns differ"
-        " in the split and in how training was augmented; what the split alone does is under"
-        " *leak*. Skill: 1 - loss / loss of the constant. A constant answer of no haemorrhage has"
-        " no finite log loss.",
+        f"Validation: log loss after {TABLE_1_EPOCHS} epochs, as published, or after the last epoch"
+        f" of a shorter training{_under_way(results)}. Test: log loss of the epoch kept. The two"
+        " validation columns differ in the split and in the augmentation of training; the section"
+        " *leak* shows the effect of the split alone. Skill: 1 - loss / loss of the constant. The"
+        ' constant answer "no haemorrhage" has no finite log loss.',
         "",
         *source_notes([sound for _, sound, _ in _TABLE_1], results),
     ]
@@ -117,8 +117,8 @@ def _under_way(results: Results) -> str:
     if "cosine" not in schedules:
         return ""
     return (
-        "; the learning rate of ours falls over more epochs (see Runs), so that a training is under"
-        " way there"
+        "; our learning rate falls over more epochs (see Runs), so that our trainings are still"
+        " under way at that point"
     )
 
 
@@ -198,7 +198,13 @@ def _network_table(group: Sequence[Result], thesis: Sequence[Result], thesis_key
             ]
         )
     header = ["metric", "as published", "thesis convention", "thesis convention: constant"]
-    header += ["done properly", "95 % interval", "constant: prevalence", "constant: never", "skill"]
+    header += [
+        "done properly",
+        "95 % interval",
+        "constant: prevalence",
+        "constant: no haemorrhage",
+        "skill",
+    ]
     return markdown_table(header, rows)
 
 

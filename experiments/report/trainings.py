@@ -32,7 +32,7 @@ def runs_section(results: Results) -> list[str]:
                 spread([info["seconds"] for info in infos], 0),
             ]
         )
-    header = ["run", "what", "seeds", "trained on", "training patients", "test patients"]
+    header = ["run", "description", "seeds", "trained on", "training patients", "test patients"]
     header += [
         "learning rate, batch",
         "epoch kept",
@@ -44,11 +44,11 @@ def runs_section(results: Results) -> list[str]:
     return [
         "## Runs",
         "",
-        "Means over seeds. Precision: bfloat16 where the device has instructions for it, float32"
-        " where it has not. Epoch kept, of all: that of the lowest validation log loss, seed by"
-        " seed. Operations: three times the forward pass, of all training samples. Seconds (range):"
-        " training and validation after each epoch, of one process; of different devices and"
-        " precisions they do not compare.",
+        "Means over seeds. Precision: bfloat16 where the device has instructions for it, otherwise"
+        " float32. Epoch kept: the one with the lowest validation log loss, of all epochs, for each"
+        " seed. Operations: three times the forward pass, for all training samples. Seconds"
+        " (range): training, and validation after each epoch, in one process; they cannot be"
+        " compared between devices or precisions.",
         "",
         markdown_table(header, rows),
         "",
