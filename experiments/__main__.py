@@ -1,12 +1,19 @@
 """The command line: `python -m experiments`. Nothing heavy is imported before a command runs."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ich_keras.processes import usable_threads
 from ich_keras.terminal import Group, catch_termination, open_terminal
+
+if TYPE_CHECKING:
+    from experiments.scales import Scale
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 HELP = {"help_option_names": ["-h", "--help"]}
 RESULTS = Path(__file__).parent / "results"
@@ -14,49 +21,62 @@ WORK = Path("runs")  # not part of the repository
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-def _scale_options(command):
-    """Add the options that say at which scale, and where results lie."""
+def _scale_options(command: Command) -> Command:
+    """Add the options for the scale, the data and the folders."""
     for option in (
-        click.option("--out", type=_FOLDER, metavar="DIR", help="Where tables and figures go."),
+        click.option(
+            "--out", type=_FOLDER, metavar="DIR", help="Folder of the results, tables and figures."
+        ),
         click.option(
             "--work",
             type=_FOLDER,
             metavar="DIR",
-            help="Caches and run folders; default: runs/experiments-SCALE.",
+            help="Folder of caches and runs; default: runs/experiments-SCALE.",
         ),
         click.option(
             "--labels",
             type=click.Path(path_type=Path, dir_okay=False, exists=True),
-            help="RSNA's csv.",
+            metavar="CSV",
+            help="RSNA's label file, stage_2_train.csv; needs --dicom.",
         ),
         click.option(
             "--dicom",
             type=click.Path(path_type=Path, file_okay=False, exists=True),
             metavar="DIR",
-            help="RSNA on one GPU, with the thesis's settings.",
+            help="Scale rsna: RSNA's DICOM files, one GPU, the thesis's settings; needs --labels.",
         ),
-        click.option("--small", "is_small", is_flag=True, help="Phantoms, hours."),
-        click.option("--tiny", "is_tiny", is_flag=True, help="Phantoms, minutes: a trial."),
+        click.option(
+            "--small", "is_small", is_flag=True, help="Scale small: phantoms, three seeds, hours."
+        ),
+        click.option(
+            "--tiny", "is_tiny", is_flag=True, help="Scale tiny: phantoms, minutes; a trial run."
+        ),
     ):
         command = option(command)
     return command
 
 
-def _run_options(command):
-    """Add the options that say how runs are made."""
+def _run_options(command: Command) -> Command:
+    """Add the options for training."""
     for option in (
-        click.option("--seeds", default="", metavar="0,1,...", help="Default: the scale's."),
+        click.option(
+            "--seeds",
+            default="",
+            metavar="0,1,...",
+            help="Seeds of splits and trainings; default: the scale's.",
+        ),
         click.option(
             "--weights-dir",
             type=click.Path(path_type=Path, file_okay=False, exists=True),
             metavar="DIR",
-            help="Converted weights; default: where ich_keras keeps them.",
+            help="Folder of converted weights; default: where ich_keras keeps them.",
         ),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
+            help="Where to train.",
         ),
         click.option(
             "--jobs",
@@ -70,6 +90,7 @@ def _run_options(command):
             type=click.IntRange(min=1),
             default=usable_threads,
             show_default="OMP_NUM_THREADS, or one per core",
+            help="Processor threads, in all.",
         ),
     ):
         command = option(command)
@@ -78,18 +99,18 @@ def _run_options(command):
 
 @click.group(cls=Group, context_settings=HELP)
 def main() -> None:
-    """Make the thesis's tables again, and answer what it left open.
+    """Reproduce the thesis's tables, and answer the questions it left open.
 
-    What is finished is skipped: the same command goes on after an interruption.
+    Finished runs are skipped: after an interruption, give the same command again.
     """
     catch_termination()
 
 
 @main.command("all")
 @_run_options
-def everything(**options) -> None:
-    """Make tables 1 to 4 and the questions leak, views, stride and fractions."""
-    from experiments.runs import QUESTIONS, TABLES
+def everything(**options: Any) -> None:
+    """Make tables 1 to 4 and answer the questions leak, views, stride and fractions."""
+    from experiments.questions import QUESTIONS, TABLES
 
     asked = tuple(name for name, question in QUESTIONS.items() if question.in_all)
     _reproduce(TABLES, asked, **options)
@@ -98,7 +119,7 @@ def everything(**options) -> None:
 @main.command()
 @click.argument("number", type=click.IntRange(1, 4))
 @_run_options
-def table(number: int, **options) -> None:
+def table(number: int, **options: Any) -> None:
     """Make what one table of the thesis needs."""
     _reproduce((number,), (), **options)
 
@@ -106,10 +127,10 @@ def table(number: int, **options) -> None:
 @main.command()
 @click.argument("name")
 @_run_options
-def question(name: str, **options) -> None:
-    """Make what one question needs: leak, views, stride, fractions, stride-9, memory, intensity,
-    normalise, pretraining."""
-    from experiments.runs import QUESTIONS
+def question(name: str, **options: Any) -> None:
+    """Answer one question: leak, views, stride, fractions, stride-9, memory, intensity, normalise
+    or pretraining."""
+    from experiments.questions import QUESTIONS
     from ich_keras.errors import UsageError
 
     if name not in QUESTIONS:
@@ -119,7 +140,7 @@ def question(name: str, **options) -> None:
 
 @main.command("list")
 def show_list() -> None:
-    """Print every declared run: what for, command, machine, expected time, published number."""
+    """Print every declared run: purpose, command, machine, expected time, published number."""
     from experiments.listing import listing
 
     click.echo(listing())
@@ -127,9 +148,16 @@ def show_list() -> None:
 
 @main.command()
 @_scale_options
-def report(is_tiny, is_small, dicom, labels, work, out) -> None:
-    """Make tables and figures of what is finished; --out alone is enough."""
-    from experiments.write_up import write_report
+def report(
+    is_tiny: bool,
+    is_small: bool,
+    dicom: Path | None,
+    labels: Path | None,
+    work: Path | None,
+    out: Path | None,
+) -> None:
+    """Write tables and figures of the finished runs; --out alone is enough."""
+    from experiments.report.page import write_report
 
     scale = None
     if out is None or is_tiny or is_small or dicom is not None:
@@ -143,18 +171,22 @@ def report(is_tiny, is_small, dicom, labels, work, out) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="PNG"
 )
-@click.option("--columns", type=click.IntRange(min=2), default=8, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=4, show_default=True)
+@click.option(
+    "--columns", type=click.IntRange(min=2), default=8, show_default=True, help="Slices per row."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=4, show_default=True, help="Of the phantoms."
+)
 def sheet(folders: tuple[Path, ...], out: Path, columns: int, seed: int) -> None:
-    """Lay slices of DICOM FOLDERS and phantoms side by side, in the same windows."""
+    """Show slices of DICOM FOLDERS and phantoms side by side, in the same windows."""
     from experiments.sheet import write_sheet
 
     write_sheet(folders, out, columns, seed)
     click.echo(f"Contact sheet: {out}")
 
 
-def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):
-    from experiments.runs import require_scale
+def _scale(is_tiny: bool, is_small: bool, dicom: Path | None) -> "Scale":
+    from experiments.scales import require_scale
     from ich_keras.errors import UsageError
 
     named = [
@@ -166,7 +198,7 @@ def _scale(is_tiny: bool, is_small: bool, dicom: Path | None):
         raise UsageError(
             f"{'several scales' if named else 'no scale'}; expected one of --tiny, --small,"
             " --dicom DIR.",
-            "`report` takes --out DIR instead.",
+            "`report` accepts --out DIR instead.",
         )
     return require_scale(named[0])
 
@@ -191,32 +223,35 @@ def _reproduce(
     weights_dir: Path | None,
     seeds: str,
 ) -> None:
-    from experiments.data import Place
-    from experiments.runs import Source, chosen_runs
+    from experiments.declare import Source, chosen_runs
+    from experiments.place import Place
     from ich_keras.environment import choose_device
     from ich_keras.errors import UsageError
     from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 
-    if (dicom is None) != (labels is None):
+    source = None
+    if dicom is not None and labels is not None:
+        source = Source(str(dicom.absolute()), str(labels.absolute()))
+    elif dicom is not None or labels is not None:
         raise UsageError("--dicom and --labels belong together.")
     scale = _scale(is_tiny, is_small, dicom)
     if weights_dir is not None:
-        # Through the environment, so that worker processes look there too.
+        # Through the environment, so that worker processes use it too.
         os.environ[FOLDER_VARIABLE] = str(weights_dir.absolute())
     work = (work or WORK / f"experiments-{scale.name}").absolute()
     place = Place(
         work=work,
         out=(out or _out_of(scale.name, work)).absolute(),
         scale=scale,
-        source=None if dicom is None else Source(str(dicom.absolute()), str(labels.absolute())),
+        source=source,
         device=device,
         threads=threads,
         jobs=jobs,
     )
-    from experiments.figures import require_matplotlib
+    from experiments.report.figures import require_matplotlib
+    from experiments.report.page import write_report
     from experiments.reproduce import reproduce
     from experiments.scores import sound_results
-    from experiments.write_up import write_report
 
     # Now rather than after hours.
     choose_device(device)

@@ -1,7 +1,7 @@
-"""The thesis's own convention for metrics, to print like beside like; nowhere else.
+"""The thesis's own convention for metrics: only for tables that compare with its numbers.
 
-It averages over batches what should be computed over all samples: the numbers depend on the batch
-size and on the order, and a batch without a positive counts as much as one that is full of them.
+It averages over batches what should be computed over all samples. The numbers depend on the batch
+size and on the order, and a batch without a positive counts as much as a batch full of them.
 """
 
 import numpy as np
@@ -18,10 +18,10 @@ def thesis_metrics(
     Args:
         truth: int (n, 6), 0 or 1, in the order in which samples were evaluated.
         values: float (n, 6), probabilities.
-        batch_size: samples a batch: 32 slices, 16 slabs or 1 series. The last may be smaller and
-            counts as much.
-        zero_division: what a rate that is undefined in a batch counts as. The thesis's code changes
-            this between its runs, so its rates cannot be made again exactly.
+        batch_size: samples per batch: 32 slices, 16 slabs or 1 series. The last batch may be
+            smaller and counts as much.
+        zero_division: the value of a rate that is undefined in a batch. The thesis's code uses
+            different values in different runs, so its rates cannot be reproduced exactly.
 
     Returns:
         loss, accuracy, hamming_loss, hamming_score (1 where both sets are empty), and the macro

@@ -1,58 +1,22 @@
-"""The data of a work folder: phantoms, or DICOM files of the user's, -> index -> one cache."""
+"""The data of a work folder: phantoms, or the user's DICOM files -> index -> one cache."""
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from experiments.runs import Scale, Source, data_settings
+from experiments.declare import data_settings
+from experiments.place import OTHER, Place
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.phantom.dicom import IMAGES, LABELS_CSV, write_phantoms
 from ich_keras.progress import Progress, Tell
-from ich_keras.workflow import make_cache, prepare_index
+from ich_keras.workflow import cache_dicom
 
 MARK = "experiment.json"
-OTHER = "other"  # the other phantoms, for the stand-ins
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where experiments are worked on, and how.
-
-    Args:
-        work: caches, splits and run folders; large.
-        out: results: small, enough to make tables and figures again.
-        scale: how large they are.
-        source: DICOM files; None draws phantoms.
-        device: "auto", "cpu" or "cuda".
-        threads: of the processor, in all.
-        jobs: runs trained at the same time.
-    """
-
-    work: Path
-    out: Path
-    scale: Scale
-    source: Source | None = None
-    device: str = "auto"
-    threads: int = 1
-    jobs: int = 1
-
-    def run_dir(self, key: str, seed: int) -> Path:
-        """Return the run folder."""
-        return self.work / "runs" / f"{key}-s{seed}"
-
-    def result_dir(self, key: str, seed: int) -> Path:
-        """Return where what is kept of a run lies."""
-        return self.out / "runs" / f"{key}-s{seed}"
-
-    def cache_dir(self, is_other: bool = False) -> Path:
-        """Return the cache, or that of the other phantoms."""
-        return self.work / (f"{OTHER}-cache" if is_other else "cache")
 
 
 def claim_work(place: Place) -> None:
-    """Mark a work folder as belonging to these data, or find that it does.
+    """Mark a work folder as belonging to these data, or check that it does.
 
     Raises:
         UsageError: the scale needs DICOM files, or takes none.
@@ -67,7 +31,7 @@ def claim_work(place: Place) -> None:
     if not mark.is_file():
         if place.work.is_dir() and any(place.work.iterdir()):
             raise UsageError(
-                f"{place.work} is no work folder of experiments, and not empty.",
+                f"{place.work} is not a work folder of the experiments, and it is not empty.",
                 "Give another --work.",
             )
         write_json(mark, settings)
@@ -78,14 +42,14 @@ def claim_work(place: Place) -> None:
     if found != settings:
         here, there = _flat(settings), _flat(found)
         differing = sorted(name for name in here | there if here.get(name) != there.get(name))
-        said = ", ".join(f"{n} {there.get(n)!r} (now {here.get(n)!r})" for n in differing)
+        changes = ", ".join(f"{n} {there.get(n)!r} (now {here.get(n)!r})" for n in differing)
         raise StaleError(
-            f"{place.work} was made with other settings: {said}.",
+            f"{place.work} was made with other settings: {changes}.",
             "Give another --work, or remove it.",
         )
 
 
-def _flat(settings: dict) -> dict:
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {"scale": settings.get("scale"), **settings.get("data", {})}
 
 
@@ -95,12 +59,14 @@ def open_or_make(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CTCache:
-    """Open the cache of a work folder; when it is not there, draw the phantoms (or index the
-    DICOM files) and build it. What was interrupted is begun again.
+    """Open the cache of a work folder, or build it when it is missing.
+
+    To build it, the phantoms are drawn or the DICOM files are indexed. An interrupted build starts
+    from the beginning.
 
     Args:
         place: claimed.
-        is_other: the other phantoms instead.
+        is_other: use the second set of phantoms.
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
     """
@@ -109,30 +75,38 @@ def open_or_make(
         return CTCache.open(path)
     workers = place.threads if place.threads > 1 else 0
     if place.source is not None:
-        dicom, labels = place.source.dicom, place.source.labels
-    else:
-        phantoms = place.work / (f"{OTHER}-phantoms" if is_other else "phantoms")
-        if not phantoms.is_dir():
-            write_phantoms(
-                phantoms,
-                scale.other_series if is_other else scale.num_series,
-                scale.other_seed if is_other else scale.phantom_seed,
-                matrix=scale.matrix,
-                slice_spacing_mm=scale.slice_spacing_mm,
-                workers=workers,
-                progress=progress,
-            )
-        dicom, labels = phantoms / IMAGES, phantoms / LABELS_CSV
-    index = prepare_index(
-        dicom,
-        labels,
+        journal = place.work / "index.journal"
+        return cache_dicom(
+            place.source.dicom,
+            place.source.labels,
+            path,
+            scale.size,
+            workers=workers,
+            journal=journal,
+            progress=progress,
+            tell=tell,
+        )
+    phantoms = place.work / (f"{OTHER}-phantoms" if is_other else "phantoms")
+    if not phantoms.is_dir():
+        assert scale.num_series is not None  # `claim_work`: without DICOM files there are phantoms
+        write_phantoms(
+            phantoms,
+            scale.other_series if is_other else scale.num_series,
+            scale.other_seed if is_other else scale.phantom_seed,
+            matrix=scale.matrix,
+            slice_spacing_mm=scale.slice_spacing_mm,
+            workers=workers,
+            progress=progress,
+        )
+    cache = cache_dicom(
+        phantoms / IMAGES,
+        phantoms / LABELS_CSV,
+        path,
+        scale.size,
         workers=workers,
-        journal=place.work / "index.journal" if place.source is not None else None,
         progress=progress,
         tell=tell,
     )
-    cache = make_cache(index, path, scale.size, workers=workers, progress=progress)
-    if place.source is None:
-        # The cache has all that is needed, and they can be drawn again.
-        shutil.rmtree(phantoms)
+    # The cache holds all that is needed, and the phantoms can be drawn again.
+    shutil.rmtree(phantoms)
     return cache

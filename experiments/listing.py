@@ -1,14 +1,9 @@
-"""Every declared run in one Markdown table: what for, command, machine, time, published number."""
+"""Every declared run in one Markdown table: purpose, command, machine, time, published number."""
 
-from experiments.runs import (
-    QUESTIONS,
-    RUNS,
-    SCALES,
-    TABLE_RUNS,
-    TABLES,
-    chosen_runs,
-    seeds_of,
-)
+from experiments.declare import chosen_runs, seeds_of
+from experiments.questions import QUESTIONS, TABLE_RUNS, TABLES
+from experiments.runs import RUNS
+from experiments.scales import SCALES
 from experiments.tables import PUBLISHED
 from experiments.times import IN_FLOAT32, TWO_AT_A_TIME, expected_seconds, expected_time
 from ich_keras.report import markdown_table
@@ -18,7 +13,11 @@ _MACHINE = {"tiny": "2 cores", "small": "2 cores", "rsna": "1 GPU"}
 
 
 def needed_for(key: str) -> list[str]:
-    """Return the tables and questions a run belongs to, by the words of the command line."""
+    """Return the tables and questions that need a run, in the words of the command line.
+
+    >>> needed_for("2d-leaky")
+    ['question leak']
+    """
     found = [f"table {table}" for table, keys in TABLE_RUNS.items() if key in keys]
     found += [f"question {name}" for name, question in QUESTIONS.items() if key in question.runs]
     dependants = [f"run {other}" for other, run in RUNS.items() if key in run.depends_on]
@@ -59,7 +58,7 @@ def listing() -> str:
 
 
 def _total(name: str) -> str:
-    """Say how long `all` takes: without runs whose weights are not there."""
+    """Return a line on how long `all` takes, without runs that need converted weights."""
     scale = SCALES[name]
     asked = tuple(question for question, found in QUESTIONS.items() if found.in_all)
     keys = chosen_runs(scale, TABLES, asked)
@@ -71,7 +70,7 @@ def _total(name: str) -> str:
         if not RUNS[key].needs_weights
         for seed in seeds_of(key, scale.seeds, scale)
     ]
-    hours = sum(expected_seconds(key, scale) for key, _ in runs) / 3600
+    hours = sum(expected_seconds(key, scale) or 0.0 for key, _ in runs) / 3600
     return (
         f"`all --{name}`: {len(runs)} trainings, about {hours:.1f} h on one core,"
         f" {hours / 2 * TWO_AT_A_TIME:.1f} h with --jobs 2 on two; on processors without"

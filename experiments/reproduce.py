@@ -1,68 +1,46 @@
-"""Making runs: what is there is skipped, what is half made goes on or is made again."""
+"""Running trainings: a finished run is skipped, an interrupted one is resumed or started again."""
 
+import contextlib
 import multiprocessing
+import queue
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
 from pathlib import Path
 
-from experiments.data import Place, claim_work, open_or_make
-from experiments.results import is_kept, keep_result, require_same_cache
-from experiments.runs import MEDICALNET_2D, RUNS, base_config, declaration, seeds_of
-from experiments.splits import FOLDER, split_path
-from ich_keras.config import RunConfig
+from experiments.data import claim_work, open_or_make
+from experiments.declare import declaration, seeds_of
+from experiments.keeping import keep_result
+from experiments.place import Place
+from experiments.results import is_kept, require_same_cache
+from experiments.runs import RUNS
+from experiments.settle import Task, resolve
+from experiments.weights import absent_weights
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.environment import choose_device
-from ich_keras.errors import EnvironmentProblem, LostState, StaleError, UsageError
+from ich_keras.errors import EnvironmentProblem, LostState, StaleError
 from ich_keras.files import lock, read_json, write_json
-from ich_keras.models.weights_lookup import find_weights, weights_folder
-from ich_keras.planning import plan_training
-from ich_keras.processes import process_pool, usable_cores
-from ich_keras.progress import Tell
-from ich_keras.recipe import Recipe
+from ich_keras.models.weights_lookup import weights_folder
+from ich_keras.processes import START_METHOD, process_pool
+from ich_keras.progress import Progress, Tell
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import changed_environment, resume, train
 
-
-@dataclass(frozen=True)
-class Task:
-    """One run with one seed."""
-
-    key: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.key} seed {self.seed}"
-
-
-def absent_weights(key: str) -> str:
-    """Say which weights a run lacks and how to get them; "" when it lacks none."""
-    run = RUNS[key]
-    source = run.needs_weights
-    if source is None:
-        return ""
-    try:
-        find_weights(source, run.preset)
-    except UsageError:
-        if source == MEDICALNET_2D:
-            return (
-                f"weights-convert collapse --weights FILE.weights.h5 --preset {run.preset} --out"
-                f" {weights_folder() / source}.weights.h5"
-            )
-        return f"weights-convert convert --source {source} --checkpoint FILE.pth"
-    return ""
+_SECONDS_BETWEEN_LINES = 1.0
+# In a worker process: where its lines go.
+_lines_to_parent: "Queue[str] | None" = None
 
 
 def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[Task]:
-    """Return what there is to do, dependencies first, without what is kept already.
+    """Return the tasks that are not finished, dependencies first.
 
-    On phantoms runs without their weights are left out, and the tables say so.
+    On phantoms, runs whose weights are missing are left out, and the tables say so.
 
     Raises:
-        EnvironmentProblem: weights are absent, and the scale is that of real data.
-        StaleError: a kept run was declared otherwise.
+        EnvironmentProblem: weights are missing, and the scale is that of real data.
+        StaleError: a stored result has other settings.
     """
     usable = []
     for key in keys:
@@ -71,17 +49,17 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
             raise EnvironmentProblem(
                 f"run {key} starts from {RUNS[key].needs_weights}, which is not in"
                 f" {weights_folder()}.",
-                f"{command} puts it there (`weights-convert list` says where the checkpoint comes"
-                " from); --weights-dir names another folder.",
+                f"`{command}` puts it there; `weights-convert list` shows where to get the"
+                " checkpoint. --weights-dir names another folder.",
             )
         if not command:
             usable.append(key)
     tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds), place.scale)]
-    # The first seed of everything first: it is enough for a first look.
+    # The first seed of every run comes first: it is enough for a first look.
     order = (*seeds, *place.scale.seeds)
     tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), order.index(task.seed)))
     absent = [task for task in tasks if not is_kept(place, task.key, task.seed)]
-    # Results may be kept without the work folder; weights to start from are not among them.
+    # Results may be kept without the work folder, but they contain no weights to start from.
     needed = {other for task in absent for other in RUNS[task.key].depends_on}
     return [
         task
@@ -95,105 +73,22 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
     ]
 
 
-def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, dict]:
-    """Fill in what a declaration leaves to the data: split, weights, and what `like` asks for.
-
-    Args:
-        place: of the experiments.
-        task: the run.
-        cache: the one it trains on.
-
-    Returns:
-        (configuration, {"samples_per_epoch", "operations_per_sample"}).
-    """
-    run, seed = RUNS[task.key], task.seed
-    folder = place.work / FOLDER
-    config = base_config(run, place.scale, seed, place.device)
-    # More than there are cores only wait for each other; batches are the same.
-    workers = min(config.data.loader_workers, max(1, usable_cores() // place.jobs))
-    config = replace(config, data=replace(config.data, loader_workers=workers))
-    split = split_path(folder, run.split, cache.slices, seed, run.fraction)
-    config = replace(config, data=replace(config.data, split=split))
-    if run.weights is not None:
-        config = replace(config, weights=_weights(place, run.weights, run.preset))
-    if run.like is not None:
-        what, key = run.like
-        other, cost = resolve(place, Task(key, seed), cache)
-        config = _like(config, what, cache, other, cost)
-    plan = plan_training(cache, config)
-    return config, {
-        "samples_per_epoch": _samples_per_epoch(config, plan),
-        "operations_per_sample": _cost(config).multiply_adds,
-    }
-
-
-def _like(
-    config: RunConfig, what: str, cache: CTCache, other: RunConfig, other_cost: dict
-) -> RunConfig:
-    plan = plan_training(cache, config)
-    if what == "steps":
-        steps = plan_training(cache, other).total_steps / Recipe.of(other).training.accumulate
-        epochs = steps * Recipe.of(config).training.accumulate / plan.steps_per_epoch
-        return _with_fit(config, epochs=max(1, round(epochs)))
-    if what == "operations":
-        total = (
-            other_cost["operations_per_sample"] * other_cost["samples_per_epoch"] * other.fit.epochs
-        )
-        one = _cost(config).multiply_adds * _samples_per_epoch(config, plan)
-        return _with_fit(config, epochs=max(1, round(total / one)))
-    # At least two: batch normalisation has nothing to compare a single sample of a slab with.
-    kept = _cost(other).activation_bytes * Recipe.of(other).training.batch_size
-    return _with_fit(config, batch_size=max(2, round(kept / _cost(config).activation_bytes)))
-
-
-def _with_fit(config: RunConfig, **settings) -> RunConfig:
-    return replace(config, fit=replace(config.fit, **settings))
-
-
-def _samples_per_epoch(config: RunConfig, plan) -> int:
-    # A last batch that is not full is left out of training.
-    return min(plan.samples_per_epoch, plan.steps_per_epoch * Recipe.of(config).training.batch_size)
-
-
-def _cost(config: RunConfig):
-    from ich_keras.models.classifier import classifier
-    from ich_keras.models.cost import cost
-
-    return cost(classifier(Recipe.of(config).network))
-
-
-def _weights(place: Place, weights: str, preset_name: str) -> str:
-    kind, _, key = weights.partition(":")
-    if kind not in ("run", "collapsed"):
-        return weights
-    best = RunFolder(place.run_dir(key, place.scale.seeds[0])).best_weights
-    if kind == "run":
-        return str(best)
-    # In the run's own folder, so that it goes when the run is made again.
-    path = best.with_name("collapsed.weights.h5")
-    if not path.is_file():
-        from weights_convert import collapse
-
-        collapse(best, preset_name, path)
-    return str(path)
-
-
 def make_run(
     place: Place,
     task: Task,
     tell: Tell | None = None,
     train_run: Callable = train,
 ) -> Task:
-    """Train a run, unless its folder is finished, and keep its results.
+    """Train a run unless its folder is finished, and store its result.
 
     Args:
-        place: claimed, its cache made.
+        place: claimed; its cache exists.
         task: the run.
         tell: called with single lines of text.
         train_run: called as `ich_keras.training.train`.
 
     Raises:
-        StaleError: the finished folder belongs to a run that was declared otherwise.
+        StaleError: the finished folder is of a run with other settings.
     """
 
     def tell_of_task(line: str) -> None:
@@ -208,7 +103,7 @@ def make_run(
     is_finished = mark.is_file() and made.is_finished and made.best_weights.is_file()
     if is_finished and read_json(mark) != wanted:
         raise StaleError(
-            f"{folder} is a run that was declared otherwise.",
+            f"{folder} is a run with other settings.",
             "Remove that folder, or give another --work.",
         )
     config, cost = resolve(place, task, cache)
@@ -223,7 +118,7 @@ def make_run(
             settings = {} if augment is None else {"augment": augment}
             train_run(config, cache, folder, tell=tell_of_task, **settings)
     keep_result(place, task.key, task.seed, cache, cost)
-    # Large, and of no use once the results are kept; the best weights stay.
+    # Large, and not needed once the result is stored; the best weights stay.
     for path in (made.state_folder, made.model_file):
         _remove(path)
     return task
@@ -265,33 +160,33 @@ def reproduce(
     place: Place,
     keys: Sequence[str],
     seeds: Sequence[int],
-    progress=None,
+    progress: Progress | None = None,
     tell: Tell | None = None,
-    train_run: Callable = train,
+    train_run: Callable[..., object] = train,
 ) -> int:
-    """Make the data and every run that is not there yet.
+    """Make the data, and train every run that is not finished.
 
     Args:
         place: of the experiments.
         keys: of runs; see `chosen_runs`.
-        seeds: of the runs that are made for several.
-        progress: called as progress(step, done, total), while data are made.
+        seeds: of the runs that are trained with several.
+        progress: called as progress(step, done, total) while the data are made.
         tell: called with single lines of text.
         train_run: called as `ich_keras.training.train`, where there is one job.
 
     Returns:
-        The number of runs made now.
+        The number of runs trained now.
 
     Raises:
-        StaleError: work or results belong to other settings, or somebody else works there.
-        EnvironmentProblem: weights are absent on real data, or a process died.
+        StaleError: work or results belong to other settings, or another process works there.
+        EnvironmentProblem: weights are missing on real data, or a process died.
     """
     tell = tell or (lambda line: None)
     claim_work(place)
     tasks = plan_tasks(place, keys, seeds)
     usable = [key for key in keys if not absent_weights(key)]
     total = sum(len(seeds_of(key, tuple(seeds), place.scale)) for key in usable)
-    tell(f"{len(tasks)} of {total} runs to make; the others are there.")
+    tell(f"{len(tasks)} of {total} runs to train; the others are finished.")
     kept = [
         (key, seed)
         for key in usable
@@ -315,25 +210,31 @@ def reproduce(
         ]
         done = 0
         for stage in stages:
-            for task in _made(place, stage, tell, train_run):
+            for task in _finished(place, stage, tell, train_run):
                 done += 1
                 tell(f"{task}: done ({done}/{len(tasks)})")
     return len(tasks)
 
 
-def _made(place: Place, tasks: list[Task], tell: Tell, train_run: Callable) -> Iterator[Task]:
+def _finished(
+    place: Place, tasks: list[Task], tell: Tell, train_run: Callable[..., object]
+) -> Iterator[Task]:
+    """Train each task and yield it once its result is stored."""
     if place.jobs == 1:
-        _start(place.threads)
+        _set_threads(place.threads)
         for task in tasks:
             yield make_run(place, task, tell, train_run)
-            _forget()
+            _free_network()
         return
     threads = max(1, place.threads // place.jobs)
-    pool = process_pool(place.jobs, _start, threads)
+    # Lines of the workers pass through this process, which alone may write on the terminal.
+    lines = multiprocessing.get_context(START_METHOD).Queue()
+    pool = process_pool(place.jobs, _begin_worker, threads, lines)
     try:
-        waiting = {pool.submit(_make_apart, place, task) for task in tasks}
+        waiting = {pool.submit(_run_in_worker, place, task) for task in tasks}
         while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            finished, waiting = wait(waiting, _SECONDS_BETWEEN_LINES, FIRST_COMPLETED)
+            _tell_all(lines, tell)
             for future in finished:
                 yield future.result()
     except BrokenProcessPool as error:
@@ -341,27 +242,40 @@ def _made(place: Place, tasks: list[Task], tell: Tell, train_run: Callable) -> I
             "a process that trained died.", "Out of memory? Give fewer --jobs."
         ) from error
     finally:
-        # After an error or an interruption nobody waits for hours; the next start goes on
-        # with what is half made.
+        # After an error or an interruption nobody should wait for hours; the next start resumes
+        # the unfinished runs.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 
 
-def _make_apart(place: Place, task: Task) -> Task:
-    made = make_run(place, task, lambda line: print(line, flush=True))
-    _forget()
-    return made
+def _tell_all(lines: "Queue[str]", tell: Tell) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            tell(lines.get_nowait())
 
 
-def _start(threads: int) -> None:
+def _begin_worker(threads: int, lines: "Queue[str]") -> None:
+    global _lines_to_parent
+    _lines_to_parent = lines
+    _set_threads(threads)
+
+
+def _run_in_worker(place: Place, task: Task) -> Task:
+    assert _lines_to_parent is not None  # `_begin_worker` ran first
+    make_run(place, task, _lines_to_parent.put)
+    _free_network()
+    return task
+
+
+def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
 
 
-def _forget() -> None:
-    """Let go of a run's network, so that a long series of runs does not grow."""
+def _free_network() -> None:
+    """Free a run's network, so that memory does not grow over many runs."""
     import gc
 
     import keras

@@ -1,49 +1,37 @@
-"""What is kept of a run: small files from which every table and figure can be made again.
+"""Stored results: small files from which every table and figure can be made again.
 
 OUT/runs/<key>-s<seed>/
     predictions.csv.gz   test split: UIDs, patient, six probabilities (nine digits, which are all
                          of a float32), six labels
     augmented.csv.gz     the same under the thesis's random augmentation (thesis splits only)
     history.csv          per epoch
-    result.json          what it was, when and where it was trained, how long, metrics; written last
+    result.json          settings, time and place of the training, metrics; written last
 
-A patient is a running number over the data set, never a PatientID.
+Patients are numbered over the data set; no PatientID is stored.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from experiments.data import Place
-from experiments.runs import RUNS, SCALES, declaration
+from experiments.declare import declaration
+from experiments.place import Place
+from experiments.runs import RUNS
+from experiments.scales import SCALES
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.trivial import cache_band_counts, trivial_auroc
-from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
-from ich_keras.files import atomic_write, read_json, write_json
-from ich_keras.inference import load_run, probabilities
+from ich_keras.files import read_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
-from ich_keras.recipe import Recipe
-from ich_keras.run_folder import RunFolder
 
 RESULT, PREDICTIONS, AUGMENTED = "result.json", "predictions.csv.gz", "augmented.csv.gz"
 HISTORY = "history.csv"
-_KEPT_METRICS = (
-    *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
-    *("precision", "recall", "f1", "specificity", "auroc", "ap", "n", "baseline", "skill"),
-    "aggregation",
-)
 
-
-# What the report takes from result.json without asking.
-_ENTRIES = {
+# Entries of result.json that the report needs, with their types.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("scale", "config.precision", "config.data.view", "machine.device"), str),
     **dict.fromkeys(("environment.backend", "date"), str),
     **dict.fromkeys(("config.fit", "environment.versions", "patients", "metrics"), dict),
@@ -60,11 +48,11 @@ class Result:
 
     Args:
         key, seed: which.
-        info: what result.json says.
-        predictions: one row a sample of the test split: `sop` ("" for series), `series`,
+        info: the content of result.json.
+        predictions: one row per sample of the test split: `sop` ("" for series), `series`,
             `patient`, probabilities by label, labels as `true_<label>`.
-        history: one row an epoch.
-        augmented: predictions under the thesis's augmentation; None where they were not made.
+        history: one row per epoch.
+        augmented: predictions under the thesis's augmentation; None for other splits than its own.
     """
 
     key: str
@@ -76,164 +64,8 @@ class Result:
 
     @property
     def is_series(self) -> bool:
-        """Whether it says something about whole series only."""
+        """Whether it has predictions for whole series only."""
         return self.info["config"]["data"]["view"] == "series"
-
-
-def patient_numbers(cache: CTCache) -> pd.Series:
-    """Number the patients of a cache: series_uid -> 0, 1, ...; without a PatientID each series
-    stands for itself."""
-    slices = cache.slices.drop_duplicates("series_uid")
-    names = slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
-    numbers, _ = pd.factorize(names, sort=True)
-    return pd.Series(numbers, index=slices["series_uid"])
-
-
-def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: dict) -> None:
-    """Copy what is worth keeping of a finished run folder.
-
-    Args:
-        place: of the experiments.
-        key, seed: of the run.
-        cache: the one it was trained on.
-        cost: "samples_per_epoch" and "operations_per_sample" of its training.
-
-    Raises:
-        StaleError: the run folder does not say when and where it was trained.
-    """
-    run, out = RunFolder(place.run_dir(key, seed)), place.result_dir(key, seed)
-    environment, machine = _trained_in(run)
-    recipe = run.recipe()
-    table = pd.read_csv(run.predictions_file("test"), dtype={"sop_instance_uid": str})
-    numbers = patient_numbers(cache)
-    _write(out / PREDICTIONS, _kept_rows(table, numbers))
-    (out / AUGMENTED).unlink(missing_ok=True)
-    if RUNS[key].is_thesis:
-        _write(out / AUGMENTED, _kept_rows(_augmented(recipe, cache, run, table), numbers))
-    history = pd.read_csv(run.history_file)
-    atomic_write(out / HISTORY, run.history_file.read_text(encoding="utf-8"))
-    data, metrics, split = run.data(), run.metrics("test"), run.split()
-    plan = data["plan"]
-    samples = cost["samples_per_epoch"] * len(history)
-    content = recipe.as_config().to_dict()
-    content["data"]["split"] = Path(content["data"]["split"]).name
-    if content["weights"]:
-        # The run it came from says more than a path on this machine.
-        content["weights"] = RUNS[key].weights
-    write_json(
-        out / RESULT,
-        {
-            "key": key,
-            "title": RUNS[key].title,
-            "seed": seed,
-            "declaration": declaration(key, place.scale, seed, place.source),
-            "files": {
-                name: hashlib.sha256((out / name).read_bytes()).hexdigest()
-                for name in (PREDICTIONS, HISTORY, AUGMENTED)
-                if (out / name).is_file()
-            },
-            "scale": place.scale.name,
-            "synthetic": data["synthetic"],
-            "cache": data["cache"],
-            "config": content,
-            "weights": _weights_record(run),
-            "environment": environment,
-            "machine": {
-                **machine,
-                # Of the command that keeps it, as a rule the one that trained it.
-                "threads": max(1, place.threads // place.jobs),
-                "jobs": place.jobs,
-            },
-            "date": environment["started"][:10],
-            "seconds": round(float(history["seconds"].sum()), 1),
-            "samples_seen": samples,
-            "steps": plan["total_steps"] // recipe.training.accumulate,
-            "training_operations": 3 * samples * cost["operations_per_sample"],
-            "patients": plan["num_patients"],
-            "series": plan["num_series"],
-            "slices": plan["num_slices"],
-            "warning": plan["warning"],
-            "note": plan["note"],
-            "trivial_auroc_any": trivial_auroc(
-                cache,
-                *(split.indices(cache.slices, part) for part in ("train", "test")),
-                counts=_band_counts(cache),
-            ),
-            "metrics": {
-                level: {name: part[name] for name in _KEPT_METRICS if name in part}
-                for level, part in metrics.items()
-            },
-        },
-    )
-
-
-def _trained_in(run: RunFolder) -> tuple[dict, dict]:
-    """Return what the training wrote about its environment and its machine: results may be kept
-    later, and elsewhere."""
-    found = run.environment()
-    absent = {"started", "device_name", "processor", "cpu_count"} - {*found}
-    if absent:
-        raise StaleError(
-            f"{run.environment_file} lacks {', '.join(sorted(absent))}: an older version made it.",
-            f"Remove {run}: the same command trains it again.",
-        )
-    names = {"device_name": "device", "processor": "processor", "cpu_count": "cores"}
-    machine = {name: found.pop(of) for of, name in names.items()}
-    found.pop("seed", None)
-    return found, machine
-
-
-def _band_counts(cache: CTCache) -> np.ndarray:
-    """Count voxels per HU band in all slices of a cache: once, for all runs on it. RSNA's take
-    minutes, so the counts stay beside the cache."""
-    path = cache.path.with_name(f"{cache.path.name}-bands-{cache.fingerprint[:16]}.npy")
-    if not path.is_file():
-        content = io.BytesIO()
-        np.save(content, cache_band_counts(cache))
-        atomic_write(path, content.getvalue())
-    return np.load(path)
-
-
-def _weights_record(run: RunFolder) -> dict | None:
-    path = run.started_from_file
-    if not path.is_file():
-        return None
-    loaded = read_json(path)
-    return {name: loaded[name] for name in ("fresh", "ignored", "record")}
-
-
-def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
-    kept = pd.DataFrame({"sop": table.get("sop_instance_uid", "")}, index=table.index)
-    kept["series"] = table["series_instance_uid"]
-    kept["patient"] = numbers.loc[table["series_instance_uid"]].to_numpy()
-    kept[list(LABELS)] = table[list(LABELS)].astype(np.float32).astype(float)
-    kept[list(TRUTH_COLUMNS)] = table[list(TRUTH_COLUMNS)].astype(int)
-    return kept
-
-
-def _augmented(recipe: Recipe, cache: CTCache, run: RunFolder, table: pd.DataFrame) -> pd.DataFrame:
-    """Predict the held-out samples once, each changed at random as the thesis did."""
-    from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan
-
-    samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
-    rows = run.split().indices(cache.slices, "test")
-    chosen = samples.of_rows(cache.slices, rows, "test")
-    inputs, training = recipe.inputs, recipe.training
-    dataset = CTDataset(
-        cache.pixels, samples, inputs.size, "thesis", training.seed, inputs.intensity
-    )
-    plan = EpochPlan(chosen, np.zeros(len(chosen), bool), training.batch_size)
-    _, model = load_run(run, recipe.device)
-    values = probabilities(model, CTLoader(dataset, plan, training.loader_workers), len(chosen))
-    changed = table.copy()
-    changed[list(LABELS)] = values
-    return changed
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
-    # Without the time, so that the same numbers are the same bytes.
-    atomic_write(path, gzip.compress(text.encode("utf-8"), mtime=0))
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -241,10 +73,10 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def is_kept(place: Place, key: str, seed: int) -> bool:
-    """Tell whether a run is finished and kept.
+    """Tell whether the result of a run is stored.
 
     Raises:
-        StaleError: what is kept was declared otherwise.
+        StaleError: the stored result has other settings, or is damaged.
     """
     folder = place.result_dir(key, seed)
     if not (folder / RESULT).is_file():
@@ -257,38 +89,37 @@ def is_kept(place: Place, key: str, seed: int) -> bool:
 def _require_declared(info: dict, folder: Path, wanted: str) -> None:
     if info["declaration"] != wanted:
         raise StaleError(
-            f"{folder} is the result of a run that was declared otherwise (its date:"
-            f" {info['date']}).",
+            f"{folder} is the result of a run with other settings (of {info['date']}).",
             "Give another --out and --work, or remove that folder and the run's.",
         )
 
 
 def require_same_cache(place: Place, cache: CTCache, kept: Sequence[tuple[str, int]]) -> None:
-    """Refuse kept results that stand on other data than the cache of the work folder.
+    """Refuse stored results of other data than the cache of the work folder.
 
     Args:
         place: of the experiments.
         cache: of the work folder.
-        kept: key and seed of finished runs that were trained on it.
+        kept: key and seed of the runs whose stored results must be of this cache.
 
     Raises:
-        StaleError: one stands on other data, or is damaged.
+        StaleError: a result is of other data, or is damaged.
     """
     fingerprint = cache.fingerprint
     for key, seed in kept:
         folder = place.result_dir(key, seed)
         if _read_info(folder)["cache"] != fingerprint:
             raise StaleError(
-                f"{folder} is a result on other data than {cache.path}.",
+                f"{folder} is a result of other data than {cache.path}.",
                 "Give another --out, or remove the results.",
             )
 
 
 def _read_info(folder: Path) -> dict:
-    """Read result.json and check that the files beside it are those it was written for.
+    """Read result.json and check that the files beside it match its checksums.
 
     Raises:
-        StaleError: one is damaged or missing.
+        StaleError: a file is damaged or missing.
     """
     try:
         info = read_json(folder / RESULT)
@@ -299,7 +130,7 @@ def _read_info(folder: Path) -> dict:
         raise _damaged(folder, RESULT) from error
     if folder.name != name:
         raise StaleError(
-            f"{folder} holds the result of {name}.", f"Call the folder {name} again, or remove it."
+            f"{folder} holds the result of {name}.", f"Rename the folder to {name}, or remove it."
         )
     for name, checksum in checksums.items():
         path = folder / name
@@ -311,15 +142,15 @@ def _read_info(folder: Path) -> dict:
 def _damaged(folder: Path, name: str) -> StaleError:
     return StaleError(
         f"{folder / name} is missing or damaged.",
-        f"Remove {folder}: the command that made it makes it again.",
+        f"Remove {folder}: the command that made it will make it again.",
     )
 
 
 def load_result(out: Path, key: str, seed: int) -> Result:
-    """Read a kept run.
+    """Read a stored result.
 
     Raises:
-        StaleError: it is not there, or damaged.
+        StaleError: it is missing or damaged.
     """
     folder = out / "runs" / f"{key}-s{seed}"
     info = _read_info(folder)
@@ -340,7 +171,7 @@ def load_result(out: Path, key: str, seed: int) -> Result:
     )
 
 
-def _has(info: dict, path: str, kind: type | tuple[type, ...]) -> bool:
+def _has(info: object, path: str, kind: type | tuple[type, ...]) -> bool:
     for name in path.split("."):
         info = info.get(name) if isinstance(info, dict) else None
     return isinstance(info, kind)
@@ -353,7 +184,7 @@ def _has_numbers(table: pd.DataFrame, columns: Sequence[str]) -> bool:
 
 
 def _read_rows(folder: Path, name: str) -> pd.DataFrame:
-    """Read predictions: names, patients, numbers; each sample once."""
+    """Read predictions and check their columns, and that each sample occurs once."""
     table = _read(folder / name)
     if (
         not {"sop", "series"} <= {*table}
@@ -365,10 +196,10 @@ def _read_rows(folder: Path, name: str) -> pd.DataFrame:
 
 
 def load_results(out: Path) -> dict[str, list[Result]]:
-    """Read all kept runs: key -> results by seed. Runs that are no longer declared are left out.
+    """Read all stored results: key -> results by seed. Runs no longer declared are left out.
 
     Raises:
-        StaleError: they stand on different data, or one was declared otherwise.
+        StaleError: they are of different data, or one has other settings.
     """
     found: dict[str, list[Result]] = {}
     for path in sorted(out.glob(f"runs/*/{RESULT}")):
@@ -376,10 +207,10 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         if key in RUNS and seed.isdecimal():
             result = load_result(out, key, int(seed))
             scale = SCALES.get(result.info["scale"])
-            # Not the other way round: DICOM files may be phantoms, to try the road.
+            # Not the other way round: the DICOM files may be phantoms, for a trial.
             if scale is not None and scale.is_synthetic and not result.info["synthetic"]:
                 raise _damaged(path.parent, RESULT)
-            # What DICOM files were declared is known only to whoever has them.
+            # The declaration of DICOM files is known only to whoever has them.
             if scale is not None and scale.is_synthetic:
                 _require_declared(result.info, path.parent, declaration(key, scale, int(seed)))
             found.setdefault(key, []).append(result)
@@ -393,13 +224,13 @@ def load_results(out: Path) -> dict[str, list[Result]]:
         caches = _caches(found, is_other)
         if len(caches) > 1:
             raise StaleError(
-                f"the results in {out} stand on {len(caches)} different caches.",
+                f"the results in {out} are of {len(caches)} different caches.",
                 "Keep the results of one set of data in one folder.",
             )
     return {key: sorted(results, key=lambda r: r.seed) for key, results in found.items()}
 
 
-def _caches(found: dict[str, Sequence[Result]], is_other: bool) -> set[str]:
+def _caches(found: Mapping[str, Sequence[Result]], is_other: bool) -> set[str]:
     return {
         result.info["cache"]
         for key, results in found.items()

@@ -1,9 +1,9 @@
-"""From kept predictions to numbers: means over seeds, intervals, differences of paired models.
+"""From stored predictions to numbers: means over seeds, intervals, differences of paired models.
 
 A number is the mean of the seeds' metrics: each seed's model is scored on its own test patients,
-and the rows of two models are never ranked among each other. Intervals: patients are drawn with
-replacement, once for all seeds; a patient who is in the test set of several seeds is drawn in each.
-The range over seeds stands beside.
+and rows of two models are never ranked together. For intervals, patients are drawn with
+replacement, once for all seeds; a patient in the test sets of several seeds is drawn in each. The
+range over seeds is reported as well.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import pandas as pd
 
 from experiments.convention import thesis_metrics
 from experiments.results import Result, load_results
-from experiments.runs import SCALES
+from experiments.scales import SCALES
 from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
@@ -23,10 +23,10 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.intervals import RESAMPLES, mean_bootstrap, mean_paired_bootstrap
 
 LEVELS = ("slice", "series")
-# Of metrics. Results kept before 2026-11-27 have probabilities of six decimals, which moves a log
-# loss by up to 2e-4 in those of `small`; later ones agree far better.
+# Tolerance of metrics. Results stored before 2026-11-27 have probabilities with six decimals,
+# which changes a log loss of `small` by up to 2e-4; later results agree far better.
 _ROUNDING = 1e-3
-# The thesis's names of its metrics -> ours; where they have no like among ours, none.
+# The thesis's names of its metrics -> ours.
 THESIS_NAMES = {
     "loss": "log_loss",
     "accuracy": "exact_match",
@@ -43,10 +43,10 @@ THESIS_BATCH = {view: fitting.batch_size for view, fitting in SCALES["rsna"].fit
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a model said about samples that have names.
+    """Predictions of a model for named samples.
 
     Args:
-        names: index (n,) of UIDs, each once.
+        names: index (n,) of UIDs, without duplicates.
         patients: int (n,).
         truth: int (n, 6).
         values: float (n, 6), probabilities.
@@ -58,23 +58,23 @@ class Scored:
     values: np.ndarray
 
     def of(self, names: pd.Index) -> "Scored":
-        """Return the samples of some names, in their order.
+        """Return the samples with the given names, in the order of the names.
 
         Raises:
-            DataError: a name is not among them.
+            DataError: a name is missing.
         """
         rows = self.names.get_indexer(names)
         if (rows < 0).any():
             raise DataError(
-                f"{(rows < 0).sum()} of {len(names)} samples were not scored,"
-                f" {names[rows < 0][0]} first.",
+                f"{(rows < 0).sum()} of {len(names)} samples were not scored; the first is"
+                f" {names[rows < 0][0]}.",
                 "Compare models on the same split.",
             )
         return Scored(names, self.patients[rows], self.truth[rows], self.values[rows])
 
 
 def scored(result: Result, level: str) -> Scored | None:
-    """Return a run's test predictions at a level; None where it says nothing there.
+    """Return a run's test predictions at a level; None where it has none.
 
     Slices become series by the rule that the run chose on its validation split.
     """
@@ -89,7 +89,7 @@ def scored(result: Result, level: str) -> Scored | None:
         return Scored(pd.Index(table["series"]), patients, truth, values)
     found = result.info["metrics"].get("series")
     if found is None:
-        return None  # its test set has not the whole of its series
+        return None  # its test set contains only parts of series
     rule = found.get("aggregation", {}).get("rule", DEFAULT_RULE)
     series = table["series"].to_numpy()
     found = aggregate(values, series, rule)
@@ -116,8 +116,23 @@ def seed_values(results: Sequence[Result], level: str, name: str) -> list[float]
     return [value for value in found if value is not None]
 
 
+def baseline_values(
+    results: Sequence[Result], level: str, name: str, baseline: str = "prevalence"
+) -> list[float]:
+    """Return what a constant answer scores on each seed, where that is defined.
+
+    Args:
+        results: of one run.
+        level: "slice" or "series".
+        name: of a metric.
+        baseline: "prevalence" of the training set, or "all_negative".
+    """
+    values = (result.info["metrics"][level]["baseline"][baseline].get(name) for result in results)
+    return [value for value in values if value is not None]
+
+
 def together(parts: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put the rows of several seeds together, for curves: truth, values, patients."""
+    """Concatenate the rows of several seeds, for curves: truth, values, patients."""
     return (
         np.concatenate([part.truth for part in parts]),
         np.concatenate([part.values for part in parts]),
@@ -128,8 +143,10 @@ def together(parts: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def intervals(
     results: Sequence[Result], level: str, resamples: int = RESAMPLES
 ) -> dict[str, dict] | None:
-    """Return the mean over seeds of every metric, with 95 % intervals by patients; None where
-    there is nothing, or one patient only."""
+    """Return the mean over seeds of every metric, with 95 % intervals over patients.
+
+    None where a run has no predictions at this level, or only one patient.
+    """
     parts = [part for result in results if (part := scored(result, level)) is not None]
     if len({patient for part in parts for patient in part.patients}) < 2:
         return None
@@ -164,17 +181,17 @@ def compare(
     """Compare two models seed by seed, and in the mean over seeds.
 
     Args:
-        ones, others: their results; seeds that one of them lacks are left out.
+        ones, others: results of the two models; seeds that one of them lacks are left out.
         level: "slice" or "series".
-        only_shared: compare on the samples that both scored; otherwise these must be the same.
+        only_shared: compare on the samples that both scored; otherwise all must be the same.
         resamples: of patients.
 
     Returns:
-        `ones` minus `others`; None where a model says nothing at this level, or fewer than two
-        patients are left.
+        `ones` minus `others`; None where a model has no predictions at this level, or fewer than
+        two patients are left.
 
     Raises:
-        DataError: the models were scored on different samples, or these have other labels.
+        DataError: the models were scored on different samples, or against different labels.
     """
     by_seed = {result.seed: result for result in others}
     pairs, seeds = [], []
@@ -212,18 +229,18 @@ def compare(
 
 
 def sound_results(out: Path, scale: str | None = None) -> dict[str, list[Result]]:
-    """Read all kept runs, and check that a report can be made of them.
+    """Read all stored results and check that a report can be made of them.
 
     Args:
         out: has runs/, or nothing yet.
-        scale: that they are said to have; None takes any.
+        scale: that the results must have; None accepts any.
 
     Returns:
         Key -> results by seed.
 
     Raises:
         StaleError: they are damaged, do not belong together, are of another scale, or have metrics
-            that are not those of their predictions.
+            that do not follow from their predictions.
     """
     results = load_results(out)
     for result in (result for group in results.values() for result in group):
@@ -249,29 +266,35 @@ def _require_own_metrics(result: Result) -> None:
             )
         ):
             raise StaleError(
-                f"the metrics of {result.key} seed {result.seed} per {level} are not those of its"
+                f"the metrics of {result.key} seed {result.seed} per {level} do not follow from its"
                 " predictions.",
-                f"Remove its folder {result.key}-s{result.seed}: the command that made it makes it"
-                " again.",
+                f"Remove its folder {result.key}-s{result.seed}: the command that made it will make"
+                " it again.",
             )
 
 
 def shared_scores(
     ones: Sequence[Result], others: Sequence[Result], level: str
 ) -> list[tuple[dict, dict]]:
-    """Return the metrics of two models on the samples that both scored, of each seed they share."""
+    """Return the metrics of two models on the samples that both scored, for each shared seed."""
     by_seed = {result.seed: result for result in others}
-    found = []
+    pairs = []
     for result in ones:
-        if result.seed in by_seed:
-            pair = aligned(scored(result, level), scored(by_seed[result.seed], level), True)
-            if len(pair[0].names):
-                found.append(tuple(binary_metrics(part.truth, part.values) for part in pair))
-    return found
+        if result.seed not in by_seed:
+            continue
+        one, other = scored(result, level), scored(by_seed[result.seed], level)
+        if one is None or other is None:
+            continue
+        one, other = aligned(one, other, only_shared=True)
+        if len(one.names):
+            pairs.append(
+                (binary_metrics(one.truth, one.values), binary_metrics(other.truth, other.values))
+            )
+    return pairs
 
 
 def aligned(one: Scored, other: Scored, only_shared: bool = False) -> tuple[Scored, Scored]:
-    """Bring two models' answers into the same order, by name.
+    """Put the predictions of two models into the same order, by name.
 
     Raises:
         DataError: see `compare`.
@@ -295,8 +318,11 @@ def _minus(one: float | None, other: float | None) -> float | None:
 
 
 def under_convention(result: Result) -> dict[str, float]:
-    """Return the thesis's metrics of a run: held-out samples changed at random, in the thesis's
-    order, means over batches of its size."""
+    """Return a run's metrics under the thesis's convention.
+
+    The held-out samples are augmented at random and in the thesis's order; metrics are means over
+    batches of its size.
+    """
     table = _in_thesis_order(result.predictions if result.augmented is None else result.augmented)
     batch = THESIS_BATCH[result.info["config"]["data"]["view"]]
     return thesis_metrics(
@@ -305,14 +331,19 @@ def under_convention(result: Result) -> dict[str, float]:
 
 
 def _in_thesis_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Sort samples as its split does, by image ID (series by theirs): slices of one series lie
-    scattered over its batches."""
+    """Sort samples as the thesis's split does, by image ID (series by theirs).
+
+    The slices of one series are thus scattered over many batches.
+    """
     return table.sort_values(["sop", "series"], kind="stable")
 
 
 def constant_under_convention(result: Result) -> dict[str, float]:
-    """Return what constants score on the held-out samples of `under_convention`, batch by batch:
-    the loss of the training set's prevalence, all else of never any haemorrhage."""
+    """Return what constant answers score on the held-out samples of `under_convention`.
+
+    Means over batches: the loss is that of answering the training set's prevalence, the other
+    metrics those of answering "no haemorrhage".
+    """
     truth = _in_thesis_order(result.predictions)[list(TRUTH_COLUMNS)].to_numpy()
     config, metrics = result.info["config"]["data"], result.info["metrics"]
     baseline = metrics["series" if result.is_series else "slice"]["baseline"]["prevalence"]

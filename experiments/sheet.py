@@ -1,4 +1,4 @@
-"""A contact sheet: slices of one's own and phantoms side by side, in the same windows."""
+"""A contact sheet: real slices and phantoms side by side, in the same windows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ def slices_of(folder: Path | str, count: int) -> list[np.ndarray]:
         DataError: no CT slice in the folder.
     """
     slices = index_folder(folder).slices
-    # Neither the lowest nor the highest: there may be no head on them.
+    # Neither the lowest nor the highest: they may show no head.
     chosen = np.linspace(0, len(slices) - 1, min(count, len(slices)) + 2).round().astype(int)
     rows = chosen[1:-1] if len(slices) > 2 else np.arange(len(slices))
     return [read_hu(slices["container"].iloc[row]) for row in rows]
 
 
 def phantom_slices(count: int, seed: int) -> list[np.ndarray]:
-    """Draw slices of as many phantoms, the first half healthy, from the base to the top.
+    """Draw one slice each of `count` phantoms, the first half healthy, from the base to the top.
 
     Returns:
-        int16 (512, 512) each, HU; of a bleeder the slice that shows most of its blood.
+        int16 (512, 512) each, HU; of a phantom with a bleed, the slice that shows most of it.
     """
     specs = plan_phantoms(8 * count, seed, series_per_patient=1)
     healthy = [spec for spec in specs if not spec.subtypes][: count // 2]
@@ -56,13 +56,13 @@ def phantom_slices(count: int, seed: int) -> list[np.ndarray]:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:
-    """Lay rows of slices out: the brain window above, a bone window below.
+    """Lay out rows of slices: the brain window above, a bone window below.
 
     Args:
         rows: title, and int16 (rows, columns) slices, HU.
 
     Returns:
-        uint8 (rows, columns): black where a row is shorter than the longest.
+        uint8 (rows, columns); short rows are filled with black.
     """
     columns = max(len(images) for _, images in rows)
     parts = []
@@ -86,17 +86,17 @@ def write_sheet(folders: Sequence[Path | str], out: Path, count: int = 8, seed: 
     """Write a contact sheet of real slices and phantoms as PNG.
 
     Args:
-        folders: of DICOM files, a row each.
+        folders: of DICOM files; one row each.
         out: the file.
-        count: slices a row.
+        count: slices per row.
         seed: of the phantoms.
 
     Raises:
-        UsageError: `out` is no .png.
+        UsageError: `out` is not a .png file.
         DataError: a folder has no CT slice.
     """
     if out.suffix.lower() != ".png":
-        raise UsageError(f"{out} is no name of a picture; expected one that ends in .png.")
+        raise UsageError(f"{out} is not a picture name; expected one that ends in .png.")
     rows = [(Path(folder).name, slices_of(folder, count)) for folder in folders]
     phantoms = phantom_slices(2 * count, seed)
     rows.append(("phantoms (synthetic), healthy", phantoms[:count]))

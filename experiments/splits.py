@@ -1,5 +1,5 @@
-"""Who trains, chooses and reports: one patient split per seed, shared by all models, and parts of
-its training patients, nested in each other."""
+"""Which patients train, choose the epoch and are reported: one patient split per seed, shared by
+all models, and nested parts of its training patients."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
 
 LEAKY_PART = 0.8  # of the slices that train; the thesis's
-# In a work folder. Another name when a rule below changes: files made by the old one stay behind.
+# In a work folder. When a rule below changes, so must this name: old files are left behind.
 FOLDER = "splits-2"
 
 
 def split_path(
     folder: Path, name: str, slices: pd.DataFrame, seed: int, fraction: float = 1.0
 ) -> str:
-    """Return what `data.split` of a run is: a name of the library's, or the file of a split that
-    is made when it is not there.
+    """Return the value of a run's `data.split`: a name that the library knows, or a split file,
+    which is written when it is missing.
 
     Args:
         folder: where split files lie.
@@ -49,7 +49,8 @@ def split_path(
 def with_fraction(split: Split, slices: pd.DataFrame, fraction: float) -> Split:
     """Keep a part of the training patients, stratified over the labels; validation and test stay.
 
-    Halved again and again with the split's seed, so that the smaller part is inside the larger.
+    The patients are halved repeatedly with the split's seed, so that a smaller part lies inside
+    each larger one.
 
     Args:
         split: by patient.
@@ -80,15 +81,15 @@ def with_fraction(split: Split, slices: pd.DataFrame, fraction: float) -> Split:
 def leaky_split(slices: pd.DataFrame, fair: Split) -> Split:
     """Split slices one by one, as the thesis did, of as many patients as a fair split trains on.
 
-    All test patients of the fair split are among these, the others are drawn from its training
-    patients. Of all slices, drawn one by one, four fifths train. The others are tested where they
-    belong to test patients of the fair split, and choose the model where they do not: beside the
-    fair split's model, nothing but the leak is in favour of this one, which sees as many patients
-    and one slice in five fewer.
+    These patients are all test patients of the fair split, and others drawn from its training
+    patients. Four fifths of their slices, drawn one by one, train. Of the remaining slices, those
+    of the fair split's test patients are tested, and the others choose the model. Compared with
+    the fair split's model, only the leak favours this one: it sees as many patients, and one slice
+    in five fewer.
 
     Args:
         slices: the cache's table.
-        fair: the patient split to be put beside, with a seed.
+        fair: the patient split to compare with, which has a seed.
     """
     patients = slices["patient_id"]
     train, test = (

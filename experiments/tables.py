@@ -1,8 +1,8 @@
-"""What the thesis published, number by number: what our tables are put beside.
+"""The numbers that the thesis published, which our tables are compared with.
 
 Source: "2D vs 3D Convolutional Neural Networks in Hemorrhage Detection" (University of Bucharest,
-2021), tables 1 to 4. These are facts of that work, faults included: `convention.py` says how its
-metrics were computed, and table 3 is what a predictor that always says "no" scores.
+2021), tables 1 to 4. These are facts of that work, faults included: `convention.py` shows how its
+metrics were computed, and table 3 is the score of a predictor that always answers "no".
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ich_keras.phantom.plan import RSNA_POSITIVE_SERIES, RSNA_SERIES
 
 @dataclass(frozen=True)
 class Published:
-    """One row that the thesis reports of one network, on its own validation set.
+    """One row of the thesis: one network, on the thesis's own validation set.
 
     Args:
         table: number in the thesis.
-        title: which network, on what.
+        title: which network, on which samples.
         loss: binary cross-entropy, mean over the six labels.
         accuracy: share of samples whose six labels are all right.
         hamming_loss, hamming_score, precision, f1, recall, specificity: as in `convention.py`.

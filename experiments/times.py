@@ -1,18 +1,20 @@
-"""How long runs take on processors, reckoned from measured steps; nothing was measured on a GPU."""
+"""Expected training times on processors, computed from measured steps. No GPU was measured."""
 
 from dataclasses import dataclass
 
-from experiments.runs import RUNS, Run, Scale, fitting_of
+from experiments.declare import fitting_of
+from experiments.runs import RUNS, Run
+from experiments.scales import Scale
 from experiments.splits import LEAKY_PART
 from ich_keras.data.split import FRACTIONS
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One training step, per sample and slice of it, of one core.
+    """A training step on one core, per slice of a sample.
 
     Args:
-        seconds: `ich_keras.training.seconds_per_step`, bfloat16, one thread.
+        seconds: of a step in bfloat16, one thread.
         multiply_adds: forward, 10^9.
     """
 
@@ -30,7 +32,7 @@ SPEEDS = {
     ("resnet18_3d", "slab"): {64: Speed(0.0027, 0.094), 96: Speed(0.0054, 0.212)},
     ("resnet18_3d", "series"): {64: Speed(0.0026, 0.085), 96: Speed(0.0047, 0.162)},
     ("resnet18_3d_medicalnet", "series"): {64: Speed(0.0060, 0.461), 96: Speed(0.0089, 0.767)},
-    # Not measured: the dilated network on slices, taken as a slab of one.
+    # Not measured: the dilated network on slices, estimated as a slab of one.
     ("resnet18_2d_medicalnet", "slice"): {64: Speed(0.0054, 0.16), 96: Speed(0.0118, 0.36)},
 }
 TRAINING_PART, VALID_PART, _ = FRACTIONS  # of the patients
@@ -39,15 +41,16 @@ HEAD_MM = 100  # of a phantom's slices: mean number times mean spacing
 POSITIVE = 0.31  # of phantom slices; about half of the series
 OVERHEAD_SECONDS = 9  # building, weights and state on disk, evaluation, intervals
 FORWARD = 1 / 3  # of a training step: what a validated sample costs
-# Measured on trainings of `small`. Two at a time share the processor's memory: against what is
-# reckoned of one alone. Without instructions for bfloat16 they are in float32: 2.0 to 3.9 times as
-# long a step as in bfloat16 on another AMD EPYC, seven runs, with tests going on beside.
+# Both factors are measured on trainings of `small`. Two trainings at a time share the processor's
+# memory: the factor is against one alone. Without instructions for bfloat16, training is in
+# float32: a step took 2.0 to 3.9 times as long as in bfloat16 on another AMD EPYC (seven runs,
+# while tests were running).
 TWO_AT_A_TIME = 1.2
 IN_FLOAT32 = 3
 
 
 def expected_seconds(key: str, scale: Scale) -> float | None:
-    """Return about how long one seed of a run takes on one core; None on real data."""
+    """Estimate how long one seed of a run takes on one core; None on real data."""
     if not scale.is_synthetic:
         return None
     run = RUNS[key]
@@ -69,11 +72,12 @@ def _speed(run: Run, scale: Scale) -> Speed:
 
 def _all_samples(run: Run, scale: Scale) -> float:
     series = scale.other_series if run.split == "other" else scale.num_series
+    assert series is not None  # times are estimated on phantoms only
     return series * (1 if run.view == "series" else HEAD_MM / (sum(scale.slice_spacing_mm) / 2))
 
 
 def _samples(run: Run, scale: Scale) -> float:
-    """Training samples an epoch, as many negative as positive ones."""
+    """Return the training samples per epoch, half of them positive."""
     balanced = 1.0 if run.view == "series" else 2 * POSITIVE
     part = THESIS_PARTS[0] if run.is_thesis else TRAINING_PART
     if run.split == "leaky":
@@ -95,7 +99,7 @@ def _epochs(key: str, scale: Scale) -> float:
 
 
 def expected_time(key: str, scale: Scale) -> str:
-    """Write the expected time of one seed."""
+    """Return the expected time of one seed as text."""
     seconds = expected_seconds(key, scale)
     if seconds is None:
         return "not measured"

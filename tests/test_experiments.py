@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import queue
 import re
 import shutil
 import sys
@@ -39,24 +40,16 @@ import itertools
 
 from experiments import reproduce as reproducing
 from experiments.convention import thesis_metrics
-from experiments.data import Place, claim_work
+from experiments.data import claim_work
+from experiments.declare import Source, base_config, chosen_runs, declaration
 from experiments.listing import listing
 from experiments.normalise_first import in_thesis_order
-from experiments.reproduce import Task, reproduce, resolve
+from experiments.place import Place
+from experiments.questions import QUESTIONS, TABLE_RUNS, TABLES
+from experiments.reproduce import reproduce
 from experiments.results import RESULT, Result, load_result, load_results
-from experiments.runs import (
-    QUESTIONS,
-    RUNS,
-    SCALES,
-    TABLE_RUNS,
-    TABLES,
-    Fitting,
-    Scale,
-    Source,
-    base_config,
-    chosen_runs,
-    declaration,
-)
+from experiments.runs import RUNS
+from experiments.scales import SCALES, Fitting, Scale
 from experiments.scores import (
     compare,
     constant_under_convention,
@@ -64,6 +57,7 @@ from experiments.scores import (
     scored,
     under_convention,
 )
+from experiments.settle import Task, resolve
 from experiments.sheet import contact_sheet
 from experiments.splits import FOLDER, leaky_split, with_fraction
 from experiments.tables import (
@@ -467,7 +461,7 @@ def test_what_is_there_stays_and_what_is_half_made_is_made_again(place, monkeypa
     assert len(again.configs) == 1
     # Another seed is another run. Voxels are counted once for all of them.
     assert len(list(place.work.glob("cache-bands-*.npy"))) == 1
-    monkeypatch.setattr("experiments.results.cache_band_counts", None)
+    monkeypatch.setattr("experiments.keeping.cache_band_counts", None)
     reproduce(place, ["2d"], (0, 1), train_run=again)
     assert [config.seed for config in again.configs] == [0, 1]
 
@@ -545,6 +539,22 @@ def test_phantoms_as_dicom_files_try_the_road_of_real_data(place, monkeypatch):
     write_json(path, read_json(path) | {"synthetic": False})
     with pytest.raises(StaleError, match="result.json is missing or damaged"):
         load_results(place.out)
+
+
+def test_lines_of_worker_processes_are_told_by_their_parent():
+    lines, told = queue.Queue(), []
+    for line in ("2d seed 0: one", "2d seed 1: two"):
+        lines.put(line)
+    reproducing._tell_all(lines, told.append)
+    assert told == ["2d seed 0: one", "2d seed 1: two"]
+    # A worker puts its lines there; only the command line prints.
+    folder = Path(reproducing.__file__).parent
+    printing = [
+        path.name
+        for path in folder.rglob("*.py")
+        if re.search(r"(?<!\w)(print|echo)\(", path.read_text(encoding="utf-8"))
+    ]
+    assert printing == ["__main__.py"]
 
 
 def interrupted(place):
@@ -649,7 +659,7 @@ def test_results_under_another_name_or_on_other_data_are_refused(place):
     info = read_json(folder / RESULT)
     write_json(folder / RESULT, info | {"cache": "0" * 64})
     for keys in (["2d"], ["2d", "series"]):
-        with pytest.raises(StaleError, match="a result on other data than"):
+        with pytest.raises(StaleError, match="a result of other data than"):
             reproduce(place, keys, (0,), train_run=FakeTraining())
     write_json(place.work / "experiment.json", [])
     with pytest.raises(StaleError, match="experiment.json is damaged"):
@@ -666,7 +676,7 @@ def test_results_of_other_dicom_files_are_refused(place, tmp_path):
     shutil.copytree(place.cache_dir(), here.cache_dir())
     reproduce(here, ["2d"], (0,), train_run=FakeTraining())
     assert reproduce(here, ["2d"], (0,), train_run=FakeTraining(fails_at=1)) == 0
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(there, ["2d"], (0,), train_run=FakeTraining())
 
 
@@ -681,11 +691,11 @@ def test_other_settings_are_refused(place, monkeypatch):
     with pytest.raises(UsageError, match="not empty"):
         claim_work(replace(place, work=place.out))
     monkeypatch.setitem(RUNS, "2d", replace(RUNS["2d"], intensity="wide"))
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     # Without its results the run folder is refused all the same.
     shutil.rmtree(place.out)
-    with pytest.raises(StaleError, match="declared otherwise"):
+    with pytest.raises(StaleError, match="with other settings"):
         reproduce(place, ["2d"], (0,), train_run=FakeTraining())
 
 
@@ -702,7 +712,7 @@ def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
     slab, slab_cost = resolve(place, Task("slab", 0), phantom_cache)
     config, cost = resolve(place, Task("2d-operations", 0), phantom_cache)
     totals = [
-        c.fit.epochs * k["samples_per_epoch"] * k["operations_per_sample"]
+        c.fit.epochs * k.samples_per_epoch * k.operations_per_sample
         for c, k in ((slab, slab_cost), (config, cost))
     ]
     assert totals[1] == pytest.approx(totals[0], rel=0.5 / config.fit.epochs + 1e-9)
@@ -713,7 +723,7 @@ def test_equal_operations_and_equal_memory_are_worked_out(place, phantom_cache):
 def test_no_more_processes_make_batches_than_there_are_cores(place, phantom_cache, monkeypatch):
     many = replace(place, scale=replace(FAKE, loader_workers=8))
     for cores, jobs, workers in ((16, 1, 8), (2, 1, 2), (8, 2, 4), (1, 2, 1)):
-        monkeypatch.setattr(reproducing, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("experiments.settle.usable_cores", lambda cores=cores: cores)
         config, _ = resolve(replace(many, jobs=jobs), Task("2d", 0), phantom_cache)
         assert config.data.loader_workers == workers
     assert resolve(place, Task("2d", 0), phantom_cache)[0].data.loader_workers == 0
@@ -803,7 +813,7 @@ def test_pairs_are_aligned_by_name():
 
 
 def test_networks_that_rank_no_better_than_counting_voxels_are_named():
-    from experiments.caveats import behind_notes
+    from experiments.report.confounders import behind_notes
 
     results = {
         "2d": [made_result("2d", seed, some_rows(1)) for seed in range(3)],
@@ -917,7 +927,8 @@ def cells(lines, begin):
 
 
 def test_tables_put_each_number_into_its_column():
-    from experiments.write_up import _table, _table_1, bounds
+    from experiments.report.formatting import bounds
+    from experiments.report.thesis_tables import loss_table, metrics_table
 
     sound, thesis = (
         made_result(key, 0, some_rows(seed))
@@ -925,7 +936,7 @@ def test_tables_put_each_number_into_its_column():
     )
     results = {"2d-stand-in": [sound], "2d-stand-in-thesis": [thesis]}
     metric, published, convention, constant, ours, interval, prevalence, never, skill = cells(
-        _table(2, results), "loss"
+        metrics_table(2, results), "loss"
     )
     assert (metric, published, never) == ("loss", "0.0823", "n/a")
     # Forty slices are two batches of the thesis, by name: n0, n1, n10, ...
@@ -941,38 +952,38 @@ def test_tables_put_each_number_into_its_column():
     assert prevalence == f"{by_hand:.4f}"
     assert skill == f"{1 - seed_metric(sound, 'log_loss') / by_hand:.3f}"
     assert float(constant) == pytest.approx(by_hand, abs=0.03)  # in batches of other shares
-    row = cells(_table(2, results), "auroc of any")
+    row = cells(metrics_table(2, results), "auroc of any")
     assert row[4] == f"{seed_metric(sound, 'auroc/any'):.4f}"
     assert row[6] == "counting voxels: 0.7000"
 
-    row = cells(_table_1(results), RUNS["2d-stand-in"].title)
+    row = cells(loss_table(results), RUNS["2d-stand-in"].title)
     assert row[1:6] == ["0 (too few)", "0.0927", "0.5000", "0.5000", ours]
     assert row[6:] == [interval, prevalence, skill]
     several = results | {"2d-stand-in": [sound, made_result("2d-stand-in", 1, some_rows(3))]}
-    row = cells(_table_1(several), RUNS["2d-stand-in"].title)
+    row = cells(loss_table(several), RUNS["2d-stand-in"].title)
     assert row[1:4] == ["0, 1 (too few)", "0.0927", "0.5000 (seed 0)"]
     # Of a rate that falls it is said that four epochs are under way.
     for schedule, is_falling in (("cosine", True), ("constant", False)):
         config = {"fit": {"schedule": schedule}, "data": {"view": "slice"}}
         falling = {"2d": [made_result("2d", 0, some_rows(0), config=config)]}
-        assert ("under way" in " ".join(_table_1(falling))) == is_falling
+        assert ("under way" in " ".join(loss_table(falling))) == is_falling
     alone = {"2d-thesis": [made_result("2d-thesis", 0, some_rows(0))]}
-    row = cells(_table_1(alone), RUNS["2d"].title)
+    row = cells(loss_table(alone), RUNS["2d"].title)
     assert (row[1], *row[3:5]) == ("n/a", "0.5000 (seed 0)", "n/a: not run")
 
 
 def test_every_intensity_has_a_name_in_the_tables():
-    from experiments.write_up import _intensity_text
+    from experiments.report.thesis_tables import intensity_text
     from ich_keras.data.inputs import INTENSITIES
 
     for name in (*INTENSITIES, None):
         config = {"data": {"view": "slab", "intensity": name}}
-        text = _intensity_text([made_result("slab", 0, some_rows(0), config=config)])
+        text = intensity_text([made_result("slab", 0, some_rows(0), config=config)])
         assert ("not recorded" in text) == (name is None)
 
 
 def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
-    from experiments.write_up import _runs_section
+    from experiments.report.trainings import runs_section
 
     def trained(seed, device, precision, steps):
         info = {"patients": {"train": 10 + seed, "test": 5}, "steps": steps}
@@ -983,7 +994,7 @@ def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
         return made_result("2d", seed, some_rows(seed), config=config, **info)
 
     mixed = [trained(0, "ARM", "float32", 100), trained(2, "H100", "bfloat16", 300)]
-    row = cells(_runs_section({"2d": mixed}), "`2d`")
+    row = cells(runs_section({"2d": mixed}), "`2d`")
     assert row[:4] == [
         "`2d`",
         RUNS["2d"].title,
@@ -992,12 +1003,13 @@ def test_runs_are_shown_as_means_with_every_place_they_were_trained_on():
     ]
     assert row[4:8] == ["11", "5", "0.001, 32; 0.003, 32", "2 of 2, 2 of 2"]
     assert row[8:] == ["200", "1,600", "3.0", "60 (60 to 60)"]
-    alone = cells(_runs_section({"2d": mixed[:1]}), "`2d`")
+    alone = cells(runs_section({"2d": mixed[:1]}), "`2d`")
     assert alone[2:4] == ["0", "ARM, float32, torch 2.0"]
 
 
 def test_what_starts_from_a_network_that_has_not_learned_says_so():
-    from experiments.write_up import _runs_section, _table, _table_1
+    from experiments.report.thesis_tables import loss_table, metrics_table
+    from experiments.report.trainings import runs_section
 
     info = {"patients": {"train": 10, "test": 5}, "steps": 1, "samples_seen": 1}
     info |= {"training_operations": 1e12, "seconds": 60.0}
@@ -1014,26 +1026,30 @@ def test_what_starts_from_a_network_that_has_not_learned_says_so():
     good = {"stand-in-2d-18": made("stand-in-2d-18", 1.0), "2d-stand-in": made("2d-stand-in", 1.0)}
     bad = good | {"stand-in-2d-18": made("stand-in-2d-18", 0.0)}
     said = "`2d-stand-in` starts from `stand-in-2d-18`, which does not rank above counting"
-    for lines in (_table_1(bad), _table(2, bad)):
+    for lines in (loss_table(bad), metrics_table(2, bad)):
         assert any(line.startswith(said) for line in lines)
         assert "(too few)" in "".join(lines)
-    for lines in (_table_1(good), _table(2, good), _table(2, {"2d-stand-in": good["2d-stand-in"]})):
+    for lines in (
+        loss_table(good),
+        metrics_table(2, good),
+        metrics_table(2, {"2d-stand-in": good["2d-stand-in"]}),
+    ):
         assert not any(line.startswith(said) for line in lines)
-    named = [line for line in _runs_section(bad) if "Not above counting voxels" in line]
+    named = [line for line in runs_section(bad) if "Not above counting voxels" in line]
     assert ["`stand-in-2d-18` per slice (of seed 0)" in line for line in named] == [True]
-    assert not any("Not above counting voxels" in line for line in _runs_section(good))
+    assert not any("Not above counting voxels" in line for line in runs_section(good))
 
 
 def test_the_leak_is_shown_on_shared_slices():
-    from experiments.caveats import over_seeds
-    from experiments.write_up import _compared, _leak
+    from experiments.report.comparisons import compare_runs, leak_section
+    from experiments.report.confounders import over_seeds
 
     counts = {"patients": {"train": 30}, "slices": {"train": 200}}
     fewer = {"patients": {"train": 30}, "slices": {"train": 160}}
     fair = [made_result("2d", s, some_rows(s, count=40), **counts) for s in range(3)]
     leaky = [made_result("2d-leaky", s, some_rows(s + 5, 1.5)[:24], **fewer) for s in range(3)]
     results = {"2d": fair, "2d-leaky": leaky}
-    lines = _leak(results, _compared("leak", results))
+    lines = leak_section(results, compare_runs("leak", results))
     assert "They trained on 30 and 30 patients and 160 and 200 slices" in lines[0]
     row = cells(lines, "`2d-leaky` - `2d`")
     shared = [made_result("2d", s, some_rows(s, count=40)[:24]) for s in range(3)]
@@ -1055,21 +1071,22 @@ def test_the_leak_is_shown_on_shared_slices():
     # Only of the seeds that are compared.
     more = made_result("2d", 3, some_rows(3), patients={"train": 90}, slices={"train": 999})
     results["2d"] = [*fair, more]
-    assert _leak(results, _compared("leak", results)) == lines
-    assert _compared("leak", {"2d": fair}) == _leak({"2d": fair}, []) == []
+    assert leak_section(results, compare_runs("leak", results)) == lines
+    assert compare_runs("leak", {"2d": fair}) == leak_section({"2d": fair}, []) == []
 
 
 def test_the_report_begins_with_every_comparison_in_one_line():
-    from experiments.write_up import _compared, _in_short
+    from experiments.report.comparisons import compare_runs
+    from experiments.report.summary import summary_section
 
     results = {
         "slab": [made_result("slab", s, some_rows(s, 1.5)) for s in range(3)],
         "2d": [made_result("2d", s, some_rows(s, 0.0 if s == 1 else 0.8)) for s in range(3)],
         "slab-9": [made_result("slab-9", s, some_rows(s)) for s in range(3)],
     }
-    compared = {name: _compared(name, results) for name in QUESTIONS}
+    compared = {name: compare_runs(name, results) for name in QUESTIONS}
     assert len(compared["stride-9"]) == 2  # per slice and per series
-    lines = _in_short(compared, results)
+    lines = summary_section(compared, results)
     # Of questions that `all` asks.
     assert not any("slab-9" in line for line in lines)
     table = next(line for line in lines if line.startswith("| question"))
@@ -1082,11 +1099,11 @@ def test_the_report_begins_with_every_comparison_in_one_line():
     assert row[4] == f"{np.mean(each):.4f} ({', '.join(f'{value:.4f}' for value in each)})"
     assert row[7] == "0, 1, 2"
     assert row[8] == "too few patients; not above counting voxels: `2d` (seed 1)"
-    assert _in_short({name: [] for name in QUESTIONS}, results) == []
+    assert summary_section({name: [] for name in QUESTIONS}, results) == []
 
 
 def test_early_epochs_are_named():
-    from experiments.caveats import early, early_notes, kept_epoch
+    from experiments.report.confounders import early, early_notes, kept_epoch
 
     def trained(seed, losses, rankings):
         table = {"epoch": range(1, len(losses) + 1)}
@@ -1108,7 +1125,7 @@ def test_early_epochs_are_named():
 
 
 def test_trainings_in_other_places_are_named():
-    from experiments.caveats import unlike_places
+    from experiments.report.confounders import unlike_places
 
     config = {"precision": "float32", "fit": {"epochs": 2}, "data": {"view": "slice"}}
     ones = [made_result("2d", s, some_rows(s), config=config) for s in range(3)]
@@ -1119,9 +1136,9 @@ def test_trainings_in_other_places_are_named():
         for s, changes in enumerate((machine, {}, version))
     ]
     results = {"2d": ones, "slab": others}
-    from experiments.caveats import flags
+    from experiments.report.confounders import confounders
 
-    found = flags("slab", "2d", "slice", (0, 1, 2), results)
+    found = confounders("slab", "2d", "slice", (0, 1, 2), results)
     assert "other device, precision or version (seed 0, 2)" in found
     (line, _) = unlike_places([("slab", "2d", (0, 1, 2))] * 2, results)
     assert line.endswith("part of the difference: `slab` - `2d` (seed 0, 2).")
@@ -1129,7 +1146,7 @@ def test_trainings_in_other_places_are_named():
 
 
 def test_a_result_older_than_its_source_is_named():
-    from experiments.caveats import source_notes
+    from experiments.report.confounders import source_notes
 
     source = [made_result("stand-in-2d-18", 0, some_rows(0))]
     made = [
@@ -1137,7 +1154,7 @@ def test_a_result_older_than_its_source_is_named():
         for seed in range(3)
     ]
     (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
-    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    assert line.startswith("`2d-stand-in` of seed 0 is older than the stored result")
     # The same day: newer results have the time.
     made, source = (
         [made_result(key, 0, some_rows(0), environment={"started": f"2026-01-02T{hour}:00:00"})]
@@ -1146,13 +1163,14 @@ def test_a_result_older_than_its_source_is_named():
     for group, date in ((made, "2026-01-02"), (source, "2026-01-02")):
         group[0].info["date"] = date
     (line, _) = source_notes(("2d-stand-in",), {"2d-stand-in": made, "stand-in-2d-18": source})
-    assert line.startswith("`2d-stand-in` of seed 0 is older than what is kept")
+    assert line.startswith("`2d-stand-in` of seed 0 is older than the stored result")
     assert source_notes(("2d-stand-in",), {"2d-stand-in": source, "stand-in-2d-18": made}) == []
 
 
 def test_words_follow_the_numbers():
-    from experiments.caveats import over_seeds, verdict
-    from experiments.write_up import bounds, each, loss_after, spread
+    from experiments.report.confounders import over_seeds, verdict
+    from experiments.report.formatting import bounds, each, spread
+    from experiments.report.thesis_tables import loss_after
 
     above = [0.19, 0.2, 0.21]
     below = [-value for value in above]
@@ -1166,10 +1184,10 @@ def test_words_follow_the_numbers():
     assert disagreeing == "below 0; the seeds disagree"
     # A difference of exactly 0, of two that rank all rightly, has no sign.
     assert verdict({"low": 0.01, "high": 0.04}, 100, [0.0, 0.02, 0.03]).startswith(
-        "above 0; that over seeds"
+        "above 0; interval over seeds"
     )
     apart = verdict({"low": 0.1, "high": 0.3}, 100, [0.01, 0.2, 0.4])
-    assert apart == "above 0; that over seeds includes 0"
+    assert apart == "above 0; interval over seeds includes 0"
     for low, high in ((-0.001, 0.1), (0.001, 0.1), (-0.1, 0.001)):
         assert verdict({"low": low, "high": high}, 100, above) == "ends at about 0"
     # Mean 2, standard deviation 1: 4.3027 / sqrt(3) either way.
@@ -1185,7 +1203,7 @@ def test_words_follow_the_numbers():
 
 
 def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
     from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "no-weights"))
@@ -1208,7 +1226,7 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
     # Nor may its results have been declared otherwise.
     with monkeypatch.context() as patched:
         patched.setitem(RUNS, "2d", replace(RUNS["2d"], augment="thesis"))
-        with pytest.raises(StaleError, match="declared otherwise"):
+        with pytest.raises(StaleError, match="with other settings"):
             write_report(alone)
     monkeypatch.delitem(SCALES, FAKE.name)
     for name in ("learning-curves", "reliability", "roc-pr", "labels"):
@@ -1222,7 +1240,7 @@ def test_the_report_needs_nothing_but_the_results(place, monkeypatch, tmp_path):
 
 def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
     from experiments.__main__ import main
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     reproduce(place, ["2d"], (0, 1), train_run=FakeTraining())
     folder = place.result_dir("2d", 0)
@@ -1257,7 +1275,7 @@ def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
         ("metrics.series.n.samples", 1),
     ):
         changed(read_json(folder / RESULT), path, value)
-        refused("metrics of 2d seed 0 per (slice|series) are not those of its predictions")
+        refused("metrics of 2d seed 0 per (slice|series) do not follow from its predictions")
     changed(read_json(folder / RESULT), "scale", "another")
     refused("of the scales another and fake")
 
@@ -1282,7 +1300,7 @@ def test_a_report_is_made_of_whole_results_only(place, monkeypatch):
         rewritten(name, change)
         refused(f"{name} is missing or damaged")
     rewritten("predictions.csv.gz", lambda t: t[: len(t) // 2])
-    refused("are not those of its predictions")
+    refused("do not follow from its predictions")
     write_report(place.out)
 
     for words, code, said in (
@@ -1303,7 +1321,7 @@ def test_results_of_different_data_are_not_mixed(place):
 
 
 def test_without_matplotlib_the_report_says_what_to_install(place, monkeypatch):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     reproduce(place, ["2d"], (0,), train_run=FakeTraining())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -1347,7 +1365,7 @@ def test_commands_explain_themselves_and_refuse_nonsense():
 
 @pytest.mark.slow
 def test_the_whole_road_on_the_smallest_scale(tmp_path):
-    from experiments.write_up import write_report
+    from experiments.report.page import write_report
 
     scale = replace(
         FAKE,

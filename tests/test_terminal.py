@@ -415,7 +415,8 @@ def test_rejects_are_counted_with_their_reason():
 # The real road of the experiments, at two widths; only the data and the runs are stand-ins.
 EXPERIMENTS = """
 import fcntl, struct, sys, termios
-from experiments import __main__ as cli, reproduce, write_up
+from experiments import __main__ as cli, reproduce
+from experiments.report import page
 
 def open_or_make(place, is_other=False, progress=None, tell=None):
     for step in ("drawing phantoms", "indexing", "caching"):
@@ -426,8 +427,8 @@ def open_or_make(place, is_other=False, progress=None, tell=None):
 reproduce.open_or_make = open_or_make
 reproduce.require_same_cache = lambda *arguments: None
 reproduce.make_run = lambda place, task, *others: task
-reproduce._start = reproduce._forget = lambda *arguments: None
-write_up.write_report = lambda *arguments, **options: sys.argv[1] + "/report.md"
+reproduce._set_threads = reproduce._free_network = lambda *arguments: None
+page.write_report = lambda *arguments, **options: sys.argv[1] + "/report.md"
 for columns in (60, 120):
     fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     cli.main(
@@ -446,7 +447,7 @@ def test_experiments_leave_a_line_for_each_run(tmp_path):
         screen = screens(part, width)[0]
         lines = screen.text()
         total = next(
-            int(line.split()[0]) for line in lines if line.endswith("the others are there.")
+            int(line.split()[0]) for line in lines if line.endswith("the others are finished.")
         )
         assert total > ROWS / 2
         for number in range(1, total + 1):

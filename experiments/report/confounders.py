@@ -1,34 +1,29 @@
-"""What keeps a number of the report from saying more than it does, worked out from the results: too
-few seeds or patients, seeds that disagree, networks that have not learned, early epochs, trainings
-in different places."""
+"""Limits of the comparisons, computed from the results: too few seeds or patients, seeds that
+disagree, and confounders: networks that have not learned, early epochs, trainings on different
+devices, in different precisions or with different versions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
 
+from experiments.report.formatting import LEAST_PATIENTS, LEAST_SEEDS, RANKING, Results
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import LEVELS, seed_values
 from ich_keras.metrics.binary import format_metric
 
-RANKING = "auroc/any"
-# Below these the report draws no line: percentile intervals of a few patients are too narrow, and
-# one training says little about the next.
-LEAST_SEEDS, LEAST_PATIENTS = 3, 30
-# Of an interval's width: a little more than twice the standard error (.022) that a bound from 1,000
-# resamples of a normal distribution has.
+# A bound this near to 0, as a share of the interval's width, counts as 0: a little more than twice
+# the standard error (.022) of a bound from 1,000 resamples of a normal distribution.
 _NEAR = 0.05
-
-Results = Mapping[str, Sequence[Result]]
 
 
 def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
-    """Say where an interval over patients lies, and whether the seeds bear it; no more.
+    """Describe where an interval over patients lies, and whether the seeds agree with it.
 
     Args:
         row: has "low" and "high".
-        patients: resampled.
+        patients: how many were resampled.
         per_seed: the difference of each seed.
     """
     if patients < LEAST_PATIENTS:
@@ -39,19 +34,23 @@ def verdict(row: dict, patients: int, per_seed: Sequence[float]) -> str:
     if low is None:
         return "not defined often enough"
     if min(abs(low), abs(high)) < _NEAR * (high - low):
-        said = "ends at about 0"
+        position = "ends at about 0"
     elif low > 0 or high < 0:
-        said = "above 0" if low > 0 else "below 0"
+        position = "above 0" if low > 0 else "below 0"
     else:
         return "includes 0"
     if min(per_seed) < 0 < max(per_seed):
-        return f"{said}; the seeds disagree"
+        return f"{position}; the seeds disagree"
     first, last = _over_seeds(per_seed)
-    return f"{said}; that over seeds includes 0" if first <= 0 <= last else said
+    return f"{position}; interval over seeds includes 0" if first <= 0 <= last else position
 
 
 def over_seeds(values: Sequence[float], digits: int = 4) -> str:
-    """Write the 95 % interval of a mean over seeds by Student's t; "n/a" below three."""
+    """Return the 95 % interval of a mean over seeds by Student's t; "n/a" below three seeds.
+
+    >>> over_seeds([1.0, 2.0, 3.0], digits=3)
+    '-0.484 to 4.484'
+    """
     if len(values) < LEAST_SEEDS:
         return "n/a"
     low, high = _over_seeds(values)
@@ -81,7 +80,7 @@ def behind(group: Sequence[Result], level: str) -> list[int]:
 
 
 def behind_notes(keys: Iterable[str], results: Results) -> list[str]:
-    """Name the trainings that rank no better than the detector that counts voxels."""
+    """Return a note on the trainings that rank no better than counting voxels."""
     named = []
     for key in keys:
         for level in LEVELS:
@@ -93,15 +92,17 @@ def behind_notes(keys: Iterable[str], results: Results) -> list[str]:
     if not named:
         return []
     return [
-        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has found"
-        " no more than a count of voxels tells; a comparison with it says that, and little else.",
+        f"**Not above counting voxels** in AUROC(any): {', '.join(named)}. Such a network has"
+        " learned no more than a count of voxels shows; a comparison with it means little else.",
         "",
     ]
 
 
 def source_notes(keys: Iterable[str], results: Results) -> list[str]:
-    """Say which runs start from a network that does not rank above counting voxels itself, or
-    from an earlier training of it than is kept."""
+    """Return notes on runs whose source has not learned, or was trained again since.
+
+    A source has not learned when it ranks no better than counting voxels.
+    """
     notes = []
     for key in keys:
         for source in RUNS[key].depends_on:
@@ -110,14 +111,14 @@ def source_notes(keys: Iterable[str], results: Results) -> list[str]:
             if behind_notes([source], results):
                 notes += [
                     f"`{key}` starts from `{source}`, which does not rank above counting voxels"
-                    " itself: it says little about starting from learned weights.",
+                    " itself. It shows little about starting from learned weights.",
                     "",
                 ]
             made = results[source][0].info
             older = [str(r.seed) for r in results[key] if _is_before(r.info, made)]
             if older:
                 notes += [
-                    f"`{key}` of seed {' and '.join(older)} is older than what is kept of"
+                    f"`{key}` of seed {' and '.join(older)} is older than the stored result of"
                     f" `{source}` ({made['date']}): it started from an earlier training of it.",
                     "",
                 ]
@@ -125,7 +126,7 @@ def source_notes(keys: Iterable[str], results: Results) -> list[str]:
 
 
 def _is_before(one: dict, other: dict) -> bool:
-    """Whether a training began before another; the older results have its day only."""
+    """Whether a training began before another; older results record only the day."""
     times = [info["environment"].get("started", info["date"]) for info in (one, other)]
     length = min(map(len, times))
     return times[0][:length] < times[1][:length]
@@ -143,7 +144,7 @@ def early(group: Sequence[Result]) -> list[int]:
 
 
 def early_notes(keys: Iterable[str], results: Results) -> list[str]:
-    """Name the trainings whose scored model has seen half of what was spent, or less."""
+    """Return a note on trainings whose scored model saw at most half of the epochs."""
     named = []
     for key in keys:
         group = [result for result in results[key] if result.seed in early(results[key])]
@@ -158,23 +159,23 @@ def early_notes(keys: Iterable[str], results: Results) -> list[str]:
     if not named:
         return []
     return [
-        "**Early epochs kept.** The model scored is that of the epoch with the lowest validation"
-        " log loss. Of these it lies in the first half of the training (in brackets the AUROC of"
-        f" `any` on validation, then and after the last epoch): {'; '.join(named)}. Steps and"
-        " operations are what was spent, of which such a model has seen a part; a comparison with"
-        " it is also one of how the epoch was chosen.",
+        "**Early epochs kept.** The scored model is that of the epoch with the lowest validation"
+        " log loss. For the following runs it lies in the first half of the training (in brackets:"
+        " the epochs kept; the AUROC of `any` on validation at that epoch and after the last):"
+        f" {'; '.join(named)}. Such a model saw only a part of the steps and operations listed, and"
+        " a comparison with it also depends on how the epoch was chosen.",
         "",
     ]
 
 
 def _mean_ranking(values: Sequence[float]) -> str:
-    """Write a mean AUROC; "n/a" where one of the values is undefined."""
+    """Return a mean AUROC as text; "n/a" where a value is undefined."""
     mean = float(np.mean(values))
     return format_metric(None if np.isnan(mean) else mean, 3)
 
 
 def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Results) -> list[str]:
-    """Name compared trainings of other devices, precisions or versions of the backend.
+    """Return a note on compared trainings with other devices, precisions or backend versions.
 
     Args:
         pairs: (one, other, the seeds compared).
@@ -188,39 +189,41 @@ def unlike_places(pairs: Iterable[tuple[str, str, Sequence[int]]], results: Resu
     if not named:
         return []
     return [
-        "Trained on other devices, in other precisions or with other versions (see Runs), which is"
-        f" part of the difference: {', '.join(named)}.",
+        "The compared runs were trained on different devices, in different precisions or with"
+        f" different versions (see Runs), which is part of the difference: {', '.join(named)}.",
         "",
     ]
 
 
 def _unlike(one: str, other: str, seeds: Sequence[int], results: Results) -> list[int]:
-    places = [{r.seed: place(r.info) for r in results[key]} for key in (one, other)]
+    places = [{r.seed: trained_on(r.info) for r in results[key]} for key in (one, other)]
     return [seed for seed in seeds if places[0][seed] != places[1][seed]]
 
 
-def flags(one: str, other: str, level: str, seeds: Sequence[int], results: Results) -> list[str]:
-    """Say in few words what a comparison has in it beside its question."""
+def confounders(
+    one: str, other: str, level: str, seeds: Sequence[int], results: Results
+) -> list[str]:
+    """Name what else differs between two compared runs, in few words."""
     found = []
-    for said, of in (
+    for problem, seeds_with in (
         ("not above counting voxels", lambda group: behind(group, level)),
         ("early epoch kept", early),
     ):
         named = [
             f"`{key}` (seed {', '.join(map(str, these))})"
             for key in (one, other)
-            if (these := sorted({*of(results[key])} & {*seeds}))
+            if (these := sorted({*seeds_with(results[key])} & {*seeds}))
         ]
-        found += [f"{said}: {', '.join(named)}"] if named else []
+        found += [f"{problem}: {', '.join(named)}"] if named else []
     differing = _unlike(one, other, seeds, results)
     if differing:
-        seeds = ", ".join(map(str, differing))
-        found.append(f"other device, precision or version (seed {seeds})")
+        named_seeds = ", ".join(map(str, differing))
+        found.append(f"other device, precision or version (seed {named_seeds})")
     return found
 
 
-def place(info: dict) -> str:
-    """Say what a run was trained on."""
+def trained_on(info: dict) -> str:
+    """Return the device, precision and backend that a run was trained on."""
     backend = info["environment"]["backend"]
     version = info["environment"]["versions"].get(backend)
     return f"{info['machine']['device']}, {info['config']['precision']}, {backend} {version}"

@@ -1,11 +1,13 @@
-"""Figures of the results, as SVG. matplotlib is imported when one is drawn."""
+"""Figures of the results, as SVG. matplotlib is imported only to draw one."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from experiments.report.formatting import Results
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import intervals, scored, together
@@ -16,10 +18,10 @@ from ich_keras.metrics.calibration import calibration
 
 VIEWS = ("2d", "slab", "series")
 _COLUMN = LABELS.index(ANY)
-_POINTS = 200  # of a curve; more would only make the file larger
+_POINTS = 200  # per curve; more would only make the file larger
 
 
-def require_matplotlib():
+def require_matplotlib() -> Any:
     """Import matplotlib.
 
     Raises:
@@ -34,7 +36,7 @@ def require_matplotlib():
     return matplotlib
 
 
-def _pyplot():
+def _pyplot() -> Any:
     matplotlib = require_matplotlib()
     matplotlib.use("Agg")
     # The same numbers give the same bytes.
@@ -44,13 +46,13 @@ def _pyplot():
     return pyplot
 
 
-def draw_all(results: Mapping[str, Sequence[Result]], out: Path, mark: str) -> dict[str, str]:
+def draw_all(results: Results, out: Path, mark: str) -> dict[str, str]:
     """Draw every figure whose runs are finished.
 
     Args:
         results: key -> results by seed.
         out: folder; receives figures/<name>.svg.
-        mark: one line for each figure: what the data are, when and where it ran.
+        mark: a line at the foot of each figure: the data, when and where it ran.
 
     Returns:
         File name below `out` -> title.
@@ -79,27 +81,30 @@ def draw_all(results: Mapping[str, Sequence[Result]], out: Path, mark: str) -> d
     return made
 
 
-def _views(results: Mapping[str, Sequence[Result]]) -> list[str]:
+def _views(results: Results) -> list[str]:
     return [key for key in VIEWS if results.get(key)]
 
 
-def _pooled(results: Sequence[Result], level: str):
+def _pooled(results: Sequence[Result], level: str) -> tuple[np.ndarray, np.ndarray] | None:
     parts = [part for result in results if (part := scored(result, level)) is not None]
-    return together(parts)[:2] if parts else None
+    if not parts:
+        return None
+    truth, values, _ = together(parts)
+    return truth, values
 
 
-def curve_points(results: Mapping[str, Sequence[Result]], view: str) -> list[str]:
-    """Return the keys of a view's learning curve that are finished, smaller parts first."""
+def curve_points(results: Results, view: str) -> list[str]:
+    """Return the finished runs of a view's learning curve, fewest patients first."""
     keys = [view, *(key for key in RUNS if key.startswith(f"{view}-") and RUNS[key].fraction < 1)]
     return sorted((key for key in keys if results.get(key)), key=lambda key: RUNS[key].fraction)
 
 
-def _legend(axis) -> None:
+def _legend(axis: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="best")
 
 
-def _learning_curves(pyplot, results):
+def _learning_curves(pyplot: Any, results: Results) -> Any:
     curves = {view: keys for view in VIEWS if len(keys := curve_points(results, view)) > 1}
     if not curves:
         return None
@@ -133,7 +138,7 @@ def _learning_curves(pyplot, results):
     return figure
 
 
-def _reliability(pyplot, results):
+def _reliability(pyplot: Any, results: Results) -> Any:
     views = _views(results)
     if not views:
         return None
@@ -158,7 +163,7 @@ def _reliability(pyplot, results):
     return figure
 
 
-def _roc_pr(pyplot, results):
+def _roc_pr(pyplot: Any, results: Results) -> Any:
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     views = _views(results)
@@ -166,10 +171,12 @@ def _roc_pr(pyplot, results):
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2))
     for number, view in enumerate(views):
-        name = view
-        # Each seed's model by itself: its probabilities do not rank another's.
+        name: str | None = view
+        # Each seed's model alone: probabilities of two models are not comparable.
         for result in results[view]:
             found = scored(result, "series")
+            if found is None:
+                continue
             labels, chances = found.truth[:, _COLUMN], found.values[:, _COLUMN]
             if labels.min() == labels.max():
                 continue
@@ -195,7 +202,7 @@ def _thinned(across: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return across[rows], up[rows]
 
 
-def _labels(pyplot, results):
+def _labels(pyplot: Any, results: Results) -> Any:
     views = _views(results)
     if not views:
         return None
@@ -203,7 +210,7 @@ def _labels(pyplot, results):
     width = 0.8 / len(views)
     for number, view in enumerate(views):
         found = intervals(results[view], "series") or {}
-        name = view
+        name: str | None = view
         for column, label in enumerate(LABELS):
             row = found.get(f"auroc/{label}", {"value": None})
             if row["value"] is None:

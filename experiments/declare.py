@@ -1,0 +1,126 @@
+"""From declarations to configurations: which runs a scale has, their settings, and the fingerprint
+that tells whether a stored result still matches its declaration."""
+
+from dataclasses import asdict, dataclass
+
+from experiments.questions import QUESTIONS, TABLE_RUNS
+from experiments.runs import RUNS, Run
+from experiments.scales import Fitting, Scale
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.files import fingerprint
+
+
+@dataclass(frozen=True)
+class Source:
+    """DICOM files that the user provides, for scales without phantoms.
+
+    Args:
+        dicom: the folder.
+        labels: RSNA's csv.
+    """
+
+    dicom: str
+    labels: str
+
+
+def is_made_at(run: Run, scale: Scale) -> bool:
+    """Whether a scale has a run: it needs the fraction of patients, and phantoms for stand-ins."""
+    is_stand_in = run.split == "other" or bool(run.depends_on)
+    is_asked_for = run.fraction in (1.0, *scale.fractions[run.view])
+    return is_asked_for and (scale.is_synthetic or not is_stand_in)
+
+
+def chosen_runs(
+    scale: Scale, tables: tuple[int, ...] = (), questions: tuple[str, ...] = ()
+) -> list[str]:
+    """Return the runs that tables and questions need at a scale, dependencies before dependants."""
+    wanted = [key for table in tables for key in TABLE_RUNS[table]]
+    wanted += [key for name in questions for key in QUESTIONS[name].runs]
+    ordered: dict[str, None] = {}
+
+    def add(key: str) -> None:
+        run = RUNS[key]
+        if not is_made_at(run, scale):
+            return
+        for other in run.depends_on:
+            add(other)
+        ordered[key] = None
+
+    for key in wanted:
+        add(key)
+    return sorted(ordered, key=lambda key: bool(RUNS[key].depends_on))
+
+
+def fitting_of(run: Run, scale: Scale) -> Fitting:
+    """Return the training settings of a run."""
+    own = scale.other_fittings.get(run.preset) if run.split == "other" else None
+    return own or scale.fittings[run.view]
+
+
+def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunConfig:
+    """Return the part of a run's configuration that follows from the declaration alone.
+
+    `settle.resolve` adds the split, the weights and what `like` asks for.
+    """
+    fitting = fitting_of(run, scale)
+    slices = {"slice": None, "slab": run.slices or 5, "series": scale.series_slices}[run.view]
+    return RunConfig(
+        preset=run.preset,
+        seed=seed,
+        device=device,
+        data=DataConfig(
+            size=scale.size,
+            view=run.view,
+            slices=slices,
+            balance=scale.balance,
+            augment=run.augment or scale.augment,
+            intensity=run.intensity,
+            # The stand-in for the library's augmentation is of this process only.
+            loader_workers=0 if run.normalise_first else scale.loader_workers,
+        ),
+        fit=FitConfig(
+            batch_size=fitting.batch_size,
+            epochs=fitting.epochs,
+            learning_rate=fitting.learning_rate,
+            accumulate=fitting.accumulate,
+            schedule=scale.schedule,
+            warmup_steps=scale.warmup_steps,
+        ),
+    )
+
+
+def data_settings(scale: Scale, source: Source | None = None) -> dict:
+    """Return the settings that determine the data: a work folder belongs to one set of them."""
+    names = ("size", "num_series", "phantom_seed", "matrix", "other_series", "other_seed")
+    content = {name: getattr(scale, name) for name in names}
+    content["slice_spacing_mm"] = list(scale.slice_spacing_mm)
+    return content | ({} if source is None else asdict(source))
+
+
+def declaration(key: str, scale: Scale, seed: int, source: Source | None = None) -> str:
+    """Return the fingerprint of everything declared about a run, except its title.
+
+    A stored result with another fingerprint is stale. Runs that a run depends on are included.
+    """
+    run = RUNS[key]
+    content = {
+        "run": {name: value for name, value in asdict(run).items() if name != "title"},
+        "config": base_config(run, scale, seed).to_dict(),
+        "data": data_settings(scale, source),
+    }
+    # Where it runs decides no number that is compared.
+    for name in ("device", "backend"):
+        del content["config"][name]
+    others = [*run.depends_on, *([run.like[1]] if run.like else [])]
+    content["others"] = {other: declaration(other, scale, seed, source) for other in others}
+    return fingerprint(content)
+
+
+def seeds_of(key: str, seeds: tuple[int, ...], scale: Scale) -> tuple[int, ...]:
+    """Return the seeds a run is trained with: the given ones, or only the scale's first.
+
+    >>> from experiments.scales import SCALES
+    >>> seeds_of("2d", (0, 1), SCALES["small"]), seeds_of("2d-thesis", (0, 1), SCALES["small"])
+    ((0, 1), (0,))
+    """
+    return scale.seeds[:1] if RUNS[key].first_seed else seeds

@@ -1,0 +1,129 @@
+"""Which runs each table of the thesis needs, and which runs answer each question. Declarations
+only."""
+
+from dataclasses import dataclass
+
+from experiments.runs import FRACTIONS
+
+TABLES = (1, 2, 3, 4)
+
+TABLE_RUNS = {
+    1: (
+        *("2d", "2d-thesis", "2d-pretrained", "2d-pretrained-thesis", "2d-stand-in"),
+        *("2d-stand-in-thesis", "2d-50-pretrained", "2d-50-pretrained-thesis"),
+        *("2d-50-stand-in", "2d-50-stand-in-thesis"),
+    ),
+    2: ("2d-pretrained", "2d-pretrained-thesis", "2d-stand-in", "2d-stand-in-thesis"),
+    3: tuple(
+        f"series-medicalnet-{name}"
+        for name in ("pretrained", "pretrained-thesis", "stand-in", "stand-in-thesis")
+    ),
+    4: tuple(
+        f"slab-medicalnet-{name}"
+        for name in ("pretrained", "pretrained-thesis", "stand-in", "stand-in-thesis")
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the runs are compared for.
+
+    Args:
+        title: the question.
+        runs: keys of `RUNS`.
+        pairs: (a, b): compared on the same test patients, a minus b.
+        in_all: whether the command `all` answers it.
+        only_shared: whether the two runs held out different samples, and are compared only on the
+            samples that both held out.
+        note: how the runs differ beyond the question (confounders).
+    """
+
+    title: str
+    runs: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...] = ()
+    in_all: bool = False
+    only_shared: bool = False
+    note: str = ""
+
+
+QUESTIONS = {
+    "leak": Question(
+        title="How much does splitting slices one by one flatter a model?",
+        runs=("2d", "2d-leaky"),
+        pairs=(("2d-leaky", "2d"),),
+        in_all=True,
+        only_shared=True,
+    ),
+    "views": Question(
+        title="Slice, slab or series, at equal patients and at equal operations?",
+        runs=("2d", "slab", "series", "2d-operations", "series-operations"),
+        pairs=(
+            *(("slab", "2d"), ("series", "2d"), ("series", "slab")),
+            *(("slab", "2d-operations"), ("series-operations", "2d-operations")),
+            ("series-operations", "slab"),
+        ),
+        in_all=True,
+        note=(
+            "`2d`, `slab` and `series` have the epochs and learning rate of their view."
+            " `2d-operations` and `series-operations` are the same networks, trained for as many"
+            " operations as `slab`."
+        ),
+    ),
+    "stride": Question(
+        title="Depth stride 1 or MedicalNet's network on slabs of five?",
+        runs=("slab", "slab-medicalnet"),
+        pairs=(("slab", "slab-medicalnet"),),
+        in_all=True,
+        note=(
+            "The networks differ in their strides in depth and in the plane, in dilation and in the"
+            " kind of shortcut. Both are trained from scratch with a learning rate and epochs that"
+            " were chosen on `slab`. The difference is that of the two networks at this budget, not"
+            " the cost of a stride (`stride-9` changes nothing but the strides in depth)."
+        ),
+    ),
+    "stride-9": Question(
+        title="What do strides along the slices cost on slabs of nine, all else equal?",
+        runs=("slab", "slab-9", "slab-9-strided"),
+        pairs=(("slab-9", "slab-9-strided"), ("slab-9", "slab")),
+    ),
+    "fractions": Question(
+        title="Can computation replace data? Equal optimiser steps on fewer patients.",
+        runs=("2d", "slab", "series", *FRACTIONS),
+        pairs=(
+            *(("2d", "2d-half"), ("slab", "slab-half"), ("series", "series-half")),
+            # Five slices per sample on half of the patients, against one on all of them.
+            *(("slab-half", "2d"), ("series-half", "2d")),
+        ),
+        in_all=True,
+    ),
+    "memory": Question(
+        title="Slice, slab or series, with batches of equal activation memory?",
+        runs=("2d", "slab-memory", "series-memory"),
+        pairs=(("slab-memory", "2d"), ("series-memory", "2d")),
+    ),
+    "intensity": Question(
+        title="Three windows or one wide one in 3D?",
+        runs=("slab", "slab-wide", "series", "series-wide"),
+        pairs=(("slab", "slab-wide"), ("series", "series-wide")),
+    ),
+    "normalise": Question(
+        title="Normalise before brightness and contrast (a fault of the thesis) or after?",
+        runs=("2d-normalise-last", "2d-normalise-first"),
+        pairs=(("2d-normalise-last", "2d-normalise-first"),),
+    ),
+    "pretraining": Question(
+        title="MedicalNet's weights in 2D and in 3D?",
+        runs=(
+            *("2d-medicalnet-pretrained", "2d-medicalnet-stand-in"),
+            *("series-medicalnet-pretrained", "series-medicalnet-stand-in"),
+            *("slab-medicalnet-pretrained", "slab-medicalnet-stand-in"),
+        ),
+        pairs=(
+            ("slab-medicalnet-stand-in", "2d-medicalnet-stand-in"),
+            ("series-medicalnet-stand-in", "2d-medicalnet-stand-in"),
+            ("slab-medicalnet-pretrained", "2d-medicalnet-pretrained"),
+            ("series-medicalnet-pretrained", "2d-medicalnet-pretrained"),
+        ),
+    ),
+}
