@@ -41,6 +41,7 @@ _PUBLIC = {
     "slice_input": "ich_keras.data.inputs",
     "volume_input": "ich_keras.data.inputs",
     "View": "ich_keras.data.views",
+    "Augmentation": "ich_keras.data.augment",
     "slice_batches": "ich_keras.data.batches",
     "slab_batches": "ich_keras.data.batches",
     "series_batches": "ich_keras.data.batches",
