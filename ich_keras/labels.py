@@ -8,3 +8,5 @@ SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", 
 ANY = "any"
 LABELS = (*SUBTYPES, ANY)
 NUM_LABELS = len(LABELS)
+# The competition's log loss counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
+RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)

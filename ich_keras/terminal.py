@@ -19,6 +19,7 @@ import click
 
 from ich_keras.display import Display, Step, new_display
 from ich_keras.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_TERMINATED, IchError
+from ich_keras.keras_private import CPU_OUT_OF_MEMORY
 from ich_keras.progress import Progress, Tell
 
 TRACEBACK = "ICH_TRACEBACK"
@@ -70,7 +71,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        or CPU_OUT_OF_MEMORY in str(error)
     )
 
 

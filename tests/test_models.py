@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import LABELS, RSNA_WEIGHTS
 from ich_keras.models.classifier import (
     build_backbone,
     build_classifier,
@@ -20,7 +20,6 @@ from ich_keras.models.classifier import (
 )
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
-from ich_keras.models.options import RSNA_WEIGHTS
 from ich_keras.models.presets import preset
 from ich_keras.models.resnet import resnet
 from ich_keras.models.spec import ModelSpec

@@ -15,11 +15,11 @@ from test_networks import NARROW, TINY, random_batch
 
 from ich_keras.errors import UsageError
 from ich_keras.keras_private import keep_float64
+from ich_keras.labels import RSNA_WEIGHTS
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
-from ich_keras.models.options import RSNA_WEIGHTS
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import resnet
 from ich_keras.models.steps import choose_step

@@ -22,13 +22,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ich_keras.errors import DataError
-from ich_keras.labels import ANY, LABELS, NUM_LABELS
+from ich_keras.labels import LABELS, NUM_LABELS, RSNA_WEIGHTS
 
 CLIP = 1e-7
 THRESHOLD = 0.5
 TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
 
-RSNA_WEIGHTS = np.array([2.0 if name == ANY else 1.0 for name in LABELS])
 
 # A rate of one label from its counts; None where it is undefined. A new one needs an entry here,
 # and one in METRICS to be shown.
@@ -190,7 +189,7 @@ def _cross_entropy(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 def _log_losses(entropy: np.ndarray) -> dict[str, float]:
     return {
         "log_loss": float(entropy.mean()),
-        "rsna_log_loss": float(entropy.mean(axis=0) @ RSNA_WEIGHTS / RSNA_WEIGHTS.sum()),
+        "rsna_log_loss": float(entropy.mean(axis=0) @ np.array(RSNA_WEIGHTS) / sum(RSNA_WEIGHTS)),
     }
 
 

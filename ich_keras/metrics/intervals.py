@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.errors import DataError
-from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import CLIP, RSNA_WEIGHTS, THRESHOLD
+from ich_keras.labels import LABELS, RSNA_WEIGHTS
+from ich_keras.metrics.binary import CLIP, THRESHOLD
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -222,7 +222,7 @@ class _Columns:
         entropy = weights @ self._entropy / total[:, np.newaxis]
         found = {
             "log_loss": entropy.mean(axis=1),
-            "rsna_log_loss": entropy @ RSNA_WEIGHTS / RSNA_WEIGHTS.sum(),
+            "rsna_log_loss": entropy @ np.array(RSNA_WEIGHTS) / sum(RSNA_WEIGHTS),
             "brier": weights @ self._squares / total,
             "exact_match": weights @ self._is_exact / total,
         }

@@ -17,7 +17,7 @@ class BinaryCrossEntropy(keras.losses.Loss):
             cannot be seen from the numbers, and the wrong one trains on the wrong loss. (The fast
             steps of the torch backend see the model and refuse it; `compile_classifier` sets it.)
         label_weights: one weight per label; the average divides by their sum. None: all alike.
-            `ich_keras.models.options.RSNA_WEIGHTS` makes it the competition's metric.
+            `ich_keras.labels.RSNA_WEIGHTS` makes it the competition's metric.
         settings: of `keras.losses.Loss`.
 
     Formula:

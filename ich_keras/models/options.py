@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ich_keras.errors import UsageError
-from ich_keras.labels import ANY, LABELS
+from ich_keras.labels import RSNA_WEIGHTS
 
 NORMS = ("batch", "frozen", "group")
 # What a classifier gives: sigmoids, or the numbers before them.
@@ -24,8 +24,6 @@ FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")
 RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
 # Keras' policy of each precision.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
-# The competition's metric counts `any` twice: weights 1 1 1 1 1 2, divided by 7.
-RSNA_WEIGHTS = tuple(2.0 if label == ANY else 1.0 for label in LABELS)
 # The weight of each label in the loss; None weighs all alike.
 LOSSES: dict[str, tuple[float, ...] | None] = {"bce": None, "rsna": RSNA_WEIGHTS}
 
