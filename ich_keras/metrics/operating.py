@@ -3,11 +3,10 @@
 import numpy as np
 
 from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import binary_metrics
+from ich_keras.metrics.binary import RATES, binary_metrics
 
 SPECIFICITIES = (0.90, 0.95, 0.99)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-_RATES = ("recall", "specificity", "precision", "f1")
 
 
 def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: float) -> float | None:
@@ -88,7 +87,7 @@ def rates_at(
     per_label = binary_metrics(truth, predicted)["per_label"]
     return {
         name: {"threshold": thresholds[name]}
-        | {rate: None if thresholds[name] is None else per_label[name][rate] for rate in _RATES}
+        | {rate: None if thresholds[name] is None else per_label[name][rate] for rate in RATES}
         for name in LABELS
     }
 

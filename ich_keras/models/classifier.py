@@ -5,10 +5,9 @@ from typing import Any
 import keras
 from keras import layers
 
-from ich_keras.errors import UsageError
 from ich_keras.labels import NUM_LABELS
 from ich_keras.models.loss import BinaryCrossEntropy
-from ich_keras.models.optimizer import Adam
+from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import (
     FREEZABLE,
     LOSSES,
@@ -170,41 +169,6 @@ def freeze(model: keras.Model, up_to: str) -> int:
 def ends_in_logits(model: keras.Model) -> bool:
     """Tell whether a classifier of ours gives logits; False means probabilities."""
     return model.output_names != [PROBABILITIES] and model.layers[-1].name == HEAD
-
-
-def learning_rate_schedule(
-    learning_rate: float, schedule: str, total_steps: int | None, warmup_steps: int
-) -> Any:
-    """Return a constant, or a Keras schedule with a linear warm-up.
-
-    Args:
-        learning_rate: the rate after the warm-up.
-        schedule: "constant" or "cosine" (down to zero at the last step).
-        total_steps: optimiser steps of the whole training; the cosine needs it.
-        warmup_steps: steps of linear rise from zero.
-
-    Raises:
-        UsageError: unknown schedule, or a cosine without its length.
-
-    >>> learning_rate_schedule(3e-4, "constant", None, 0)
-    0.0003
-    >>> cosine = learning_rate_schedule(0.01, "cosine", total_steps=100, warmup_steps=10)
-    >>> [round(float(cosine(step)), 4) for step in (0, 5, 10, 55, 100)]
-    [0.0, 0.005, 0.01, 0.005, 0.0]
-    """
-    require_choice("schedule", schedule)
-    if schedule == "constant" and not warmup_steps:
-        return learning_rate
-    if schedule == "cosine" and not total_steps:
-        raise UsageError("the cosine schedule needs total_steps, the length of the training.")
-    return keras.optimizers.schedules.CosineDecay(
-        # Keras warms up only when a target is given; without one it starts at the full rate.
-        initial_learning_rate=0.0 if warmup_steps else learning_rate,
-        warmup_target=learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps,
-        decay_steps=max(1, (total_steps or warmup_steps + 1) - warmup_steps),
-        alpha=0.0 if schedule == "cosine" else 1.0,
-    )
 
 
 def compile_classifier(

@@ -1,7 +1,7 @@
-"""Adam as torch defines it, inside Keras' own optimiser, on every backend.
+"""Adam as torch defines it, inside Keras' own optimiser, and the schedules of its rate.
 
-Schedules, clipping, EMA, accumulation, loss scaling, saving and loading stay Keras'; only the
-update itself is ours.
+Clipping, EMA, accumulation, loss scaling, saving and loading stay Keras'; only the update itself
+is ours.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from ich_keras.errors import UsageError
+from ich_keras.models.options import require_choice
 
 # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
 _BASE: Any = type(keras.optimizers.Adam())
@@ -147,3 +148,38 @@ class Adam(_BASE):
                 self.weight_decay = decay * factor
                 super()._apply_weight_decay(group)
         self.weight_decay = decay
+
+
+def learning_rate_schedule(
+    learning_rate: float, schedule: str, total_steps: int | None, warmup_steps: int
+) -> Any:
+    """Return a constant, or a Keras schedule with a linear warm-up.
+
+    Args:
+        learning_rate: the rate after the warm-up.
+        schedule: "constant" or "cosine" (down to zero at the last step).
+        total_steps: optimiser steps of the whole training; the cosine needs it.
+        warmup_steps: steps of linear rise from zero.
+
+    Raises:
+        UsageError: unknown schedule, or a cosine without its length.
+
+    >>> learning_rate_schedule(3e-4, "constant", None, 0)
+    0.0003
+    >>> cosine = learning_rate_schedule(0.01, "cosine", total_steps=100, warmup_steps=10)
+    >>> [round(float(cosine(step)), 4) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.005, 0.01, 0.005, 0.0]
+    """
+    require_choice("schedule", schedule)
+    if schedule == "constant" and not warmup_steps:
+        return learning_rate
+    if schedule == "cosine" and not total_steps:
+        raise UsageError("the cosine schedule needs total_steps, the length of the training.")
+    return keras.optimizers.schedules.CosineDecay(
+        # Keras warms up only when a target is given; without one it starts at the full rate.
+        initial_learning_rate=0.0 if warmup_steps else learning_rate,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+        decay_steps=max(1, (total_steps or warmup_steps + 1) - warmup_steps),
+        alpha=0.0 if schedule == "cosine" else 1.0,
+    )

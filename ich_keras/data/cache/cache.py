@@ -34,6 +34,7 @@ from ich_keras.data.cache.build import (
 from ich_keras.data.cache.fill import pixel_versions, read_resized
 from ich_keras.data.cache.shards import (
     REBUILD,
+    SHARD_BYTES,
     CachedSlices,
     Shard,
     ShardEntry,
@@ -49,7 +50,6 @@ from ich_keras.progress import Progress
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
-SHARD_BYTES = 2**30
 MIN_SIZE = 8
 MAX_SIZE = 4096
 REREAD_SLICES = 16

@@ -18,6 +18,7 @@ import numpy as np
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.progress import Progress
 
+SHARD_BYTES = 2**30  # at most, unless one series alone is larger; `build.plan_shards` applies it
 HU = "hu"
 CRC32 = "crc32"
 HU_DTYPE = np.dtype("<i2")
