@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ich_keras.data import augment
-from ich_keras.data.inputs import THESIS_NORMALISATION
+from ich_keras.data.intensity import THESIS_NORMALISATION
 
 
 def in_thesis_order(windows: np.ndarray, seed: int) -> np.ndarray:

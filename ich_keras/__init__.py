@@ -56,6 +56,7 @@ _PUBLIC = {
     "feature_model": "ich_keras.models.resnet",
     "ModelSpec": "ich_keras.models.spec",
     "Recipe": "ich_keras.recipe",
+    "read_recipe": "ich_keras.model_file",
     "RunFolder": "ich_keras.run_folder",
     "load_run": "ich_keras.inference",
     "RunConfig": "ich_keras.config",

@@ -17,7 +17,6 @@ from ich_keras.errors import DataError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_path, read_json, replace, write_json
 from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.progress import Tell
-from ich_keras.recipe import Recipe, write_into_model
 
 POINTER = "latest.json"
 WEIGHTS = "model.weights.h5"
@@ -26,13 +25,6 @@ STATE = "state.json"
 KEPT = 2
 _PARTIAL = ".partial-"
 _NAME = re.compile(r"epoch-(\d{4,})")
-
-
-def save_model(model: Any, path: Path, recipe: Recipe) -> None:
-    """Write a whole model as `.keras` atomically, with the recipe in its metadata."""
-    with atomic_path(path) as temporary:
-        model.save(temporary, overwrite=True)
-        write_into_model(temporary, recipe)
 
 
 def _other_variables(model: Any) -> dict[str, Any]:

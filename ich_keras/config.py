@@ -12,7 +12,7 @@ from ich_keras.errors import UsageError
 from ich_keras.models.options import RANGES, require_choice, require_in_range
 from ich_keras.models.presets import require_preset
 
-# The names of `ich_keras.data.augment` and `ich_keras.data.inputs`; a test compares them. Those
+# The names of `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. Those
 # modules import OpenCV, which the command line's help does without.
 AUGMENT = ("thesis", "flip", "none")
 INTENSITY = ("windows", "wide", "head-z-score")

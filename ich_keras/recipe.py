@@ -8,26 +8,16 @@ in the run folder, in the record of its weights and in the metadata of `model.ke
 """
 
 import dataclasses
-import json
 import types
 import typing
-import zipfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.data.inputs import (
-    INTENSITIES,
-    RESAMPLING,
-    Intensity,
-    intensity_of,
-    resize_hu,
-    slice_input,
-    volume_input,
-)
+from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
+from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import StaleError, UsageError
@@ -35,9 +25,8 @@ from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
 from ich_keras.models.spec import ModelSpec
 
 SCHEMA = 1
-# In the metadata of `model.keras` and in the record of a weights file.
+# Where a recipe stands in the metadata of `model.keras` and in the record of a weights file.
 RECIPE = "recipe"
-_KERAS_METADATA = "metadata.json"  # inside the archive that a `.keras` file is
 
 # Slices of a sample: the thesis's two 3D networks.
 DEFAULT_SLICES = {"slice": 1, "slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
@@ -388,41 +377,3 @@ def _read(cls: Any, content: object, place: str, source: str) -> Any:
         return cls(**values)
     except UsageError as error:
         raise StaleError(f"{source}: {place}: {error.message}", hint) from error
-
-
-def write_into_model(path: Path, recipe: Recipe) -> None:
-    """Put a recipe into the metadata of a `.keras` file, so that whoever has the file alone knows
-    what its input is. The file is rewritten in place: give the one that is not in place yet."""
-    with zipfile.ZipFile(path) as archive:
-        members = [(info, archive.read(info)) for info in archive.infolist()]
-    with zipfile.ZipFile(path, "w") as archive:
-        for info, content in members:
-            if info.filename == _KERAS_METADATA:
-                metadata = json.loads(content) | {RECIPE: recipe.to_dict()}
-                content = json.dumps(metadata).encode("utf-8")
-            archive.writestr(info, content)
-
-
-def read_from_model(path: Path | str) -> Recipe:
-    """Read the recipe of a run's `model.keras`: what its input is, and how it was trained.
-
-    Raises:
-        UsageError: no such file.
-        StaleError: not a model of this library, or one without a recipe.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            metadata = json.loads(archive.read(_KERAS_METADATA))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist.") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise StaleError(
-            f"{path} is not a .keras file ({error}).", "Give the model.keras of a run folder."
-        ) from error
-    content = metadata.get(RECIPE) if isinstance(metadata, dict) else None
-    if content is None:
-        raise StaleError(
-            f"{path} carries no recipe: nothing says what its input is.",
-            "Give the model.keras of a run that ich_keras 0.2 or newer trained.",
-        )
-    return Recipe.from_dict(content, str(path))

@@ -21,6 +21,7 @@ from ich_keras.files import lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
 from ich_keras.labels import LABELS
+from ich_keras.model_file import save_model
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import TrainingPlan, count_plan, split_indices
 from ich_keras.progress import Progress, Tell
@@ -295,8 +296,6 @@ def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
 
 def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
-    from ich_keras.checkpoints import save_model
-
     _, model = load_network(run, recipe.device)
     # In float32 for whoever loads it: other machines may have no faster type.
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)

@@ -21,7 +21,8 @@ from ich_keras.data.batches import (
     slab_batches,
     slice_batches,
 )
-from ich_keras.data.inputs import intensity_of, normalise, slice_input, slice_windows
+from ich_keras.data.inputs import slice_input, slice_windows
+from ich_keras.data.intensity import intensity_of, normalise
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS

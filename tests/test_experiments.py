@@ -345,7 +345,8 @@ def _thesis_order_of_the_kept_results():
 def test_the_thesis_order_gives_the_batches_of_the_kept_results(phantom_cache):
     from ich_keras.data import batches
     from ich_keras.data.augment import sample_seed
-    from ich_keras.data.inputs import normalise, slice_windows
+    from ich_keras.data.inputs import slice_windows
+    from ich_keras.data.intensity import normalise
 
     indices = np.arange(0, len(phantom_cache), 3)[:32]
     change, expected = _thesis_order_of_the_kept_results(), []
@@ -974,7 +975,7 @@ def test_tables_put_each_number_into_its_column():
 
 def test_every_intensity_has_a_name_in_the_tables():
     from experiments.report.thesis_tables import intensity_text
-    from ich_keras.data.inputs import INTENSITIES
+    from ich_keras.data.intensity import INTENSITIES
 
     for name in (*INTENSITIES, None):
         config = {"data": {"view": "slab", "intensity": name}}

@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_keras.ct.window import WIDE, WINDOWS
-from ich_keras.data.inputs import (
-    AIR_HU,
-    INTENSITIES,
-    THESIS_NORMALISATION,
-    normalise,
-    resize_hu,
-    slice_input,
-    slice_windows,
-)
+from ich_keras.data.inputs import AIR_HU, resize_hu, slice_input, slice_windows
+from ich_keras.data.intensity import INTENSITIES, THESIS_NORMALISATION, normalise
 from ich_keras.errors import UsageError
 
 

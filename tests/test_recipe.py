@@ -10,15 +10,16 @@ import pytest
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct import window
-from ich_keras.data import inputs
-from ich_keras.data.inputs import INTENSITIES, Intensity, slice_input, volume_input
+from ich_keras.data.inputs import slice_input, volume_input
+from ich_keras.data.intensity import INTENSITIES, Intensity
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
+from ich_keras.model_file import read_recipe
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_record
-from ich_keras.recipe import Recipe, read_from_model
+from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
@@ -120,7 +121,7 @@ def test_a_run_predicts_the_same_when_the_brain_window_changes(run, phantom_cach
     other = dataclasses.replace(
         INTENSITIES["windows"], windows=(window.Window(400, 800), *window.WINDOWS[1:])
     )
-    monkeypatch.setitem(inputs.INTENSITIES, "windows", other)
+    monkeypatch.setitem(INTENSITIES, "windows", other)
     recipe, model = load_run(run)
     np.testing.assert_array_equal(model.predict_on_batch(recipe.inputs.prepare(hu)), before)
     batches = slice_batches(
@@ -132,7 +133,7 @@ def test_a_run_predicts_the_same_when_the_brain_window_changes(run, phantom_cach
 
 
 def test_model_keras_alone_says_what_its_input_is(run, phantom_cache):
-    recipe = read_from_model(run.model_file)
+    recipe = read_recipe(run.model_file)
     assert recipe == run.recipe()
     model = keras.saving.load_model(run.model_file)
     hu = phantom_cache.pixels.slices_hu(np.arange(3))
@@ -145,16 +146,16 @@ def test_model_keras_alone_says_what_its_input_is(run, phantom_cache):
 def test_a_keras_file_without_a_recipe_is_refused(tmp_path):
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "plain.keras")
     with pytest.raises(StaleError, match="carries no recipe"):
-        read_from_model(tmp_path / "plain.keras")
+        read_recipe(tmp_path / "plain.keras")
     (tmp_path / "torn.keras").write_bytes(b"PK")
     with pytest.raises(StaleError, match="is not a .keras file"):
-        read_from_model(tmp_path / "torn.keras")
+        read_recipe(tmp_path / "torn.keras")
     with zipfile.ZipFile(tmp_path / "list.keras", "w") as archive:
         archive.writestr("metadata.json", "[]")
     with pytest.raises(StaleError, match="carries no recipe"):
-        read_from_model(tmp_path / "list.keras")
+        read_recipe(tmp_path / "list.keras")
     with pytest.raises(UsageError, match="does not exist"):
-        read_from_model(tmp_path / "none.keras")
+        read_recipe(tmp_path / "none.keras")
 
 
 def test_prepare_refuses_what_does_not_fit():

@@ -18,13 +18,8 @@ from ich_keras.ct.geometry import in_plane_shear, slice_normal
 from ich_keras.ct.window import WIDE
 from ich_keras.data.augment import make_augmentation
 from ich_keras.data.batches import series_batches, slab_batches, slice_batches, view_batches
-from ich_keras.data.inputs import (
-    AIR_HU,
-    head_z_score,
-    slice_input,
-    stack_slices,
-    volume_input,
-)
+from ich_keras.data.inputs import AIR_HU, slice_input, stack_slices, volume_input
+from ich_keras.data.intensity import head_z_score
 from ich_keras.data.split import Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import AIR, View, make_samples, series_of_rows

@@ -40,7 +40,7 @@ class Source:
         licence: of the weights.
         data_terms: terms of use of the training data.
         citation: publications to cite.
-        intensity: the network's input here, a key of `ich_keras.data.inputs.INTENSITIES`.
+        intensity: the network's input here, a key of `ich_keras.data.intensity.INTENSITIES`.
         original_input: the network's input during its pretraining.
         dropped: prefixes of tensors that are not part of the backbone.
     """

@@ -24,7 +24,8 @@ from ich_keras.data.augment import (
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
 from ich_keras.data.epochs import EpochPlan, epoch_plan
-from ich_keras.data.inputs import Intensity, intensity_of, slice_windows, stack_slices
+from ich_keras.data.inputs import slice_windows, stack_slices
+from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
@@ -43,7 +44,7 @@ class CTDataset(Dataset):
         augmentation: a name that `make_augmentation` knows, or a function of your own; None
             changes nothing.
         seed: of the augmentation, which needs one.
-        intensity: from HU to input, a key of `ich_keras.data.inputs.INTENSITIES` or an `Intensity`.
+        intensity: from HU to input, an `Intensity` or its name in `INTENSITIES`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
     """
 

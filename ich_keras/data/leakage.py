@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.inputs import HEAD_ABOVE_HU
+from ich_keras.data.intensity import HEAD_ABOVE_HU
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.split_audit import count_split
 from ich_keras.data.split_record import SPLITS, Split
