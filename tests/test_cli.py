@@ -29,21 +29,21 @@ def test_every_help_answers(name):
 
 
 def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_path, monkeypatch):
-    from ich_keras import checkpoints
+    from ich_keras import fitting
 
     monkeypatch.setitem(PRESETS, "narrow", Preset(ModelSpec((32, 32, 3), width=8), "narrow"))
-    run, save_state = tmp_path / "run", checkpoints.save_state
+    run, save_state = tmp_path / "run", fitting.save_state
 
     def interrupted(*state):
         save_state(*state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_state", interrupted)
+    monkeypatch.setattr(fitting, "save_state", interrupted)
     train = ("train", "--cache", phantom_cache_folder, "--preset", "narrow", "--size", 32)
     stopped = ich(*train, "--epochs", 2, "--out", run)
     assert stopped.exit_code == 130
     assert stopped.output.endswith(f"To resume: ich-train --resume {run}\nInterrupted.\n")
-    monkeypatch.setattr(checkpoints, "save_state", save_state)
+    monkeypatch.setattr(fitting, "save_state", save_state)
     for wrong, message in [
         (("--epochs", 3, "--no-balance"), "--epochs, --balance given with --resume"),
         (("--plan",), "--plan given with --resume"),
@@ -104,8 +104,8 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
     config = json.loads((run / "config.json").read_text())
     assert config["data"] == {
         "size": 32,
-        "view": "slice",
-        "slices": 1,
+        "view": None,
+        "slices": None,
         "edge": "air",
         "long_series": "spread",
         "tilted": "keep",
@@ -114,7 +114,7 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "augment": "thesis",
         "reverse": False,
         "limit_series": None,
-        "intensity": "windows",
+        "intensity": None,
         "loader_workers": 0,
     }
 
@@ -315,7 +315,14 @@ def test_mistakes_are_one_clear_line_and_write_nothing(name, phantom_folder, tmp
     line = next(line for line in result.output.splitlines() if line.startswith("Error: "))
     assert message in line
     assert "Traceback" not in result.output
-    assert sorted(tmp_path.rglob("*")) == before
+    written = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    if name == "nothing readable":  # says why of every file
+        rejects = next(path for path in written if path.is_file())
+        assert [path for path in written if path.is_file()] == [rejects]
+        assert rejects.name == "rejects.csv" and str(rejects.relative_to(tmp_path)) in result.output
+        assert set(pd.read_csv(rejects)["code"]) == {"NOT_DICOM"}
+    else:
+        assert written == []
 
 
 def test_doctor_looks_around(tmp_path):
