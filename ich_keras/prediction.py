@@ -185,7 +185,7 @@ def _reading(
         yield lambda series: map_ahead(pool, one, series, ahead)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
-            "a process that read slices has died (killed, or out of memory).",
+            "a process that was reading slices has died (killed, or out of memory).",
             "Run again with fewer workers. A script that uses workers needs an"
             " `if __name__ == '__main__':` guard.",
         ) from error
