@@ -3,10 +3,11 @@
 Not a medical device; not for clinical use.
 
 Map of rooms:
-    ct      from DICOM files to Hounsfield units: read_hu, index_folder, windows, phantoms
-    data    from the index to batches: labels, split, cache, preprocessing, augmentation
-    models  networks: presets, one ResNet builder, the classifier, weights
-    metrics scores of predictions, with intervals, calibration and thresholds
+    ct       from DICOM files to Hounsfield units: read_hu, index_folder, windows
+    phantom  synthetic head CT: write_phantoms
+    data     from the index to batches: labels, split, cache, preprocessing, augmentation
+    models   networks: presets, one ResNet builder, the classifier, weights
+    metrics  scores of predictions, with intervals, calibration and thresholds
 At this level: workflow, planning, training, evaluation, prediction, report, demo; `ich` (cli) calls
 them.
 Modules are nouns so that the verbs (`ich_keras.train`, `ich_keras.evaluate`) can be functions.

@@ -1,8 +1,8 @@
-"""The state of a training after each epoch, written so that a crash loses at most one epoch.
+"""The state of a training after each epoch: a crash loses at most one epoch.
 
 `state/epoch-0003/` holds the weights, the optimiser's slots, the states of the random generators
-(dropout) and a JSON with the rest. The pointer `state/latest.json` is swapped last: a state that
-it names is whole. The state before the latest is kept as a reserve.
+(dropout) and a JSON with the rest. The pointer `state/latest.json` is swapped last, so the state it
+names is complete. The previous state is kept as a backup.
 """
 
 import re
@@ -42,7 +42,7 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
         folder: the run's `state` folder.
         model: compiled, with its optimiser built.
         epoch: epochs finished so far, from 1.
-        state: JSON-able; what else the training must remember.
+        state: JSON-able; everything else the training must remember.
     """
     import keras
 
@@ -55,7 +55,7 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
     with atomic_path(temporary / VARIABLES) as path, open(path, "wb") as stream:
         np.savez(stream, **arrays)
     write_json(temporary / STATE, {**state, "epoch": epoch})
-    # Left by a run that crashed after this rename and before the pointer: worth nothing.
+    # Left by a run that crashed between this rename and the pointer's: no longer needed.
     shutil.rmtree(folder / name, ignore_errors=True)
     replace(temporary, folder / name)
     write_json(folder / POINTER, {"state": name})
@@ -64,14 +64,14 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a training left a state after some epoch."""
+    """Return whether a training saved a state after any epoch."""
     return bool(_epochs(folder))
 
 
 def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
-    """Put the latest state that is whole back into a compiled model of the same network.
+    """Restore the latest complete state into a compiled model of the same network.
 
-    The remains of a state that a crash left unfinished are removed.
+    States that a crash left unfinished are removed.
 
     Args:
         folder: the run's `state` folder.
@@ -82,7 +82,7 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
         The JSON that was given to `save_state`, with `epoch`.
 
     Raises:
-        LostState: no state, all of them damaged, or of another network.
+        LostState: there is no state, or all are damaged or belong to another network.
     """
     for partial in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,15 +103,17 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
 
 
 def _epochs(folder: Path) -> list[int]:
-    """Return the epochs whose states are there, latest first."""
+    """Return the epochs that have a state, latest first."""
     # By number: as text, epoch 10000 comes before 9999.
     found = [_NAME.fullmatch(path.name) for path in folder.glob("epoch-*")]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def _latest(pointer: Path) -> int | None:
-    """Return the epoch that the pointer names; None when it is lost: a folder that has its name
-    is whole, because that came last."""
+    """Return the epoch that the pointer names; None when the pointer is lost.
+
+    The folders can then be trusted: each gets its name only once it is complete.
+    """
     try:
         name = read_json(pointer)["state"]
     except (StaleError, KeyError, TypeError):
@@ -147,6 +149,6 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    # zipfile takes a flipped bit for encryption (RuntimeError) or for a method it lacks.
+    # zipfile may take a flipped bit for encryption (RuntimeError) or an unknown method.
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise StaleError(f"{path} is damaged ({error}).", "Start a new training.") from error

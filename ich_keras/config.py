@@ -1,4 +1,4 @@
-"""RunConfig: everything a training is told, frozen, as one JSON file in its run folder."""
+"""RunConfig: all settings of a training, frozen; saved as one JSON file in its run folder."""
 
 import dataclasses
 import difflib
@@ -12,32 +12,32 @@ from ich_keras.errors import UsageError
 from ich_keras.models.options import RANGES, require_choice, require_in_range
 from ich_keras.models.presets import require_preset
 
-# The names of `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. Those
-# modules import OpenCV, which the command line's help does without.
+# The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They are
+# repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("thesis", "flip", "none")
 INTENSITY = ("windows", "wide", "head-z-score")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which slices, and how they become batches.
+    """Which slices to use, and how to make batches of them.
 
     Args:
         size: rows and columns of the network's input, pixels.
-        view: what one sample is: "slice", "slab" or "series"; None takes what the preset is for.
-        slices: slices of a slab (None: 5) or a series (None: 60).
-        edge: "air" or "repeat"; with `long_series` and `tilted` as in `ich_keras.View`.
-        long_series: "spread" or "middle".
-        tilted: "keep", "skip" or "deshear".
+        view: what one sample is: "slice", "slab" or "series"; None suits the preset.
+        slices: number of slices in a slab (None: 5) or a series (None: 60).
+        edge: "air" or "repeat"; see `ich_keras.View`.
+        long_series: "spread" or "middle"; see `ich_keras.View`.
+        tilted: "keep", "skip" or "deshear"; see `ich_keras.View`.
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
-        balance: train on as many negative samples as positive ones (new draw every epoch).
-        augment: "thesis", "flip" or "none": how training samples are changed at random, all slices
-            of one alike; validation, test and prediction never are.
+        balance: train on as many negative samples as positive ones (redrawn every epoch).
+        augment: "thesis", "flip" or "none": random changes to training samples, the same for all
+            slices of a sample. Validation, test and prediction samples are never changed.
         reverse: turn every second slab or series, drawn at random, upside down in training.
-        limit_series: use the first so many series only; None uses all.
+        limit_series: use only this many series, the first ones; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
-            channel); None takes what the weights were made for, or else what fits the preset.
-        loader_workers: processes that make batches; 0 makes them in the training process.
+            channel); None takes the one the weights were made for, or else one for the preset.
+        loader_workers: processes that prepare batches; 0 uses the training process.
     """
 
     size: int = 256
@@ -60,19 +60,20 @@ class FitConfig:
     """How the network is fitted.
 
     Args:
-        batch_size: samples a step; None takes 32 slices, 16 slabs or 1 series.
+        batch_size: samples per step; None takes 32 slices, 16 slabs or 1 series.
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
-        warmup_steps: steps of linear rise of the learning rate.
-        weight_decay: decoupled, kernels only.
+        warmup_steps: steps over which the learning rate rises linearly.
+        weight_decay: decoupled; applies to kernels only.
         loss: "bce" or "rsna" (`any` counted twice).
-        freeze: keep the network up to and including "stem", "layer1", ... "layer4" as it is;
-            None trains all.
-        backbone_factor: the backbone's multiple of the learning rate.
-        accumulate: batches whose gradients make one optimiser step; None takes 8 series, else 1.
+        freeze: freeze the network up to and including "stem", "layer1", ... "layer4"; None trains
+            all of it.
+        backbone_factor: the backbone's learning rate, as a multiple of `learning_rate`.
+        accumulate: batches per optimiser step; None takes 8 for series, else 1.
         step: "fast" or "stock" (Keras' own steps); see `ich_keras.choose_step`.
-        recompute: "stage" or "block" keeps fewer activations and computes them twice.
+        recompute: "stage" or "block" keeps fewer activations and recomputes the rest; None keeps
+            all.
         compiled: run the training function through `torch.compile`; None does so on CUDA.
     """
 
@@ -100,12 +101,12 @@ class RunConfig:
         weights: a `.weights.h5` file or the name of converted weights; None starts from scratch.
         norm: "batch", "frozen" or "group"; see `ModelSpec`.
         seed: of everything random.
-        backend: Keras'; None takes the one it runs on, else KERAS_BACKEND, else torch.
+        backend: of Keras; None takes the one already loaded, else KERAS_BACKEND, else torch.
         device: "auto", "cpu" or "cuda".
         precision: "float32", "bfloat16" or "float16" for all but the head and the loss; "auto"
-            takes bfloat16 where the hardware computes in it.
-        data: which slices.
-        fit: how they are fitted.
+            takes bfloat16 on torch where the hardware supports it, otherwise float32.
+        data: which slices to use, and how.
+        fit: how to fit the network.
     """
 
     preset: str = "resnet18_2d"
@@ -137,17 +138,17 @@ class RunConfig:
                 require_in_range(name, number, f"fit.{name}")
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
-                "fit.freeze without weights would keep random numbers.", "Add --weights."
+                "fit.freeze without weights would freeze random numbers.", "Add --weights."
             )
         if self.fit.backbone_factor != 1 and self.weights is None:
             raise UsageError(
-                "fit.backbone_factor without weights: backbone and head are equally new.",
+                "fit.backbone_factor without weights: backbone and head both start at random.",
                 "Add --weights, or leave it at 1.",
             )
         if self.norm == "frozen" and self.weights is None:
             raise UsageError(
-                "norm 'frozen' without weights would keep statistics that fit nothing.",
-                "Add --weights, or take norm 'group'.",
+                "norm 'frozen' without weights would freeze meaningless statistics.",
+                "Add --weights, or use norm 'group'.",
             )
         require_choice("norm", self.norm)
         require_choice("precision", self.precision, also=("auto",))
@@ -175,7 +176,8 @@ class RunConfig:
         """Read a configuration back, strictly.
 
         Raises:
-            UsageError: an unknown key (the nearest known one is named) or a value of another type.
+            UsageError: a key is unknown (the hint suggests the nearest), or a value has the wrong
+                type.
         """
         return _from_dict(cls, content, "")
 

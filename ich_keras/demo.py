@@ -1,7 +1,7 @@
 """The demo: phantoms -> index -> labels -> split -> cache -> training -> evaluation -> report.
 
-It takes the same road as real data, through the same functions. Everything it makes is synthetic:
-its numbers show that the programs work, not that they work on patients.
+It calls the same functions as training on real data. Everything it makes is synthetic: its numbers
+show that the programs work, not that they work on patients.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class DemoSettings:
 
     Args:
         preset: the network.
-        precision: "auto" or a type, as `choose_precision` takes it.
+        precision: "auto" or a type, as for `choose_precision`.
         num_series: phantom series to draw; many patients with few slices teach the network more
-            than few with many.
-        matrix: rows and columns of their DICOM files, pixels (scanners make 512).
-        slice_spacing_mm: lowest and highest distance between their slices (scanners make about 5).
+            than few patients with many.
+        matrix: rows and columns of their DICOM files, pixels (512 on scanners).
+        slice_spacing_mm: smallest and largest distance between their slices (about 5 on scanners).
         size: rows and columns of the network's input, pixels.
         epochs: passes over the balanced training slices.
-        batch_size: slices a step.
+        batch_size: slices per step.
         learning_rate: after the warm-up.
     """
 
@@ -54,8 +54,8 @@ class DemoSettings:
     learning_rate: float = 1e-3
 
 
-# About four minutes on two cores each: "full" where the hardware computes in bfloat16, or on a GPU;
-# "light" on processors that have float32 only.
+# Each takes about four minutes on two cores: "full" with bfloat16 hardware or a GPU, "light" on
+# processors that have only float32.
 PLANS: dict[str, DemoSettings] = {
     "full": DemoSettings(),
     "light": DemoSettings(
@@ -75,10 +75,10 @@ def choose_plan(device: str = "cpu") -> str:
 
 
 def plan_named(name: str) -> DemoSettings:
-    """Return a plan.
+    """Return the plan of a name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no such plan.
 
     >>> plan_named("full").num_series
     600
@@ -90,12 +90,12 @@ def plan_named(name: str) -> DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo achieved.
+    """The result of the demo.
 
     Args:
         run_dir: the run folder.
         auroc: slice-level AUROC per label on the held-out patients; None where undefined.
-        trivial_auroc: the same for `any`, of a detector that only counts voxels per HU band.
+        trivial_auroc: the AUROC of `any` for a detector that only counts voxels per HU band.
         positive_patients: held-out patients per label.
     """
 
@@ -138,7 +138,7 @@ def run_demo(
         seed: of the phantoms and of the training. On the same kind of machine, the same seed and
             plan give the same result.
         plan: a key of `PLANS`; None chooses by the hardware.
-        settings: of your own, instead of a plan.
+        settings: your own settings instead of a plan.
         device: "auto", "cpu" or "cuda".
         workers: processes that draw, index and cache; 0 works in this one.
         progress: called as progress(step, done, total).

@@ -1,4 +1,4 @@
-"""How steps and lines are shown: bars on a terminal, or lines only."""
+"""Showing steps and lines: as bars on a terminal, or as lines only."""
 
 import os
 import sys
@@ -19,16 +19,16 @@ _BAR_WIDTH = 40
 
 @dataclass
 class Step:
-    """How far a step is.
+    """The progress of one step.
 
     Args:
         name: of the step.
-        is_part: whether it began within another one.
-        began: seconds on the clock.
-        first: units that were done when it began; a resumed training begins with some.
-        done: units of `total`.
-        detail: what else there is to show.
-        shown: seconds on the clock when its last line was printed.
+        is_part: whether it began within another step.
+        began: when it began, seconds on the clock.
+        first: units already done when it began; a resumed training starts above 0.
+        done: units done, of `total`.
+        detail: anything else to show.
+        shown: when its last line was printed, seconds on the clock.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Step:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all of it is done."""
+        """Whether all units are done."""
         return self.done >= self.total
 
     def start_line(self) -> str:
-        """Return the line at its start."""
+        """Return the line to print at its start."""
         return f"{self.name}: {self.done:,}/{self.total:,}{self._in_brackets()}"
 
     def line(self, now: float) -> str:
-        """Return a line under way: how far, and the time left."""
+        """Return the line to print on the way: how far it is, and the time left."""
         left = self.seconds_left(now)
         return self.start_line() + ("" if left is None else f", {duration(left)} left")
 
     def end_line(self, now: float) -> str:
-        """Return the line at its end: how much, and the time it took."""
+        """Return the line to print at its end: how much was done, and how long it took."""
         state = f"done, {self.total:,}" if self.is_finished else f"{self.done:,}/{self.total:,}"
         return f"{self.name}: {state} in {duration(now - self.began)}{self._in_brackets()}"
 
     def seconds_left(self, now: float) -> float | None:
-        """Return the time left at the pace so far; None before there is one."""
+        """Return the time left at the pace so far; None before anything is done."""
         done = self.done - self.first
         return None if done <= 0 else (now - self.began) / done * (self.total - self.done)
 
@@ -69,7 +69,7 @@ class Step:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it.
+    """Return a duration for people to read.
 
     >>> duration(12.3), duration(140), duration(8000)
     ('12 s', '2 min 20 s', '2 h 13 min')
@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a time in little room, for a bar.
+    """Return a short duration, for a bar.
 
     >>> clock(12.3), clock(140), clock(8000)
     ('0:12', '2:20', '2:13:20')
@@ -94,7 +94,7 @@ def clock(seconds: float) -> str:
 
 
 class Display(Protocol):
-    """What shows steps and lines: bars on a terminal, or lines only."""
+    """Shows steps and lines, as bars on a terminal or as lines only."""
 
     def tell(self, line: str) -> None:
         """Print a line on standard output."""
@@ -103,7 +103,7 @@ class Display(Protocol):
         """Print a line on standard error."""
 
     def update(self, step: Step, is_new: bool, now: float) -> None:
-        """Show a step that began or went on."""
+        """Show a step that began or advanced."""
 
     def remove(self, step: Step) -> None:
         """Take a finished step off the screen."""
@@ -113,7 +113,7 @@ class Display(Protocol):
 
 
 class Lines:
-    """Lines only."""
+    """Shows lines only."""
 
     def tell(self, line: str) -> None:
         click.echo(line)
@@ -136,11 +136,11 @@ class Lines:
 
 
 class Bars:
-    """Bars at the bottom of the terminal, lines above them.
+    """Shows bars at the bottom of the terminal, and lines above them.
 
-    The live display runs only while there is a bar: between steps, what others print stays. It has
-    no thread of its own, and whatever prints or draws first takes the console: rich itself lets two
-    threads move the cursor for the same rows, which now and then erases a line above the bars.
+    The live display runs only while there is a bar, so it never erases what others print between
+    steps. It has no thread of its own. Printing and drawing lock the console: rich itself lets two
+    threads move the cursor for the same rows, which occasionally erases a line above the bars.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class Bars:
 
 
 def _new_console() -> "rich.console.Console":
-    """Return a console on standard error that one thread at a time prints on."""
+    """Return a console on standard error that only one thread at a time can use."""
     from rich.console import Console
 
     class Ordered(Console):
@@ -215,8 +215,8 @@ def _new_console() -> "rich.console.Console":
             finally:
                 self._turn.release()
 
-    # Without markup and highlighting: brackets and numbers in paths stay as they are. With soft
-    # wrap what others print (warnings) is not broken up either.
+    # No markup or highlighting: brackets and numbers in paths stay as they are. Soft wrap keeps
+    # lines printed by others (warnings) unbroken.
     return Ordered(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
@@ -232,7 +232,7 @@ def _new_bars(console: "rich.console.Console", has_stdout: bool) -> "rich.progre
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
         auto_refresh=False,
-        # The line at the end of a step stays, not its bar.
+        # A finished step leaves its last line, not its bar.
         transient=True,
         # Results in a file must not go to the terminal.
         redirect_stdout=has_stdout,

@@ -1,4 +1,4 @@
-"""What surrounds the code: backend, device, versions, decoders; what `ich doctor` tells."""
+"""The environment of the code: backend, device, versions, decoders; and what `ich doctor` says."""
 
 import importlib.metadata
 import importlib.util
@@ -32,7 +32,7 @@ PACKAGES = (
     "opencv-python-headless",
     "safetensors",
 )
-# The main job runs without these: what `doctor` adds when one of them is absent.
+# Optional packages, and what `doctor` adds when one is absent.
 OPTIONAL = {
     "jax": "",
     "tensorflow": "",
@@ -49,7 +49,7 @@ def loaded_backend() -> str | None:
 
 
 def choose_backend(name: str | None = None) -> str:
-    """Decide Keras' backend before Keras is imported.
+    """Choose Keras' backend before Keras is imported.
 
     Args:
         name: "torch", "jax" or "tensorflow"; None keeps KERAS_BACKEND, or torch when it is unset.
@@ -58,7 +58,7 @@ def choose_backend(name: str | None = None) -> str:
         The backend in force.
 
     Raises:
-        UsageError: unknown name, or Keras is already running on another one.
+        UsageError: the name is unknown, or Keras already runs on another backend.
         EnvironmentProblem: the backend is not installed.
     """
     wanted = name or loaded_backend() or os.environ.get("KERAS_BACKEND") or DEFAULT_BACKEND
@@ -79,19 +79,20 @@ def choose_backend(name: str | None = None) -> str:
 
 
 def choose_device(name: str = "auto") -> str:
-    """Decide where the network runs, before Keras is imported.
+    """Choose where the network runs, before Keras is imported.
 
     Args:
-        name: "cuda" insists on a GPU; "auto" takes what KERAS_TORCH_DEVICE names (on torch), and
-            without it the GPU when there is a usable one. Of several GPUs it is the first;
-            CUDA_VISIBLE_DEVICES says which that is.
+        name: "cuda" requires a GPU; "auto" takes the device in KERAS_TORCH_DEVICE (on torch), or
+            else the GPU if one is usable. With several GPUs the first is used;
+            CUDA_VISIBLE_DEVICES decides which that is.
 
     Returns:
         "cpu" or "cuda".
 
     Raises:
-        UsageError: unknown name, also in KERAS_TORCH_DEVICE, or Keras already runs elsewhere.
-        EnvironmentProblem: "cuda" was asked for and is not there; the message says why.
+        UsageError: the name, or that in KERAS_TORCH_DEVICE, is unknown, or Keras already runs on
+            another device.
+        EnvironmentProblem: "cuda" was requested but is not available; the message says why.
     """
     if name not in DEVICES:
         raise UsageError(f"device {name!r}; expected one of {', '.join(DEVICES)}.")
@@ -100,7 +101,7 @@ def choose_device(name: str = "auto") -> str:
         return _loaded_device(name, backend)
     device, _ = _wanted_device(name, backend)
     if backend == "torch":
-        # Keras takes the GPU by itself when it sees one, but fails on a variable that is empty.
+        # Keras uses a GPU by itself when it sees one, but fails if the variable is empty.
         if device == "cpu" or TORCH_DEVICE in os.environ:
             os.environ[TORCH_DEVICE] = device
     elif device == "cpu":
@@ -113,7 +114,7 @@ def choose_device(name: str = "auto") -> str:
 
 
 def _wanted_device(name: str, backend: str) -> tuple[str, str]:
-    """Return the device, and why it is the processor where that was not asked for by name."""
+    """Return the device, and for "cpu" the reason."""
     source = f"--device {name}"
     chosen = os.environ.get(TORCH_DEVICE, "") if backend == "torch" else ""
     if chosen and name in ("auto", chosen.partition(":")[0]):
@@ -128,8 +129,10 @@ def _wanted_device(name: str, backend: str) -> tuple[str, str]:
 
 
 def _kind(device: str, source: str, hint: str) -> str:
-    """Return "cpu" or "cuda" of a name of torch's; the second GPU is refused, since memory is
-    measured, and torch alone computes, on the first."""
+    """Return "cpu" or "cuda" for one of torch's device names.
+
+    A second GPU is refused: memory is measured, and torch itself computes, on the first.
+    """
     if device in ("cpu", "cpu:0", "cuda", "cuda:0"):
         return device.partition(":")[0]
     raise UsageError(
@@ -157,11 +160,11 @@ def _loaded_device(name: str, backend: str) -> str:
 
 
 def choose_precision(name: str = "auto", device: str = "cpu") -> str:
-    """Decide the precision of a network on the backend in force.
+    """Choose the precision of a network on the current backend.
 
     Args:
         name: "float32", "bfloat16" or "float16"; "auto" takes bfloat16 on torch where the
-            hardware computes in it, otherwise float32.
+            hardware supports it, otherwise float32.
         device: "cpu" or "cuda", from `choose_device`.
     """
     if name != "auto":
@@ -170,7 +173,7 @@ def choose_precision(name: str = "auto", device: str = "cpu") -> str:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Tell whether torch computes in bfloat16 here with instructions made for it."""
+    """Return whether this hardware has bfloat16 instructions that torch uses."""
     if device == "cuda":
         import torch
 
@@ -205,7 +208,7 @@ def why_no_cuda(backend: str) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the installed version of every package that matters; None where it is absent."""
+    """Return the installed version of every package in PACKAGES; None for absent ones."""
     found: dict[str, str | None] = {"ich_keras": __version__}
     for package in PACKAGES:
         try:
@@ -216,7 +219,7 @@ def versions() -> dict[str, str | None]:
 
 
 def environment_record(device: str) -> dict:
-    """Return what is stored beside every run: versions, backend, device, machine."""
+    """Return the record stored with every run: versions, backend, device, machine."""
     return {
         "backend": choose_backend(),
         "device": device,
@@ -229,7 +232,7 @@ def environment_record(device: str) -> dict:
     }
 
 
-# Compressed transfer syntaxes met in head CT (DICOM PS3.6, table A-1).
+# Compressed transfer syntaxes found in head CT (DICOM PS3.6, table A-1).
 _SYNTAXES = (
     ("1.2.840.10008.1.2.5", "RLE Lossless"),
     ("1.2.840.10008.1.2.4.70", "JPEG Lossless"),
@@ -247,14 +250,14 @@ def decoders() -> dict[str, bool]:
 
 
 def doctor(folder: Path | str = ".") -> list[tuple[str, bool, str]]:
-    """Look at the installation and the machine.
+    """Check the installation and the machine.
 
     Args:
-        folder: where runs and caches would be written; its free disk space is told.
+        folder: where runs and caches would be written; its free disk space is reported.
 
     Returns:
-        Rows of (what, whether it is well, detail). A row that is not well keeps the main job
-        from running; absent decoders and GPUs are told in the detail only.
+        Rows of (what, whether it is fine, detail). A row that is not fine keeps the library from
+        working; absent decoders and GPUs only show in the detail.
     """
     rows = []
     for package, version in versions().items():
@@ -292,11 +295,11 @@ def _device_rows(backend: str) -> list[tuple[str, bool, str]]:
 
 
 def device_name(device: str) -> str:
-    """Return what the maker calls the processor or GPU."""
+    """Return the model name of the processor or GPU."""
     if device == "cuda":
         import torch
 
-        # The GPU may be another backend's only.
+        # Perhaps only another backend can use the GPU.
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []

@@ -16,7 +16,7 @@ EXIT_TERMINATED = 143
 
 
 class IchError(Exception):
-    """An error with a one-line message for the user and a hint what to do.
+    """An error with a one-line message for the user and a hint on what to do.
 
     Args:
         message: what is wrong, with value and place, and what was expected.
@@ -47,7 +47,7 @@ class DataError(IchError):
 
 
 class EnvironmentProblem(IchError):
-    """Something outside the data is missing: a package, a device, disk space."""
+    """The machine lacks something: a package, a device, disk space."""
 
     exit_code = EXIT_ENVIRONMENT
 
@@ -65,4 +65,4 @@ class StaleError(IchError):
 
 
 class LostState(StaleError):
-    """What an interrupted training left is damaged, or belongs to another network."""
+    """The state of an interrupted training is absent, damaged or of another network."""

@@ -1,4 +1,4 @@
-"""From a run and a cache to metrics on one split, per slice and per series."""
+"""Evaluating a run on one split of a cache, per slice and per series."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,18 +50,17 @@ def evaluate(
         progress: called as progress("evaluating <split>", done, total).
 
     Returns:
-        {"slice": metrics, "series": metrics}; for a run on whole series only the latter, for a
-        part that does not hold its series whole (a split by slices) only the former. Each holds
-        what `binary_metrics` returns, and "intervals" (by patients), "calibration" and "operating"
+        {"slice": metrics, "series": metrics}; only "series" for a run on whole series, only
+        "slice" where the split cuts series apart (a split by slices). Each holds what
+        `binary_metrics` returns, and "intervals" (by patients), "calibration" and "operating"
         (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
-        positive when any slice's is; its probability is what a run on whole series says, or its
-        slices' aggregated by the rule in "aggregation". Rule, temperature and thresholds are
-        chosen when the validation split is evaluated for the first time, which training does, and
-        kept in choices.json.
+        positive when any slice's is. Its probability comes from a run on whole series, or from its
+        slices by the rule in "aggregation". Rule, temperature and thresholds are chosen when
+        training first evaluates the validation split, and kept in choices.json.
 
     Raises:
-        UsageError: unknown split, or slices of another size than the run was trained from.
-        StaleError: not a finished run, or the cache lacks slices of the split.
+        UsageError: the split is unknown, or the cache's size is not the one the run was trained on.
+        StaleError: the run is not finished, or the cache lacks slices of the split.
         DataError: the cache has no labels.
     """
     if split not in SPLITS:
@@ -80,7 +79,7 @@ def evaluate_network(
     split: str,
     progress: Progress | None = None,
 ) -> dict:
-    """Evaluate a run's network, which is already loaded, on one split; see `evaluate`."""
+    """Evaluate a network that is already loaded on one split; see `evaluate`."""
     _require_size(recipe, cache)
     members = run.split()
     _require_members(members, split, cache)
@@ -119,7 +118,7 @@ def evaluate_network(
     else:
         table = probability_table(scored, values)
     table[list(TRUTH_COLUMNS)] = truth
-    # Without what the view skips, as the network's own numbers.
+    # Leave out what the view skips, as the network's numbers do.
     scored_rows, train_rows = (
         samples.usable_rows(cache.slices, part) for part in (indices, train_indices)
     )
@@ -128,7 +127,7 @@ def evaluate_network(
         "slice": train[list(LABELS)].mean().to_list(),
         "series": series_labels(train).mean().to_list(),
     }
-    # A series known by some of its slices has neither its label nor its probability.
+    # From only some of its slices, a series has neither a valid label nor a valid probability.
     is_whole = not series_of_rows(cache.slices, indices)[1].any()
     metrics = _metrics(run, split, view.kind, is_whole, scored, truth, values, prevalence)
     if is_synthetic(cache.slices):
@@ -142,7 +141,7 @@ def evaluate_network(
 
 @dataclass(frozen=True)
 class _Level:
-    """Probabilities of slices, or of series, beside the truth.
+    """Probabilities and truth of slices, or of series.
 
     Args:
         truth: int (n, 6).
@@ -165,12 +164,12 @@ def _metrics(
     values: np.ndarray,
     prevalence: dict[str, list[float]],
 ) -> dict:
-    """Score both levels; what has to be chosen is chosen on the validation split and kept."""
+    """Score both levels; on the validation split, first choose rule, temperature and thresholds."""
     # Only splits by name allow slices without a PatientID.
     patients = patient_or_series(rows).to_numpy()
     levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
     choices = run.choices()
-    # Once: predictions and the metrics of other splits stand on them.
+    # Only once: predictions and the metrics of other splits depend on the choices.
     is_choosing = split == CHOOSING and not choices
     is_aggregated = kind != "series" and is_whole
     if is_aggregated:
@@ -236,7 +235,7 @@ def _operating(level: _Level, thresholds: dict | None) -> dict:
 
 
 def _series_table(series: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
-    """Put probabilities beside the series they belong to."""
+    """Add the probabilities to the table of their series."""
     table = series[["series_uid", "num_slices"]].reset_index(drop=True)
     table = table.rename(columns={"series_uid": "series_instance_uid"})
     return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)
@@ -255,7 +254,7 @@ def _require_members(members: Split, split: str, cache: CTCache) -> None:
 
 
 def _require_size(recipe: Recipe, cache: CTCache) -> None:
-    """Refuse slices of another size: windowed and then resized, they become other images."""
+    """Refuse a cache of another size: resizing its windowed slices would give other images."""
     expected = recipe.inputs.cache_size
     if cache.size != expected:
         raise UsageError(

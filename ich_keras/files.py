@@ -1,4 +1,4 @@
-"""Writes that survive a crash, locks and fingerprints: the only place that renames files."""
+"""Crash-safe writes, locks and fingerprints. Only this module renames files."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ def replace(source: Path, target: Path) -> None:
 def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary path; if the block succeeds, sync, verify and move the file into place.
 
-    For writers that want a path (h5py, Keras, pandas). An old file stays intact until the move.
+    For writers that need a path (h5py, Keras, pandas). An old file stays intact until the move.
 
     Args:
         path: where the finished file goes.
@@ -43,7 +43,7 @@ def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Keras insists on its suffixes (.keras, .weights.h5): the mark stands in front of the name.
+    # Keras insists on its suffixes (.keras, .weights.h5), so the mark is a prefix.
     temporary = path.with_name(f"{PARTIAL}-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -57,7 +57,7 @@ def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) 
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write a whole file in one step: readers see the old content or the new, never a part.
+    """Write a file in one step: readers see the old content or the new, never a mixture.
 
     Args:
         path: the file; its folder is created when absent.
@@ -120,10 +120,10 @@ def fingerprint(content: object) -> str:
 
 
 def require_absent(path: Path | str) -> Path:
-    """Return the path if nothing is there yet (an empty folder is fine).
+    """Return the path if nothing exists there yet (an empty folder is fine).
 
     Raises:
-        UsageError: something is there; nothing is overwritten silently.
+        UsageError: something exists there; nothing is overwritten silently.
     """
     path = Path(path)
     if path.is_dir() and not any(path.iterdir()):
@@ -140,11 +140,11 @@ def require_absent(path: Path | str) -> Path:
 def new_folder(path: Path | str) -> Iterator[Path]:
     """Create a folder before the work that fills it, so that a bad path fails at once.
 
-    If the block fails without having written anything, the folder is removed again, together with
-    the parents that were created for it.
+    If the block fails before it writes anything, the folder is removed again, together with any
+    parents created for it.
 
     Raises:
-        UsageError: something is there already.
+        UsageError: something exists there already.
         EnvironmentProblem: it cannot be created.
     """
     path = require_absent(path)
@@ -194,7 +194,7 @@ def lock(path: Path | str) -> Iterator[None]:
     """Hold an exclusive lock on a file for the length of a block.
 
     It keeps out other processes and other holders in this process, and does not wait. A crash
-    releases it. On a file system without locks nothing is held, so that work can go on there.
+    releases it. On a file system without locks it does nothing, so work there remains possible.
 
     Args:
         path: the lock file; it is created when absent.
@@ -208,11 +208,11 @@ def lock(path: Path | str) -> Iterator[None]:
     ...     print("nobody else works here")
     nobody else works here
     """
-    import filelock  # here: it takes a twelfth of a second, and few commands lock anything
+    import filelock  # here: importing it takes a twelfth of a second, and few commands lock
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its fallback for file systems without locks is a file that a crash leaves behind, locked.
+    # filelock's fallback for file systems without locks is a file that stays locked after a crash.
     holder = filelock.FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         holder.acquire()

@@ -1,4 +1,4 @@
-"""What Keras is told: the compiled network, and the callbacks that validate and keep its states."""
+"""Fitting with Keras: the compiled network, and the callbacks that validate and save states."""
 
 import time
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_folder import RunFolder
 
-EPOCH = "epoch"  # of the record of the best weights
+EPOCH = "epoch"  # key in the record of the best weights
 SECONDS_BETWEEN_LOSSES = 1.0
 
 
 @dataclass
 class Course:
-    """How a training has gone so far: what each validation has to remember.
+    """The progress of a training so far: what validation must remember.
 
     Args:
         rows: one entry of history.csv per finished epoch.
         best_loss: the lowest validation log loss.
-        best_epoch: the epoch that reached it, from 1; 0 before the first.
+        best_epoch: the epoch that reached it, counted from 1; 0 before the first.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Course:
 
     @property
     def done(self) -> int:
-        """Epochs finished."""
+        """Number of finished epochs."""
         return len(self.rows)
 
 
@@ -108,10 +108,10 @@ def compiled_network(
 
 
 def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
-    """Measure one training step of a recipe's network on random input, after one to warm up.
+    """Time one training step of a recipe's network on random input, after a warm-up step.
 
     Returns:
-        Seconds; the least of the repeats. Preparing batches and validation come on top.
+        Seconds; the shortest of the repeats. Preparing batches and validation come on top.
     """
     model, _ = compiled_network(recipe, total_steps=repeats + 1)
     random = np.random.default_rng(0)
@@ -128,16 +128,16 @@ def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
 
 
 def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) -> None:
-    """Train on from where the course stands, keeping weights and state after each epoch.
+    """Train for the remaining epochs, saving weights and state after each.
 
     Raises:
-        DivergedError: a loss or weight is not finite; the last good state stays.
+        DivergedError: a loss or weight is not finite; the last good state is kept.
     """
     training.model.fit(
         training.loader,
         epochs=training.recipe.training.epochs,
         initial_epoch=course.done,
-        shuffle=False,  # the loader does it
+        shuffle=False,  # the loader shuffles
         verbose=0,
         callbacks=[
             _epochs(training.loader, training.recipe, progress, course.done),
@@ -147,7 +147,7 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
 
 
 def restored(training: Fit, tell: Tell) -> Course:
-    """Put the last whole state back into the network, and make sure of the best weights.
+    """Restore the last complete state into the network, and check the best weights.
 
     Raises:
         LostState: all states are damaged.
@@ -161,8 +161,8 @@ def restored(training: Fit, tell: Tell) -> Course:
     except (DataError, UsageError):
         kept = None
     if kept != course.best_epoch:
-        # They were written for an epoch whose state was lost. That epoch is trained again, and on
-        # another machine it may give other weights: nothing would say which ones these are.
+        # The best weights are from an epoch whose state was lost. That epoch is trained again, and
+        # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
             _keep_best(training, course)
         else:
@@ -189,7 +189,7 @@ def _keep_best(training: Fit, course: Course) -> None:
 
 
 def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -> Any:
-    """Return the callback that begins an epoch, for loader and network, and shows the progress.
+    """Return the callback that prepares loader and seed for each epoch and reports progress.
 
     Args:
         loader: the batches of an epoch.
@@ -202,7 +202,7 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -
     epochs, batches = recipe.training.epochs, len(loader)
 
     class Epochs(keras.callbacks.Callback):
-        # Without this mark Keras reads the logs back from the device after every step.
+        # Without this flag, Keras reads the logs from the device after every step.
         async_safe = True
 
         def __init__(self) -> None:
@@ -223,7 +223,7 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -
             now = time.monotonic()
             if progress is not None and logs and now - self.read >= SECONDS_BETWEEN_LOSSES:
                 self.read, self.loss = now, f", loss {float(logs['loss']):.4f}"
-            # The training ends with the validation of its last epoch.
+            # Never the total yet: training only ends after the last epoch's validation.
             self.show(min(self.epoch * batches + batch + 1, epochs * batches - 1))
 
         def on_train_end(self, logs: dict | None = None) -> None:
@@ -255,7 +255,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
             self.began = time.perf_counter()
 
         def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-            # The rate of the step that comes next: after the last one a cosine has reached 0.
+            # The rate of the next step: after the last step a cosine schedule is at 0.
             rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
             train_loss = float(logs["loss"]) if logs else np.nan
             if not np.isfinite(train_loss):
@@ -283,7 +283,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
                     "valid_auroc_any": metrics["auroc"]["any"],
-                    # Of this epoch alone, its validation included.
+                    # Of this epoch alone, including its validation.
                     "seconds": round(time.perf_counter() - self.began, 1),
                 }
             )

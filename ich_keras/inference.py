@@ -1,4 +1,4 @@
-"""A run's network and its probabilities: shared by validation, evaluation and prediction."""
+"""Loading a run's network and computing probabilities, for validation, evaluation, prediction."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,14 +21,14 @@ def load_run(
 
     Args:
         run: a run folder.
-        device: None takes "auto"; a run need not be used where it was trained.
-        precision: None takes the run's, but bfloat16 only where the hardware computes in it.
+        device: None takes "auto"; it may differ from the device of the training.
+        precision: None takes the run's, but bfloat16 only where the hardware supports it.
 
     Returns:
-        (the recipe as it is followed here, a keras.Model that gives probabilities).
+        (the recipe as adapted to this machine, a keras.Model that gives probabilities).
 
     Raises:
-        StaleError: not a finished run, or its recipe is not that of its weights.
+        StaleError: the run is not finished, or its recipe and weights do not match.
     """
     return load_network(RunFolder.at(run).require_finished(), device, precision)
 
@@ -49,7 +49,7 @@ def load_network(
         raise StaleError(
             f"{run.recipe_file} is not the recipe that {run.best_weights.name} was trained with:"
             " their inputs differ.",
-            "One of the two files was replaced: take the run folder from where it was trained.",
+            "One of the two files was replaced: copy the original run folder again.",
         )
     return recipe, model
 
@@ -69,7 +69,7 @@ def probabilities(
             (inputs, labels).
         total: number of samples, for the progress.
         progress: called as progress(step, done, total).
-        step: the name of the step.
+        step: name of the step in the progress.
 
     Returns:
         float32 (total, 6), probabilities in the order of `LABELS`.
@@ -82,7 +82,7 @@ def probabilities(
     parts, done = [], 0
     if progress is not None:
         progress(step, 0, total)
-    # Of Keras' backends only torch takes the loaders' tensors in `predict_on_batch`.
+    # Only with the torch backend does `predict_on_batch` accept the loaders' tensors.
     takes_tensors = loaded_backend() == "torch"
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch

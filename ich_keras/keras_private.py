@@ -1,7 +1,7 @@
 """Every private name of Keras and torch that this project uses, each in one place.
 
-Private names may move in any release. `NAMES` lists them with what they are needed for, and
-tests/test_keras_private.py says which of them the installed Keras and torch lack. No other file
+Private names may change in any release. `NAMES` lists them and why they are needed, and
+tests/test_keras_private.py reports which of them the installed Keras and torch lack. No other file
 may use one. Neither package is imported before a function here is called.
 """
 
@@ -37,7 +37,7 @@ NAMES = {
     "optimizer._velocities": "the second moments",
     "optimizer._velocity_hats": "the largest second moments, with amsgrad",
     "optimizer._backend_update_step": "overridden: the update itself",
-    "optimizer._apply_weight_decay": "overridden: the decay has two rates, too",
+    "optimizer._apply_weight_decay": "overridden: weight decay also has two rates",
     "keras.src.ops.core.StopGradient": "the operation behind ops.stop_gradient",
     "keras.src.ops.numpy.GetItem": "the operation behind tensor[...]",
     "keras.src.ops.numpy.Pad": "the operation behind ops.pad, with `pad_width` and `mode`",
@@ -57,7 +57,7 @@ NAMES = {
 
 # What torch's allocator says on the CPU, where running out of memory is a plain RuntimeError.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-# Where the operations of a graph are defined that are no layers.
+# The module that defines the operations of a graph that are not layers.
 OPERATIONS_MODULE = "keras.src"
 
 
@@ -77,7 +77,7 @@ def maker_of(tensor: Any) -> Any:
 
 
 def operation_kind(operation: Any) -> str:
-    """Return the class name of an operation of Keras' own; "" for anybody else's."""
+    """Return the class name of one of Keras' own operations; "" for others."""
     kind = type(operation)
     return kind.__name__ if kind.__module__.startswith(OPERATIONS_MODULE) else ""
 
@@ -88,7 +88,7 @@ def outputs_structure(model: Any) -> Any:
 
 
 def mark_as_called(model: Any) -> None:
-    """Let Keras know that the model was called, as its own call does."""
+    """Mark a model as called, as Keras' own call does."""
     model._called = True
 
 
@@ -101,18 +101,18 @@ def compiled_loss(model: Any) -> Any | None:
 
 
 def has_loss_weights(model: Any) -> bool:
-    """Tell whether compile() was given loss_weights."""
+    """Return whether compile() was given loss_weights."""
     loss = model._compile_loss
     return loss is not None and bool(loss._user_loss_weights)
 
 
 def has_metrics(model: Any) -> bool:
-    """Tell whether compile() was given metrics."""
+    """Return whether compile() was given metrics."""
     return model._compile_metrics is not None
 
 
 def whole_loss(model: Any, **settings: Any) -> Any:
-    """Compute the loss as Keras' steps do, with regularisers and a compute_loss of the user."""
+    """Compute the loss as Keras' steps do, with regularisers and any compute_loss of the user."""
     return model._compute_loss(**settings)
 
 
@@ -144,8 +144,8 @@ def keras_device() -> str:
 def keep_float64() -> Iterator[None]:
     """Let Keras compute in float64 where its rules would fall back to float32.
 
-    Its type promotion gives float32 for float64 on torch and jax, so that its batch normalisation
-    rounds whatever the layers' dtype is. The table behind that rule is changed for the block.
+    On torch and jax its type promotion turns float64 into float32, so batch normalisation rounds
+    whatever the layers' dtype. The table behind that rule is changed for the block.
     """
     from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as table
 
@@ -177,7 +177,7 @@ def version_of(tensor: "torch.Tensor") -> int:
 
 
 def storage_number(storage: "torch.UntypedStorage") -> int:
-    """Return the number of a storage; a freed one's number may return."""
+    """Return the number of a storage; it may be reused once the storage is freed."""
     return storage._cdata
 
 
@@ -196,14 +196,14 @@ def num_graph_breaks(function: Callable[..., Any], *args: Any) -> int:
 
 
 def forget_compiled() -> None:
-    """Let torch forget what it compiled."""
+    """Make torch discard what it compiled."""
     import torch
 
     torch._dynamo.reset()
 
 
 def has_bfloat16_cpu() -> bool:
-    """Tell whether the processor has instructions for bfloat16."""
+    """Return whether the processor has instructions for bfloat16."""
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

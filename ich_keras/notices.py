@@ -1,4 +1,4 @@
-"""What every reader of a number must know: the sentences that stand beside results."""
+"""Notices that accompany results, for every reader of a number."""
 
 NOT_CLINICAL = "Not a medical device; not for clinical use."
 SYNTHETIC_NOTE = (

@@ -1,4 +1,4 @@
-"""What a training will do, worked out before it does it: splits, counts, steps."""
+"""Planning a training before it starts: splits, counts, steps."""
 
 from dataclasses import asdict, dataclass
 
@@ -17,20 +17,20 @@ from ich_keras.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training will do, before it does it.
+    """What a training will do.
 
     Args:
         num_slices: slices per split.
         num_series: series per split.
         num_patients: patients per split.
         num_positive: positive training slices per label.
-        samples_per_epoch: slices, slabs or series an epoch shows to the network.
-        steps_per_epoch: batches an epoch.
-        total_steps: batches in all, which the schedule counts; `accumulate` of them make one
+        samples_per_epoch: slices, slabs or series the network sees in an epoch.
+        steps_per_epoch: batches per epoch.
+        total_steps: batches in all, as the schedule counts them; `accumulate` of them make one
             optimiser step.
         learning_rate: the rate after the warm-up.
-        warning: what is wrong with the split by name ("" for a sound one).
-        note: what the split left out, counted ("" when nothing was).
+        warning: what is wrong with the chosen split ("" for a sound one).
+        note: how much the split left out ("" when nothing).
         weights: the file training starts from, and its source ("" from scratch).
     """
 
@@ -47,7 +47,7 @@ class TrainingPlan:
     weights: str = ""
 
     def to_dict(self) -> dict:
-        """Return the plan ready for JSON."""
+        """Return the plan as a dictionary, ready for JSON."""
         return asdict(self)
 
 
@@ -60,7 +60,7 @@ def limit_series(slices: pd.DataFrame, count: int | None) -> np.ndarray:
 
 
 def split_indices(slices: pd.DataFrame, recipe: Recipe) -> tuple[Split, dict[str, np.ndarray]]:
-    """Split a slice table as the recipe says and refuse what leaks.
+    """Split a slice table as the recipe says, and refuse a split that leaks.
 
     Returns:
         (the split, rows of the table for "train", "valid" and "test").
@@ -78,11 +78,11 @@ def split_indices(slices: pd.DataFrame, recipe: Recipe) -> tuple[Split, dict[str
 
 
 def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingPlan:
-    """Say what `train` would do: slices, series and patients per split, steps, learning rate.
+    """Plan what `train` would do: slices, series and patients per split, steps, learning rate.
 
     Args:
         tables: an index or a cache, with labels.
-        config: what is asked for.
+        config: of the training.
 
     Raises:
         UsageError, DataError: as `train`.
@@ -92,7 +92,7 @@ def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingP
 
 
 def plan_of(slices: pd.DataFrame, series: pd.DataFrame, recipe: Recipe) -> TrainingPlan:
-    """Say what a training by a recipe would do; see `plan_training`.
+    """Plan a training by a recipe; see `plan_training`.
 
     Args:
         slices: the slice table of an index or a cache, with labels.
@@ -111,10 +111,10 @@ def count_plan(
     indices: dict[str, np.ndarray],
     samples: Samples,
 ) -> TrainingPlan:
-    """Count what `split_indices` and `make_samples` returned.
+    """Make the plan from what `split_indices` and `make_samples` returned.
 
     Raises:
-        UsageError: the optimiser would make no step, or none that learns.
+        UsageError: the optimiser would make no step, or its steps would change nothing.
     """
     from ich_keras.data.batches import epoch_plan
     from ich_keras.models.spec import require_trainable

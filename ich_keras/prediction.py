@@ -1,4 +1,4 @@
-"""From a run and a folder of DICOM files to six probabilities per slice and per series."""
+"""Predicting a folder of DICOM files with a run: six probabilities per slice and per series."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -37,10 +37,10 @@ from ich_keras.progress import Progress
 from ich_keras.recipe import InputRecipe, Recipe
 from ich_keras.run_folder import SYNTHETIC, RunFolder
 
-AHEAD_BYTES = 2**30  # of series that workers have read and the network has not seen
-# What says which slice a row of predictions is about.
+AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
+# Columns that identify the slice of a prediction.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
-# How a person finds it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
+# Columns to find it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
 PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
 TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
 NOTICE_FILE = "notice.txt"
@@ -48,16 +48,16 @@ NOTICE_FILE = "notice.txt"
 
 @dataclass(frozen=True)
 class FolderPrediction:
-    """What `predict_folder` found.
+    """The result of `predict_folder`.
 
     Args:
         slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and six probabilities; None for
-            a run on whole series, which says nothing about single slices.
-        series: one row per series: its UID, number of slices, verdict, and its six probabilities:
-            those of its slices by the run's rule, or those of a run on whole series.
+            a run on whole series, which does not predict single slices.
+        series: one row per series: its UID, number of slices, verdict and six probabilities,
+            aggregated from its slices by the run's rule, or from a run on whole series.
         rejects: one row per file that could not be used.
-        notice: what a reader of the probabilities must know: that they are not for clinical use,
-            and what the network was trained on where that was no patient.
+        notice: for every reader of the probabilities: they are not for clinical use, and, if so,
+            the network was trained only on phantoms.
     """
 
     slices: pd.DataFrame | None
@@ -71,15 +71,15 @@ class FolderPrediction:
 
 
 def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
-    """Put probabilities beside the slices they belong to.
+    """Add probabilities to the table of their slices.
 
     Args:
         slices: rows of a SeriesIndex' or cache's slice table.
         values: float32 (len(slices), 6).
 
     Returns:
-        `SLICE_COLUMNS`, then one column per label. `series_instance_uid` carries "#2", "#3"
-        where one UID holds several volumes, so that it tells them apart.
+        `SLICE_COLUMNS`, then one column per label. `series_instance_uid` ends in "#2", "#3" where
+        one UID holds several volumes.
     """
     table = slices[[*SLICE_COLUMNS]].reset_index(drop=True)
     table["series_instance_uid"] = slices["series_uid"].to_numpy()
@@ -97,15 +97,15 @@ def predict_index(
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
-    One series is in memory at a time, resized; with workers, more that are read ahead: two for each
-    worker, at most `AHEAD_BYTES`.
+    One resized series is in memory at a time. Workers read further ones ahead: two per worker, at
+    most `AHEAD_BYTES` in all.
 
     Args:
         model: from `load_run`.
-        index: localizers and other planes are taken out first.
+        index: localizers and non-axial series are removed first.
         recipe: from `load_run`.
-        rule: from slices to series, a key of `ich_keras.metrics.aggregation.RULES`.
-        batch_size: samples a step; None takes the recipe's.
+        rule: for aggregating slices, a key of `ich_keras.metrics.aggregation.RULES`.
+        batch_size: samples per step; None takes the recipe's.
         workers: processes that read; 0 reads in this one. The result does not depend on it.
         progress: called as progress("predicting", done, total).
 
@@ -135,7 +135,7 @@ def predict_index(
             usable = np.flatnonzero(samples.usable)
             if not len(usable):
                 detail = f"series {series.series_uid} is tilted"
-                # The others are rejects already.
+                # The remaining files are rejects already.
                 rejects.extend(Reject(p, "TILTED", detail) for p in table.loc[found, "container"])
                 continue
             kept.append(found)
@@ -173,19 +173,19 @@ def predict_index(
 def _reading(
     size: int, num_series: int, longest: int, workers: int
 ) -> Iterator[Callable[[Iterable[list[str]]], Iterator]]:
-    """Yield what reads series after series, each a list of files: see `_read_series`."""
+    """Yield a function that reads series, each given as a list of files; see `_read_series`."""
     one = partial(_read_series, size)
     ahead = min(2 * workers, num_series, AHEAD_BYTES // max(1, longest * size * size * 2))
     if ahead <= 1:
         yield partial(map, one)
         return
-    # Processes take the place of OpenCV's threads.
+    # One OpenCV thread per process: the processes already use the cores.
     pool = process_pool(min(workers, ahead), cv2.setNumThreads, 1)
     try:
         yield lambda series: map_ahead(pool, one, series, ahead)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
-            "a process that read slices has died (killed, or out of memory).",
+            "a process that was reading slices has died (killed, or out of memory).",
             "Run again with fewer workers. A script that uses workers needs an"
             " `if __name__ == '__main__':` guard.",
         ) from error
@@ -194,10 +194,10 @@ def _reading(
 
 
 def _read_series(size: int, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
-    """Read what can be read of one series.
+    """Read the readable files of one series.
 
     Returns:
-        (HU, int16 (n, size, size); which of the files they are, bool (len(paths),); the others).
+        (HU, int16 (n, size, size); which files these are, bool (len(paths),); the rejects).
     """
     hu, rejects = [], []
     is_read = np.zeros(len(paths), bool)
@@ -224,7 +224,7 @@ def _inputs(
 
 
 def _full_batches(parts: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Join parts of at most `batch_size` samples to batches of that many; the last may be less."""
+    """Join parts of at most `batch_size` samples into full batches; the last may be smaller."""
     waiting: list[np.ndarray] = []
     for part in parts:
         waiting.append(part)
@@ -251,7 +251,7 @@ def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFram
 
 
 def _with_places(table: pd.DataFrame, slices: pd.DataFrame) -> pd.DataFrame:
-    """Add what a person needs to find a slice in a viewer."""
+    """Add the columns a person needs to find a slice in a viewer."""
     for place, name in enumerate(PLACE_COLUMNS, len(SLICE_COLUMNS)):
         column = slices["container" if name == "path" else name].to_numpy()
         table.insert(place, name, column)
@@ -278,11 +278,11 @@ def predict_folder(
 
     Args:
         run_dir: a finished run.
-        dicom_dir: any folder; what is not a usable slice is listed in `rejects`.
+        dicom_dir: any folder; files that are not usable slices are listed in `rejects`.
         out: a new folder for predictions.csv (not for a run on whole series), series.csv,
             rejects.csv and notice.txt, which says what the network was trained on; None writes
-            nothing. A folder without a usable slice leaves rejects.csv alone.
-        batch_size: samples a step; None takes that of the run.
+            nothing. If no slice is usable, only rejects.csv is written.
+        batch_size: samples per step; None takes that of the run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
@@ -290,7 +290,7 @@ def predict_folder(
     Raises:
         UsageError: `out` exists, or `dicom_dir` does not.
         StaleError: `run_dir` is not a finished run.
-        NothingUsable: not one usable slice; its `rejects` say why.
+        NothingUsable: no slice is usable; its `rejects` say why.
         EnvironmentProblem: a worker process died.
     """
     run = RunFolder.at(run_dir).require_finished()
@@ -321,6 +321,6 @@ def predict_folder(
 
 
 def _inside(path: str, root: Path) -> str:
-    """Return a path as seen from the folder that was predicted."""
+    """Return a path relative to the predicted folder."""
     place = Path(path)
     return str(place.relative_to(root)) if place.is_relative_to(root) else path

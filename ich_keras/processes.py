@@ -1,4 +1,4 @@
-"""How worker processes are started, and that they end with who started them."""
+"""Worker processes: how they start, and how they end with the process that started them."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def usable_cores() -> int:
 
 
 def usable_threads() -> int:
-    """Return OMP_NUM_THREADS (its first level), or without it the usable cores.
+    """Return OMP_NUM_THREADS (its first level), or if unset the number of usable cores.
 
     >>> usable_threads() >= 1
     True
@@ -40,11 +40,11 @@ def usable_threads() -> int:
 def process_pool(
     workers: int, begin: Callable[..., Any] | None = None, *args: Any
 ) -> ProcessPoolExecutor:
-    """Return a pool of worker processes that end when this process ends, however it does.
+    """Return a pool of worker processes that end with this process, even if it is killed.
 
     Args:
         workers: how many.
-        begin: called with `args` in each of them before any work.
+        begin: called with `args` in each worker before any work.
     """
     context = multiprocessing.get_context(START_METHOD)
     return ProcessPoolExecutor(workers, context, _begin, (begin, *args))
@@ -53,14 +53,14 @@ def process_pool(
 def map_ahead(
     pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Yield function(item) in the order of the items, as `pool.map` does, but work ahead little.
+    """Yield function(item) in order, as `pool.map` does, but with a bound on work done ahead.
 
     Args:
         pool: runs the function.
         function: called with one item.
         items: read only as far as needed.
-        ahead: how many results may be begun and not yet taken, for results too large to hold
-            them all.
+        ahead: how many results may be under way or waiting, for results too large to hold
+            all of them.
 
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> with ThreadPoolExecutor(2) as pool:
@@ -84,7 +84,7 @@ def _begin(begin: Callable[..., Any] | None, *args: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    # A parent that is killed stops nobody: its workers would go on, and then wait for ever.
+    # A killed parent does not stop its workers: they would finish their work and wait forever.
     parent = multiprocessing.parent_process()
     if parent is not None:  # there is one in every worker process
         parent.join()

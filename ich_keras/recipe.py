@@ -1,10 +1,10 @@
 """Recipe: every setting of a run, decided once and complete.
 
-`RunConfig` holds what was asked for, with None for "choose for me". `Recipe.of` makes those
-choices, and everything below takes the recipe: nothing is decided a second time. What enters the
-network stands there by value (the windows' level and width, mean and deviation, the rule of
-resampling), so a run predicts the same after the library's defaults have changed. The recipe lies
-in the run folder, in the record of its weights and in the metadata of `model.keras`.
+`RunConfig` holds the request, with None for "choose for me". `Recipe.of` makes those choices, and
+all later code uses the recipe: nothing is decided twice. The recipe records the network's input by
+value (the windows' level and width, mean and deviation, the resampling rule), so a run predicts the
+same after the library's defaults have changed. It is stored in the run folder, in the record of the
+weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
 from ich_keras.models.spec import ModelSpec
 
 SCHEMA = 1
-# Where a recipe stands in the metadata of `model.keras` and in the record of a weights file.
+# Key in the metadata of `model.keras` and in the record of a weights file.
 RECIPE = "recipe"
 
-# Slices of a sample: the thesis's two 3D networks.
+# Slices per sample, as in the thesis's two 3D networks.
 DEFAULT_SLICES = {"slice": 1, "slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
-# Samples of a batch.
+# Samples per batch.
 DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
-# Batches that make one optimiser step: a batch of one series holds too few samples.
+# Batches per optimiser step: a batch of one series holds too few samples.
 DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
 # With pretrained weights, and from scratch.
 DEFAULT_RATES = (1e-5, 3e-4)
@@ -40,7 +40,7 @@ DEFAULT_RATES = (1e-5, 3e-4)
 
 @dataclass(frozen=True)
 class InputRecipe:
-    """From Hounsfield units to what enters the network.
+    """How Hounsfield units become the network's input.
 
     Args:
         view: which slices make a sample.
@@ -66,15 +66,14 @@ class InputRecipe:
         """Turn Hounsfield units into the network's input, without augmentation.
 
         Args:
-            hu: int16 HU; of a network for slices (n, rows, columns), of a network for volumes
-                (n, slices, rows, columns), with the run's number of slices (filled up with
-                `AIR_HU`).
+            hu: int16 HU; (n, rows, columns) for a network on slices, (n, slices, rows, columns) for
+                one on volumes, with the run's number of slices (padded with `AIR_HU`).
 
         Returns:
             float32 (n, *shape).
 
         Raises:
-            UsageError: another number of axes or slices.
+            UsageError: the dtype or the number of axes or slices is wrong.
         """
         expected = ("n", *map(str, self.shape[:-3]), "rows", "columns")
         fits = hu.ndim == len(expected) and hu.shape[1:-2] == self.shape[:-3]
@@ -96,17 +95,17 @@ class TrainingRecipe:
 
     Args:
         weights: what training starts from; None starts from scratch.
-        seed: of everything random.
+        seed: of all random numbers.
         split: the name of the split, or its file.
         balance, augment, reverse, limit_series, loader_workers: as in `DataConfig`.
-        batch_size: samples of a batch.
+        batch_size: samples per batch.
         epochs: passes over the training split.
         learning_rate: after the warm-up.
         schedule, warmup_steps, weight_decay, loss, freeze, backbone_factor: as in `FitConfig`.
-        accumulate: batches that make one optimiser step.
+        accumulate: batches per optimiser step.
         step, recompute: as in `FitConfig`.
         compiled: as in `FitConfig`; None compiles on CUDA only.
-        own_augment: the name of a user's augmentation, which then takes the place of `augment`.
+        own_augment: the name of a user's augmentation, which then replaces `augment`.
     """
 
     weights: str | None
@@ -135,12 +134,12 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run's numbers depend on, besides its data.
+    """Everything a run's numbers depend on, apart from its data.
 
     Args:
         preset: the network's name.
         network: the network, for inputs of `inputs.shape`.
-        inputs: from Hounsfield units to what enters it.
+        inputs: how Hounsfield units become its input.
         training: how it is trained.
         backend: "torch", "jax" or "tensorflow".
         device: "cpu" or "cuda".
@@ -159,16 +158,16 @@ class Recipe:
     def of(cls, config: RunConfig, cache_size: int | None = None) -> "Recipe":
         """Decide everything that a configuration leaves open.
 
-        Backend and device are put in force, so this comes before Keras is imported.
+        This also sets backend and device, so call it before Keras is imported.
 
         Args:
-            config: what was asked for.
+            config: the request.
             cache_size: rows and columns of the cached slices; None takes the input's size.
 
         Raises:
             UsageError: the view does not fit the preset, the network needs more slices, the
                 weights do not exist, or Keras already runs on another backend or device.
-            EnvironmentProblem: the device or the backend is not there.
+            EnvironmentProblem: the device or the backend is not available.
         """
         backend, device = choose_backend(config.backend), choose_device(config.device)
         precision = choose_precision(config.precision, device)
@@ -218,15 +217,17 @@ class Recipe:
         )
 
     def on(self, backend: str, device: str) -> "Recipe":
-        """Return the recipe as it is followed on this machine: on another backend or device, and
-        in float32 where the hardware cannot compute in the run's bfloat16."""
+        """Return the recipe for another backend or device.
+
+        It uses float32 where the hardware does not support the run's bfloat16.
+        """
         precision = self.precision
         if precision == "bfloat16" and choose_precision("auto", device) != "bfloat16":
             precision = "float32"
         return replace(self, backend=backend, device=device, precision=precision)
 
     def as_config(self) -> RunConfig:
-        """Return the configuration that asks for exactly this, with nothing left open."""
+        """Return the configuration that requests exactly this recipe, with nothing left open."""
         inputs, training = self.inputs, self.training
         asked: dict[str, Any] = {
             **{f.name: getattr(training, f.name, None) for f in dataclasses.fields(DataConfig)},
@@ -252,7 +253,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict:
-        """Return the recipe ready for JSON."""
+        """Return the recipe as a dictionary, ready for JSON."""
         content = dataclasses.asdict(self)
         content["network"] = self.network.to_dict()
         content["inputs"]["intensity"] = self.inputs.intensity.to_dict()
@@ -267,8 +268,8 @@ class Recipe:
             source: where it comes from, for messages.
 
         Raises:
-            StaleError: something is missing, unknown or of another type, or the recipe asks for
-                what this version cannot do.
+            StaleError: an entry is missing, unknown or of the wrong type, or this version cannot
+                follow the recipe.
         """
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else content
@@ -292,7 +293,7 @@ class Recipe:
 
 
 def _view(config: RunConfig) -> View:
-    """Return what one sample is: as asked, or what the preset is for."""
+    """Return the view: as configured, or to suit the preset."""
     data, spec = config.data, PRESETS[config.preset].spec
     kind = data.view
     if kind is None:
@@ -304,14 +305,16 @@ def _view(config: RunConfig) -> View:
         takes, other = ("volumes", "slab or series") if spec.rank == 3 else ("slices", "slice")
         raise UsageError(
             f"view {kind!r} with preset {config.preset}, which takes {takes}.",
-            f"Take view {other}, or another preset (`ich presets`).",
+            f"Use view {other}, or another preset (`ich presets`).",
         )
     return view
 
 
 def _intensity(config: RunConfig) -> Intensity:
-    """Return the intensity: as asked, as the weights were made for, or as the preset's channels
-    ask. A weights file that does not exist is refused here, before anything long begins."""
+    """Return the intensity: as configured, else as for the weights, else to suit the channels.
+
+    A missing weights file is refused here, before any long work begins.
+    """
     from ich_keras.models.weights_file import read_record
     from ich_keras.models.weights_lookup import find_weights
 
@@ -320,7 +323,7 @@ def _intensity(config: RunConfig) -> Intensity:
         record = read_record(find_weights(config.weights, config.preset))
     if config.data.intensity is not None:
         return intensity_of(config.data.intensity)
-    # The channels as they are in the file: `weights-convert` may have changed them.
+    # The channels in the file, which `weights-convert` may have changed.
     network_of_file = record.get("network") or {}
     channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
     made_for = _recorded_intensity(record)
@@ -345,7 +348,7 @@ def _recorded_intensity(record: dict) -> Intensity | None:
 
 def _read(cls: Any, content: object, place: str, source: str) -> Any:
     """Build a dataclass from JSON, strictly."""
-    hint = "The recipe is damaged or of another version: train the run again."
+    hint = "The recipe is damaged or from another version: train the run again."
     name = place or "it"
     if not isinstance(content, dict):
         raise StaleError(f"{source}: {name} is {content!r}; expected an object.", hint)

@@ -1,4 +1,4 @@
-"""report.md: what a run was, what it achieved, and what a constant would have achieved."""
+"""report.md: a run's settings and results, next to the results of constant predictors."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def summary_rows(metrics: dict) -> list[list[str]]:
 
 
 def trivial_line(metrics: dict) -> str:
-    """Say what counting voxels achieves on the same phantoms; "" on other data.
+    """Return the result of counting voxels on the same phantoms; "" on other data.
 
     Args:
         metrics: of one level, as `ich_keras.evaluation.evaluate` returns them.
@@ -91,7 +91,7 @@ def _with_interval(part: dict, label: str, metric: str) -> str:
 
 
 def _beyond_rankings(part: dict) -> list[str]:
-    """Return what is said about aggregation, intervals, calibration and operating points."""
+    """Return the text on aggregation, intervals, calibration and operating points."""
     lines = []
     if "aggregation" in part:
         rule, is_chosen = part["aggregation"]["rule"], "chosen_on" in part["aggregation"]
@@ -154,7 +154,7 @@ def write_report(run: RunFolder | Path | str) -> Path:
         The file.
 
     Raises:
-        StaleError: the folder lacks what a finished training has.
+        StaleError: the folder lacks a file of a finished training.
     """
     run = RunFolder.at(run)
     recipe, data, environment = run.recipe(), run.data(), run.environment()

@@ -1,4 +1,4 @@
-"""RunFolder: a run on disk. It alone knows the names of the files and whether a run is finished."""
+"""RunFolder: a run on disk. Only it knows the file names and when a run is finished."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,9 @@ PLAN = "plan"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one training, which everything about the run is passed on by.
+    """The folder of one training.
+
+    Functions pass runs to each other as a `RunFolder`.
 
     Args:
         path: the folder; it need not exist yet.
@@ -31,7 +33,7 @@ class RunFolder:
 
     @classmethod
     def at(cls, path: "Path | str | RunFolder") -> "RunFolder":
-        """Return the folder of a path; a `RunFolder` stays as it is."""
+        """Make a `RunFolder` from a path; an existing one is returned as is."""
         return path if isinstance(path, RunFolder) else cls(Path(path))
 
     def __str__(self) -> str:
@@ -39,12 +41,12 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """What was asked for (`RunConfig`)."""
+        """The requested settings (`RunConfig`)."""
         return self.path / "config.json"
 
     @property
     def recipe_file(self) -> Path:
-        """What was decided (`Recipe`)."""
+        """The settings in use (`Recipe`)."""
         return self.path / "recipe.json"
 
     @property
@@ -54,22 +56,22 @@ class RunFolder:
 
     @property
     def data_file(self) -> Path:
-        """Which cache and labels, counts, and whether they are phantoms."""
+        """The cache and labels, counts, and whether the data are phantoms."""
         return self.path / "data.json"
 
     @property
     def split_file(self) -> Path:
-        """Who is in which split."""
+        """The members of each split."""
         return self.path / "split.json"
 
     @property
     def started_from_file(self) -> Path:
-        """What was loaded from pretrained weights; absent from scratch."""
+        """What was loaded from pretrained weights; absent for training from scratch."""
         return self.path / "weights.json"
 
     @property
     def history_file(self) -> Path:
-        """Losses, rate and seconds of each epoch."""
+        """Losses, learning rate and seconds of each epoch."""
         return self.path / "history.csv"
 
     @property
@@ -112,19 +114,19 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training and evaluation came to their end."""
+        """Whether training and evaluation are complete."""
         return self.report_file.is_file()
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a training finished an epoch here, but not all of its work."""
+        """Whether a training finished at least one epoch here, but not all its work."""
         return has_state(self.state_folder) and not self.is_finished
 
     def require_finished(self) -> "RunFolder":
-        """Return the run when it is finished.
+        """Return the run if it is finished.
 
         Raises:
-            StaleError: no run, or an unfinished one.
+            StaleError: there is no run, or it is not finished.
         """
         if self.is_interrupted:
             raise StaleError(
@@ -140,10 +142,10 @@ class RunFolder:
         return self
 
     def require_begun(self) -> "RunFolder":
-        """Return the run when it has weights, finished or not.
+        """Return the run if it has weights, finished or not.
 
         Raises:
-            StaleError: no run.
+            StaleError: there is no run.
         """
         absent = [p.name for p in (self.config_file, self.best_weights) if not p.is_file()]
         if absent:
@@ -154,7 +156,7 @@ class RunFolder:
         return self
 
     def require_interrupted(self) -> "RunFolder":
-        """Return the run when its training can be resumed.
+        """Return the run if its training can be resumed.
 
         Raises:
             UsageError: the run is finished.
@@ -174,11 +176,11 @@ class RunFolder:
         return self
 
     def config(self) -> RunConfig:
-        """Return what was asked for."""
+        """Return the requested settings."""
         return RunConfig.from_dict(read_json(self.config_file))
 
     def recipe(self) -> Recipe:
-        """Return what was decided.
+        """Return the settings in use.
 
         Raises:
             StaleError: the recipe is absent, damaged or incomplete; nothing is guessed.
@@ -203,18 +205,18 @@ class RunFolder:
         return read_json(self.data_file)
 
     def split(self) -> Split:
-        """Return who is in which split."""
+        """Return the members of each split."""
         return Split.load(self.split_file)
 
     def choices(self) -> dict:
-        """Return what was chosen on the validation split; empty before that."""
+        """Return the choices made on the validation split; empty before they are made."""
         return read_json(self.choices_file) if self.choices_file.is_file() else {}
 
     def rule(self) -> str:
-        """Return the rule from slices to series that was chosen on the validation split."""
+        """Return the rule for aggregating slices, chosen on the validation split."""
         return self.choices().get("aggregation", {"rule": DEFAULT_RULE})["rule"]
 
     def metrics(self, split: str) -> dict | None:
-        """Return the metrics of a split; None where it was not evaluated."""
+        """Return the metrics of a split; None if it was not evaluated."""
         path = self.metrics_file(split)
         return read_json(path) if path.is_file() else None

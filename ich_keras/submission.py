@@ -13,13 +13,13 @@ HEADER = "ID,Label"
 
 
 def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) -> Path:
-    """Write predictions of slices as RSNA's competition wants them.
+    """Write slice predictions in the format of RSNA's competition.
 
-    Six rows an image, in the order of `LABELS`; the image's name is its SOPInstanceUID, which in
+    Each image has six rows, in the order of `LABELS`. Its name is its SOPInstanceUID, which in
     RSNA's data reads `ID_...`.
 
     Args:
-        predictions: predictions.csv of `ich predict`, or such a table: sop_instance_uid and six
+        predictions: predictions.csv of `ich predict`, or a table with sop_instance_uid and six
             probabilities.
         out: a new file.
 
@@ -28,7 +28,7 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
 
     Raises:
         UsageError: `out` exists, or the predictions cannot be opened.
-        DataError: a column is absent, an image has no name or is there twice, or a value is no
+        DataError: a column is absent, an image has no name or occurs twice, or a value is not a
             probability.
     """
     out = require_absent(Path(out))

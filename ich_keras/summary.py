@@ -1,4 +1,4 @@
-"""What a command prints at its end: short tables that fit the width of the terminal."""
+"""The summaries that commands print at their end: short tables that fit the terminal."""
 
 import textwrap
 from collections.abc import Sequence
@@ -49,14 +49,14 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> st
 
 
 def _fitted(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Lay out rows with the wider of two gaps that fits."""
+    """Lay out rows with the wider of two gaps if it fits, else with the narrower."""
     table = text_table(rows)
     is_too_wide = max(map(len, table.splitlines())) > width
     return text_table(rows, gap=1) if is_too_wide else table
 
 
 def shorten_middle(text: str, width: int) -> str:
-    """Take out the middle of a text that is longer than `width`; both ends tell UIDs apart.
+    """Cut the middle out of a text longer than `width`: both ends of a UID identify it.
 
     >>> shorten_middle("1.2.840.113619.2.5.1762583", 13)
     '1.2.84…762583'
@@ -72,10 +72,10 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
 
     Args:
         run: a finished run folder.
-        width: columns; the folder's path alone may be longer.
+        width: columns; only the folder's path may be longer.
 
     Raises:
-        StaleError: the folder lacks what a finished run has.
+        StaleError: the folder lacks a file of a finished run.
     """
     run, width = RunFolder.at(run), max(width, _LEAST_WIDTH)
     history = pd.read_csv(run.history_file)
@@ -100,7 +100,7 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
 
 
 def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
-    """Return AUROC and log loss of one level, one column a split."""
+    """Return AUROC and log loss of one level, one column per split."""
     metrics = splits.values()
     rows = [[f"AUROC per {level}", *splits]]
     rows += [[label, *(_auroc(part, label, width) for part in metrics)] for label in LABELS]
@@ -114,7 +114,7 @@ def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
 
 
 def _auroc(part: dict, label: str, width: int) -> str:
-    """Return the AUROC of a label, with its 95 % interval where there is one and room for it."""
+    """Return the AUROC of a label, with its 95 % interval if there is one and it fits."""
     text = format_metric(part["auroc"][label], 3)
     intervals = (part.get("intervals") or {"metrics": {}})["metrics"]
     interval = intervals.get(f"auroc/{label}")
@@ -124,7 +124,7 @@ def _auroc(part: dict, label: str, width: int) -> str:
 
 
 def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
-    """Lay out the metrics of one split beside those of constant predictions.
+    """Lay out the metrics of one split next to those of constant predictions.
 
     Args:
         metrics: as `ich_keras.evaluation.evaluate` returns them.
@@ -167,7 +167,7 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
         width: columns of the terminal; a long UID loses its middle, a long verdict its end.
 
     Returns:
-        At most `SHOWN_SERIES` rows, and how many there are beyond.
+        At most `SHOWN_SERIES` rows, and the number of further series.
 
     >>> row = {"series_instance_uid": "ID_4f3d994c83", "verdict": "ok"}
     >>> print(prediction_table(pd.DataFrame([row | dict.fromkeys(LABELS, 0.5)]), 60))
@@ -182,7 +182,7 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
     longest_verdict = min(max(map(len, ["verdict", *verdicts])), _LONGEST_VERDICT)
     longest_uid = max(map(len, ["series", *map(str, shown["series_instance_uid"])]))
     names = list(LABELS)
-    # Names take as much room as they need; abbreviations that of a probability.
+    # Full names take the room they need; abbreviations fit in that of a probability.
     needed = sum(2 + max(len(name), 5) for name in names) + longest_verdict + 2
     is_short = width < needed + min(longest_uid, 2 * _LEAST_UID)
     gap = 1 if is_short else 2

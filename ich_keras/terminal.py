@@ -1,6 +1,6 @@
-"""How commands talk: results, warnings, errors with a hint, and one bar per step.
+"""What commands print: results, warnings, errors with a hint, and one bar per step.
 
-Lines and bars share the screen, so they go through one place: `open_terminal`.
+Lines and bars share the screen, so all of them go through `open_terminal`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ich_keras.keras_private import CPU_OUT_OF_MEMORY
 from ich_keras.progress import Progress, Tell
 
 TRACEBACK = "ICH_TRACEBACK"
-USUAL_WIDTH = 80  # of a file or pipe, which has none
+USUAL_WIDTH = 80  # assumed for a file or pipe
 
 
 def _fail(ctx: click.Context, message: str, hint: str, exit_code: int) -> NoReturn:
@@ -35,10 +35,10 @@ def _fail(ctx: click.Context, message: str, hint: str, exit_code: int) -> NoRetu
 
 
 class Command(click.Command):
-    """A command that turns our errors into a line and an exit code."""
+    """A command that turns our errors into a message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; on an error of ours exit with its code."""
+        """Run the command; on one of our errors, exit with its code."""
         try:
             return super().invoke(ctx)
         except IchError as error:
@@ -66,8 +66,8 @@ class Command(click.Command):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch raises RuntimeError on processors, and its own kind of it on a GPU; it is not imported
-    # here, where commands that do without it start quickly.
+    # torch raises RuntimeError on the CPU, and a subclass of it on a GPU. It is not imported here:
+    # commands that do not need it start quickly.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -76,18 +76,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 class Group(click.Group):
-    """A group whose commands are ours."""
+    """A group of `Command`s."""
 
     command_class = Command
 
 
 _SECONDS_TO_ONCE_MORE = 0.2
-# What Python did with lost exceptions before.
+# Python's previous hook for exceptions that it cannot raise.
 _report_others: list[Callable[[Any], Any]] = []
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """Raised on SIGTERM."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -96,7 +96,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def catch_termination() -> None:
     """Turn SIGTERM into an orderly exit."""
-    # As an exception, so that temporary files are removed on the way out.
+    # An exception lets temporary files be removed on the way out.
     signal.signal(signal.SIGTERM, _terminate)
     if sys.unraisablehook is not _once_more:
         _report_others.append(sys.unraisablehook)
@@ -104,8 +104,10 @@ def catch_termination() -> None:
 
 
 def _once_more(lost: "sys.UnraisableHookArgs") -> None:
-    """Send SIGTERM again when Python dropped the exception, as it does inside a destructor (of a
-    loader's workers, say): the program would run on for hours."""
+    """Send SIGTERM again if Python dropped the exception, else the program would run for hours.
+
+    Python does that inside a destructor, for example that of a loader's workers.
+    """
     if isinstance(lost.exc_value, _Terminated):
         threading.Timer(_SECONDS_TO_ONCE_MORE, os.kill, (os.getpid(), signal.SIGTERM)).start()
     else:
@@ -114,10 +116,10 @@ def _once_more(lost: "sys.UnraisableHookArgs") -> None:
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where a command reports to. All of it may be used while bars are on the screen.
+    """The callables a command reports to, all usable while bars are on the screen.
 
     Args:
-        progress: shows how far a long step is, on standard error.
+        progress: shows the progress of a long step on standard error.
         tell: prints a line of results on standard output.
         warn: prints a line on standard error.
     """
@@ -128,21 +130,21 @@ class Terminal:
 
 
 def terminal_width() -> int:
-    """Return the columns of the terminal, 80 where there is none."""
+    """Return the width of the terminal in columns; 80 without one."""
     return shutil.get_terminal_size((USUAL_WIDTH, 24)).columns
 
 
 @contextlib.contextmanager
 def open_terminal() -> Iterator[Terminal]:
-    """Yield what a command reports to.
+    """Yield the callables that a command reports to.
 
-    Where standard error is a terminal, unfinished steps are bars at the bottom of the screen, and
-    every line appears above them, whole: long ones are left to the terminal to wrap, so that a path
-    can be copied. In a file or pipe there are no bars: a step has a line at its start, one at its
-    end, and at most one a minute between.
+    If standard error is a terminal, unfinished steps are bars at the bottom of the screen and lines
+    appear above them. The terminal wraps long lines, so a path can still be copied. In a file or
+    pipe there are no bars: a step prints a line at its start, one at its end, and at most one a
+    minute between.
 
     A step that begins before another has ended (validation within training) is part of it, and
-    leaves no line at its start and end.
+    prints no line at its start and end.
     """
     display = new_display()
     steps = _Steps(display)
@@ -154,7 +156,7 @@ def open_terminal() -> Iterator[Terminal]:
 
 
 class _Steps:
-    """Keeps count of the steps under way. Keras calls from several threads."""
+    """Tracks the steps under way. Keras calls from several threads."""
 
     def __init__(self, display: Display):
         self._display = display
@@ -170,7 +172,7 @@ class _Steps:
         now = time.monotonic()
         before = self._finished.get(name)
         if before is not None and done >= before.done:
-            # A download of unknown length is at its end with every call.
+            # A download of unknown length reports done == total with every call.
             return
         step = self._active.get(name)
         is_new = step is None
@@ -193,7 +195,7 @@ class _Steps:
             self._display.warn(step.end_line(now))
 
     def close(self) -> None:
-        """End what stopped short of its total: files that turned out to be unreadable."""
+        """End steps that stopped short of their total, because some files were unreadable."""
         with self._lock:
             for step in self._active.values():
                 self._display.remove(step)

@@ -40,16 +40,16 @@ def train(
     tell: Tell | None = None,
     augment: Change | Augmentation | None = None,
 ) -> Path:
-    """Train a classifier; keep the best weights by validation loss; evaluate them.
+    """Train a classifier, keep the best weights by validation loss, and evaluate them.
 
     Args:
-        config: what is asked for.
+        config: of the training.
         cache: with labels joined.
         out: a new run folder.
         progress: called as progress(step, done, total, detail).
         tell: called with one line of text per epoch.
-        augment: an augmentation of your own (`view_batches`), which takes the place of the one
-            that the configuration names.
+        augment: your own augmentation (`view_batches`), which replaces the one in the
+            configuration.
 
     Returns:
         The run folder; `RunFolder` lists its files.
@@ -58,7 +58,7 @@ def train(
         UsageError: `out` exists, the cache's slices are smaller than the input, or Keras already
             runs on another backend.
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
-        DivergedError: a loss or weight is not finite; the last good state stays.
+        DivergedError: a loss or weight is not finite; the last good state is kept.
     """
     run = RunFolder(require_absent(out))
     tell = tell or (lambda line: None)
@@ -102,7 +102,7 @@ def train(
             fit(training, Course(), progress, tell)
             _finish(run, recipe, cache, progress)
         finally:
-            # Without one finished epoch there is nothing to resume or to evaluate.
+            # Without a finished epoch there is nothing to resume or evaluate.
             if not run.is_interrupted and not run.is_finished:
                 shutil.rmtree(run.path, ignore_errors=True)
     run.lock_file.unlink(missing_ok=True)
@@ -117,29 +117,29 @@ def resume(
     tell: Tell | None = None,
     augment: Change | Augmentation | None = None,
 ) -> Path:
-    """Resume a training that was interrupted, after its last finished epoch.
+    """Resume an interrupted training after its last finished epoch.
 
     On a CPU of the same kind, with the same versions and as many threads, weights and history are
     bit-equal to those of a training that was not interrupted. Differences from the original
     environment are reported and noted in environment.json.
 
     Args:
-        run_dir: the run folder that `train` left; its recipe and split hold.
-        cache: the one that the training began with, with the same labels.
+        run_dir: the run folder that `train` left; its recipe and split are used.
+        cache: the cache that the training began with, with the same labels.
         device: None takes the run's.
         progress, tell: as in `train`.
-        augment: the augmentation of your own that the training began with, when it did.
+        augment: your own augmentation, if the training began with one.
 
     Returns:
         The run folder, as `train` leaves it.
 
     Raises:
-        UsageError: the run is finished, it began with another augmentation of your own, or Keras
-            already runs on another backend.
+        UsageError: the run is finished, it began with a different augmentation, or Keras already
+            runs on another backend.
         LostState: all states are damaged.
         StaleError: there is no interrupted training, the cache or the labels are not those it
             began with, its recipe is damaged, or it is still running.
-        EnvironmentProblem: the run's device is not there.
+        EnvironmentProblem: the run's device is not available.
         DivergedError: as in `train`.
     """
     tell = tell or (lambda line: None)
@@ -154,7 +154,7 @@ def resume(
         for line in changes:
             tell(f"Different from the original environment: {line}.")
 
-        # The split as it was made: a file that was named may have changed or gone.
+        # The split as stored in the run: the file it came from may have changed or gone.
         by_file = replace(recipe.training, split=str(run.split_file))
         _, indices = split_indices(cache.slices, replace(recipe, training=by_file))
         samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
@@ -179,7 +179,7 @@ def resume(
 
 
 def cache_of(run: RunFolder | Path | str) -> Path | None:
-    """Return where the cache was that a training began with; None for runs that do not say."""
+    """Return the path of the cache that a training began with; None if it was not recorded."""
     path = RunFolder.at(run).data().get(CACHE_PATH)
     return None if path is None else Path(path)
 
@@ -189,7 +189,7 @@ def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
 
     Args:
         run: the run folder.
-        device: "cpu" or "cuda", where it would be resumed.
+        device: "cpu" or "cuda": where to resume.
 
     Returns:
         One "name NOW, was BEFORE" per difference: packages, backend, device, machine, and the
@@ -199,7 +199,7 @@ def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
     run = RunFolder.at(run)
     recipe = run.recipe()
     before, now = run.environment(), environment_record(device)
-    # The processor is the device, or beside a GPU does not matter.
+    # The processor is either the device itself, or does not matter next to a GPU.
     names = [name for name in now if name not in ("versions", "processor")]
     pairs = {name: (now[name], before.get(name)) for name in names}
     for name, version in now["versions"].items():
@@ -218,7 +218,7 @@ def _require_same_data(run: RunFolder, cache: CTCache) -> None:
         raise StaleError(
             f"{cache.path} is not the cache that the training in {run} began with: fingerprint"
             f" {cache.fingerprint[:12]}, expected {before[CACHE][:12]}.",
-            "Give that cache.",
+            "Give the cache it began with.",
         )
     if not set(LABELS) <= set(cache.slices) or (
         before.get(LABELS_DIGEST) not in (None, _labels_digest(cache.slices))
@@ -297,9 +297,9 @@ def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
 def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
     _, model = load_network(run, recipe.device)
-    # In float32 for whoever loads it: other machines may have no faster type.
+    # In float32, because other machines may not support a faster type.
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)
-    # Left where somebody evaluated the unfinished run, or its evaluation was interrupted.
+    # Left behind if the unfinished run was evaluated, or its evaluation was interrupted.
     run.choices_file.unlink(missing_ok=True)
     for split in SPLITS_TO_EVALUATE:
         evaluate_network(run, recipe, model, cache, split, progress)

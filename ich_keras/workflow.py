@@ -1,6 +1,6 @@
-"""The one road from DICOM files and labels to a trained run: index, cache, plan, training.
+"""The workflow from DICOM files and labels to a trained run: index, cache, plan, training.
 
-The command line, the demo and the experiments all take it. What already exists is used, never
+The command line, the demo and the experiments all use it. Existing results are reused, never
 overwritten.
 """
 
@@ -46,7 +46,7 @@ def prepare_index(
         UsageError: a path does not exist.
         DataError: no CT slice in the folder, a faulty label file, or labels that match no image.
     """
-    # The labels come first: a fault in them shows before the long walk through the folder.
+    # Labels first: a fault in them shows before the long walk through the folder.
     table = None if labels is None else read_rsna_labels(labels)
     index = index_folder(dicom, workers=workers, journal=journal, progress=progress)
     if tell is not None:
@@ -56,7 +56,7 @@ def prepare_index(
         if tell is not None:
             tell(repr(table))
             tell(str(join))
-    # Scouts and other planes do not count towards a limit.
+    # Localizers and non-axial series do not count towards the limit.
     return index if limit_series is None else first_series(index.usable(), limit_series)
 
 
@@ -74,7 +74,7 @@ def first_series(index: SeriesIndex, count: int | None) -> SeriesIndex:
 
 
 def open_cache(path: Path | str, labels: Path | str | None = None) -> CTCache:
-    """Open a cache with the labels of a csv, or with those it was built with.
+    """Open a cache with labels from a csv, or with those it was built with.
 
     Raises:
         StaleError: not a complete cache.
@@ -91,7 +91,7 @@ def make_cache(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> CTCache:
-    """Cache the usable series of an index; localizers and other planes become rejects."""
+    """Cache the usable series of an index; localizers and non-axial series become rejects."""
     return build_cache(index.usable(), out, size, workers=workers, progress=progress)
 
 
@@ -106,16 +106,16 @@ def cache_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CTCache:
-    """Index a folder, join its labels and cache it: the first half of the road.
+    """Index a folder, join its labels and cache it: the first half of the workflow.
 
     Args:
-        dicom, labels, workers, journal, progress, tell: as of `prepare_index`.
+        dicom, labels, workers, journal, progress, tell: as for `prepare_index`.
         cache_dir: a new folder.
         size: rows and columns of a cached slice.
         index_dir: a new folder that also receives the index; None keeps none.
 
     Raises:
-        UsageError: a path does not exist, or a folder to write does.
+        UsageError: a path does not exist, or a folder to write already does.
         DataError: as `prepare_index`.
     """
     index = prepare_index(
@@ -131,13 +131,13 @@ class Preparation:
     """What is known before anything is written: `Preparation.train` does the rest.
 
     Args:
-        config: what is asked for.
-        recipe: what was decided.
+        config: the requested settings.
+        recipe: the settings in use.
         plan: what the training will do.
         out: the new run folder.
         cache_dir: where the cache is, or will be built.
         cache: the cache; None when it has to be built.
-        index: what the cache is built from; None when only a cache was given.
+        index: the index to build the cache from; None when only a cache was given.
     """
 
     config: RunConfig
@@ -150,7 +150,7 @@ class Preparation:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache to build; 0 when there is one."""
+        """Size of the cache to build, bytes; 0 when it exists."""
         if self.cache is not None or self.index is None:
             return 0
         return len(self.index.usable().slices) * self.recipe.inputs.cache_size**2 * 2
@@ -184,7 +184,7 @@ class Preparation:
         progress: Progress | None = None,
         tell: Tell | None = None,
     ) -> Path:
-        """Build the cache where there is none, and train.
+        """Build the cache if there is none, and train.
 
         Args:
             index_dir: a new folder for the index; None keeps none.
@@ -222,17 +222,17 @@ def prepare_training(
     Args:
         config: of the training.
         out: the new run folder.
-        dicom: a folder of DICOM files; None needs a cache that exists.
-        labels: RSNA's csv; needed with `dicom`, otherwise those beside the cache are the default.
+        dicom: a folder of DICOM files; None requires an existing cache.
+        labels: RSNA's csv; required with `dicom`, otherwise the cache's labels are the default.
         cache_dir: the cache, used when it exists; None is `cache_beside(out)`.
-        takes_cache_size: the input takes the size of an existing cache instead of the config's.
+        takes_cache_size: use the size of an existing cache instead of the config's.
         workers: processes that read headers; 0 reads them in this one.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
 
     Raises:
         UsageError: `out` exists, a path does not, or the cache is smaller than the input.
-        StaleError: the cache is incomplete, or holds other files than `dicom`.
+        StaleError: the cache is incomplete, or was made from other files than those in `dicom`.
         DataError: as `prepare_index` and `plan_of`.
     """
     out = require_absent(out)
@@ -274,10 +274,10 @@ def train_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> Path:
-    """Take the whole road: DICOM files and labels to index, cache and trained run.
+    """Run the whole workflow: from DICOM files and labels to index, cache and trained run.
 
     Args:
-        config: of the training; its size is that of the cache.
+        config: of the training; its size is also that of a new cache.
         dicom: a folder of DICOM files.
         labels: RSNA's csv.
         out: the new run folder.
@@ -306,11 +306,11 @@ def train_dicom(
 
 
 def cache_beside(out: Path | str) -> Path:
-    """Return where the cache of a run lies when no place is given.
+    """Return the default path of a run's cache.
 
     >>> cache_beside("/data/run1").name
     'run1-cache'
     """
-    # Beside the run, not in it: the next run on the same data uses it again.
+    # Next to the run, not in it: the next run on the same data can reuse it.
     path = Path(out).absolute()
     return path.with_name(f"{path.name}-cache")

@@ -1,4 +1,4 @@
-"""What all tests share: the backend before keras, the real data when there are any, phantoms."""
+"""Shared by all tests: the backend, set before keras is imported; real data, if any; phantoms."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ import ich_keras  # noqa: F401 (sets torch as the default backend before any tes
 from ich_keras.environment import choose_device
 from ich_keras.errors import IchError
 
-# On a machine with a GPU the tests run on the processor too, where their expected numbers are
-# from; those of tests/test_cuda.py ask for the GPU.
+# The tests run on the CPU even on a machine with a GPU: their expected numbers come from a CPU.
+# Only tests/test_cuda.py uses the GPU.
 try:
     DEVICE = choose_device(os.environ.get("ICH_TEST_DEVICE", "cpu"))
 except IchError as error:
@@ -25,7 +25,7 @@ SHARED = Path(
 
 
 def pytest_collection_modifyitems(config, items):
-    """On the GPU only what is made for it: the other tests expect the processor's numbers."""
+    """On the GPU, run only the tests made for it: the others expect the CPU's numbers."""
     if DEVICE != "cpu":
         left_out = [item for item in items if item.path.name != "test_cuda.py"]
         config.hook.pytest_deselected(items=left_out)
@@ -62,7 +62,7 @@ def phantom_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_cache_folder(phantom_folder, tmp_path_factory) -> Path:
-    """Those series cached at 48x48, labels beside."""
+    """The phantom series cached at 48x48 pixels, with labels."""
     from ich_keras.workflow import make_cache, prepare_index
 
     folder = tmp_path_factory.mktemp("cache") / "cache"
@@ -73,7 +73,7 @@ def phantom_cache_folder(phantom_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_cache(phantom_cache_folder):
-    """The cache, open."""
+    """The opened cache of the phantom series."""
     from ich_keras.data.cache.cache import CTCache
 
     return CTCache.open(phantom_cache_folder)

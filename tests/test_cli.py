@@ -239,7 +239,7 @@ def mistakes(folder, tmp_path):
         "download without data": (2, "--download given, but no data", "train", "--download"),
         "demo plan with data": (
             2,
-            "--demo-plan given, but also data",
+            "--demo-plan given with data",
             "train",
             *data,
             "--demo-plan",

@@ -315,7 +315,7 @@ def test_a_worker_that_dies_while_predicting_is_an_error(run, phantom_folder, mo
     monkeypatch.setattr(prediction, "_read_series", die)
     index = index_folder(phantom_folder / "images")
     recipe, model = load_run(run)
-    with pytest.raises(EnvironmentProblem, match="that read slices has died"):
+    with pytest.raises(EnvironmentProblem, match="reading slices has died"):
         predict_index(model, index, recipe, workers=1)
 
 

@@ -1,7 +1,8 @@
 """The command line: `ich` and its commands; `ich-train` is `ich train`.
 
-Every command parses, calls one public function and prints. Nothing heavy is imported before a
-command runs: `--help` answers at once, and `--backend` acts before Keras is loaded.
+Every command parses its options, calls one public function and prints the result. Nothing heavy is
+imported before a command runs: `--help` answers at once, and `--backend` takes effect before Keras
+is loaded.
 """
 
 import click

@@ -17,7 +17,7 @@ from ich_keras.cli.options import (
 from ich_keras.errors import EXIT_ENVIRONMENT, DataError
 from ich_keras.terminal import Command, open_terminal
 
-# `ich index` describes spacing and tilt of every series when there are no more than these.
+# Up to this many series, `ich index` describes the spacing and tilt of each.
 DESCRIBED_SERIES = 20
 
 
@@ -43,19 +43,19 @@ DESCRIBED_SERIES = 20
     type=click.Choice(["even", "rsna"]),
     default="even",
     show_default=True,
-    help="Subtypes equally often, or as often as in the RSNA 2019 data.",
+    help="How often each subtype occurs: equally often, or as in the RSNA 2019 data.",
 )
 @click.option(
     "--prevalence",
     type=float,
-    help="Share of the patients with a bleed; default: 0.5, with --mix rsna 0.4.",
+    help="Share of patients with a bleed; default: 0.5, or 0.4 with --mix rsna.",
 )
 @click.option(
     "--series-per-patient",
     type=float,
     default=1.3,
     show_default=True,
-    help="On average, from 1 to 4.",
+    help="Average number, from 1 to 4.",
 )
 @WORKERS
 def phantom(out: Path, num_series: int, seed: int, workers: int | None, **options: Any) -> None:
@@ -87,7 +87,7 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
     from ich_keras.workflow import prepare_index
 
     out = require_absent(out).absolute()
-    # Beside the folder: it stays when indexing is interrupted, and is removed at the end.
+    # Next to the folder: it survives an interruption and is removed at the end.
     journal = out.with_name(f"{out.name}.journal")
     try:
         with open_terminal() as terminal, rejects_kept(out):
@@ -124,7 +124,7 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
     show_default=True,
     help="Rows and columns of a cached slice.",
 )
-@click.option("--verify", is_flag=True, help="Check every checksum of the cache in --out instead.")
+@click.option("--verify", is_flag=True, help="Only verify the checksums of the cache in --out.")
 @WORKERS
 def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: int | None) -> None:
     """Cache the Hounsfield units of an index at one size, or verify a cache."""
@@ -153,14 +153,15 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
 @LABELS_BESIDE
 @click.option("--split", help="patient, thesis-slices, ..., a file, or a run's split.json.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", type=FOLDER, metavar="JSON", help="Also write everything that was found.")
+@click.option("--out", type=FOLDER, metavar="JSON", help="Also write all findings to this file.")
 def audit(
     cache_dir: Path, labels: Path | None, split: str | None, seed: int, out: Path | None
 ) -> None:
-    """Look for leakage between splits, and for labels that contradict each other.
+    """Check for leakage between splits, and for contradictory labels.
 
-    Checks patients, studies, series and slices that are in two parts, slices with equal pixels,
-    and labels. Fails (exit code 3) when the split leaks, unless it is one that is known to leak.
+    Looks for patients, studies, series and slices in more than one split, for slices with equal
+    pixels, and for faults in the labels. Fails (exit code 3) when the split leaks, unless it is one
+    of the splits known to leak.
     """
     from ich_keras.data.leakage import audit_data
     from ich_keras.data.split import LEAKING, find_split
@@ -188,7 +189,9 @@ def audit(
     for leak in result["leaks"]:
         click.echo(f"  LEAK: {leak}")
     if result["leaks"] and chosen.name not in LEAKING:
-        raise DataError(f"split {chosen.name!r} leaks.", "Put all of a patient into one split.")
+        raise DataError(
+            f"split {chosen.name!r} leaks.", "Put all data of a patient into one split."
+        )
     if not result["leaks"]:
         click.echo("  no leak found")
 

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the checks they share."""
+"""Options and checks that several commands share."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from ich_keras.processes import usable_cores
 
 T = TypeVar("T")
 
-# Of the group, and of `ich-train`, which runs without it.
+# For the group, and for `ich-train`, which runs without the group.
 HELP = {"help_option_names": ["-h", "--help"]}
 
 FOLDER = click.Path(path_type=Path)
@@ -22,25 +22,25 @@ RUN = click.option(
     "--run", "run_dir", type=FOLDER, required=True, metavar="RUN", help="From `ich train`."
 )
 LABELS_BESIDE = click.option(
-    "--labels", type=FOLDER, metavar="CSV", help="Default: those beside the cache."
+    "--labels", type=FOLDER, metavar="CSV", help="Default: the labels the cache was built with."
 )
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=None,
-    help="Processes that read and cache; default: one per core.",
+    help="Worker processes; default: one per core.",
 )
 BACKEND = click.option("--backend", help="torch (default), jax or tensorflow.")
 DEVICE = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu or cuda; cuda fails where there is no usable GPU.",
+    help="auto, cpu or cuda; cuda fails without a usable GPU.",
 )
 
 
 def required(value: T | None, option: str) -> T:
-    """Return the value of an option that this use of the command needs.
+    """Return the value of an option, which must have been given.
 
     Raises:
         UsageError: it was not given.

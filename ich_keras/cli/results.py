@@ -59,7 +59,7 @@ def evaluate(
 @DICOM
 @click.option("--out", type=FOLDER, required=True, metavar="OUT", help="New folder.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Samples a step; default: that of the run."
+    "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
 @WORKERS
 @BACKEND
@@ -75,7 +75,7 @@ def predict(
 ) -> None:
     """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
 
-    A run on whole series predicts series only.
+    A run trained on whole series predicts series only.
 
     Not a medical device; not for clinical use.
     """
@@ -115,9 +115,9 @@ def submission(predictions: Path, out: Path) -> None:
 
 
 @click.command(cls=Command)
-@click.option("--preset", "names", multiple=True, help="Only this one; may be repeated.")
+@click.option("--preset", "names", multiple=True, help="Show only this network; may be repeated.")
 def presets(names: tuple[str, ...]) -> None:
-    """List the networks: input, depth, operations, parameters, memory, weights."""
+    """List the networks: their input, depth, operations, parameters, memory and weights."""
     from ich_keras.environment import choose_backend
     from ich_keras.models.presets import PRESETS
 

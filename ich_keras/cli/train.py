@@ -1,4 +1,4 @@
-"""`ich train`, which is also `ich-train`: training on data, resuming, and the demo."""
+"""`ich train`, also installed as `ich-train`: training, resuming and the demo."""
 
 import contextlib
 import shlex
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "cache_dir",
     type=FOLDER,
     metavar="DIR",
-    help="The cache: read when it exists, built from --dicom when not. Default: RUN-cache.",
+    help="The cache: used if it exists, else built from --dicom. Default: RUN-cache.",
 )
 @click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
 @click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
@@ -36,22 +36,27 @@ if TYPE_CHECKING:
     help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18, ...);"
     " default: from scratch.",
 )
-@click.option("--download", is_flag=True, help="First fetch and convert the named weights.")
+@click.option("--download", is_flag=True, help="Download and convert the named weights first.")
 @click.option("--norm", help="batch (default), frozen (needs weights) or group.")
-@click.option("--intensity", help="windows, wide or head-z-score; default: what fits the weights.")
+@click.option("--intensity", help="windows, wide or head-z-score; default: to suit the weights.")
 @click.option(
     "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
 )
 @click.option("--split", help="patient (default), none, thesis-slices, thesis-series, or a file.")
-@click.option("--view", help="slice, slab or series; default: what the preset is for.")
-@click.option("--slices", type=int, metavar="N", help="In a slab (default 5) or series (60).")
+@click.option("--view", help="slice, slab or series; default: to suit the preset.")
 @click.option(
-    "--edge", help="What a slab has beyond the ends of a series: air (default) or repeat."
+    "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
 )
 @click.option(
-    "--long-series", help="Of longer series take: spread (default: evenly spaced slices) or middle."
+    "--edge", help="How slabs are filled beyond the ends of a series: air (default) or repeat."
 )
-@click.option("--tilted", help="Tilted slabs and series: keep (default), skip or deshear.")
+@click.option(
+    "--long-series",
+    help="Which slices of a longer series to use: spread (evenly spaced; default) or middle.",
+)
+@click.option(
+    "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
+)
 @click.option(
     "--reverse/--no-reverse",
     default=None,
@@ -59,38 +64,40 @@ if TYPE_CHECKING:
 )
 @click.option("--epochs", type=int, help="Default 6.")
 @click.option(
-    "--batch-size", type=int, help="Samples a step; default 32 slices, 16 slabs or 1 series."
+    "--batch-size", type=int, help="Samples per step; default 32 slices, 16 slabs or 1 series."
 )
 @click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
 @click.option(
     "--backbone-factor",
     type=float,
     metavar="X",
-    help="The backbone learns at X times the rate; default 1.",
+    help="The backbone's learning rate is X times --learning-rate; default 1.",
 )
 @click.option(
     "--freeze", help="Freeze everything up to stem, layer1, ... layer4; default: nothing."
 )
 @click.option("--schedule", help="constant (default) or cosine.")
-@click.option("--warmup-steps", type=int, help="Steps over which the rate rises from 0; default 0.")
+@click.option(
+    "--warmup-steps", type=int, help="Steps over which the learning rate rises from 0; default 0."
+)
 @click.option("--weight-decay", type=float, help="Decoupled weight decay; default 0.")
 @click.option(
     "--accumulate",
     type=int,
     metavar="N",
-    help="Batches that make one optimiser step; default 8 of series, else 1.",
+    help="Batches per optimiser step; default 8 for series, else 1.",
 )
 @click.option(
     "--precision",
-    help="auto (default: bfloat16 on torch where the hardware has it), float32, bfloat16 or"
+    help="auto (default; bfloat16 on torch if the hardware supports it), float32, bfloat16 or"
     " float16.",
 )
-@click.option("--step", help="fast (default) or stock: Keras' own steps.")
+@click.option("--step", help="Training step: fast (default), or stock for Keras' own.")
 @click.option(
-    "--recompute", help="stage or block: less memory, slower steps; default: keep everything."
+    "--recompute", help="stage or block: less memory, but slower steps; default: recompute nothing."
 )
 @click.option(
-    "--compiled/--not-compiled", default=None, help="torch.compile; default: on a GPU only."
+    "--compiled/--not-compiled", default=None, help="Use torch.compile; default: only on a GPU."
 )
 @click.option("--loss", help="bce (default) or rsna (any counted twice).")
 @click.option(
@@ -101,7 +108,7 @@ if TYPE_CHECKING:
     "--loader-workers",
     type=int,
     metavar="N",
-    help="Processes that make batches; default 0. The batches are the same.",
+    help="Processes that prepare batches; default 0. Their number does not change the batches.",
 )
 @click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
 @click.option("--seed", type=int, help="Default 0.")
@@ -112,15 +119,17 @@ if TYPE_CHECKING:
     help="Resume an interrupted training; takes --cache, --labels and --device only.",
 )
 @BACKEND
-@click.option(
-    "--device", help="auto (default), cpu or cuda; cuda fails where there is no usable GPU."
-)
+@click.option("--device", help="auto (default), cpu or cuda; cuda fails without a usable GPU.")
 @WORKERS
-@click.option("--plan", is_flag=True, help="Say what would be done and how long; write nothing.")
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Show what training would do and how long it would take; write nothing.",
+)
 @click.option(
     "--demo-plan",
     metavar="NAME",
-    help="Of the demo: full or light; default: what suits the hardware.",
+    help="For the demo: full or light; default: to suit the hardware.",
 )
 def train_main(
     dicom: Path | None,
@@ -135,10 +144,10 @@ def train_main(
     resume: Path | None,
     **options: Any,
 ) -> None:
-    """Train a classifier, keep its best weights, evaluate them.
+    """Train a classifier, keep its best weights and evaluate them.
 
-    With --dicom and --labels it trains on your data, with --cache on a cache. Without either it
-    runs the demo: synthetic head CT, about four minutes on two cores.
+    Give --dicom and --labels to train on your data, or --cache to train on a cache. Without either,
+    the demo runs on synthetic head CT; it takes about four minutes on two cores.
 
     Not a medical device; not for clinical use.
     """
@@ -165,7 +174,7 @@ def train_main(
         _demo(out, config, demo_plan, num_workers(workers))
         return
     if demo_plan is not None:
-        raise UsageError("--demo-plan given, but also data.", "It is of the demo: leave it out.")
+        raise UsageError("--demo-plan given with data.", "It is only for the demo: leave it out.")
     _train(
         config,
         out,
@@ -190,7 +199,7 @@ def _train(
     is_plan: bool,
     downloads: bool,
 ) -> None:
-    """Train on data, or say what that would do."""
+    """Train on data, or with --plan show what that would do."""
     from ich_keras.environment import choose_backend, choose_device
     from ich_keras.summary import run_summary
     from ich_keras.workflow import prepare_training
@@ -199,7 +208,7 @@ def _train(
     with open_terminal() as terminal:
         terminal.tell(f"Backend {backend}, device {device}.")
         if downloads:
-            # The one place that looks up at weights_convert, and only when asked to.
+            # The only import of weights_convert, and only on request.
             from weights_convert.fetching import ensure_weights
 
             ensure_weights(required(config.weights, "--weights"), config.preset, terminal.progress)
@@ -282,7 +291,7 @@ def _resume(
     if not cache_dir.exists():
         raise UsageError(
             f"the cache {cache_dir} does not exist.",
-            "Give --cache: the folder to which the training's cache has moved.",
+            "Give the cache's new place with --cache.",
         )
     cached = open_cache(cache_dir, labels)
     with open_terminal() as terminal:
@@ -320,13 +329,13 @@ def _refuse_without_data(options: dict[str, Any]) -> None:
 
 
 def _names(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
-    """Return the names of the options that were given, without some."""
+    """Return the names of the options that were given, except those in `but`."""
     given = [name for name, value in options.items() if value is not None and name not in but]
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def _run_config(config_file: Path | None, options: dict[str, Any]) -> "RunConfig":
-    """Lay the given options over a config file, or over the defaults."""
+    """Apply the given options to a config file, or to the defaults."""
     from ich_keras.config import RunConfig
     from ich_keras.files import read_json
 
@@ -348,7 +357,7 @@ def _run_config(config_file: Path | None, options: dict[str, Any]) -> "RunConfig
 
 
 def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> None:
-    """Where options ask for another view than the file's, take the defaults of that view."""
+    """Where options ask for a different view than the file, restore that view's defaults."""
     from ich_keras.config import DataConfig, FitConfig
     from ich_keras.models.presets import PRESETS
 

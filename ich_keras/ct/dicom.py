@@ -1,6 +1,6 @@
-"""One DICOM file: its header as the index needs it, and its pixels as Hounsfield units.
+"""Reading one DICOM file: its header for the index, and its pixels as Hounsfield units.
 
-The one reader: a file becomes a slice, or a `RejectedFile` that names the tag at fault.
+This is the only reader. A file becomes a slice, or a `RejectedFile` that names the faulty tag.
 """
 
 import contextlib
@@ -45,19 +45,19 @@ from ich_keras.ct.pixels import (
 )
 from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, LEAVE_OUT, SINGLE_FRAME, RejectedFile
 
-# Checked before anything is decoded. CT matrices have 512 rows, of some scanners 2048.
+# Checked before anything is decoded. CT matrices have 512 rows, on some scanners 2048.
 MAX_ROWS_COLUMNS = 4096
-# Scanners write 1, seldom 0.5 or 2. Outside of these bounds a slice would be one grey or overflow.
+# Scanners write 1, rarely 0.5 or 2. Outside these bounds a slice would be one grey, or overflow.
 MIN_SLOPE, MAX_SLOPE = 0.01, 100.0
 MAX_SPACING_MM = 100.0
 MAX_POSITION_MM = 1e5
-# How far direction cosines may be from orthonormal: some writers keep three decimals.
+# How far direction cosines may be from orthonormal: some writers keep only three decimals.
 ORIENTATION_TOLERANCE = 5e-3
 
 _CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 _MULTIFRAME_CT = (f"{_CT_IMAGE}.1", f"{_CT_IMAGE}.2")
-# Image Type, value 3 and later, of images computed from others (PS3.3 C.8.2.1.1.1, and the words
-# of vendors).
+# Values of Image Type, from the third on, that mark images computed from others (PS3.3
+# C.8.2.1.1.1, and vendors' own words).
 _REFORMATTED = frozenset(
     (
         *("MPR", "CSA MPR", "REFORMATTED", "RESAMPLED", "CSA RESAMPLED", "PROJECTION IMAGE"),
@@ -69,7 +69,7 @@ _REFORMATTED = frozenset(
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """What the header of one CT slice says, checked.
+    """The checked header of one CT slice.
 
     Args:
         sop_instance_uid, series_instance_uid, study_instance_uid: as written, without padding.
@@ -82,7 +82,7 @@ class SliceHeader:
         orientation: direction cosines along a row (x, y, z), then along a column (x, y, z).
         is_localizer: whether ImageType says that this is a scout view.
         slope, intercept: HU = slope * stored value + intercept.
-        pixels: size of the matrix, encoding and place of the pixels.
+        pixels: the pixels' matrix size, encoding and place in the file.
 
     Source:
         DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
@@ -133,7 +133,7 @@ def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> Slice
 
 
 def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlice:
-    """Read one CT slice as Hounsfield units, with what was done on the way.
+    """Read one CT slice as Hounsfield units, and report whether it was repaired.
 
     HU = slope * stored value + intercept, rounded to the nearest integer. Unsigned 12-bit slices
     with wrapped air are repaired (`pixels.is_wrapped`).
@@ -196,7 +196,7 @@ def _read_header(stream: BinaryIO, force: bool) -> SliceHeader:
     stream.seek(0)
     meta = read_meta(stream, size, force)
     if stream.tell() >= size:
-        detail = f"the file ends behind the file meta information, after {size} bytes"
+        detail = f"the file ends after the file meta information, at {size} bytes"
         raise RejectedFile("TRUNCATED", detail, COPY_AGAIN)
     syntax = text_of(meta, "TransferSyntaxUID")
     if not syntax and not force:
@@ -219,7 +219,7 @@ def _read_header(stream: BinaryIO, force: bool) -> SliceHeader:
 
 
 def _check_kind(elements: dict, meta: dict) -> None:
-    """Refuse what is no single acquired CT image, before a tag of such images is missed in it."""
+    """Refuse anything but a single acquired CT image, before its tags are required."""
     sop_class = text_of(elements, "SOPClassUID") or text_of(meta, "MediaStorageSOPClassUID")
     if sop_class in _MULTIFRAME_CT:
         detail = f"{name('SOPClassUID')} is {sop_class} (enhanced CT); expected {_CT_IMAGE}"

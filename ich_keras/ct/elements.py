@@ -1,8 +1,8 @@
-"""The raw elements of a DICOM file, parsed strictly, and the words for what is wrong with them.
+"""Strict parsing of a DICOM file's raw elements, and the errors for faulty ones.
 
-Values are taken as bytes and parsed here: pydicom's own conversion accepts a slope of NaN, and its
-warnings hold values of the file (for RSNA's UIDs, one warning for every tag). Only the tags in
-TAGS are kept: no name, date or free text of a patient is ever read into memory.
+Values are read as bytes and parsed here. pydicom's own conversion accepts a slope of NaN, and its
+warnings quote values from the file (with RSNA's UIDs, one warning per tag). Only the tags in TAGS
+are kept: no name, date or free text about a patient is ever read into memory.
 """
 
 import math
@@ -48,7 +48,7 @@ TAGS = {
     "PixelData": 0x7FE00010,
 }
 UNDEFINED_LENGTH = 0xFFFFFFFF
-# Longer values are not read into memory; a UID or an identifier has 64 characters at most.
+# Longer values are not read into memory. A UID or identifier has at most 64 characters.
 MAX_VALUE_BYTES = 1 << 16
 MAX_SHOWN_CHARACTERS = 64
 
@@ -69,9 +69,10 @@ class Stop(NamedTuple):
 
 
 def read_meta(stream: BinaryIO, size: int, force: bool) -> dict:
-    """Read the file meta information (group 0002) and leave the stream behind it.
+    """Read the file meta information (group 0002) and leave the stream right after it.
 
-    Alone, so that nobody inflates a deflated data set before its transfer syntax was looked at.
+    It is read on its own: the transfer syntax must be checked before a deflated data set is
+    inflated.
 
     Args:
         stream: at the beginning of the file.
@@ -82,7 +83,7 @@ def read_meta(stream: BinaryIO, size: int, force: bool) -> dict:
         tag -> raw element.
 
     Raises:
-        RejectedFile: NOT_DICOM, or TRUNCATED inside of this part.
+        RejectedFile: NOT_DICOM, or TRUNCATED within this part.
 
     Source:
         DICOM PS3.10 clause 7.1.
@@ -102,10 +103,10 @@ def read_meta(stream: BinaryIO, size: int, force: bool) -> dict:
 
 
 def has_explicit_vr(stream: BinaryIO) -> bool:
-    """Look whether the next element names its VR.
+    """Check whether the next element names its VR.
 
-    Some writers announce one encoding and use the other; the two capital letters of an explicit
-    VR cannot be mistaken (as a length they would mean a first value of over 16 KB).
+    Some writers announce one encoding and use the other. The two capital letters of an explicit VR
+    are unmistakable: read as a length, they would mean a first value of over 16 KB.
     """
     start = stream.tell()
     first = stream.read(6)
@@ -121,13 +122,13 @@ def read_elements(
     stop_at: Callable[[int], bool],
     part: str,
 ) -> tuple[dict, Stop | None]:
-    """Collect the raw elements named in TAGS, and notice a file that ends too early.
+    """Collect the raw elements named in TAGS, and detect a file that ends too early.
 
     Args:
         stream: at the first element.
         size: of the file, bytes.
         is_implicit, is_little_endian: the encoding.
-        stop_at: takes a tag, and tells whether to stop in front of its value.
+        stop_at: takes a tag; returns whether to stop before its value.
         part: what is being read, for messages.
 
     Returns:
@@ -169,12 +170,12 @@ def read_elements(
     except OSError as error:
         if error.errno is not None:
             raise
-        # pydicom's own: a sequence that holds something else than items.
+        # Raised by pydicom itself: a sequence holds something other than items.
         raise RejectedFile(
             "BAD_VALUE", f"a sequence in the {part} cannot be parsed", EXPORT_AGAIN
         ) from error
     if stop is None and end is not None and end != size:
-        # The last value reaches past the end, or a piece of the next element's head is left.
+        # The last value reaches past the end, or part of the next element's header is left over.
         raise RejectedFile("TRUNCATED", f"the file ends inside the {part}", COPY_AGAIN)
     return elements, stop
 
@@ -195,8 +196,8 @@ def required_text(elements: dict, keyword: str) -> str:
 def uid_of(elements: dict, keyword: str) -> str:
     """Return an identifier.
 
-    RSNA's "ID_..." are invalid as UI, and fine. Refused is what would break a table, or be taken
-    for the "#2" with which parts of one series are told apart.
+    RSNA's "ID_..." are not valid UIDs, but are accepted. Refused is only what would break a table,
+    or be mistaken for the "#2" that separates the volumes of one series.
     """
     uid = required_text(elements, keyword)
     if len(uid) > 64 or _CONTROL.search(uid) or "#" in uid:
@@ -205,7 +206,7 @@ def uid_of(elements: dict, keyword: str) -> str:
 
 
 def patient_id_of(elements: dict) -> str:
-    """Return PatientID, "" when absent. Its value never enters a message."""
+    """Return PatientID, "" when absent. Its value never appears in a message."""
     raw = _bytes_of(elements, "PatientID")
     if raw.isascii():
         patient_id = raw.decode("ascii").strip(" \0")
@@ -253,7 +254,7 @@ def name(keyword: str) -> str:
 
 
 def show(text: str) -> str:
-    """Quote text of a file for a message: one line, printable, short."""
+    """Quote text from a file for a message: one line, printable, short."""
     return ascii(text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "...")
 
 
@@ -275,7 +276,7 @@ def _bytes_of(elements: dict, keyword: str) -> bytes:
         return b""
     if element.value is None and element.length > MAX_VALUE_BYTES:
         raise bad_value(keyword, f"{element.length} bytes long", "a short value")
-    # A sequence in the place of a value is as good as none.
+    # A sequence in place of a value counts as absent.
     return element.value if isinstance(element.value, bytes) else b""
 
 

@@ -1,19 +1,20 @@
-"""Where slices lie in space: normal, positions, spacing, tilt."""
+"""The geometry of slices in space: normal, positions, spacing, tilt."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-# Below this two slices lie at one position: positions are written to 1e-3 mm or finer, and no
-# scanner spaces slices by less than 0.1 mm.
+# Slices closer than this share a position: positions are written to 1e-3 mm or finer, and no
+# scanner spaces slices less than 0.1 mm apart.
 SAME_POSITION_MM = 0.01
-# A slice that is this far beside the line through the stack is no part of one volume; a pixel of a
-# head CT measures about as much.
+# A slice further than this from the line through the stack does not belong to the volume. It is
+# about the size of a head CT's pixel.
 IN_PLANE_TOLERANCE_MM = 0.5
-# Less than this moves no slice of a head by a slice spacing, and is within a gantry's accuracy.
+# A smaller tilt moves no slice of a head by a slice spacing, and is within a gantry's accuracy.
 TILT_DEGREES = 1.0
-# Further from the transverse plane another plane is nearer. Gantries tilt at most 30 degrees.
+# Beyond this angle to the transverse plane, another plane is nearer. Gantries tilt at most 30
+# degrees.
 AXIAL_DEGREES = 45.0
 
 
@@ -24,10 +25,13 @@ def slice_normal(orientation: Sequence[float]) -> np.ndarray:
         orientation: direction cosines along a row, then along a column; (6,).
 
     Returns:
-        float64 (3,), z >= 0; of a plane through the z axis the first component above 0 counts.
+        float64 (3,), z >= 0. Where z is 0, y is positive; where y is 0 too, x is.
 
     Source:
         DICOM PS3.3 C.7.6.2.1.1.
+
+    >>> slice_normal((1, 0, 0, 0, 1, 0)).tolist()  # rows to the left, columns to the back
+    [0.0, 0.0, 1.0]
     """
     normal = np.cross(orientation[:3], orientation[3:])
     normal = normal / np.linalg.norm(normal)
@@ -64,30 +68,38 @@ def in_plane_shear(orientation: Sequence[float], positions: np.ndarray) -> tuple
 def tilt_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
     """Return how far a series is tilted: the larger of two angles.
 
-    One is that between its slices and the transverse plane (of a single slice there is no other),
-    the second `shear_degrees`, as some scanners write the transverse plane whatever the gantry.
+    The first is the angle between its slices and the transverse plane. The second is
+    `shear_degrees` (0 for a single slice): some scanners write the transverse plane however the
+    gantry is tilted.
 
     Args:
         orientation: direction cosines along a row, then along a column; (6,).
         positions: float64 (slices, 3), first pixels, mm.
+
+    >>> leaning = np.array([[0, 0, 0], [0, 5, 5], [0, 10, 10]], float)  # 5 mm back per 5 mm up
+    >>> round(tilt_degrees((1, 0, 0, 0, 1, 0), leaning), 6)
+    45.0
     """
     plane = math.degrees(math.acos(min(1.0, abs(slice_normal(orientation)[2]))))
     return max(plane, shear_degrees(orientation, positions))
 
 
 def is_axial(orientation: Sequence[float]) -> bool:
-    """Tell whether the transverse plane is the nearest one."""
+    """Return whether the transverse plane is the nearest one."""
     return abs(slice_normal(orientation)[2]) > math.cos(math.radians(AXIAL_DEGREES))
 
 
 def neighbour_distances_mm(positions_mm: np.ndarray) -> np.ndarray:
-    """Return the distances between neighbouring slices, without those at the same position.
+    """Return the distances between neighbouring slices, leaving out pairs at the same position.
 
     Args:
         positions_mm: float64 (slices,), along the normal, ascending.
 
     Returns:
         float64 (at most slices - 1,), mm.
+
+    >>> neighbour_distances_mm(np.array([0.0, 5.0, 5.0, 15.0])).tolist()
+    [5.0, 10.0]
     """
     distances = np.diff(positions_mm)
     return distances[distances > SAME_POSITION_MM]
@@ -98,6 +110,9 @@ def slice_spacing_mm(positions_mm: np.ndarray) -> float:
 
     Args:
         positions_mm: float64 (slices,), along the normal, ascending.
+
+    >>> slice_spacing_mm(np.array([0.0, 5.0, 10.0, 20.0]))
+    5.0
     """
     distances = neighbour_distances_mm(positions_mm)
     return float(np.median(distances)) if distances.size else math.nan
@@ -111,8 +126,8 @@ def fit_line(positions: np.ndarray, normal: np.ndarray) -> tuple[float, np.ndarr
         normal: float64 (3,), unit normal of the slices.
 
     Returns:
-        (largest distance of a slice from the line, mm; float64 (3,) its shear, mm per mm along the
-        normal).
+        (largest distance of a slice from the line, mm; the line's shear, float64 (3,), mm per mm
+        along the normal).
     """
     along = positions @ normal
     across = positions - np.outer(along, normal)

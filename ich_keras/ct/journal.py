@@ -1,4 +1,4 @@
-"""A journal of the files whose headers were read, so that an interrupted indexing can go on."""
+"""A journal of the files whose headers were read: an interrupted indexing resumes from it."""
 
 import json
 import zlib
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from ich_keras.errors import UsageError
 
-# Raise the number whenever `dicom.read_header` judges files differently: old lines are read again.
+# Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
 _FIRST_LINE = b"ich-index-journal 3\n"
 _FAMILY = b"ich-index-journal "
-# Whether these hold depends on the machine, not on the file.
+# These depend on the machine, not on the file.
 _NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
 
 
 class Entry(NamedTuple):
-    """One file that was looked at: a slice, or a reject when `code` is not empty."""
+    """One file that was read: a slice, or a reject when `code` is not empty."""
 
     path: str
     file_size: int
@@ -39,15 +39,15 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """An append-only file: one line for every batch of entries, with a checksum in front.
+    """An append-only file: one line per batch of entries, each starting with a checksum.
 
-    A line that was torn by a crash or damaged since is ignored, and its files are read again.
+    A torn or damaged line is ignored, and its files are read again.
 
     Args:
         path: of the file, which need not exist; None keeps no journal.
 
     Raises:
-        UsageError: the file is something else than a journal.
+        UsageError: the file is not a journal.
     """
 
     def __init__(self, path: Path | None):
@@ -66,25 +66,25 @@ class Journal:
             path.write_bytes(_FIRST_LINE)
         else:
             raise UsageError(
-                f"{path} is not a journal of an indexing; it is left as it is.",
+                f"{path} is not a journal of `ich index`; it was not changed.",
                 "Give the name of a new file, or of the journal of the interrupted run.",
             )
 
     def find(self, path: str, file_size: int, file_mtime_ns: int) -> Entry | None:
-        """Return what is known of a file, unless it has changed since."""
+        """Return a file's entry; None when it has none or the file has changed since."""
         entry = self._known.get(path)
         if entry is None or entry[1:3] != (file_size, file_mtime_ns) or entry.code in _NEVER_KEPT:
             return None
         return entry
 
     def add(self, entries: list[Entry]) -> None:
-        """Write entries down; they are safe from a crash of this process when it returns."""
+        """Write entries; once this returns, a crash of this process cannot lose them."""
         if self._path is not None and entries:
             text = json.dumps(entries, separators=(",", ":")).encode()
             self._append(b"%08x %s\n" % (zlib.crc32(text), text))
 
     def _append(self, line: bytes) -> None:
-        assert self._path is not None  # callers see to it
+        assert self._path is not None  # callers check
         # One write in append mode: lines of two processes do not mix.
         with open(self._path, "ab", buffering=0) as stream:
             stream.write(line)

@@ -1,4 +1,4 @@
-"""From the value of PixelData to stored values, and from those to Hounsfield units."""
+"""Turning the value of PixelData into stored values, and those into Hounsfield units."""
 
 import dataclasses
 import struct
@@ -18,7 +18,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
 NATIVE = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
 
-# Between soft tissue and air: below is air or lung, above is body.
+# Between soft tissue and air: air or lung is below, the body above.
 AIR_BELOW_HU = -500
 AIR_HU = -1024
 # Share of a slice's pixels that must be wrapped air before the 12-bit repair is applied.
@@ -39,7 +39,7 @@ class StoredPixels:
         is_signed: PixelRepresentation.
         bits_stored: how many of the 16 bits count.
         transfer_syntax_uid: the encoding.
-        offset, num_bytes: where the value of PixelData lies in the file.
+        offset, num_bytes: position and length of the value of PixelData in the file.
     """
 
     rows: int
@@ -60,11 +60,11 @@ def require_decoder(transfer_syntax_uid: str) -> Any:
     """Return pydicom's decoder for a compressed transfer syntax.
 
     Raises:
-        RejectedFile: NO_DECODER, with what to install or do.
+        RejectedFile: NO_DECODER; its hint says what to install or do.
     """
     if transfer_syntax_uid == DEFLATED:
         # 300 KB may inflate to 300 MB, and pydicom inflates all of it to read the header.
-        detail = "(deflated), which is not read, for its size is known only after inflating"
+        detail = "(deflated), which is not supported: its size is known only after inflating"
         raise _no_decoder(transfer_syntax_uid, detail, _CONVERT)
     try:
         decoder = get_decoder(transfer_syntax_uid)
@@ -86,7 +86,7 @@ def locate(pixels: StoredPixels, stream: BinaryIO, size: int) -> StoredPixels:
         size: of the file, bytes.
 
     Returns:
-        The same with the number of bytes to be read.
+        The same with the number of bytes to read.
 
     Raises:
         RejectedFile: TRUNCATED, TOO_LARGE, BAD_VALUE or DECODE_ERROR.
@@ -99,7 +99,7 @@ def stored_values(raw: bytes, pixels: StoredPixels) -> np.ndarray:
     """Return the stored values of a slice.
 
     Unused high bits are ignored and the sign is extended from the highest stored bit, as the
-    standard wants and pydicom does.
+    standard requires and pydicom does.
 
     Args:
         raw: the value of PixelData, `pixels.num_bytes` bytes.
@@ -128,12 +128,12 @@ def stored_values(raw: bytes, pixels: StoredPixels) -> np.ndarray:
 
 
 def is_wrapped(stored: np.ndarray, pixels: StoredPixels, intercept: float) -> bool:
-    """Tell whether a slice holds negative HU that were written modulo 4096.
+    """Return whether a slice holds negative HU that were written modulo 4096.
 
-    Some exporters wrote HU as unsigned 12-bit numbers with an intercept of about 0, so that air at
-    -1000 became 3096. A genuine unsigned slice may hold metal at such values: the air must really
-    be there, in at least WRAPPED_AIR_SHARE of the pixels (-1000 to -500 HU once unwrapped). Air
-    around a head fills a quarter of a slice and more; metal never a twentieth.
+    Some exporters wrote HU as unsigned 12-bit numbers with an intercept of about 0, which turned
+    air at -1000 into 3096. A genuine unsigned slice may hold metal at such values, so at least
+    WRAPPED_AIR_SHARE of the pixels must be air (-1000 to -500 HU once unwrapped). Air around a head
+    fills a quarter of a slice or more; metal never fills a twentieth.
 
     Args:
         stored: uint16 (rows, columns), stored values.
@@ -147,13 +147,13 @@ def is_wrapped(stored: np.ndarray, pixels: StoredPixels, intercept: float) -> bo
 
 
 def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:
-    """Repair a slice that `is_wrapped`; exact for -1000 to 3095 HU.
+    """Repair a slice for which `is_wrapped` is true; exact for -1000 to 3095 HU.
 
     Args:
         stored: uint16 (rows, columns), 0 to 4095.
 
     Returns:
-        uint16 (rows, columns), 0 to 4095, and the intercept that belongs to it.
+        uint16 (rows, columns), 0 to 4095, and its intercept.
 
     Source:
         Known from the RSNA 2019 Brain CT Hemorrhage Challenge.
@@ -166,12 +166,12 @@ def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:
 def reject_zero_tail(stored: np.ndarray, slope: float, intercept: float) -> None:
     """Refuse a slice whose second half was filled with zeros by a broken copy.
 
-    All values of the second half are zero, and one of:
+    All values of the second half are zero, and one of these holds:
     - a stored 0 is not air (above AIR_BELOW_HU): no half of an image is exactly one tissue value;
-    - the first half has next to no zeros (under 1 %): zero is not the background of this scanner;
-    - body fills a quarter of the last row in front of the zeros: heads, tables and head holders
-      end in a curve, a cut ends in a straight line.
-    A head in the upper half before clipped air passes, and so does a slice of nothing but air.
+    - the first half has almost no zeros (under 1 %): zero is not this scanner's background;
+    - body fills a quarter of the last row before the zeros: heads, tables and head holders end in
+      a curve, a cut ends in a straight line.
+    A head in the upper half above clipped air passes. So does a slice of nothing but air.
 
     Args:
         stored: int16 or uint16 (rows, columns), stored values.
@@ -208,11 +208,11 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         slope, intercept: HU = slope * stored + intercept.
 
     Returns:
-        int16 (rows, columns), HU. The lowest value that signed 16 bits can store becomes air where
-        its HU would not fit: scanners fill what lies outside their field of view with it.
+        int16 (rows, columns), HU. The lowest signed 16-bit value becomes air where its HU would not
+        fit: scanners fill the area outside their field of view with it.
 
     Raises:
-        RejectedFile: BAD_RESCALE, the result does not fit into int16.
+        RejectedFile: BAD_RESCALE; the result does not fit into int16.
 
     Source:
         DICOM PS3.3 C.11.1.1.2; padding: C.7.5.1.1.2.
@@ -236,7 +236,7 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def truncated(present: int, expected: int) -> RejectedFile:
-    """Make the error for pixel data that are not all there."""
+    """Make the error for incomplete pixel data."""
     detail = f"{name('PixelData')} has {max(present, 0)} bytes; expected {expected}"
     return RejectedFile("TRUNCATED", detail, COPY_AGAIN)
 
@@ -266,10 +266,10 @@ def _native_size(pixels: StoredPixels, size: int) -> int:
 
 
 def _walk(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
-    """Walk over the fragments to their end, so that a cut file is noticed (PS3.5 A.4)."""
+    """Walk over all fragments to detect a truncated file (PS3.5 A.4)."""
     if pixels.num_bytes != UNDEFINED_LENGTH:
         raise _undecodable(f"is not in fragments; its syntax is {pixels.transfer_syntax_uid}")
-    # Lossless coding may enlarge noise a little. Far more than the raw pixels is no slice.
+    # Lossless coding may enlarge noise a little. Data far larger than the raw pixels are no slice.
     limit = 4 * pixels.rows * pixels.columns + (1 << 20)
     offset = pixels.offset
     for _ in range(MAX_FRAGMENTS):
@@ -282,7 +282,7 @@ def _walk(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
         if tag == b"\xfe\xff\xdd\xe0":
             return offset - pixels.offset
         if tag != b"\xfe\xff\x00\xe0" or length == UNDEFINED_LENGTH:
-            raise _undecodable("holds something else than fragments")
+            raise _undecodable("holds something other than fragments")
         offset += length
         if offset > size:
             raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
@@ -312,7 +312,7 @@ def _decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
             pixel_keyword="PixelData",
         )
     except (RuntimeError, ValueError) as error:
-        # pydicom wraps whatever a plugin raises into RuntimeError; ValueError is its own, for
+        # pydicom wraps whatever a plugin raises in RuntimeError. It raises ValueError itself, for
         # fragments and sizes that do not fit.
         reason = " ".join(str(error).split())
         raise _undecodable(f"cannot be decoded: {reason[:300]}") from error
@@ -322,15 +322,15 @@ def _decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
 
 
 def _check_codestream(raw: bytes, pixels: StoredPixels) -> None:
-    """Compare the size inside a JPEG or JPEG 2000 stream with the header's before decoding it.
+    """Check the size inside a JPEG or JPEG 2000 stream against the header before decoding.
 
     Source:
         ISO/IEC 15444-1 A.5.1 (SIZ); ISO/IEC 10918-1 B.2.2 and 14495-1 C.2.2 (start of frame).
     """
-    first = 16 + struct.unpack_from("<I", raw, 4)[0]  # behind the offset table and an item's head
+    first = 16 + struct.unpack_from("<I", raw, 4)[0]  # after the offset table and an item's header
     stream = raw[first : first + (1 << 16)]
     if stream[:2] != b"\xff\xd8":
-        siz = stream.find(b"\xff\x4f\xff\x51")  # not at 0 where a JP2 box lies around it
+        siz = stream.find(b"\xff\x4f\xff\x51")  # not at 0 when wrapped in a JP2 box
         if 0 <= siz <= len(stream) - 42:
             width, height, left, top = struct.unpack_from(">4I", stream, siz + 8)
             components = struct.unpack_from(">H", stream, siz + 40)[0]

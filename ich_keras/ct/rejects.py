@@ -1,4 +1,4 @@
-"""Why a file cannot be used as a slice: codes, explanations, what to do, and the table of rejects.
+"""Why a file cannot be used as a slice: codes, explanations, hints, and the table of rejects.
 
 A reject carries its code, detail and hint all the way to `rejects.csv` and to the lines that a
 command prints.
@@ -25,7 +25,7 @@ CODECS = "pip install 'ich_keras[codecs]'"
 
 
 class Explanation(NamedTuple):
-    """What a reject code means, and what a person can do where the reader says nothing better."""
+    """The meaning of a reject code, and the hint for when the reader gives no better one."""
 
     meaning: str
     hint: str
@@ -71,7 +71,7 @@ REJECT_CODES = {
         "a coronal, sagittal or oblique series", "Nothing to do: only axial series are used."
     ),
     "TILTED": Explanation(
-        "a slice of a tilted series, and the run takes none",
+        "a slice of a tilted series, which this run skips",
         "Use a run that was trained with --tilted keep or deshear, or a run on slices.",
     ),
 }
@@ -100,11 +100,11 @@ class RejectedFile(DataError):
 
 
 class NothingUsable(DataError):
-    """A folder without a single usable slice.
+    """Nothing in a folder is usable.
 
     Args:
         message, hint: as in `DataError`.
-        rejects: the table of what was seen instead (`reject_table`).
+        rejects: the table of the files and why they were refused (`reject_table`).
     """
 
     def __init__(self, message: str, hint: str, rejects: pd.DataFrame) -> None:
@@ -127,10 +127,10 @@ class Reject(NamedTuple):
 
 
 def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
-    """Make the table of rejects, by path.
+    """Make the table of rejects, sorted by path.
 
     Returns:
-        Texts: path, code, detail, explanation and hint (REJECT_COLUMNS).
+        Text columns: path, code, detail, explanation and hint (REJECT_COLUMNS).
 
     >>> found = [Reject("b.dcm", "TRUNCATED", "cut"), Reject("a.txt", "NOT_DICOM", "")]
     >>> table = reject_table(found)
@@ -152,7 +152,7 @@ def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
 
 
 def explained(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of rejects with every column of today; older ones lack the last two."""
+    """Return a table of rejects with all current columns; older ones lack the last two."""
     if set(REJECT_COLUMNS) <= set(table):
         return table[list(REJECT_COLUMNS)]
     rows = table[["path", "code", "detail"]].itertuples(index=False, name=None)
@@ -160,7 +160,7 @@ def explained(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def joined(table: pd.DataFrame, rejects: Iterable[Reject]) -> pd.DataFrame:
-    """Return a table of rejects with some more, by path."""
+    """Return a table of rejects with more added, sorted by path."""
     more = reject_table(rejects)
     if more.empty:
         return table
@@ -168,7 +168,7 @@ def joined(table: pd.DataFrame, rejects: Iterable[Reject]) -> pd.DataFrame:
 
 
 def counts(table: pd.DataFrame) -> str:
-    """Count rejects by code, the commonest first.
+    """Count rejects by code, the most common first.
 
     >>> counts(reject_table([Reject("a", "NOT_CT", ""), Reject("b", "NOT_CT", "")]))
     'NOT_CT 2'
@@ -177,14 +177,16 @@ def counts(table: pd.DataFrame) -> str:
 
 
 def _by_code(table: pd.DataFrame) -> list[tuple[str, int]]:
-    """Count rejects by code, the commonest first; codes as common as each other by name."""
+    """Count rejects by code, the most common first; equally common ones by name."""
     found = Counter(table["code"].tolist())
     return sorted(found.items(), key=lambda item: (-item[1], item[0]))
 
 
 def summary(table: pd.DataFrame) -> list[str]:
-    """Say in a few lines why files were not used: each code with its number and meaning, and for
-    the commonest the first file's detail and what to do.
+    """Say in a few lines why files were not used.
+
+    Each code comes with its number and meaning; the most common one also with the first file's
+    detail and the hint.
 
     >>> for line in summary(reject_table([Reject("a.dcm", "MISSING_TAG", "Rows is absent")])):
     ...     print(line)
@@ -204,10 +206,10 @@ def summary(table: pd.DataFrame) -> list[str]:
 
 
 def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> NothingUsable:
-    """Make the error of a folder of which nothing can be used.
+    """Make the error for a folder in which nothing is usable.
 
     Args:
-        message: what was looked at, without a full stop.
+        message: what was searched, without a full stop.
         table: of rejects; may be empty.
         hint: what to do when there are no rejects.
     """
@@ -222,10 +224,10 @@ def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> Nothing
 
 @contextlib.contextmanager
 def rejects_kept(folder: Path | None) -> Iterator[None]:
-    """When a block finds nothing usable, leave its rejects in a folder and say so in the hint.
+    """When a block finds nothing usable, write its rejects to a folder and say so in the hint.
 
     Args:
-        folder: receives rejects.csv; made when it is absent. None writes nothing.
+        folder: receives rejects.csv; created when absent. None writes nothing.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The index: which slices lie in a folder, which series they make, and which files are refused."""
+"""The index: the slices in a folder, the series they form, and the files that are refused."""
 
 import math
 from collections import Counter, defaultdict
@@ -45,15 +45,15 @@ class SeriesIndex:
     """The slices, series and rejects of a folder.
 
     Args:
-        slices: one row a slice (SLICE_COLUMNS), by patient, study, series and slice index, which
-            counts from the most inferior slice. `series_uid` is the key of a volume: the
-            SeriesInstanceUID, with "#2", "#3" behind it where one UID holds several orientations,
-            matrices, pixel spacings or patients, or acquisitions at the same places.
+        slices: one row per slice (SLICE_COLUMNS), sorted by patient, study, series and slice index,
+            which counts from the most inferior slice. `series_uid` is the key of a volume: the
+            SeriesInstanceUID, followed by "#2", "#3" where one UID holds several orientations,
+            matrices, pixel spacings or patients, or several acquisitions at the same positions.
             `container` is the file's absolute path.
-        series: one row a series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
-            median distance of neighbours, `verdict` is explained at `geometry.verdict`,
-            `shear_row` and `shear_column` at `geometry.in_plane_shear`.
-        rejects: one row a file that cannot be used (REJECT_COLUMNS), by path.
+        series: one row per series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
+            median distance between neighbours. `verdict.verdict` explains `verdict`, and
+            `geometry.in_plane_shear` explains `shear_row` and `shear_column`.
+        rejects: one row per unusable file (REJECT_COLUMNS), sorted by path.
     """
 
     slices: pd.DataFrame
@@ -72,7 +72,7 @@ class SeriesIndex:
         )
 
     def describe(self, series_uid: str) -> str:
-        """Tell in one line of a series how many slices it has, its distances and its tilt.
+        """Describe a series in one line: its slices, their spacing, its tilt and its verdict.
 
         Raises:
             UsageError: there is no such series.
@@ -95,7 +95,7 @@ class SeriesIndex:
         )
 
     def usable(self) -> "SeriesIndex":
-        """Return the index without localizers and series that are not axial.
+        """Return the index without localizers and non-axial series.
 
         Their slices become rejects LOCALIZER and NOT_AXIAL.
         """
@@ -126,7 +126,7 @@ class SeriesIndex:
         """Write slices.csv, series.csv, rejects.csv and, last, index.json into a new folder.
 
         Raises:
-            UsageError: the folder holds something already.
+            UsageError: the folder is not empty.
         """
         folder = require_absent(folder)
         tables = {
@@ -136,10 +136,11 @@ class SeriesIndex:
 
     @classmethod
     def load(cls, folder: Path | str) -> "SeriesIndex":
-        """Read an index that was saved.
+        """Read a saved index.
 
         Raises:
-            StaleError: not an index, one of another schema, or one that was changed or damaged.
+            StaleError: the folder is not an index, or the index has another schema, was changed or
+                is damaged.
         """
         folder = Path(folder)
         manifest = read_json(folder / "index.json")
@@ -174,21 +175,21 @@ def index_folder(
     journal: Path | str | None = None,
     progress: Progress | None = None,
 ) -> SeriesIndex:
-    """Find the CT slices in a folder, group them into series, and put these in order.
+    """Find the CT slices in a folder, group them into series and put them in order.
 
-    Only headers are read. Sub-folders are searched, in the order of their names; links to folders
-    are not followed and names that begin with a dot are skipped. What is not a CT slice becomes a
-    reject; of two files with one SOPInstanceUID the first by path is kept.
+    Only headers are read. Sub-folders are searched in the order of their names. Links to folders
+    are not followed, and names that begin with a dot are skipped. A file that is not a CT slice
+    becomes a reject. Of two files with the same SOPInstanceUID, the first by path is kept.
 
     Args:
         folder: of DICOM files.
         workers: processes that read headers; 0 reads them in this one.
-        journal: a file that lets an interrupted indexing go on: files named there are not read
-            again unless their size or time has changed. It is kept; remove it when done.
+        journal: a file from which an interrupted indexing resumes: files listed there are read
+            again only if their size or time has changed. It is kept; remove it when done.
         progress: called as progress("indexing", files done, files).
 
     Raises:
-        UsageError: no such folder, or the journal is another kind of file.
+        UsageError: the folder does not exist, or the journal file is not a journal.
         NothingUsable: no CT slice was found; its `rejects` say why.
     """
     folder = Path(folder).absolute()
@@ -216,7 +217,7 @@ def index_folder(
         raise nothing_usable(
             f"no CT slice in {folder}: {_count(len(found), 'file')} seen",
             reject_table(rejects),
-            "Is this the folder of the DICOM files?",
+            "Is this the folder that holds the DICOM files?",
         )
     return _build(slices, rejects)
 
@@ -232,7 +233,7 @@ def _reject_duplicates(entries: list[Entry]) -> tuple[list[Entry], list[Reject]]
         first = slices.setdefault(entry.sop_instance_uid, entry)
         if first is not entry:
             detail = (
-                f"(0008,0018) SOPInstanceUID {entry.sop_instance_uid} is that of {first.path}, too"
+                f"(0008,0018) SOPInstanceUID {entry.sop_instance_uid} is also that of {first.path}"
             )
             rejects.append(Reject(entry.path, "DUPLICATE_UID", detail))
     return list(slices.values()), rejects
@@ -262,9 +263,9 @@ def _build(slices: list[Entry], rejects: list[Reject]) -> SeriesIndex:
 
 
 def _volumes(entries: list[Entry]) -> list[list[Entry]]:
-    """Part the slices of one SeriesInstanceUID into volumes, the largest first.
+    """Split the slices of one SeriesInstanceUID into volumes, the largest first.
 
-    By the UID of a slice, not by its path: renamed files make the same volumes.
+    Slices are ordered by UID, not by path: renamed files give the same volumes.
     """
     groups: dict[tuple, list[tuple[np.ndarray, list[Entry]]]] = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.sop_instance_uid):
@@ -287,14 +288,13 @@ def _volumes(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def _scans(volume: list[Entry]) -> list[list[Entry]]:
-    """Part acquisitions that lie at the same places (a head scanned twice, a perfusion), so that
-    the neighbours of a slice are of its own scan.
+    """Separate acquisitions at the same positions: a head scanned twice, or a perfusion.
 
-    Acquisitions that lie side by side, as the rotations or halves of one scan do, stay together,
-    also where they share some slices. A single slice at a place that is taken (scanned again, or
-    watched for the contrast medium) is a scan of its own. Not parted: a second scan at other places
-    (the series is then irregular), and one without a number of its own, or with one number a slice,
-    which says nothing (duplicate).
+    Every slice then has neighbours from its own scan. Adjacent acquisitions, such as the rotations
+    or halves of one scan, stay together even if they share some slices. A single slice at an
+    occupied position (scanned again, or watched for the contrast medium) is a scan of its own.
+    Not separated: a second scan at other positions (the series is then irregular), and scans that
+    AcquisitionNumber does not distinguish: none, or a different one for every slice (duplicate).
     """
     parts = defaultdict(list)
     for entry in volume:
@@ -304,7 +304,7 @@ def _scans(volume: list[Entry]) -> list[list[Entry]]:
     normal = slice_normal(volume[0].orientation)
     scans: list[list[Entry]] = []
     for part in sorted(parts.values(), key=_rank):
-        # The latest first: a rotation goes on where the one before it ended.
+        # The latest first: a rotation starts where the previous one ended.
         for scan in reversed(scans):
             if 2 * _num_shared(part, scan, normal) <= min(len(part), len(scan)):
                 scan += part
@@ -317,13 +317,13 @@ def _scans(volume: list[Entry]) -> list[list[Entry]]:
 def _rank(acquisition: list[Entry]) -> tuple:
     """Order acquisitions by their numbers, which follow time; those without one come last."""
     first = acquisition[0]
-    # More than the 12 characters of an IS (PS3.5 6.2) is no number.
+    # An IS has at most 12 characters (PS3.5 6.2); anything longer is not a number.
     is_number = first.acquisition.isdecimal() and len(first.acquisition) <= 12
     return int(first.acquisition) if is_number else math.inf, first.sop_instance_uid
 
 
 def _num_shared(ones: list[Entry], others: list[Entry], normal: np.ndarray) -> int:
-    """Count the slices of the one that lie where a slice of the other does."""
+    """Count the slices of the first that share a position with a slice of the second."""
     one, other = (
         np.array([entry.position for entry in entries]) @ normal for entries in (ones, others)
     )

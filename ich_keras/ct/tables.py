@@ -1,4 +1,4 @@
-"""The three tables of an index, and their way to csv files and back without loss."""
+"""The three tables of an index, and how to write them to csv and read them back without loss."""
 
 import csv
 import io
@@ -50,12 +50,12 @@ SERIES_COLUMNS = {
 }
 REJECT_COLUMNS = dict.fromkeys(("path", "code", "detail", "explanation", "hint"), TEXT)
 
-# What spreadsheets take for a formula when a cell begins with it; and our own mark.
+# Spreadsheets take a cell that begins with one of these for a formula. The last is our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 def patient_or_series(slices: pd.DataFrame) -> pd.Series:
-    """Return whom each slice belongs to: its patient, or without a PatientID its series.
+    """Return the owner of each slice: its patient, or its series where it has no PatientID.
 
     Args:
         slices: with the columns patient_id and series_uid.
@@ -68,7 +68,7 @@ def patient_or_series(slices: pd.DataFrame) -> pd.Series:
 
 
 def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:
-    """Make a table with the given columns and dtypes, also of no rows."""
+    """Make a table with the given columns and dtypes, even from no rows."""
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
@@ -79,7 +79,7 @@ def write_table(path: Path, table: pd.DataFrame) -> dict:
     `read_table` takes away.
 
     Returns:
-        what `read_table` wants to know: the columns' dtypes, and a checksum of the text.
+        The record that `read_table` needs: the columns' dtypes, and a checksum of the text.
     """
     dtypes = {column: _plain(dtype) for column, dtype in table.dtypes.items()}
     columns = [
@@ -87,7 +87,7 @@ def write_table(path: Path, table: pd.DataFrame) -> dict:
         for column, dtype in dtypes.items()
     ]
     text = io.StringIO(newline="")
-    # All texts in quotes: some versions of Python forget them around a lone carriage return.
+    # Quote all texts: some versions of Python leave a lone carriage return unquoted.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(dtypes)
     writer.writerows(zip(*columns, strict=True))

@@ -1,4 +1,4 @@
-"""Verdicts on a series: their words, how they are written, and when they apply."""
+"""Verdicts on a series: their words, how they are written, and when each applies."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,9 +15,9 @@ from ich_keras.ct.geometry import (
     tilt_degrees,
 )
 
-# highdicom's tolerance (`highdicom.spatial`), so that "ok" here is a volume there.
+# highdicom's tolerance (`highdicom.spatial`): a series that is "ok" here is a volume there.
 SPACING_TOLERANCE = 0.01
-# Spacing means nothing with fewer: two slices are always "regular".
+# Spacing means nothing with fewer slices: two are always "regular".
 MIN_SLICES = 3
 
 OK = "ok"
@@ -51,7 +51,7 @@ def join_words(words: Iterable[str]) -> str:
 
 
 def has_word(verdict: str, word: str) -> bool:
-    """Tell whether a verdict holds a word.
+    """Return whether a verdict contains a word.
 
     >>> has_word("too few,tilted", "tilted"), has_word("not axial", "axial")
     (True, False)
@@ -71,27 +71,31 @@ def shown(verdict: str) -> str:
 def verdict(
     orientation: Sequence[float], positions: np.ndarray, has_localizer: bool = False
 ) -> str:
-    """Say what one must know before taking a series for a volume.
+    """List what speaks against treating a series as one regular volume.
 
     Args:
         orientation: direction cosines along a row, then along a column; (6,).
         positions: float64 (slices, 3), first pixels, mm, in the order of the series.
-        has_localizer: whether the headers say that these are scout views.
+        has_localizer: whether the headers mark these as scout views.
 
     Returns:
-        "ok", or the words that hold, in the order of VERDICTS, joined by commas:
+        "ok", or the words that apply, in the order of VERDICTS, joined by commas:
         - localizer: scout views;
         - not axial: coronal, sagittal or oblique, over AXIAL_DEGREES from the transverse plane;
         - too few: under MIN_SLICES slices;
         - duplicate: two slices at one position;
         - gap: a distance is a multiple of the usual one, within 1 %: slices are missing;
-        - irregular: a distance is neither the usual one nor a multiple of it, or a slice lies
-          beside the line through the stack;
-        - tilted: `tilt_degrees` over TILT_DEGREES (of axial series only).
+        - irregular: a distance is neither the usual one nor a multiple of it, or a slice is off
+          the line through the stack;
+        - tilted: `tilt_degrees` over TILT_DEGREES (axial series only).
 
     Source:
-        A spacing is regular where highdicom's `get_volume_positions` says so: all distances within
+        Regular spacing is defined as in highdicom's `get_volume_positions`: all distances within
         1 % of their mean.
+
+    >>> heights = np.array([0.0, 5.0, 10.0, 20.0, 25.0])  # mm; the slice at 15 mm is missing
+    >>> verdict((1, 0, 0, 0, 1, 0), heights[:, np.newaxis] * (0, 0, 1))
+    'gap'
     """
     normal = slice_normal(orientation)
     positions_mm = positions @ normal

@@ -1,4 +1,4 @@
-"""Finding files in a folder and reading their headers, over several processes."""
+"""Finding the files in a folder and reading their headers in several processes."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ _PROGRESS_CALLS = 200
 
 
 def walk(folder: Path) -> Iterator[Entry]:
-    """Yield every file with size and time; what cannot be looked at comes as a reject."""
+    """Yield every file with its size and time; an unreadable one comes as a reject."""
     errors: list[OSError] = []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -38,13 +38,13 @@ def _look_at(path: str) -> Entry:
         status = os.stat(path)  # noqa: PTH116 (as above)
     except OSError as error:
         return Entry(path, 0, 0, "UNREADABLE", error.strerror or type(error).__name__)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
         return Entry(path, 0, 0, "UNREADABLE", "a device or pipe; expected a file")
     return Entry(path, status.st_size, status.st_mtime_ns)
 
 
 def _printable(path: str) -> str:
-    """Replace what is no Unicode in the name of a file, as it could not be written to a table."""
+    """Replace the parts of a file name that are not Unicode: a table could not hold them."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -73,7 +73,7 @@ def read_all(
 
 @contextlib.contextmanager
 def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
-    """Yield `map`, in this process or over several."""
+    """Yield a `map` that works in this process or in several."""
     if workers == 0 or num_tasks <= 1:
         yield map
         return
@@ -82,7 +82,7 @@ def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
         yield pool.map
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
-            "a process that read headers has died (killed, or out of memory).",
+            "a process that was reading headers has died (killed, or out of memory).",
             "Run again with the same journal, or with fewer workers. A script that uses workers "
             "needs an `if __name__ == '__main__':` guard.",
         ) from error

@@ -1,4 +1,4 @@
-"""Windows: which band of Hounsfield units becomes the grey scale 0 to 1."""
+"""Windows: the band of Hounsfield units that is mapped to the grey scale 0 to 1."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import numpy as np
 class Window:
     """A linear window, as DICOM's Window Center (0028,1050) and Window Width (0028,1051).
 
-    Calling it maps HU to grey values: `level - width / 2` and all below become 0,
-    `level + width / 2` and all above become 1.
+    Calling it maps HU to grey values: `level - width / 2` and below become 0,
+    `level + width / 2` and above become 1.
 
     Args:
         level: centre of the band, HU.
@@ -23,7 +23,7 @@ class Window:
 
     Source:
         DICOM PS3.3 C.11.2.1.3.2 (LINEAR_EXACT), scaled to 0..1. The default function LINEAR is
-        laid out for 8-bit screens and shifts the band by half a unit; networks want the exact one.
+        designed for 8-bit screens and shifts the band by half a unit; networks need the exact one.
     """
 
     level: float
@@ -50,9 +50,9 @@ class Window:
     def __call__(self, hu: Any) -> Any:
         """Map HU to grey values.
 
-        Operators and one `clip` method only, so that the same function serves NumPy and JAX
-        arrays and torch tensors, on the CPU and on the device. TensorFlow tensors have no `clip`
-        method: window them as NumPy, or write `keras.ops.clip` where Keras is at hand.
+        It uses only operators and one `clip` method, so it works on NumPy arrays, JAX arrays and
+        torch tensors, on any device. TensorFlow tensors have no `clip` method: window them as
+        NumPy arrays, or use `keras.ops.clip`.
 
         Args:
             hu: any shape; int16 or float32 (wider types come back as float64 from NumPy), HU.
@@ -63,7 +63,7 @@ class Window:
         >>> Window(level=40, width=80)(np.array([-1000, 20, 3000], np.int16)).tolist()
         [0.0, 0.25, 1.0]
         """
-        # float32 scalars: with Python floats NumPy would go through float64, at half the speed.
+        # float32 scalars: with Python floats NumPy would compute in float64, at half the speed.
         return ((hu - np.float32(self.low)) * np.float32(1 / self.width)).clip(0, 1)
 
 
@@ -74,5 +74,5 @@ BRAIN = Window(level=40, width=80)
 SUBDURAL = Window(level=80, width=200)
 SOFT_TISSUE = Window(level=40, width=380)
 WINDOWS = (BRAIN, SUBDURAL, SOFT_TISSUE)
-# The thesis's input of its 3D networks: -1000 to 400 HU, from air to bone.
+# The input of the thesis's 3D networks: -1000 to 400 HU, from air to bone.
 WIDE = Window(level=-300, width=1400)

@@ -1,7 +1,7 @@
-"""From probabilities of slices to one of their series: rules, and the choice among them.
+"""Turning slice probabilities into one per series: the rules, and how one is chosen.
 
-Which rule is best depends on how a network errs, so it is chosen on the validation split and
-reported with the result; a rule chosen on the test split would be a parameter fitted to it.
+The best rule depends on the errors a network makes. It is chosen on the validation split and
+reported with the result: a rule chosen on the test split would be a parameter fitted to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def _mean_of_highest(values: np.ndarray) -> np.ndarray:
 
 
 def _noisy_or(values: np.ndarray) -> np.ndarray:
-    # In logarithms: the product of many small numbers keeps its digits.
+    # In logarithms, so that the product of many small numbers keeps its digits.
     return -np.expm1(np.log1p(-np.minimum(values, 1 - CLIP)).sum(axis=0))
 
 
@@ -46,15 +46,15 @@ def aggregate(
     Args:
         values: float (slices, 6).
         series_uids: str (slices,).
-        rule: a key of `RULES`: the highest, the mean of the three highest (of all, where a series
-            has fewer), or noisy-or, 1 - product of (1 - p): the chance that at least one slice is
-            positive if slices erred independently, which they do not.
+        rule: a key of `RULES`: the highest; the mean of the three highest (of all, if a series has
+            fewer); or noisy-or, 1 - product of (1 - p), the chance that at least one slice is
+            positive if slices were independent, which they are not.
 
     Returns:
         float64, indexed by series_uid in the order of first appearance; six columns.
 
     Raises:
-        UsageError: unknown rule.
+        UsageError: the rule is unknown.
 
     >>> values = np.repeat([[0.5], [0.2], [0.1]], 6, axis=1)
     >>> aggregate(values, ["a", "a", "b"])["any"].to_dict()

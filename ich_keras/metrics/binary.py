@@ -1,16 +1,16 @@
-"""Metrics over a whole split, with the constant predictors a model has to beat beside them.
+"""Metrics over a whole split, next to the constant predictors that a model has to beat.
 
-What is undefined (no positives, nothing predicted) is None, in JSON null, in text "n/a"; it is
-never counted as 0 or 1. NumPy and scikit-learn only.
+An undefined metric (no positives, nothing predicted) is None, null in JSON and "n/a" in text. It
+never counts as 0 or 1. This module needs only NumPy and scikit-learn.
 
 Definitions, for n samples and six labels, y in {0, 1}, p a probability:
 
 - log loss: mean binary cross-entropy over samples and labels, p clipped to [1e-7, 1 - 1e-7]
-  (sigmoids in float32 saturate at exactly 1; RSNA's own clip of 1e-15 would make one such mistake
+  (float32 sigmoids saturate at exactly 1; with RSNA's own clip of 1e-15 one such mistake would
   cost 34.5 instead of 16.1);
 - RSNA log loss: the same with `any` counted twice, divided by seven (RSNA 2019 competition);
 - a label is predicted when p >= 0.5;
-- exact match: share of samples whose six labels are all right (subset accuracy);
+- exact match: share of samples with all six labels right (subset accuracy);
 - Hamming loss: share of labels that are wrong; Hamming score: mean of |y and p| / |y or p|, 1
   where both are empty (Godbole & Sarawagi, PAKDD 2004);
 - specificity: recall of the inverted labels; macro: mean over the labels where it is defined.
@@ -29,8 +29,8 @@ THRESHOLD = 0.5
 TRUTH_COLUMNS = tuple(f"true_{name}" for name in LABELS)
 
 
-# A rate of one label from its counts; None where it is undefined. A new one needs an entry here,
-# and one in METRICS to be shown.
+# Each rate of one label, from its counts; None where it is undefined. A new rate needs an entry
+# here, and another in METRICS to be shown.
 RATES: dict[str, Callable[["Counts"], float | None]] = {
     "precision": lambda n: _ratio(n.tp, n.tp + n.fp),
     "recall": lambda n: _ratio(n.tp, n.tp + n.fn),
@@ -53,7 +53,8 @@ class Metric(NamedTuple):
 
     Args:
         title: its name in a report.
-        formula: in terms of tp, tn, fp, fn (counts), y, p and n as in the module's docstring.
+        formula: in terms of tp, tn, fp, fn (counts), and of y, p and n as in the module's
+            docstring.
         higher_is_better: False for losses.
     """
 
@@ -74,7 +75,7 @@ METRICS = {
     "f1": Metric("F1 (macro)", "2 tp / (2 tp + fp + fn)", True),
     "specificity": Metric("specificity (macro)", "tn / (tn + fp)", True),
 }
-# What a report shows for each label; those of `RATES` are also averaged over the labels (macro).
+# The metrics a report shows for each label; `RATES` are also averaged over the labels (macro).
 PER_LABEL = ("auroc", "ap", "log_loss", *RATES)
 
 
@@ -86,20 +87,21 @@ def binary_metrics(
     Args:
         labels: int (n, 6), 0 or 1, in the order of `LABELS`.
         probabilities: float (n, 6), in [0, 1].
-        prevalence: of the training set, float (6,); without it the prevalence of `labels` is the
-            baseline, which is the hardest constant to beat.
+        prevalence: of the training set, float (6,). Without it the baseline is the prevalence of
+            `labels`, the hardest constant to beat.
 
     Returns:
         JSON-able: log_loss, rsna_log_loss, exact_match, hamming_loss, hamming_score; the macro
-        means precision, recall, f1, specificity, and in `defined_labels` over how many labels each
-        was taken; auroc and ap per label; `per_label` with all of it; `n` (samples, positive);
-        `baseline` (prevalence, all_negative); `skill`, which is 1 - loss / loss of the baseline:
-        1 perfect, 0 no better than the constant, None where the constant is already perfect
-        (log losses against the prevalence, the others against all-negative).
+        means precision, recall, f1, specificity, and in `defined_labels` the number of labels that
+        each is averaged over; auroc and ap per label; `per_label` with all metrics of each label;
+        `n` (samples, positive); `baseline` (prevalence, all_negative); `skill`, which is
+        1 - loss / loss of the baseline: 1 is perfect, 0 no better than the constant, None where
+        the constant is already perfect (log losses are compared with the prevalence, the others
+        with all-negative).
 
     Raises:
-        DataError: no samples, another shape, a label that is not 0 or 1, or a probability that is
-            NaN or outside [0, 1]; the row is named.
+        DataError: no samples, a wrong shape, a label that is not 0 or 1, or a probability that is
+            NaN or outside [0, 1]; the message names the row.
 
     >>> labels = np.repeat([[1], [1], [0], [0]], 6, axis=1)
     >>> probabilities = np.repeat([[0.9], [0.1], [0.1], [0.1]], 6, axis=1)  # one bleed is missed
@@ -157,13 +159,13 @@ def _checked_labels(labels: np.ndarray) -> np.ndarray:
         raise DataError(
             f"row {row}, {LABELS[column]}: label {labels[row, column]}; expected 0 or 1 "
             f"({int(wrong.any(axis=1).sum()):,} such rows).",
-            "Leave out what has no label.",
+            "Leave out samples without labels.",
         )
     return labels
 
 
 def _checked_probabilities(probabilities: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    # Contiguous, as the labels: the order of summation, and the last digits, follow the layout.
+    # Contiguous, like the labels: the layout decides the order of summation and the last digits.
     probabilities = np.ascontiguousarray(probabilities, dtype=np.float64)
     if probabilities.shape != shape:
         raise DataError(
@@ -236,8 +238,8 @@ def _macro(values: list[float | None]) -> float | None:
 def _baselines(truth: np.ndarray, prevalence: Sequence[float] | None) -> dict:
     """Score the two constant predictors: the prevalence, and never any haemorrhage.
 
-    The log losses of all-negative are None: a hard 0 for a positive costs infinitely much, and a
-    clipped number would only tell the clip.
+    The log losses of all-negative are None: a hard 0 for a positive costs infinity, and a clipped
+    number would only reflect the clip.
     """
     source = "evaluated set" if prevalence is None else "training set"
     constant = truth.mean(axis=0) if prevalence is None else np.asarray(prevalence, dtype=float)

@@ -1,4 +1,4 @@
-"""Whether a probability means what it says: reliability, ECE, Brier score, temperature."""
+"""Calibration, or how far probabilities match frequencies: ECE, Brier score, temperature."""
 
 import numpy as np
 
@@ -19,9 +19,9 @@ def calibration(truth: np.ndarray, values: np.ndarray, bins: int = BINS) -> dict
         bins: of equal width over 0..1.
 
     Returns:
-        JSON-able: label -> {"brier": mean squared error, "ece": expected calibration error, the
-        mean over samples of |frequency - mean probability| of their bin, "bins": one of
-        {"low", "high", "count", "mean_probability", "frequency"} per bin that is not empty}.
+        JSON-able: label -> {"brier": mean squared error, "ece": expected calibration error (the
+        mean over samples of |frequency - mean probability| in their bin), "bins": a list with
+        {"low", "high", "count", "mean_probability", "frequency"} for each bin that is not empty}.
 
         brier = mean (p - y)^2; ece = sum over bins of count / n * |frequency - mean probability|.
 
@@ -63,7 +63,7 @@ def calibration(truth: np.ndarray, values: np.ndarray, bins: int = BINS) -> dict
 
 
 def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
-    """Find the temperature with the lowest log loss: on validation, never on test.
+    """Find the temperature with the lowest log loss. Use the validation split, never test.
 
     Args:
         truth: int (n, 6), 0 or 1.
@@ -71,8 +71,8 @@ def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
 
     Returns:
         T > 0, which minimises the log loss of sigmoid(logit(p) / T). Above 1 the probabilities were
-        overconfident, below 1 underconfident. One number for all labels, so that no ranking within
-        a label changes.
+        overconfident, below 1 underconfident. One number serves all labels; it changes no ranking
+        within a label.
 
     >>> truth = np.repeat([[1], [1], [1], [0]], 6, axis=1)  # 75 % are positive: odds of 3
     >>> values = np.full((4, 6), 0.9)  # odds of 9 = 3 ** 2
@@ -86,7 +86,7 @@ def fit_temperature(truth: np.ndarray, values: np.ndarray) -> float:
 
     def loss(log_temperature: float) -> float:
         scaled = logits * np.exp(-log_temperature)
-        # log(1 + exp(z)) - y z, which neither over- nor underflows.
+        # log(1 + exp(z)) - y z, which neither overflows nor underflows.
         return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
 
     low, high = np.log(TEMPERATURES)

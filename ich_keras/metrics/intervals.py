@@ -1,7 +1,8 @@
 """95 % intervals by resampling patients, and paired differences between models.
 
-Slices of one patient are alike: resampling slices would pretend to know far more than the data do.
-So whole patients are drawn with replacement, and both models of a difference get the same draws.
+Slices of one patient are alike: resampling slices would claim far more certainty than the data
+give. So whole patients are drawn with replacement, and both models of a difference get the same
+draws.
 
 Source:
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 (clusters) and 13
@@ -37,14 +38,14 @@ def bootstrap(
         truth: int (n, 6), 0 or 1.
         values: float (n, 6), probabilities.
         patients: str (n,), the patient of each row.
-        resamples: draws of as many patients as there are.
+        resamples: number of resamples; each draws as many patients as there are.
         seed: of the draws.
 
     Returns:
         JSON-able: metric -> {"value", "low", "high", "resamples"}; metrics are log_loss,
         rsna_log_loss, brier, exact_match, and auroc/<label>, ap/<label>, log_loss/<label>.
-        `resamples` says in how many the metric was defined; low and high are None where it was
-        not in nine of ten.
+        `resamples` is the number of resamples in which the metric was defined; low and high are
+        None where that is fewer than nine in ten.
 
     Raises:
         DataError: shapes differ, or there are fewer than two patients.
@@ -65,12 +66,12 @@ def mean_bootstrap(
 ) -> dict[str, dict]:
     """Compute the means of several models' metrics, such as those of one training's seeds.
 
-    Each model is scored on rows of its own: ranking the rows of several models among each other
-    would compare probabilities that were never meant to be compared. Patients are drawn once for
-    all: who is in the rows of several models weighs the same in each.
+    Each model is scored on its own rows: ranking the rows of several models together would compare
+    probabilities that were never meant to be compared. All models share the same draws: a patient
+    who appears in several models' rows weighs the same in each.
 
     Args:
-        models: of each truth int (n, 6), probabilities float (n, 6), patients str (n,); n may
+        models: for each, truth int (n, 6), probabilities float (n, 6), patients str (n,); n may
             differ.
         resamples, seed: as in `bootstrap`.
 
@@ -100,8 +101,8 @@ def paired_bootstrap(
         patients, resamples, seed: as in `bootstrap`.
 
     Returns:
-        As `bootstrap`, of metric(values) - metric(others); "share_above_0" beside, the share of
-        the resamples in which the difference is positive.
+        As `bootstrap`, for metric(values) - metric(others), with "share_above_0": the share of
+        resamples in which the difference is positive.
 
     Raises:
         DataError: as `bootstrap`.
@@ -122,8 +123,8 @@ def mean_paired_bootstrap(
     """Compute the mean of `paired_bootstrap`'s differences over several pairs of models.
 
     Args:
-        pairs: of each truth int (n, 6), probabilities of the two models float (n, 6), patients
-            str (n,); n may differ between pairs. Patients are drawn once for all.
+        pairs: for each, truth int (n, 6), probabilities of the two models float (n, 6), patients
+            str (n,); n may differ between pairs. All pairs share the same draws.
         resamples, seed: as in `bootstrap`.
 
     Returns:
@@ -149,7 +150,7 @@ def mean_paired_bootstrap(
 
 
 def _mean(scored: Sequence[dict], name: str) -> Any:
-    """Average a metric over models: float, or float (resamples,); NaN where one is."""
+    """Average a metric over models: float, or float (resamples,); NaN if any model's is NaN."""
     return np.mean([metrics[name] for metrics in scored], axis=0)
 
 
@@ -194,7 +195,7 @@ def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, 
 
 
 def _draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each patient is in each resample: int (some resamples, patients)."""
+    """Yield how often each patient occurs in each resample: int (some resamples, patients)."""
     random = np.random.default_rng(seed)
     shares = np.full(num_patients, 1 / num_patients)
     for start in range(0, resamples, _CHUNK):
@@ -217,7 +218,7 @@ class _Columns:
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Score under weights (resamples, rows): metric -> float64 (resamples,), NaN undefined."""
         total = weights.sum(axis=1)
-        # Of several models' few patients a resample may have none of one model's.
+        # With several models of few patients each, a resample may hold none of one model's.
         total[total == 0] = np.nan
         entropy = weights @ self._entropy / total[:, np.newaxis]
         found = {
@@ -226,8 +227,8 @@ class _Columns:
             "brier": weights @ self._squares / total,
             "exact_match": weights @ self._is_exact / total,
         }
-        # Rows first: what is gathered below lies together. Sums are whole numbers, in which
-        # float32 is exact up to 2**24.
+        # Rows first: the gathers below then read contiguous memory. Sums are whole numbers, which
+        # float32 holds exactly up to 2**24.
         by_row = np.ascontiguousarray(
             weights.T, np.float32 if np.nansum(total) < 2**24 else np.float64
         )
@@ -242,14 +243,16 @@ class _Columns:
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
-    """The rows by falling probability of one label. Of rows of equal probability, which are one
-    threshold, each counts as in their middle (AUROC), or as at their end (precision).
+    """The rows of one label, sorted by falling probability.
+
+    Rows of equal probability share a threshold. For AUROC each counts as if in the middle of the
+    tie, for precision as if at its end.
 
     Args:
         order: int (n,), the rows.
-        positive: int (p,), places of the positive ones in `order`.
-        tie: int (2, p), places where the rows of each one's probability begin and end.
-        ahead: int (2, p), positive rows before those places.
+        positive: int (p,), positions of the positive rows in `order`.
+        tie: int (2, p), positions where each positive's tie begins and ends.
+        ahead: int (2, p), number of positive rows before those positions.
     """
 
     order: np.ndarray
@@ -270,7 +273,7 @@ class _Ranking:
         num_positive = hits[-1]
         num_negative = rows[-1] - num_positive
         with np.errstate(invalid="ignore", divide="ignore"):
-            # A positive stands above the negatives after its tie, and half of those within it.
+            # A positive ranks above the negatives after its tie, and above half of those within it.
             above = num_negative - (rows_upto - hits_upto + rows_before - hits_before) / 2
             auroc = (own * above).sum(axis=0) / (num_positive * num_negative)
             precision = np.where(rows_upto > 0, hits_upto / rows_upto, 0.0)

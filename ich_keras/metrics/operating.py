@@ -1,4 +1,4 @@
-"""Operating points: what a threshold costs, and which threshold reaches a given specificity."""
+"""Operating points: the rates at a threshold, and the threshold for a given specificity."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
 def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: float) -> float | None:
-    """Return the lowest threshold of one label that is specific enough.
+    """Return the lowest threshold at which one label reaches a specificity.
 
-    A sample is positive from the threshold on.
+    A sample is positive if its probability is at least the threshold.
 
     Args:
         truth: bool (n,).
@@ -24,13 +24,13 @@ def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: floa
 
     >>> truth = np.array([False, False, True, True])
     >>> limit = threshold_at_specificity(truth, np.array([0.1, 0.4, 0.3, 0.8]), 0.5)
-    >>> round(limit, 6), limit > 0.1  # one of two negatives lies below
+    >>> round(limit, 6), limit > 0.1  # one of two negatives is below
     (0.1, True)
     """
     negatives = np.sort(np.asarray(values, np.float64)[~np.asarray(truth, bool)])
     if not len(negatives):
         return None
-    # So many negatives have to stay below the threshold; 1e-9 forgives the rounding of `wanted`.
+    # This many negatives must stay below the threshold; 1e-9 absorbs the rounding of `wanted`.
     needed = int(np.ceil(wanted * len(negatives) - 1e-9))
     if needed == 0:
         return 0.0
@@ -38,7 +38,7 @@ def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: floa
 
 
 def choose_thresholds(truth: np.ndarray, values: np.ndarray) -> dict[str, dict[str, float | None]]:
-    """Choose one threshold per label and specificity: on validation, never on test.
+    """Choose one threshold per label and specificity. Use the validation split, never test.
 
     Args:
         truth: int (n, 6), 0 or 1.
@@ -74,7 +74,7 @@ def rates_at(
 
     Returns:
         label -> {"threshold", "recall" (sensitivity), "specificity", "precision", "f1"}; undefined
-        is None.
+        rates are None.
 
     >>> truth = np.repeat([[1], [1], [0], [0]], 6, axis=1)
     >>> values = np.repeat([[0.9], [0.2], [0.6], [0.1]], 6, axis=1)
@@ -93,7 +93,7 @@ def rates_at(
 
 
 def threshold_table(truth: np.ndarray, values: np.ndarray) -> list[dict]:
-    """Score the thresholds of `THRESHOLDS`, the same for all labels, each as `rates_at` does."""
+    """Score each threshold of `THRESHOLDS`, the same for all labels, with `rates_at`."""
     return [
         {"threshold": limit, "labels": rates_at(truth, values, dict.fromkeys(LABELS, limit))}
         for limit in THRESHOLDS

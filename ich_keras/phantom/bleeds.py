@@ -1,6 +1,6 @@
-"""The five kinds of bleed of the synthetic head: where they lie and which voxels they fill.
+"""The five kinds of bleed in the synthetic head: their position and the voxels they fill.
 
-Shapes follow the anatomy that tells the subtypes apart: epidural blood is a lens that strips the
+Shapes follow the anatomy that distinguishes the subtypes: epidural blood is a lens that strips the
 dura from the skull, subdural blood a crescent that spreads over one hemisphere and stops at the
 falx, subarachnoid blood takes the shape of sulci and cisterns, intraventricular blood settles in
 the back of the ventricles or casts them, intraparenchymal blood is a lump with a rim of oedema.
@@ -18,8 +18,8 @@ from ich_keras.phantom.head import Head
 from ich_keras.phantom.head_slice import HeadSlice
 
 MIN_BLEED_HU, MAX_BLEED_HU = 50.0, 80.0
-OEDEMA_HU = -10.0  # difference to the brain around it
-_CONTRAST_HU = 16.0  # least difference to this patient's grey matter
+OEDEMA_HU = -10.0  # difference from the brain around it
+_CONTRAST_HU = 16.0  # least difference from this patient's grey matter
 _LAYERED = {"subdural": 0.25, "intraparenchymal": 0.08}  # share of bleeds of mixed age
 
 
@@ -32,12 +32,12 @@ class Bleed:
         kind: its form within the subtype: convexity, falx, cisterns, sulci, layered, cast, ...
         hu: its value before noise, blur and artefacts, 50-80.
         side: -1 right, +1 left, 0 both.
-        centre: x, y, z, mm; for extra-axial bleeds on the inner table.
-        size: three lengths, mm, that mean what the extent function of the subtype says.
+        centre: x, y, z, mm; on the inner table for extra-axial bleeds.
+        size: three lengths, mm; the extent function of the subtype says what they mean.
         rim_mm: width of the oedema, 0 for none.
         mottle: HU by which its value varies from place to place.
-        old_hu: of the older part that floats above the level, 0 where all is fresh.
-        level_mm: y in the head frame of that level.
+        old_hu: HU of the older part that floats above the level; 0 if all blood is fresh.
+        level_mm: y of that level in the head frame.
     """
 
     subtype: str

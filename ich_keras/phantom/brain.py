@@ -1,4 +1,4 @@
-"""What lies inside the synthetic skull: brain, its fluid and its lesions, dura and blood."""
+"""The inside of the synthetic skull: brain, its fluid and lesions, dura and blood."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from ich_keras.phantom.skull import blend
 
 # A subtype is labelled on a slice when its mask covers at least this much of it.
 MIN_AREA_MM2 = 100.0
-# Bit k of a mask stands for MASK_BITS[k]; the last two are anatomy, kept to check the blood by.
+# Bit k of a mask stands for MASK_BITS[k]. The last two are anatomy, for checking where blood is.
 MASK_BITS = (*SUBTYPES, "ventricles", "cavity")
 _EXTRA_AXIAL = ("epidural", "subdural")
 
@@ -25,7 +25,7 @@ def draw_inside(
     fine: Callable[[np.ndarray], np.ndarray],
     mask: np.ndarray,
 ) -> np.ndarray:
-    """Return the noiseless image of what the skull encloses and fill in its mask.
+    """Draw the noiseless inside of the skull and fill in its mask.
 
     Args:
         place: the geometry; may be coarser than the mask.

@@ -1,14 +1,14 @@
-"""Writing phantoms the way the files of the RSNA 2019 data set are.
+"""Writing phantoms as files like those of the RSNA 2019 data set.
 
 ```text
-OUT/images/ID_<9 hex>.dcm    one slice each, in no order that means anything
+OUT/images/ID_<9 hex>.dcm    one slice each, in no meaningful order
 OUT/stage_2_train.csv        ID,Label: six rows per image
 OUT/masks/ID_<10 hex>.npz    per series: sop_instance_uid (slices,), masks (slices, rows, columns)
 OUT/phantoms.json            what was drawn
 ```
 
-The tags are those that were left in that set after its de-identification, identifiers included:
-`ID_...` is no valid UID (DICOM PS3.5 section 9.1), and readers have to live with it. There is no
+The tags are those that remained in that set after de-identification, including the identifiers:
+`ID_...` is not a valid UID (DICOM PS3.5 section 9.1), and readers must accept it. There is no
 InstanceNumber, SliceThickness, GantryDetectorTilt or PixelPaddingValue.
 """
 
@@ -45,7 +45,7 @@ from ich_keras.phantom.plan import (
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
-# No patient of RSNA is called that: theirs are ID_<hex>.
+# No RSNA patient has this prefix: theirs are ID_<hex>.
 PATIENT_PREFIX = "PHANTOM_"
 IMAGES, MASKS, LABELS_CSV, MANIFEST = "images", "masks", "stage_2_train.csv", "phantoms.json"
 # Odd, so that multiplying by it modulo a power of two maps every number to another one.
@@ -62,7 +62,7 @@ def hex_identifier(number: int, seed: int, digits: int) -> str:
         digits: hexadecimal digits.
     """
     space = 16**digits
-    # Halves are swapped between two multiplications, so that low bits reach the high ones too.
+    # Halves are swapped between two multiplications: low and high bits affect each other.
     mixed = (number * _MIXER + seed * 0xD1B54A32D192ED03) % space
     half = digits * 2
     mixed = (mixed >> half) | (mixed << (digits * 4 - half)) % space
@@ -75,7 +75,7 @@ def patient_id(spec: PhantomSpec) -> str:
 
 
 def is_synthetic(slices: pd.DataFrame) -> bool:
-    """Tell whether any slice comes from a phantom: no clinical claim may rest on it.
+    """Return whether any slice comes from a phantom: such data support no clinical claim.
 
     Args:
         slices: with the column patient_id.
@@ -158,7 +158,7 @@ def phantom_dataset(phantom: Phantom, index: int, sop_instance_uid: str) -> Data
 
 
 def _identifier(keyword: str, text: str) -> DataElement:
-    # pydicom refuses to write UIDs that are none, unless it is told so for the element.
+    # pydicom refuses to write invalid UIDs unless validation is off for the element.
     return DataElement(keyword, "UI", text, validation_mode=config.IGNORE)
 
 
@@ -184,11 +184,11 @@ def write_phantoms(
 ) -> Path:
     """Write a synthetic data set; the same arguments give the same bytes on the same processor.
 
-    On another one numpy rounds some functions otherwise: with AVX2 switched off, 49 of 36 million
-    cached pixels differed by 1 HU, and no label.
+    On another processor numpy rounds some functions differently: with AVX2 switched off, 49 of 36
+    million cached pixels differed by 1 HU, and no label did.
 
     Args:
-        out: folder that does not exist yet or is empty; appears only when all is written.
+        out: a folder that is absent or empty; it appears only when all files are written.
         num_series: how many series.
         seed: of the data set, 0 or more.
         matrix: rows and columns of a slice.
@@ -244,7 +244,7 @@ def _write_all(
         yield from map(write, specs)
         return
     try:
-        # Processes take the place of OpenCV's threads.
+        # One OpenCV thread per process: the processes already use the cores.
         with process_pool(workers, cv2.setNumThreads, 1) as pool:
             yield from pool.map(write, specs)
     except BrokenProcessPool as error:

@@ -1,6 +1,6 @@
-"""The synthetic head: the anatomy of one patient, and how it is drawn by chance.
+"""The synthetic head: the anatomy of one patient, drawn at random.
 
-Everything is analytic, so that any oblique plane can be drawn without resampling. Head frame, mm:
+Everything is analytic: any oblique plane can be drawn without resampling. Head frame, mm:
 x to the patient's left, y to posterior, z to superior (DICOM's LPS, PS3.3 C.7.6.2.1.1), origin in
 the middle of the skull cavity at the level of the third ventricle. `head_slice` holds the geometry
 of one slice through a head.
@@ -37,7 +37,7 @@ class Head:
 
     Args:
         semi_axes: of the skull cavity along x, y and z (upwards), mm.
-        egg: how much wider the back of the head is than its front, relative.
+        egg: relative amount by which the back of the head is wider than the front.
         shape: five small numbers, see `shape_terms`: no skull is an ellipsoid, or symmetric.
         skull_mm, scalp_mm: mean thickness.
         thickness: four small numbers: where this skull is thicker, relative.
@@ -55,7 +55,7 @@ class Head:
             the cerebellum.
         sinus_mm, sinus_hu: half-width of the superior sagittal sinus; HU of all venous sinuses.
         transverse_mm: depth of the transverse sinus on the right and on the left.
-        deep_hu: of calcified basal ganglia and thalami, 0 where they are not.
+        deep_hu: HU of calcified basal ganglia and thalami; 0 if they are not calcified.
         lesions: old and fresh infarcts, lacunes: darker than the brain around them.
         vessels: dense middle cerebral and basilar arteries.
         calcifications: pineal, choroid plexus, basal ganglia, falx; small calcified meningiomas.
@@ -121,7 +121,7 @@ def draw_head(rng: np.random.Generator, hydrocephalus: bool = False) -> Head:
     """Draw one patient's head.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of randomness.
         hydrocephalus: wide ventricles, as with intraventricular blood.
     """
     size = rng.normal(1.0, 0.035)
@@ -165,7 +165,7 @@ def _draw_swelling(rng: np.random.Generator) -> tuple[float, float, float, float
 
 
 def _draw_dura(rng: np.random.Generator) -> dict:
-    """Draw the bright normal structures; with contrast medium, as much of them as a bleed."""
+    """Draw the bright normal structures; with contrast medium they are as large as a bleed."""
     is_enhanced = rng.random() < 0.6
     thickest, dimmest, brightest, sinus_mm = (
         (4.2, 62.0, 84.0, 11.0) if is_enhanced else (2.2, 48.0, 66.0, 6.5)

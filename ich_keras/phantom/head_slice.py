@@ -47,7 +47,7 @@ class HeadSlice:
     def __init__(self, head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray):
         self.head, self.x, self.y, self.z = head, x, y, z
         a, b, c = head.semi_axes
-        # Below the middle the head goes on into face and neck instead of closing.
+        # Below the middle the head continues into face and neck instead of closing.
         half_height = np.where(z > 0, np.float32(c), np.float32(1.5 * c))
         u = x / (a * (1 + head.egg / b * y))
         v = y / b
@@ -69,7 +69,7 @@ class HeadSlice:
         )
 
     def reaches(self, low_mm: float, high_mm: float) -> bool:
-        """Tell whether any voxel lies between two heights."""
+        """Return whether any voxel is between two heights."""
         corners = self.z[[0, 0, -1, -1], [0, -1, 0, -1]]
         return bool(corners.min() < high_mm and corners.max() > low_mm)
 
@@ -225,7 +225,7 @@ class HeadSlice:
 
     @cached_property
     def falx(self) -> np.ndarray:
-        """Extent of the falx as a sheet without thickness: its half-thickness has to be added."""
+        """Extent of the falx as a sheet without thickness: callers add its half-thickness."""
         inner_edge = np.sqrt((self.y / 50) ** 2 + ((self.z - 6) / 34) ** 2) * 34 - 34
         lower_edge = self.z + 8
         return np.minimum(np.minimum(inner_edge, lower_edge), 0) - np.abs(self.x)

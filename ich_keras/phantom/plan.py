@@ -1,13 +1,12 @@
 """Synthetic head CT with known bleeds of all five subtypes: images, masks and labels.
 
-Phantoms exercise the whole road from DICOM to a trained model without any patient's data. They
-are synthetic: nothing measured on them says anything about real heads. What makes them more than
-a game of counting bright voxels: every head has its own offset, noise, dura, sinuses, dense
-vessels, calcifications, streaks and bright ring under the skull, whether it bleeds or not.
+Phantoms exercise the whole workflow from DICOM to a trained model without patient data. They are
+synthetic: nothing measured on them says anything about real heads. Counting bright voxels is not
+enough: every head has its own offset, noise, dura, sinuses, dense vessels, calcifications, streaks
+and bright ring under the skull, whether it bleeds or not.
 
-`head` is the anatomy, `bleeds` the blood; `brain` and `skull` draw
-them, `scan` is the scanner, `dicom` writes the files. A slice is labelled where a
-mask covers `MIN_AREA_MM2`.
+`head` is the anatomy, `bleeds` the blood; `brain` and `skull` draw them, `scan` is the scanner,
+`dicom` writes the files. A slice has a label where that mask covers at least `MIN_AREA_MM2`.
 """
 
 import math
@@ -55,16 +54,16 @@ ENCODINGS = {
 # Series of RSNA 2019 with each finding, among 1,350 (the thesis's validation set of whole series).
 RSNA_SERIES = 1350
 RSNA_POSITIVE_SERIES = dict(zip(LABELS, (22, 329, 240, 262, 224, 538), strict=True))
-# How bleeds are spread over patients -> which part of the patients bleeds unless told otherwise.
+# How bleeds are distributed over patients -> the default share of patients that bleed.
 MIXES = {"even": 0.5, "rsna": round(RSNA_POSITIVE_SERIES[ANY] / RSNA_SERIES, 2)}
 _MOST_PER_PATIENT = 8  # series; the mean is at most half of it, so that the cut shows nowhere
 _MOST_SERIES = 10**6  # of a data set; RSNA 2019 has about 21,700
-_ENCODING_PERIOD = 100  # of as many series in a row four have a rare encoding: 96 % do not
+_ENCODING_PERIOD = 100  # of this many series in a row, four have a rare encoding
 
 
 @dataclass(frozen=True)
 class PhantomSpec:
-    """What one series shall show; all the rest follows from the seed.
+    """What one series shows; everything else follows from the seed.
 
     Args:
         seed: of the data set.
@@ -154,7 +153,7 @@ def plan_phantoms(
         num_series: how many series.
         seed: of the data set.
         matrix: rows and columns of a slice.
-        prevalence: part of the patients that bleed; None takes 0.5, with RSNA's mix 0.4.
+        prevalence: share of patients that bleed; None takes 0.5, or 0.4 with RSNA's mix.
         slice_spacing_mm: lowest and highest distance of slices.
         mix: "even" or "rsna".
         series_per_patient: on average, 1 to 4; series of a patient show the same head and the

@@ -13,11 +13,11 @@ from ich_keras.phantom.head import AIR, Head
 from ich_keras.phantom.head_slice import HeadSlice, coverage
 from ich_keras.phantom.skull import blend, outer_head, skull_base, upsample
 
-# Soft tissue is drawn on a grid of about this and interpolated: scanners resolve no finer detail
-# in it, and it takes a quarter of the time.
+# Soft tissue is drawn on a grid of about this size and interpolated. Scanners resolve no finer
+# detail in it, and it takes a quarter of the time.
 _COARSE_MM = 0.95
-_AIR_NOISE = 0.45  # beside the head, of the noise in its middle
-_METAL_SHARE = 0.12  # of the series, in health as in bleeding
+_AIR_NOISE = 0.45  # noise beside the head, relative to that in its middle
+_METAL_SHARE = 0.12  # share of series with metal, the same with and without bleeds
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def draw_scan(
         head: who is scanned.
         matrix: rows and columns.
         slice_spacing_mm: lowest and highest distance of slices.
-        rng: the only source of chance.
+        rng: the only source of randomness.
     """
     field_of_view_mm = rng.uniform(225, 255)
     pixel_mm = round(field_of_view_mm / matrix, 6)

@@ -1,4 +1,4 @@
-"""What lies around the brain of the synthetic head: skull, muscles, scalp, skull base and face."""
+"""The surroundings of the synthetic brain: skull, muscles, scalp, skull base and face."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +119,7 @@ def _grain(y: np.ndarray, x: np.ndarray, z: float) -> np.ndarray:
 
 
 def _sutures(place: HeadSlice, fine: Callable, shell: Any) -> np.ndarray:
-    """Return where the bone of the vault is not grown together: 0 to 1, in the shell."""
+    """Return the sutures between the bones of the vault: 0 to 1, in the shell."""
     x, y, z = place.directions
     zigzag = 0.012 * np.sin(60 * x + 30 * z)
     coronal = np.abs(y + 0.3 - 0.35 * z + zigzag)
