@@ -12,8 +12,8 @@ from ich_keras.errors import UsageError
 from ich_keras.models.options import RANGES, require_choice, require_in_range
 from ich_keras.models.presets import require_preset
 
-# The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They are
-# repeated because those modules import OpenCV, which would slow down `--help`.
+# The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
+# are repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("thesis", "flip", "none")
 INTENSITY = ("windows", "wide", "head-z-score")
 
