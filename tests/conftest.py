@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Two processes of tests share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Loading torchvision after tensorflow crashes the interpreter (torch 2.14, tensorflow 2.21).
 import torchvision  # noqa: F401
 

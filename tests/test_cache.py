@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from ich_keras import files
 from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache import build as cache_build
 from ich_keras.data.cache import fill as cache_fill
@@ -31,7 +32,6 @@ from ich_keras.data.labels import LabelTable
 from ich_keras.errors import (
     DataError,
     EnvironmentProblem,
-    RejectedFile,
     StaleError,
     UsageError,
 )

@@ -573,7 +573,8 @@ def interrupted(place):
 def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
     folder, training, went_on, told = interrupted(place), FakeTraining(), [], []
 
-    def resume(out, cache, tell):
+    def resume(out, cache, tell, augment):
+        assert augment is None
         went_on.append(out)
         if problem == "lost":
             raise LostState("damaged.")
@@ -599,7 +600,7 @@ def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
 def test_a_run_that_somebody_else_goes_on_with_is_left_alone(place, monkeypatch):
     folder = interrupted(place)
 
-    def resume(out, cache, tell):
+    def resume(out, cache, tell, augment):
         raise StaleError("training.lock is locked by another process.")
 
     monkeypatch.setattr(reproducing, "resume", resume)

@@ -17,6 +17,7 @@ from ich_keras.ct.rejects import RejectedFile
 from ich_keras.environment import choose_backend, choose_device, decoders, versions
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.processes import map_ahead
+from ich_keras.recipe import DEFAULT_RATES
 
 
 class Crash(Exception):
@@ -144,7 +145,7 @@ def test_config_round_trip():
 
 @pytest.mark.parametrize(("weights", "expected"), [(None, 3e-4), ("a.weights.h5", 1e-5)])
 def test_default_learning_rates_are_the_thesis_ones(weights, expected):
-    assert RunConfig(weights=weights).learning_rate == expected
+    assert DEFAULT_RATES[RunConfig(weights=weights).weights is None] == expected
 
 
 @pytest.mark.parametrize(

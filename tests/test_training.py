@@ -226,6 +226,8 @@ def test_the_same_seed_gives_the_same_run(run, phantom_cache, tmp_path):
     )
 
 
+# pydicom's warning about RSNA's own kind of identifier, when the test reads a file by itself.
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     result = predict_folder(run, phantom_folder / "images", tmp_path / "out")
     written = pd.read_csv(tmp_path / "out" / "predictions.csv")
@@ -455,6 +457,7 @@ def arrays_of(folder):
         return [np.asarray(w) for w in model.get_weights()] + [slots[k] for k in sorted(slots)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
     phantom_cache, tmp_path, crash_after
 ):
@@ -491,6 +494,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
         training.resume(run, phantom_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"fit": {"freeze": "layer2"}}, {"fit": {"backbone_factor": 0.1}}, {"norm": "frozen"}],
@@ -956,5 +960,6 @@ def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch
     lost |= set(table["container"])
     with pytest.raises(DataError, match=f"no slice of {len(table)} files could be") as caught:
         predict_folder(run, images)
-    assert caught.value.hint.startswith(f"Rejected: {len(table)} NO_DECODER; the first: ")
-    assert caught.value.hint.endswith(": a kind of JPEG")
+    assert f"(NO_DECODER {len(table)})" in caught.value.message
+    assert caught.value.message.endswith(": a kind of JPEG.")
+    assert caught.value.hint == "pip install 'ich_keras[codecs]'"
