@@ -18,6 +18,7 @@ import pytest
 
 from ich_keras import checkpoints, files, fitting, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.ct.rejects import NothingUsable
 from ich_keras.ct.series import index_folder
 from ich_keras.errors import (
     DataError,
@@ -267,9 +268,10 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
         below = tmp_path / "out" / "rejects.csv" / "out"
         predict_folder(run, phantom_folder / "images", below, progress=lambda *a: steps.append(a))
     assert steps == []
-    with pytest.raises(DataError):
+    with pytest.raises(NothingUsable, match="no CT slice"):
         predict_folder(run, tmp_path / "out", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["rejects.csv"]
+    assert set(pd.read_csv(tmp_path / "none" / "rejects.csv")["code"]) == {"NOT_DICOM"}
 
 
 def test_workers_predict_the_same(run, phantom_folder, tmp_path):
