@@ -15,7 +15,7 @@ from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, write_json
-from ich_keras.inference import load_run, probabilities
+from ich_keras.inference import load_run, probabilities, probability_table
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
@@ -23,7 +23,6 @@ from ich_keras.metrics.calibration import calibration, fit_temperature, with_tem
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
 from ich_keras.phantom.dicom import is_synthetic
-from ich_keras.prediction import probability_table
 from ich_keras.progress import Progress
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder

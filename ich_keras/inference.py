@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ich_keras.environment import choose_backend, choose_device, loaded_backend
 from ich_keras.errors import DataError, StaleError
-from ich_keras.labels import NUM_LABELS
+from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_folder import RunFolder
+
+# Columns that identify the slice of a prediction.
+SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
 
 
 def load_run(
@@ -102,3 +106,19 @@ def probabilities(
         # Written with tanh, which cannot overflow.
         outputs = (0.5 * (1.0 + np.tanh(0.5 * outputs))).astype(np.float32)
     return outputs
+
+
+def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+    """Add probabilities to the table of their slices.
+
+    Args:
+        slices: rows of a SeriesIndex' or cache's slice table.
+        values: float32 (len(slices), 6).
+
+    Returns:
+        `SLICE_COLUMNS`, then one column per label. `series_instance_uid` ends in "#2", "#3" where
+        one UID holds several volumes.
+    """
+    table = slices[[*SLICE_COLUMNS]].reset_index(drop=True)
+    table["series_instance_uid"] = slices["series_uid"].to_numpy()
+    return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)

@@ -28,7 +28,7 @@ from ich_keras.data.inputs import resize_hu, slice_input, stack_slices, volume_i
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.files import atomic_write, new_folder
-from ich_keras.inference import load_run, probabilities
+from ich_keras.inference import SLICE_COLUMNS, load_run, probabilities, probability_table
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS
@@ -38,8 +38,6 @@ from ich_keras.recipe import InputRecipe, Recipe
 from ich_keras.run_folder import SYNTHETIC, RunFolder
 
 AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
-# Columns that identify the slice of a prediction.
-SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
 # Columns to find it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
 PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
 TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
@@ -68,22 +66,6 @@ class FolderPrediction:
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "
         return f"FolderPrediction({slices}{len(self.series)} series, {len(self.rejects)} rejects)"
-
-
-def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
-    """Add probabilities to the table of their slices.
-
-    Args:
-        slices: rows of a SeriesIndex' or cache's slice table.
-        values: float32 (len(slices), 6).
-
-    Returns:
-        `SLICE_COLUMNS`, then one column per label. `series_instance_uid` ends in "#2", "#3" where
-        one UID holds several volumes.
-    """
-    table = slices[[*SLICE_COLUMNS]].reset_index(drop=True)
-    table["series_instance_uid"] = slices["series_uid"].to_numpy()
-    return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)
 
 
 def predict_index(
