@@ -94,11 +94,16 @@ def read_json(path: Path | str) -> dict:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise StaleError(f"{path} does not exist.", "Is this the right folder?") from None
     except (ValueError, RecursionError) as error:
         raise StaleError(f"{path} is not valid JSON ({error}).", "The file is damaged.") from error
+
+
+def _refuse_constant(name: str) -> float:
+    # Python's reader takes NaN and Infinity; JSON has neither.
+    raise ValueError(f"{name} is not a number")
 
 
 def sha256_of(path: Path | str) -> str:

@@ -16,7 +16,7 @@ from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import RECIPE, Recipe
-from ich_keras.run_folder import RunFolder
+from ich_keras.run_folder import CACHE, RunFolder
 
 EPOCH = "epoch"  # key in the record of the best weights
 SECONDS_BETWEEN_LOSSES = 1.0
@@ -183,6 +183,7 @@ def _keep_best(training: Fit, course: Course) -> None:
         "preset": recipe.preset,
         "intensity": recipe.inputs.intensity.name,
         RECIPE: recipe.to_dict(),
+        CACHE: training.run.data()[CACHE],
         EPOCH: course.best_epoch,
     }
     save_weights(training.model, training.run.best_weights, record)

@@ -1,6 +1,7 @@
 """Loading a run's network and computing probabilities, for validation, evaluation, prediction."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
-from ich_keras.run_folder import RunFolder
+from ich_keras.run_folder import CACHE, RunFolder
 
 # Columns that identify the slice of a prediction.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
@@ -48,14 +49,29 @@ def load_network(
 
     model = classifier(recipe.network, precision=precision or recipe.precision)
     loaded = load_weights(model, run.best_weights, recipe.network, needs_head=True)
-    made_with = loaded.record.get(RECIPE)
-    if made_with is None or Recipe.from_dict(made_with).inputs != recipe.inputs:
-        raise StaleError(
-            f"{run.recipe_file} is not the recipe that {run.best_weights.name} was trained with:"
-            " their inputs differ.",
-            "One of the two files was replaced: copy the original run folder again.",
-        )
+    _require_own_weights(run, loaded.record)
     return recipe, model
+
+
+def _require_own_weights(run: RunFolder, record: dict) -> None:
+    """Refuse weights of another training, or a recipe that is not theirs."""
+    hint = "One of the two files was replaced: copy the original run folder again."
+    made_with = record.get(RECIPE)
+    if made_with is None or _settings(Recipe.from_dict(made_with)) != _settings(run.recipe()):
+        raise StaleError(
+            f"{run.recipe_file} is not the recipe that {run.best_weights.name} was trained with.",
+            hint,
+        )
+    if record.get(CACHE) != run.data()[CACHE]:
+        raise StaleError(
+            f"{run.best_weights} was trained on another cache than {run.data_file.name} names.",
+            hint,
+        )
+
+
+def _settings(recipe: Recipe) -> Recipe:
+    """Return a recipe without the place of the training, which may change when it is resumed."""
+    return replace(recipe, backend="", device="", precision="")
 
 
 def probabilities(

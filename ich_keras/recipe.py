@@ -76,12 +76,19 @@ class InputRecipe:
             UsageError: the dtype or the number of axes or slices is wrong.
         """
         expected = ("n", *map(str, self.shape[:-3]), "rows", "columns")
+        if not isinstance(hu, np.ndarray):
+            raise UsageError(
+                f"hu is a {type(hu).__name__}; expected a NumPy array, int16 of shape"
+                f" ({', '.join(expected)})."
+            )
         fits = hu.ndim == len(expected) and hu.shape[1:-2] == self.shape[:-3]
         if hu.dtype != np.int16 or not fits:
             raise UsageError(
                 f"hu is {hu.dtype} of shape {hu.shape}; expected int16 of shape"
                 f" ({', '.join(expected)})."
             )
+        if len(hu) == 0:
+            return np.zeros((0, *self.shape), np.float32)
         flat = hu.reshape(-1, *hu.shape[-2:])
         resized = np.stack([resize_hu(image, self.cache_size) for image in flat])
         resized = resized.reshape(*hu.shape[:-2], self.cache_size, self.cache_size)

@@ -170,6 +170,8 @@ def write_report(run: RunFolder | Path | str) -> Path:
         lines += [f"Started from {plan['weights']}.", ""]
     if plan["note"]:
         lines += [plan["note"], ""]
+    if training.own_augment:
+        lines += [f"Augmented by a function of the user's: `{training.own_augment}`.", ""]
     best = history.loc[history["valid_log_loss"].idxmin()]
     size = recipe.inputs.size
     lines += [

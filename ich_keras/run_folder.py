@@ -1,5 +1,6 @@
 """RunFolder: a run on disk. Only it knows the file names and when a run is finished."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ich_keras.config import RunConfig
 from ich_keras.data.split import Split
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import read_json
-from ich_keras.metrics.aggregation import DEFAULT_RULE
+from ich_keras.metrics.aggregation import DEFAULT_RULE, RULES
 from ich_keras.recipe import Recipe
 
 # Entries of data.json.
@@ -131,7 +132,7 @@ class RunFolder:
         if self.is_interrupted:
             raise StaleError(
                 f"the training in {self} is not finished.",
-                f"Finish it: ich-train --resume {self}",
+                f"Finish it: ich-train --resume {shlex.quote(str(self))}",
             )
         self.require_begun()
         if not self.is_finished:
@@ -185,7 +186,10 @@ class RunFolder:
         Raises:
             StaleError: the recipe is absent, damaged or incomplete; nothing is guessed.
         """
-        again = f"Train again: ich-train --config {self.config_file} --cache CACHE --out NEW"
+        again = (
+            "Train again: ich-train --config"
+            f" {shlex.quote(str(self.config_file))} --cache CACHE --out NEW"
+        )
         if not self.recipe_file.is_file():
             raise StaleError(
                 f"{self} has no {self.recipe_file.name}: nothing says how its input was made.",
@@ -210,7 +214,20 @@ class RunFolder:
 
     def choices(self) -> dict:
         """Return the choices made on the validation split; empty before they are made."""
-        return read_json(self.choices_file) if self.choices_file.is_file() else {}
+        if not self.choices_file.is_file():
+            return {}
+        choices = read_json(self.choices_file)
+        is_object = isinstance(choices, dict) and all(
+            isinstance(part, dict) for part in choices.values()
+        )
+        rule = choices.get("aggregation", {"rule": DEFAULT_RULE}) if is_object else {}
+        if rule.get("rule") not in RULES:
+            raise StaleError(
+                f"{self.choices_file} is damaged: it holds no rule of {', '.join(RULES)}.",
+                f"Remove it, then: ich evaluate --run {shlex.quote(str(self))} --cache CACHE"
+                " --split valid",
+            )
+        return choices
 
     def rule(self) -> str:
         """Return the rule for aggregating slices, chosen on the validation split."""

@@ -60,6 +60,7 @@ def train(
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
         DivergedError: a loss or weight is not finite; the last good state is kept.
     """
+    _require_cache(cache)
     run = RunFolder(require_absent(out))
     tell = tell or (lambda line: None)
     recipe = Recipe.of(config, cache.size)
@@ -142,6 +143,7 @@ def resume(
         EnvironmentProblem: the run's device is not available.
         DivergedError: as in `train`.
     """
+    _require_cache(cache)
     tell = tell or (lambda line: None)
     run = RunFolder.at(run_dir).require_interrupted()
     with lock(run.lock_file):
@@ -206,6 +208,14 @@ def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
         pairs[name] = version, before.get("versions", {}).get(name)
     pairs["precision"] = recipe.on(recipe.backend, device).precision, recipe.precision
     return [f"{name} {here}, was {there}" for name, (here, there) in pairs.items() if here != there]
+
+
+def _require_cache(cache: CTCache) -> None:
+    if isinstance(cache, str | Path):
+        raise UsageError(
+            f"cache is the path {str(cache)!r}; expected a CTCache.",
+            "Open it first: ich_keras.CTCache.open(PATH).",
+        )
 
 
 def _labels_digest(slices: pd.DataFrame) -> str:

@@ -164,7 +164,8 @@ class Preparation:
             for name in plan.num_slices
         ]
         lines.append(
-            f"  {training.epochs} epochs of {plan.steps_per_epoch:,} steps,"
+            f"  {training.epochs} epoch{'' if training.epochs == 1 else 's'} of"
+            f" {plan.steps_per_epoch:,} steps,"
             f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[self.recipe.inputs.view.kind]} each"
         )
         if training.accumulate > 1:

@@ -383,5 +383,7 @@ def test_what_is_not_an_augmentation_is_refused(phantom_cache):
     for wrong in (3, Augmentation("thesis")):
         with pytest.raises(UsageError, match="is not a function; expected `function"):
             slice_batches(phantom_cache, seed=0, augment=wrong)
+    with pytest.raises(UsageError, match="too many positional.*expected `function.images, seed"):
+        slice_batches(phantom_cache, seed=0, augment=lambda images: images)
     with pytest.raises(UsageError, match="draws at random: give a seed"):
         slice_batches(phantom_cache, augment=brighten)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import zipfile
 
 import keras
@@ -13,6 +14,7 @@ from ich_keras.ct import window
 from ich_keras.data.inputs import slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.evaluation import evaluate
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.model_file import read_recipe
@@ -171,6 +173,9 @@ def test_prepare_refuses_what_does_not_fit():
         slabs.prepare(volume[:, :3])
     with pytest.raises(UsageError, match="hu is float64"):
         slabs.prepare(volume.astype(float))
+    with pytest.raises(UsageError, match="hu is a list; expected a NumPy array"):
+        slabs.prepare([volume])
+    assert slabs.prepare(volume[:0]).shape == (0, 5, 32, 32, 1)
 
 
 def test_a_run_without_its_own_recipe_is_refused(run, tmp_path, monkeypatch):
@@ -192,9 +197,52 @@ def test_a_run_without_its_own_recipe_is_refused(run, tmp_path, monkeypatch):
         exchanged["inputs"]["intensity"]["windows"][0]["level"] = 41
         write_json(run.recipe_file, exchanged)
         refused("is not the recipe that best.weights.h5 was trained with", "replaced")
+        other = json.loads(json.dumps(whole))
+        other["training"]["seed"] += 1
+        write_json(run.recipe_file, other)
+        refused("is not the recipe that best.weights.h5 was trained with", "replaced")
     finally:
         write_json(run.recipe_file, whole)
     load_run(run)
+
+
+def test_weights_of_another_training_are_refused(run, phantom_cache, tmp_path):
+    config = dataclasses.replace(run.config(), seed=1)
+    other = RunFolder(train(config, phantom_cache, tmp_path / "other"))
+    mixed = RunFolder(shutil.copytree(other.path, tmp_path / "mixed"))
+    shutil.copy(run.best_weights, mixed.best_weights)
+    with pytest.raises(StaleError, match="is not the recipe that best.weights.h5 was trained"):
+        evaluate(mixed, phantom_cache)
+    # The same settings on another cache.
+    data = run.data()
+    moved = RunFolder(shutil.copytree(run.path, tmp_path / "moved"))
+    write_json(moved.data_file, data | {"cache": "0" * 64})
+    with pytest.raises(StaleError, match="was trained on another cache than data.json names"):
+        load_run(moved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", '{"aggregation": {"rule": "median"}}', '{"aggregation": 3}', '{"slice": NaN}', "x"],
+)
+def test_damaged_choices_are_refused_by_name(run, tmp_path, content):
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    copy.choices_file.write_text(content)
+    with pytest.raises(StaleError, match=r"choices.json is (damaged|not valid JSON)"):
+        copy.rule()
+
+
+def test_hints_can_be_pasted_whatever_the_folder_is_called(run, tmp_path):
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "a b [c]"))
+    copy.report_file.unlink()
+    with pytest.raises(StaleError, match="is not finished") as caught:
+        load_run(copy)
+    assert caught.value.hint == f"Finish it: ich-train --resume '{copy}'"
+
+
+def test_a_path_is_not_a_cache(tmp_path):
+    with pytest.raises(UsageError, match="cache is the path 'cache'; expected a CTCache"):
+        train(RunConfig(**CPU), "cache", tmp_path / "run")
 
 
 def test_bfloat16_runs_in_float32_where_the_hardware_lacks_it(monkeypatch):

@@ -79,7 +79,7 @@ def predict(
 
     Not a medical device; not for clinical use.
     """
-    from ich_keras.ct.rejects import summary
+    from ich_keras.ct.rejects import REJECTS_FILE, summary
     from ich_keras.environment import choose_backend
     from ich_keras.prediction import predict_folder
     from ich_keras.summary import prediction_table
@@ -99,6 +99,8 @@ def predict(
     click.echo(textwrap.fill(result.notice, terminal_width()))
     for line in summary(result.rejects):
         click.echo(line)
+    if len(result.rejects):
+        click.echo(f"Every reject: {out / REJECTS_FILE}")
     click.echo(f"Predictions: {out}")
 
 

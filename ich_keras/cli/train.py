@@ -312,6 +312,8 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
             terminal.warn(f"To resume: {shlex.join(words)}")
+        else:
+            terminal.warn("No epoch was finished: start the training again.")
         raise
 
 

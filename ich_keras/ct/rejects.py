@@ -34,13 +34,13 @@ class Explanation(NamedTuple):
 REJECT_CODES = {
     "NOT_DICOM": Explanation(
         "not a DICOM file (no preamble with 'DICM')",
-        "Nothing to do if it is not a CT slice. Export DICOM without a preamble again, with one.",
+        "Nothing to do if it is not a CT slice. If it is one, copy or export it again.",
     ),
     "UNREADABLE": Explanation(
         "the operating system could not read the file",
         "Check that it exists and that you may read it.",
     ),
-    "TRUNCATED": Explanation("the file ends before the pixel data does", COPY_AGAIN),
+    "TRUNCATED": Explanation("the file ends too early", COPY_AGAIN),
     "ZERO_TAIL": Explanation("the second half of the pixel data is filled with zeros", COPY_AGAIN),
     "MISSING_TAG": Explanation("a tag that a CT slice must have is absent or empty", EXPORT_AGAIN),
     "BAD_VALUE": Explanation("a tag holds a value that cannot be right", EXPORT_AGAIN),
@@ -236,5 +236,5 @@ def rejects_kept(folder: Path | None) -> Iterator[None]:
             raise
         path = folder / REJECTS_FILE
         atomic_write(path, csv_text(error.rejects))
-        hint = f"{error.hint} Every file and its reason: {path}"
+        hint = f"{error.hint} Every file and its reason: {path} (remove it before you try again)"
         raise NothingUsable(error.message, hint, error.rejects) from error

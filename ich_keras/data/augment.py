@@ -6,6 +6,7 @@ worker processes, and a resumed training sees what an uninterrupted one would ha
 (albumentations by itself gives every worker the same random stream.)
 """
 
+import inspect
 import os
 import pickle
 import sys
@@ -94,8 +95,20 @@ def require_augmentation(augment: Augment | None, workers: int = 0) -> None:
             f"augmentation {function!r} is not a function; expected"
             " `function(images, seed) -> images`, an `Augmentation` of one, or a name.",
         )
+    _require_two_arguments(function)
     if workers:
         _require_sendable(function)
+
+
+def _require_two_arguments(function: Change) -> None:
+    try:
+        inspect.signature(function).bind(None, 0)
+    except TypeError as error:
+        raise UsageError(
+            f"augmentation {_name_of(function)}: {error}; expected `function(images, seed)`."
+        ) from error
+    except ValueError:
+        return  # a built-in without a signature; the first call shows
 
 
 def _require_name(name: str) -> None:
