@@ -408,7 +408,7 @@ def test_rejects_are_counted_with_their_reason():
         "2 rejects: NOT_DICOM, not a DICOM file (no preamble with 'DICM')",
         "  first: a: a is odd",
         f"  what to do: {REJECT_CODES['NOT_DICOM'].hint}",
-        "1 reject: TRUNCATED, the file ends before the pixel data does",
+        f"1 reject: TRUNCATED, {REJECT_CODES['TRUNCATED'].meaning}",
     ]
 
 
