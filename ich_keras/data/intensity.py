@@ -98,7 +98,7 @@ def head_z_score(
         MedicalNet's reader (datasets/brains18.py): z-score over the voxels above 0.
 
     >>> hu = np.array([[-1000, 0, 100]], np.int16)
-    >>> head_z_score(slice_windows(hu, windows=(WIDE,)))[0, 1:, 0].round(3).tolist()
+    >>> head_z_score(WIDE(hu)[..., np.newaxis])[0, 1:, 0].round(3).tolist()
     [-1.0, 1.0]
     """
     axes = (-4, -3, -2, -1) if is_volume else (-3, -2, -1)

@@ -80,7 +80,7 @@ def rates_at(
     >>> values = np.repeat([[0.9], [0.2], [0.6], [0.1]], 6, axis=1)
     >>> rates = rates_at(truth, values, dict.fromkeys(LABELS, 0.15))["any"]
     >>> {name: round(float(rate), 4) for name, rate in rates.items()}
-    {'threshold': 0.15, 'recall': 1.0, 'specificity': 0.5, 'precision': 0.6667, 'f1': 0.8}
+    {'threshold': 0.15, 'precision': 0.6667, 'recall': 1.0, 'f1': 0.8, 'specificity': 0.5}
     """
     limits = np.array([np.inf if thresholds[name] is None else thresholds[name] for name in LABELS])
     predicted = (np.asarray(values, np.float64) >= limits).astype(np.float64)
