@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyte
 import pytest
 
 from ich_keras.labels import LABELS
@@ -21,7 +22,6 @@ from ich_keras.summary import (
 from ich_keras.terminal import open_terminal
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a matter of Unix")
-pyte = pytest.importorskip("pyte")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
 
