@@ -14,7 +14,7 @@ from ich_keras.models.presets import require_preset
 
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
-AUGMENT = ("thesis", "flip", "none")
+AUGMENT = ("thesis", "flip", "none", "own")
 INTENSITY = ("windows", "wide", "head-z-score")
 
 
@@ -32,7 +32,8 @@ class DataConfig:
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
         balance: train on as many negative samples as positive ones (redrawn every epoch).
         augment: "thesis", "flip" or "none": random changes to training samples, the same for all
-            slices of a sample. Validation, test and prediction samples are never changed.
+            slices of a sample. Validation, test and prediction samples are never changed. "own"
+            stands for a function of yours, given to `ich_keras.train(..., augment=function)`.
         reverse: turn every second slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
@@ -166,6 +167,18 @@ class RunConfig:
             if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)
                 raise UsageError(f"{name} is {chosen!r}; expected one of {names}.")
+
+    def require_no_own_augment(self) -> None:
+        """Refuse a configuration that needs a function nobody gave.
+
+        Raises:
+            UsageError: `data.augment` is "own".
+        """
+        if self.data.augment == "own":
+            raise UsageError(
+                "data.augment is 'own': an augmentation of your own, which is not given.",
+                "Call ich_keras.train(..., augment=FUNCTION), or choose thesis, flip or none.",
+            )
 
     def to_dict(self) -> dict:
         """Return the configuration as nested dictionaries, ready for JSON."""

@@ -49,7 +49,7 @@ class DemoSettings:
     matrix: int = 128
     slice_spacing_mm: tuple[float, float] = (8.0, 11.0)
     size: int = 96
-    epochs: int = 6
+    epochs: int = 5
     batch_size: int = 32
     learning_rate: float = 1e-3
 
@@ -58,9 +58,7 @@ class DemoSettings:
 # processors that have only float32.
 PLANS: dict[str, DemoSettings] = {
     "full": DemoSettings(),
-    "light": DemoSettings(
-        preset="resnet10_2d", precision="float32", num_series=500, size=80, epochs=5
-    ),
+    "light": DemoSettings(preset="resnet10_2d", precision="float32", num_series=500, size=80),
 }
 
 

@@ -91,6 +91,13 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
         parts.append(_level_table(level, of_level, width))
     parts.append(
         textwrap.fill(
+            "constant: always predicting how common each label is. voxel counts: a detector that"
+            " only counts voxels per HU band.",
+            width,
+        )
+    )
+    parts.append(
+        textwrap.fill(
             f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"
             f" {best['valid_log_loss']:.4f}).",
             width,
@@ -109,7 +116,7 @@ def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
         rows.append(["any, voxel counts", *counted])
     rows.append(["log loss", *(format_metric(part["log_loss"]) for part in metrics)])
     constant = [format_metric(part["baseline"]["prevalence"].get("log_loss")) for part in metrics]
-    rows.append(["  of prevalence", *constant])
+    rows.append(["log loss, constant", *constant])
     return _fitted(rows, width)
 
 

@@ -55,14 +55,18 @@ def train(
         The run folder; `RunFolder` lists its files.
 
     Raises:
-        UsageError: `out` exists, the cache's slices are smaller than the input, or Keras already
-            runs on another backend.
+        UsageError: `out` exists, the cache's slices are smaller than the input, the configuration
+            needs an augmentation of your own, or Keras already runs on another backend.
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
         DivergedError: a loss or weight is not finite; the last good state is kept.
     """
     _require_cache(cache)
     run = RunFolder(require_absent(out))
     tell = tell or (lambda line: None)
+    if augment is None:
+        config.require_no_own_augment()
+    else:
+        config = replace(config, data=replace(config.data, augment="own"))
     recipe = Recipe.of(config, cache.size)
     if augment is not None:
         own = replace(recipe.training, own_augment=augmentation_name(augment))

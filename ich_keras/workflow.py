@@ -50,11 +50,11 @@ def prepare_index(
     table = None if labels is None else read_rsna_labels(labels)
     index = index_folder(dicom, workers=workers, journal=journal, progress=progress)
     if tell is not None:
-        tell(repr(index))
+        tell(f"Found {index}.")
     if table is not None:
         index, join = join_labels(index, table)
         if tell is not None:
-            tell(repr(table))
+            tell(f"Labels: {table}.")
             tell(str(join))
     # Localizers and non-axial series do not count towards the limit.
     return index if limit_series is None else first_series(index.usable(), limit_series)
@@ -236,6 +236,7 @@ def prepare_training(
         StaleError: the cache is incomplete, or was made from other files than those in `dicom`.
         DataError: as `prepare_index` and `plan_of`.
     """
+    config.require_no_own_augment()
     out = require_absent(out)
     cache_dir = cache_beside(out) if cache_dir is None else Path(cache_dir)
     tables: SeriesIndex | CTCache

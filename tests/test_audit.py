@@ -98,7 +98,7 @@ def test_the_command_fails_on_a_leaking_list(phantom_cache, phantom_cache_folder
     assert "no leak found" in done.output
     done = invoke("audit", "--cache", phantom_cache_folder)
     assert done.exit_code == 0, done.output
-    assert "0 any without subtype" in done.output
+    assert "0 slices with `any` but no subtype" in done.output
 
     series = phantom_cache.series
     shared = series["patient_id"][series["patient_id"].duplicated()].iloc[0]

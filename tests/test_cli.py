@@ -381,17 +381,19 @@ def test_another_view_takes_its_own_defaults_not_those_of_the_file(tmp_path):
     nothing = {"view": None, "preset": None, "backend": None}
 
     same = _run_config(path, nothing | {"epochs": 2})
-    assert same == replace(slab, fit=replace(slab.fit, epochs=2))
-    assert _run_config(path, nothing | {"view": "slab"}) == slab
-    whole = _run_config(path, nothing | {"view": "series"})
+    assert same == (replace(slab, fit=replace(slab.fit, epochs=2)), "")
+    assert _run_config(path, nothing | {"view": "slab"}) == (slab, "")
+    whole, reset = _run_config(path, nothing | {"view": "series"})
+    assert reset == "--slices, --edge, --intensity, --batch-size, --accumulate"
     assert whole == replace(
         slab,
         data=DataConfig(view="series", size=64),
         fit=replace(slab.fit, batch_size=None, accumulate=None),
     )
-    flat = _run_config(path, nothing | {"preset": "resnet18_2d"})
+    flat, reset = _run_config(path, nothing | {"preset": "resnet18_2d", "edge": "air"})
+    assert reset == "--view, --slices, --intensity, --batch-size, --accumulate"
     assert (flat.data, flat.fit) == (DataConfig(size=64), whole.fit)
-    assert _run_config(path, nothing | {"preset": "resnet18_3d"}).data == slab.data
+    assert _run_config(path, nothing | {"preset": "resnet18_3d"})[0].data == slab.data
 
 
 def test_a_termination_that_python_drops_is_sent_again():

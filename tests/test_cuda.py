@@ -210,7 +210,7 @@ def test_no_number_is_sent_to_the_gpu_within_a_step():
 
 
 def require_whole_state(state, again):
-    """What an interrupted training goes on from is all that it left, and lies on the GPU."""
+    """Resuming restores every variable that was saved, and puts it on the GPU."""
     model = classifier(PRESETS[NARROW].spec, output="logits", precision="bfloat16")
     compile_classifier(model, 1e-3, accumulate=2)
     done = checkpoints.load_state(state, model)["epoch"]

@@ -145,7 +145,7 @@ def test_intensities_have_names_that_configurations_know():
     from ich_keras.data.augment import AUGMENTATIONS
 
     assert tuple(INTENSITIES) == INTENSITY
-    assert (*AUGMENTATIONS, "none") == AUGMENT
+    assert (*AUGMENTATIONS, "none", "own") == AUGMENT
     for name, intensity in INTENSITIES.items():
         RunConfig(data=DataConfig(intensity=name))
         assert slice_input(np.zeros((4, 4), np.int16), intensity=name).shape[-1] == (

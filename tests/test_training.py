@@ -354,6 +354,33 @@ def test_it_can_overfit_so_labels_meet_pixels(phantom_cache, tmp_path):
     assert "deliberate overfitting" in (out / "report.md").read_text()
 
 
+def test_an_augmentation_of_your_own_is_recorded_and_asked_for_again(
+    phantom_cache, tmp_path, crash_after
+):
+    """The seeds that the function receives make each sample's change; nothing else does."""
+    seeds = []
+
+    def noted(images, seed):
+        seeds.append(seed)
+        return images
+
+    few = config_of(data={"limit_series": 12})
+    out = tmp_path / "run"
+    crash_after(1)
+    with pytest.raises(Crash):
+        train(few, phantom_cache, out, augment=noted)
+    plan = json.loads((out / "data.json").read_text())["plan"]
+    assert len(set(seeds)) == plan["samples_per_epoch"]  # one batch is drawn twice, to build
+    asked = RunFolder(out).config()
+    assert asked.data.augment == "own"
+    assert RunFolder(out).recipe().training.own_augment.endswith("noted")
+    with pytest.raises(UsageError, match="data.augment is 'own'"):
+        train(asked, phantom_cache, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(UsageError, match="the training began with .*noted as augmentation"):
+        training.resume(out, phantom_cache)
+
+
 def test_divergence_stops_and_keeps_only_finite_weights(phantom_cache, tmp_path, monkeypatch):
     save_state = checkpoints.save_state
 

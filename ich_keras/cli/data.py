@@ -144,8 +144,23 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
                 workers=num_workers(workers),
                 progress=terminal.progress,
             )
-    click.echo(repr(cached))
+    click.echo(str(cached))
     click.echo(f"{'Verified' if verify else 'Cache'}: {out}")
+
+
+# What `audit_data` counts, in words.
+_FINDINGS = {
+    "any_without_subtype": "slices with `any` but no subtype",
+    "subtype_without_any": "slices with a subtype but not `any`",
+    "unlabelled": "slices without labels",
+    "partly_labelled_series": "series with labels for only some of their slices",
+    "same_place_other_labels": "pairs of slices at one position with different labels",
+    "groups": "groups of slices with equal pixels",
+    "slices": "slices in these groups",
+    "of_different_patients": "groups from more than one patient",
+    "of_different_series": "groups from more than one series",
+    "with_different_labels": "groups with contradictory labels",
+}
 
 
 @click.command(cls=Command)
@@ -179,7 +194,7 @@ def audit(
     for title, counts in (("labels", result["labels"]), ("equal pixels", result["equal_pixels"])):
         click.echo(f"{title}:")
         for name, count in counts.items():
-            click.echo(f"  {count:,} {name.replace('_', ' ')}")
+            click.echo(f"  {count:,} {_FINDINGS[name]}")
     if chosen is None:
         return
     click.echo(f"split {chosen.name}:")
@@ -205,6 +220,8 @@ def doctor(ctx: click.Context, folder: Path) -> None:
 
     rows = environment.doctor(folder)
     for what, is_well, detail in rows:
-        click.echo(f"{'ok ' if is_well else 'BAD'}  {what:28} {detail}")
+        is_absent = detail.startswith(("not installed", "no:"))
+        mark = ("-" if is_absent else "ok") if is_well else "BAD"
+        click.echo(f"{mark:3}  {what:28} {detail}")
     if not all(is_well for _, is_well, _ in rows):
         ctx.exit(EXIT_ENVIRONMENT)

@@ -162,7 +162,7 @@ def train_main(
         others |= {"dicom": dicom, "out": out, "workers": workers, "plan": plan or None}
         _resume(resume, cache_dir, labels, device, options | others)
         return
-    config = _run_config(config_file, options)
+    config, reset = _run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if dicom is None and cache_dir is None:
         if plan:
@@ -185,6 +185,7 @@ def train_main(
         workers=num_workers(workers),
         is_plan=plan,
         downloads=download,
+        note=f"Defaults instead of the file's settings for its own view: {reset}." if reset else "",
     )
 
 
@@ -198,6 +199,7 @@ def _train(
     workers: int,
     is_plan: bool,
     downloads: bool,
+    note: str,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.environment import choose_backend, choose_device
@@ -207,6 +209,8 @@ def _train(
     backend, device = choose_backend(config.backend), choose_device(config.device)
     with open_terminal() as terminal:
         terminal.tell(f"Backend {backend}, device {device}.")
+        if note:
+            terminal.tell(note)
         if downloads:
             # The only import of weights_convert, and only on request.
             from weights_convert.fetching import ensure_weights
@@ -336,8 +340,12 @@ def _names(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def _run_config(config_file: Path | None, options: dict[str, Any]) -> "RunConfig":
-    """Apply the given options to a config file, or to the defaults."""
+def _run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunConfig", str]:
+    """Apply the given options to a config file, or to the defaults.
+
+    Returns:
+        (the configuration, which settings of the file gave way to their defaults).
+    """
     from ich_keras.config import RunConfig
     from ich_keras.files import read_json
 
@@ -348,18 +356,21 @@ def _run_config(config_file: Path | None, options: dict[str, Any]) -> "RunConfig
         except (StaleError, IsADirectoryError) as error:
             raise UsageError(f"--config {config_file}: {error}") from error
     content = RunConfig.from_dict(content).to_dict()
-    if config_file is not None:
-        _forget_other_view(content, options)
+    reset = "" if config_file is None else _forget_other_view(content, options)
     for name, value in options.items():
         if value is None:
             continue
         place = next(part for part in (content, content["data"], content["fit"]) if name in part)
         place[name] = value
-    return RunConfig.from_dict(content)
+    return RunConfig.from_dict(content), reset
 
 
-def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> None:
-    """Where options ask for a different view than the file, restore that view's defaults."""
+def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
+    """Where options ask for a different view than the file, restore that view's defaults.
+
+    Returns:
+        The options whose values in the file are not used; "" when there are none.
+    """
     from ich_keras.config import DataConfig, FitConfig
     from ich_keras.models.presets import PRESETS
 
@@ -371,8 +382,16 @@ def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> None
         and ((network.spec.rank == 3) != (before != "slice"))
     )
     if options["view"] in (None, before) and not takes_other:
-        return
-    for name in ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity"):
-        content["data"][name] = getattr(DataConfig(), name)
-    for name in ("batch_size", "accumulate"):
-        content["fit"][name] = getattr(FitConfig(), name)
+        return ""
+    reset = {}
+    of_view = ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity")
+    for part, defaults, names in (
+        (content["data"], DataConfig(), of_view),
+        (content["fit"], FitConfig(), ("batch_size", "accumulate")),
+    ):
+        for name in names:
+            default = getattr(defaults, name)
+            if part[name] != default and options.get(name) is None:
+                reset[name] = part[name]
+            part[name] = default
+    return _names(reset)

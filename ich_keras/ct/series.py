@@ -61,13 +61,16 @@ class SeriesIndex:
     rejects: pd.DataFrame
 
     def __repr__(self) -> str:
+        return f"SeriesIndex: {self}"
+
+    def __str__(self) -> str:
         patients = self.slices["patient_id"]
         num_patients = patients[patients != ""].nunique()
         rejects = _count(len(self.rejects), "reject")
         if len(self.rejects):
             rejects += f" ({counts(self.rejects)})"
         return (
-            f"SeriesIndex: {_count(len(self.slices), 'slice')}, {len(self.series):,} series,"
+            f"{_count(len(self.slices), 'slice')}, {len(self.series):,} series,"
             f" {_count(num_patients, 'patient')}, {rejects}"
         )
 

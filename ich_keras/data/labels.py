@@ -63,11 +63,14 @@ class LabelTable:
         return len(self.table)
 
     def __repr__(self) -> str:
+        return f"LabelTable({self})"
+
+    def __str__(self) -> str:
         positives = ", ".join(f"{name} {count:,}" for name, count in self.num_positive.items())
         notes = f"{self.num_rows:,} rows, {self.num_duplicates:,} duplicates merged"
         if self.num_inconsistent:
             notes += f", {self.num_inconsistent:,} images whose any is not the OR of the subtypes"
-        return f"LabelTable({len(self):,} images; positive: {positives}; {notes}; {self.source})"
+        return f"{len(self):,} images; positive: {positives}; {notes}; {self.source}"
 
     @property
     def num_positive(self) -> dict[str, int]:

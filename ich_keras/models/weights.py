@@ -25,6 +25,7 @@ from ich_keras.models.weights_file import (
 
 HEAD = "fc"
 _SHOWN_NAMES = 12
+_SHOWN_DIFFERENCES = 4
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def _require_same_network(file: WeightsFile, spec: ModelSpec | None) -> None:
     differences = made_for.differences(spec)
     if not differences:
         return
-    said = "; ".join(
-        f"{k} {there} (file), {here} (network)" for k, (there, here) in differences.items()
-    )
+    shown = list(differences.items())[:_SHOWN_DIFFERENCES]
+    said = "; ".join(f"{k} {there} (file), {here} (network)" for k, (there, here) in shown)
+    if len(differences) > len(shown):
+        said += f"; and {len(differences) - len(shown)} more settings"
     hints = {
         "channels": f"weights-convert channels --weights {file.path} --channels {spec.channels}"
         f" --out FILE{SUFFIX} changes the input channels on purpose.",

@@ -179,13 +179,15 @@ class CTCache:
         return len(self.slices)
 
     def __repr__(self) -> str:
+        return f"CTCache({self}; {self.path})"
+
+    def __str__(self) -> str:
         num_bytes = sum(shard.entry.num_bytes for shard in self.pixels.shards)
         rejects = f", {len(self.rejects):,} rejects" if len(self.rejects) else ""
         return (
-            f"CTCache({len(self):,} slices of {self.size}x{self.size}, "
+            f"{len(self):,} slices of {self.size}x{self.size}, "
             f"{len(self.series):,} series{rejects}; {num_bytes / 2**20:,.1f} MiB in "
-            f"{len(self.pixels.shards)} shards, {self.manifest['compression'] or 'uncompressed'}; "
-            f"{self.path})"
+            f"{len(self.pixels.shards)} shards, {self.manifest['compression'] or 'uncompressed'}"
         )
 
     @property
