@@ -253,8 +253,8 @@ def test_an_unreadable_slice_is_a_reject_and_its_series_closes_up(own_index, tmp
 def test_a_slice_of_another_shape_than_indexed_is_a_reject(own_index, tmp_path):
     write_slice(Path(own_index.slices["container"][0]), 1, 0, rows=30)
     cache = build(own_index, tmp_path / "cache")
-    assert cache.rejects["code"].tolist() == ["BAD_VALUE"]
-    assert "(24, 24) when it was indexed" in cache.rejects["detail"][0]
+    assert cache.rejects["code"].tolist() == ["CHANGED"]
+    assert cache.rejects["detail"][0] == "Rows x Columns is 30 x 24; 24 x 24 when it was indexed"
 
 
 def test_no_readable_slice_is_an_error_and_leaves_nothing(own_index, tmp_path):
@@ -716,16 +716,16 @@ def test_other_library_versions_are_accepted_when_the_pixels_are_equal(own_index
 
 
 def test_slices_that_can_be_read_now_make_a_cache_stale(own_index, tmp_path, monkeypatch):
-    read_resized = cache_fill.read_resized
+    read_indexed = cache_fill.read_indexed
 
-    def read_without_decoder(container, *options):
-        if Path(container).name in ("s1-0.dcm", "s3-2.dcm"):
+    def read_without_decoder(source, size):
+        if Path(source.container).name in ("s1-0.dcm", "s3-2.dcm"):
             raise RejectedFile("NO_DECODER", "no decoder")
-        return read_resized(container, *options)
+        return read_indexed(source, size)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_fill, "read_resized", read_without_decoder)
-        patched.setattr("ich_keras.data.cache.cache.read_resized", read_without_decoder)
+        patched.setattr(cache_fill, "read_indexed", read_without_decoder)
+        patched.setattr("ich_keras.data.cache.cache.read_indexed", read_without_decoder)
         cache = build(own_index, tmp_path / "cache")
         assert len(cache) == len(own_index.slices) - 2
         cache.require(index=own_index)

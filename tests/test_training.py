@@ -20,6 +20,7 @@ from ich_keras import checkpoints, files, fitting, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.rejects import NothingUsable
 from ich_keras.ct.series import index_folder
+from ich_keras.data.reading import IndexedSlice
 from ich_keras.errors import (
     DataError,
     DivergedError,
@@ -303,7 +304,8 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
     monkeypatch.setattr(prediction, "AHEAD_BYTES", bytes_ahead)
     monkeypatch.setattr(prediction, "process_pool", pool)
     with prediction._reading(40, 20, 30, workers) as read:
-        found = list(read([["absent"]] * 3))
+        absent = IndexedSlice("absent", *[None] * 12)
+        found = list(read([[absent]] * 3))
     assert pools == begun
     assert [bad[0][0] for _, _, bad in found] == ["absent"] * 3
 
@@ -943,14 +945,14 @@ def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch
     torn, shorter = sizes.index[:2]
     inside = table.loc[table["series_uid"] == torn, "container"].iloc[sizes[torn] // 2]
     last = table.loc[table["series_uid"] == shorter, "container"].iloc[-1]
-    lost, read_hu = {inside, last}, prediction.read_hu
+    lost, read_indexed = {inside, last}, prediction.read_indexed
 
-    def read(path):
-        if path in lost:
+    def read(indexed, size):
+        if indexed.container in lost:
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
-        return read_hu(path)
+        return read_indexed(indexed, size)
 
-    monkeypatch.setattr(prediction, "read_hu", read)
+    monkeypatch.setattr(prediction, "read_indexed", read)
     found = predict_folder(run, images)
     before = index_folder(images).series.set_index("series_uid")["verdict"]
     after = found.series.set_index("series_instance_uid")["verdict"]

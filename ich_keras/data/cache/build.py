@@ -26,6 +26,7 @@ from ich_keras.data.cache.shards import HU_DTYPE, Shard, ShardEntry
 from ich_keras.data.cache.tables import UID, CacheTables, tables_after_reading
 from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
 from ich_keras.data.inputs import RESAMPLING
+from ich_keras.data.reading import indexed_slices
 from ich_keras.errors import DataError, EnvironmentProblem, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
@@ -229,8 +230,7 @@ def _build_shards(
     workers: int,
     progress: Progress | None,
 ) -> dict[str, dict]:
-    columns = [index.slices[name].tolist() for name in ("container", "rows", "columns")]
-    sources = list(zip(*columns, strict=True))
+    sources = indexed_slices(index)
     count = _Counter(progress, sum(shard.stop - shard.start for shard in shards))
     records = {}
     with mapper(workers) as run:

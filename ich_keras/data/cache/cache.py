@@ -31,7 +31,7 @@ from ich_keras.data.cache.build import (
     build_folder,
     inputs_fingerprint,
 )
-from ich_keras.data.cache.fill import pixel_versions, read_resized
+from ich_keras.data.cache.fill import pixel_versions
 from ich_keras.data.cache.shards import (
     REBUILD,
     SHARD_BYTES,
@@ -43,6 +43,7 @@ from ich_keras.data.cache.shards import (
 from ich_keras.data.cache.tables import UID, CacheTables, with_labels
 from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
+from ich_keras.data.reading import IndexedSlice, indexed_slices, read_indexed
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 MIN_SIZE = 8
 MAX_SIZE = 4096
 REREAD_SLICES = 16
-_SOURCE = ["container", "rows", "columns"]  # what `read_resized` takes of an index
 
 
 def build_cache(
@@ -295,18 +295,18 @@ class CTCache:
         if not changed:
             return []
         rows = _some(len(self))
-        table = index.slices.set_index(UID).loc[self.slices[UID].iloc[rows], _SOURCE]
-        facts = table.itertuples(index=False, name=None)
-        equal = [self._equals_again(row, *fact) for row, fact in zip(rows, facts, strict=True)]
+        sources = {source.sop_instance_uid: source for source in indexed_slices(index)}
+        chosen = [sources[uid] for uid in self.slices[UID].iloc[rows]]
+        equal = [self._equals_again(row, source) for row, source in zip(rows, chosen, strict=True)]
         if all(equal):
             return []
         return [*changed, f"{equal.count(False)} of {len(rows)} slices read again differ"]
 
     def _readable_now(self, index: "SeriesIndex") -> list[str]:
         """Try again some slices that the cache lists as rejects."""
-        lost = index.slices.loc[~index.slices[UID].isin(self.slices[UID]), _SOURCE]
-        chosen = lost.iloc[_some(len(lost))]
-        found = [self._read_again(*fact) for fact in chosen.itertuples(index=False, name=None)]
+        known = set(self.slices[UID])
+        lost = [one for one in indexed_slices(index) if one.sop_instance_uid not in known]
+        found = [self._read_again(lost[number]) for number in _some(len(lost))]
         count = sum(hu is not None for hu in found)
         if not count:
             return []
@@ -315,13 +315,13 @@ class CTCache:
             " can be read now"
         ]
 
-    def _equals_again(self, number: int, container: str, rows: int, columns: int) -> bool:
-        hu = self._read_again(container, rows, columns)
+    def _equals_again(self, number: int, source: IndexedSlice) -> bool:
+        hu = self._read_again(source)
         return hu is not None and np.array_equal(hu, self.slice_hu(number))
 
-    def _read_again(self, container: str, rows: int, columns: int) -> np.ndarray | None:
+    def _read_again(self, source: IndexedSlice) -> np.ndarray | None:
         try:
-            return read_resized(container, rows, columns, self.size)[0]
+            return read_indexed(source, self.size).hu
         except RejectedFile:
             return None
 

@@ -14,11 +14,10 @@ import cv2
 import numpy as np
 import pydicom
 
-from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
-from ich_keras.data.inputs import resize_hu
+from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.processes import process_pool
 
 # Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
@@ -26,8 +25,6 @@ READING = "padding-is-air/2"
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_SLICES = 64
-
-Source = tuple[str, int, int]  # container, rows, columns: what the index says of a slice
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Block:
     shard: Path
     offset: int
     first_row: int
-    sources: tuple[Source, ...]
+    sources: tuple[IndexedSlice, ...]
     size: int
 
 
@@ -58,7 +55,7 @@ def pixel_versions() -> dict[str, str]:
 
 
 def blocks(
-    shard: Path, offset: int, first_row: int, sources: Sequence[Source], size: int
+    shard: Path, offset: int, first_row: int, sources: Sequence[IndexedSlice], size: int
 ) -> list[Block]:
     """Divide the slices of a shard into tasks for `fill_block`.
 
@@ -101,38 +98,15 @@ def fill_block(block: Block) -> Filled:
     pixels = np.zeros((len(block.sources), block.size, block.size), HU_DTYPE)
     rejected = {}
     repaired = []
-    for number, (container, rows, columns) in enumerate(block.sources):
+    for number, source in enumerate(block.sources):
         try:
-            pixels[number], was_repaired = read_resized(container, rows, columns, block.size)
+            read = read_indexed(source, block.size)
         except RejectedFile as reject:
             rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
         else:
-            if was_repaired:
+            pixels[number] = read.hu
+            if read.repaired:
                 repaired.append(block.first_row + number)
     write_at(block.shard, block.offset, pixels)
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
     return Filled(block.first_row, crc32, rejected, tuple(repaired))
-
-
-def read_resized(container: str, rows: int, columns: int, size: int) -> tuple[np.ndarray, bool]:
-    """Read one slice as it goes into a cache.
-
-    Args:
-        container: path of the DICOM file.
-        rows, columns: what the index says of its matrix.
-        size: rows and columns of the result.
-
-    Returns:
-        int16 (size, size), HU, and whether the 12-bit repair was applied.
-
-    Raises:
-        RejectedFile: it cannot be read, or is not what was indexed.
-    """
-    record = read_slice(container)
-    if record.hu.shape != (rows, columns):
-        raise RejectedFile(
-            "BAD_VALUE",
-            f"Rows, Columns are {record.hu.shape}; ({rows}, {columns}) when it was indexed.",
-            "Index the folder again.",
-        )
-    return resize_hu(record.hu, size), record.repaired
