@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from tiny_dicom import tiny_file, tiny_values
 
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import build_cache
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.reading import indexed_slices, pixel_hash, read_indexed
-from tiny_dicom import tiny_file, tiny_values
 
 SIZE = 8
 

@@ -126,7 +126,7 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
 
 
 def _differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
-    """Say what the header of a file tells otherwise than the index did; a PatientID is not shown."""
+    """Say what a header tells otherwise than the index did; a PatientID is not shown."""
     found = []
     for keyword, now, before in (
         ("SOPInstanceUID", header.sop_instance_uid, indexed.sop_instance_uid),
