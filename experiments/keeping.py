@@ -144,7 +144,8 @@ def _band_counts(cache: CTCache) -> np.ndarray:
 
     The counts are stored beside the cache for all runs on it: RSNA's take minutes.
     """
-    path = cache.path.with_name(f"{cache.path.name}-bands-{cache.fingerprint[:16]}.npy")
+    of = cache.pixels_digest or cache.fingerprint
+    path = cache.path.with_name(f"{cache.path.name}-bands-{of[:16]}.npy")
     if not path.is_file():
         content = io.BytesIO()
         np.save(content, cache_band_counts(cache))

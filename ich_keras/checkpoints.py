@@ -1,8 +1,8 @@
 """The state of a training after each epoch: a crash loses at most one epoch.
 
 `state/epoch-0003/` holds the weights, the optimiser's slots, the states of the random generators
-(dropout) and a JSON with the rest. The pointer `state/latest.json` is swapped last, so the state it
-names is complete. The previous state is kept as a backup.
+(dropout) and a JSON with the rest, and with the checksums of all. The pointer `state/latest.json`
+is swapped last, so the state it names is complete. The previous state is kept as a backup.
 """
 
 import re
@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from ich_keras.errors import DataError, LostState, StaleError, UsageError
-from ich_keras.files import atomic_path, read_json, replace, write_json
+from ich_keras.files import (
+    atomic_path,
+    fingerprint,
+    read_json,
+    replace,
+    sha256_of,
+    write_json,
+)
 from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.progress import Tell
 
@@ -22,8 +29,11 @@ POINTER = "latest.json"
 WEIGHTS = "model.weights.h5"
 VARIABLES = "variables.npz"
 STATE = "state.json"
+# Entries of the JSON: whose state it is; checksums of the other files, and of the JSON itself.
+RUN, FILES, CHECKSUM = "run", "files", "checksum"
 KEPT = 2
 _PARTIAL = ".partial-"
+_NEW = "Start a new training."
 _NAME = re.compile(r"epoch-(\d{4,})")
 
 
@@ -42,7 +52,8 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
         folder: the run's `state` folder.
         model: compiled, with its optimiser built.
         epoch: epochs finished so far, from 1.
-        state: JSON-able; everything else the training must remember.
+        state: JSON-able; everything else the training must remember, and under `RUN` what tells
+            the run from others.
     """
     import keras
 
@@ -54,7 +65,7 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
     arrays = {k: keras.ops.convert_to_numpy(v) for k, v in _other_variables(model).items()}
     with atomic_path(temporary / VARIABLES) as path, open(path, "wb") as stream:
         np.savez(stream, **arrays)
-    write_json(temporary / STATE, {**state, "epoch": epoch})
+    write_state(temporary, {**state, "epoch": epoch})
     # Left by a run that crashed between this rename and the pointer's: no longer needed.
     shutil.rmtree(folder / name, ignore_errors=True)
     replace(temporary, folder / name)
@@ -63,12 +74,18 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
         shutil.rmtree(folder / f"epoch-{old:04d}")
 
 
+def write_state(folder: Path, state: dict) -> None:
+    """Write the JSON of a state, with the checksums of its files, which are complete."""
+    state = {**state, FILES: {name: sha256_of(folder / name) for name in (WEIGHTS, VARIABLES)}}
+    write_json(folder / STATE, {**state, CHECKSUM: fingerprint(state)})
+
+
 def has_state(folder: Path) -> bool:
     """Return whether a training saved a state after any epoch."""
     return bool(_epochs(folder))
 
 
-def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
+def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | None = None) -> dict:
     """Restore the latest complete state into a compiled model of the same network.
 
     States that a crash left unfinished are removed.
@@ -76,13 +93,15 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
     Args:
         folder: the run's `state` folder.
         model: compiled.
-        tell: called with one line of text for each damaged state that is skipped.
+        tell: called with one line of text for each damaged or foreign state that is skipped, and
+            for one of an older version, which has no checksums.
+        run: what tells the run from others; None takes a state of any.
 
     Returns:
         The JSON that was given to `save_state`, with `epoch`.
 
     Raises:
-        LostState: there is no state, or all are damaged or belong to another network.
+        LostState: there is no state, or all are damaged or belong to another run or network.
     """
     for partial in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +111,7 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
     problems = []
     for epoch in epochs:
         try:
-            return _load(folder / f"epoch-{epoch:04d}", model)
+            return _load(folder / f"epoch-{epoch:04d}", model, epoch, run, tell)
         except (StaleError, DataError, UsageError) as error:
             problems.append(error)
             if tell is not None:
@@ -100,6 +119,11 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None) -> dict:
     if problems:
         raise LostState(problems[0].message, problems[0].hint) from problems[0]
     raise LostState(f"{folder} holds no state of a training.", "Start a new training.")
+
+
+def states_of(folder: Path) -> list[tuple[int, Path]]:
+    """Return the epochs that have a state, with its folder, latest first."""
+    return [(epoch, folder / f"epoch-{epoch:04d}") for epoch in _epochs(folder)]
 
 
 def _epochs(folder: Path) -> list[int]:
@@ -122,10 +146,46 @@ def _latest(pointer: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _load(folder: Path, model: Any) -> dict:
+def read_state(folder: Path, epoch: int) -> tuple[dict, bool]:
+    """Read the JSON of a state, and check the state's files against their checksums.
+
+    Args:
+        folder: of the state.
+        epoch: after which it should be.
+
+    Returns:
+        (what `save_state` was given, with `epoch`; whether it has checksums at all: states of
+        older versions have none).
+
+    Raises:
+        StaleError: a file is absent or damaged, or the state is of another epoch.
+    """
     state = read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
-        raise StaleError(f"{folder / STATE} is damaged.", "Start a new training.")
+        raise StaleError(f"{folder / STATE} is damaged.", _NEW)
+    has_checksums = CHECKSUM in state or FILES in state
+    if has_checksums:
+        if state.pop(CHECKSUM, None) != fingerprint(state):
+            raise StaleError(f"{folder / STATE} does not match its checksum.", _NEW)
+        for name, checksum in state.pop(FILES).items():
+            if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
+                raise StaleError(f"{folder / name} is lost or does not match its checksum.", _NEW)
+    if state["epoch"] != epoch:
+        raise StaleError(f"{folder} holds the state of epoch {state['epoch']}.", _NEW)
+    return state, has_checksums
+
+
+def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | None) -> dict:
+    state, has_checksums = read_state(folder, epoch)
+    of = state.get(RUN)
+    if run is not None and of is not None and of != run:
+        differing = sorted(name for name in of | run if of.get(name) != run.get(name))
+        raise StaleError(
+            f"{folder} is a state of another run: {', '.join(differing)} differ.",
+            "Bring back the state of this run, or start a new training.",
+        )
+    if not has_checksums and tell is not None:
+        tell(f"{folder} has no checksums (an older version saved it): damage is not noticed.")
     arrays = _arrays(folder / VARIABLES)
     load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
@@ -151,4 +211,4 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     # zipfile may take a flipped bit for encryption (RuntimeError) or an unknown method.
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise StaleError(f"{path} is damaged ({error}).", "Start a new training.") from error
+        raise StaleError(f"{path} is damaged ({error}).", _NEW) from error

@@ -10,6 +10,7 @@ import pandas as pd
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels
+from ich_keras.data.pixels import part_digests
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples, series_of_rows
@@ -25,7 +26,8 @@ from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_t
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
 from ich_keras.recipe import Recipe
-from ich_keras.run_folder import RunFolder
+from ich_keras.run_checksums import update_checksums
+from ich_keras.run_folder import PIXELS_OF, RunFolder
 
 CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen
 
@@ -59,7 +61,8 @@ def evaluate(
 
     Raises:
         UsageError: the split is unknown, or the cache's size is not the one the run was trained on.
-        StaleError: the run is not finished, or the cache lacks slices of the split.
+        StaleError: the run is not finished or was changed since, or the cache lacks slices of the
+            split, or has other pixels than they had in training.
         DataError: the cache has no labels.
     """
     if split not in SPLITS:
@@ -67,7 +70,10 @@ def evaluate(
     run = RunFolder.at(run_dir).require_finished()
     _require_size(run.recipe(), cache)
     recipe, model = load_run(run, device)
-    return evaluate_network(run, recipe, model, cache, split, progress)
+    metrics = evaluate_network(run, recipe, model, cache, split, progress)
+    written = (run.predictions_file(split), run.metrics_file(split), run.choices_file)
+    update_checksums(run, [path.name for path in written])
+    return metrics
 
 
 def evaluate_network(
@@ -82,6 +88,7 @@ def evaluate_network(
     _require_size(recipe, cache)
     members = run.split()
     _require_members(members, split, cache)
+    _require_pixels(run, members, split, cache)
 
     from ich_keras.data.batches import view_batches
 
@@ -250,6 +257,23 @@ def _require_members(members: Split, split: str, cache: CTCache) -> None:
             f" cache {cache.path}, {absent[0]} first.",
             "Evaluate with the cache the run was trained on.",
         )
+
+
+def _require_pixels(run: RunFolder, members: Split, split: str, cache: CTCache) -> None:
+    """Refuse a cache of the same slices with other pixels; runs of older versions know none."""
+    recorded = run.data().get(PIXELS_OF)
+    if recorded is None:
+        return
+    found = part_digests(cache, members) or {}
+    # On phantoms, voxels of the training split are counted, too.
+    for part in (split, "train") if is_synthetic(cache.slices) else (split,):
+        if found.get(part) != recorded[part]:
+            raise StaleError(
+                f"the series of the {part} split have other pixels in {cache.path} than in the"
+                f" training of {run}: digest {found.get(part, 'none')[:12]}, expected"
+                f" {recorded[part][:12]}.",
+                "Evaluate with the cache the run was trained on. For other data, use ich predict.",
+            )
 
 
 def _require_size(recipe: Recipe, cache: CTCache) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich_keras.checkpoints import load_state, save_state
+from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.data.augment import sample_seed
 from ich_keras.errors import DataError, DivergedError, UsageError
 from ich_keras.files import atomic_write
@@ -16,9 +16,10 @@ from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import RECIPE, Recipe
-from ich_keras.run_folder import CACHE, RunFolder
+from ich_keras.run_folder import CACHE, PIXELS, RunFolder
 
 EPOCH = "epoch"  # key in the record of the best weights
+BEST_WEIGHTS = "best_weights"  # key in a state
 SECONDS_BETWEEN_LOSSES = 1.0
 
 
@@ -30,11 +31,13 @@ class Course:
         rows: one entry of history.csv per finished epoch.
         best_loss: the lowest validation log loss.
         best_epoch: the epoch that reached it, counted from 1; 0 before the first.
+        best_weights: the digest of its weights; None when an older version saved them.
     """
 
     rows: list[dict] = field(default_factory=list)
     best_loss: float = np.inf
     best_epoch: int = 0
+    best_weights: str | None = None
 
     @property
     def done(self) -> int:
@@ -152,15 +155,11 @@ def restored(training: Fit, tell: Tell) -> Course:
     Raises:
         LostState: all states are damaged.
     """
-    from ich_keras.models.weights_file import read_record
-
-    state = load_state(training.run.state_folder, training.model, tell)
-    course = Course(state["history"], state["best_loss"], state["best_epoch"])
-    try:
-        kept = read_record(training.run.best_weights).get(EPOCH, course.best_epoch)
-    except (DataError, UsageError):
-        kept = None
-    if kept != course.best_epoch:
+    run = training.run
+    state = load_state(run.state_folder, training.model, tell, run.identity())
+    best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
+    course = Course(state["history"], *best)
+    if not _has_best(run, course):
         # The best weights are from an epoch whose state was lost. That epoch is trained again, and
         # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
@@ -174,19 +173,33 @@ def restored(training: Fit, tell: Tell) -> Course:
     return course
 
 
+def _has_best(run: RunFolder, course: Course) -> bool:
+    """Return whether the best weights are whole, and those of the best epoch."""
+    from ich_keras.models.weights_file import read_weights
+
+    try:
+        kept = read_weights(run.best_weights)
+    except (DataError, UsageError):
+        return False
+    return kept.record.get(
+        EPOCH, course.best_epoch
+    ) == course.best_epoch and course.best_weights in (None, kept.digest)
+
+
 def _keep_best(training: Fit, course: Course) -> None:
     from ich_keras.models.weights import save_weights
 
-    recipe = training.recipe
+    recipe, data = training.recipe, training.run.data()
     record = {
         "network": recipe.network.to_dict(),
         "preset": recipe.preset,
         "intensity": recipe.inputs.intensity.name,
         RECIPE: recipe.to_dict(),
-        CACHE: training.run.data()[CACHE],
+        CACHE: data[CACHE],
+        PIXELS: data.get(PIXELS),
         EPOCH: course.best_epoch,
     }
-    save_weights(training.model, training.run.best_weights, record)
+    course.best_weights = save_weights(training.model, training.run.best_weights, record)
 
 
 def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -> Any:
@@ -294,6 +307,8 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                 "history": course.rows,
                 "best_loss": course.best_loss,
                 "best_epoch": course.best_epoch,
+                BEST_WEIGHTS: course.best_weights,
+                RUN: training.run.identity(),
             }
             save_state(training.run.state_folder, model, epoch + 1, state)
             tell(

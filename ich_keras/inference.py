@@ -13,7 +13,8 @@ from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
-from ich_keras.run_folder import CACHE, RunFolder
+from ich_keras.run_checksums import require_unchanged
+from ich_keras.run_folder import CACHE, PIXELS, RunFolder
 
 # Columns that identify the slice of a prediction.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
@@ -33,7 +34,9 @@ def load_run(
         (the recipe as adapted to this machine, a keras.Model that gives probabilities).
 
     Raises:
-        StaleError: the run is not finished, or its recipe and weights do not match.
+        StaleError: the run is not finished, its recipe and weights do not match, or one of them
+            was changed since.
+        DataError: the weights are damaged.
     """
     return load_network(RunFolder.at(run).require_finished(), device, precision)
 
@@ -50,6 +53,8 @@ def load_network(
     model = classifier(recipe.network, precision=precision or recipe.precision)
     loaded = load_weights(model, run.best_weights, recipe.network, needs_head=True)
     _require_own_weights(run, loaded.record)
+    if run.is_finished:
+        require_unchanged(run, loaded.digest)
     return recipe, model
 
 
@@ -62,7 +67,8 @@ def _require_own_weights(run: RunFolder, record: dict) -> None:
             f"{run.recipe_file} is not the recipe that {run.best_weights.name} was trained with.",
             hint,
         )
-    if record.get(CACHE) != run.data()[CACHE]:
+    data = run.data()
+    if record.get(CACHE) != data[CACHE] or record.get(PIXELS) != data.get(PIXELS):
         raise StaleError(
             f"{run.best_weights} was trained on another cache than {run.data_file.name} names.",
             hint,

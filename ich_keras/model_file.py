@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import atomic_path
 from ich_keras.recipe import RECIPE, Recipe
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 _KERAS_METADATA = "metadata.json"  # inside the archive that a `.keras` file is
 
 
@@ -36,17 +38,24 @@ def read_recipe(path: Path | str) -> Recipe:
 
     Raises:
         UsageError: no such file.
-        StaleError: not a model of this library, or one without a recipe.
+        StaleError: not a model of this library, one without a recipe, or a damaged one: the
+            checksums of all its parts are checked.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             metadata = json.loads(archive.read(_KERAS_METADATA))
+            damaged = archive.testzip()
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist.") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # zipfile may take a flipped bit for encryption (RuntimeError) or an unknown method.
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, *_DAMAGED) as error:
         raise StaleError(
             f"{path} is not a .keras file ({error}).", "Give the model.keras of a run folder."
         ) from error
+    if damaged is not None:
+        raise StaleError(
+            f"{path} is damaged: {damaged} does not match its checksum.", "Copy the file again."
+        )
     content = metadata.get(RECIPE) if isinstance(metadata, dict) else None
     if content is None:
         raise StaleError(

@@ -8,6 +8,7 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.pixels import require_distinct
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.errors import DataError, UsageError
@@ -87,19 +88,25 @@ def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingP
     Raises:
         UsageError, DataError: as `train`.
     """
-    cache_size = tables.size if isinstance(tables, CTCache) else None
-    return plan_of(tables.slices, tables.series, Recipe.of(config, cache_size))
+    cache = tables if isinstance(tables, CTCache) else None
+    recipe = Recipe.of(config, None if cache is None else cache.size)
+    return plan_of(tables.slices, tables.series, recipe, cache)
 
 
-def plan_of(slices: pd.DataFrame, series: pd.DataFrame, recipe: Recipe) -> TrainingPlan:
+def plan_of(
+    slices: pd.DataFrame, series: pd.DataFrame, recipe: Recipe, cache: CTCache | None = None
+) -> TrainingPlan:
     """Plan a training by a recipe; see `plan_training`.
 
     Args:
         slices: the slice table of an index or a cache, with labels.
         series: its series table.
         recipe: of the training.
+        cache: that of the tables, to compare the pixels of the splits; None does not.
     """
     split, indices = split_indices(slices, recipe)
+    if cache is not None:
+        require_distinct(cache, split, indices)
     samples = make_samples(slices, series, recipe.inputs.view)
     return count_plan(slices, recipe, split, indices, samples)
 

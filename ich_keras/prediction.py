@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.rejects import (
     REJECTS_FILE,
     Reject,
@@ -24,7 +23,8 @@ from ich_keras.ct.rejects import (
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache.tables import verdicts_after_reading
-from ich_keras.data.inputs import resize_hu, slice_input, stack_slices, volume_input
+from ich_keras.data.inputs import slice_input, stack_slices, volume_input
+from ich_keras.data.reading import IndexedSlice, indexed_slices, read_indexed
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.files import atomic_write, new_folder
@@ -101,10 +101,10 @@ def predict_index(
     kept: list[np.ndarray] = []
     rejects: list[Reject] = []
     rows = index.slices.groupby("series_uid", sort=False).indices
-    paths = index.slices["container"].to_numpy()
+    sources = indexed_slices(index)
 
     def parts(read: Callable) -> Iterator[np.ndarray]:
-        files = (paths[rows[uid]].tolist() for uid in index.series["series_uid"])
+        files = ([sources[n] for n in rows[uid]] for uid in index.series["series_uid"])
         for series, content in zip(index.series.itertuples(), read(files), strict=True):
             hu, is_read, bad = content
             rejects.extend(bad)
@@ -154,8 +154,8 @@ def predict_index(
 @contextlib.contextmanager
 def _reading(
     size: int, num_series: int, longest: int, workers: int
-) -> Iterator[Callable[[Iterable[list[str]]], Iterator]]:
-    """Yield a function that reads series, each given as a list of files; see `_read_series`."""
+) -> Iterator[Callable[[Iterable[list[IndexedSlice]]], Iterator]]:
+    """Yield a function that reads series, each given as a list of slices; see `_read_series`."""
     one = partial(_read_series, size)
     ahead = min(2 * workers, num_series, AHEAD_BYTES // max(1, longest * size * size * 2))
     if ahead <= 1:
@@ -175,19 +175,21 @@ def _reading(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_series(size: int, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
+def _read_series(
+    size: int, slices: list[IndexedSlice]
+) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
     """Read the readable files of one series.
 
     Returns:
-        (HU, int16 (n, size, size); which files these are, bool (len(paths),); the rejects).
+        (HU, int16 (n, size, size); which slices these are, bool (len(slices),); the rejects).
     """
     hu, rejects = [], []
-    is_read = np.zeros(len(paths), bool)
-    for number, path in enumerate(paths):
+    is_read = np.zeros(len(slices), bool)
+    for number, indexed in enumerate(slices):
         try:
-            hu.append(resize_hu(read_hu(path), size))
+            hu.append(read_indexed(indexed, size).hu)
         except RejectedFile as reject:
-            rejects.append(Reject.of(path, reject))
+            rejects.append(Reject.of(indexed.container, reject))
         else:
             is_read[number] = True
     return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), is_read, rejects

@@ -1,10 +1,7 @@
 """report.md: a run's settings and results, next to the results of constant predictors."""
 
-from pathlib import Path
-
 import pandas as pd
 
-from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
@@ -147,16 +144,12 @@ def _range(interval: dict) -> str:
     return f"{interval['low']:.4f}-{interval['high']:.4f}"
 
 
-def write_report(run: RunFolder | Path | str) -> Path:
-    """Write report.md from the files of a run folder.
-
-    Returns:
-        The file.
+def report_text(run: RunFolder) -> str:
+    """Return the content of report.md, made from the other files of a run folder.
 
     Raises:
         StaleError: the folder lacks a file of a finished training.
     """
-    run = RunFolder.at(run)
     recipe, data, environment = run.recipe(), run.data(), run.environment()
     training = recipe.training
     history = pd.read_csv(run.history_file)
@@ -209,5 +202,4 @@ def write_report(run: RunFolder | Path | str) -> Path:
             ],
         ),
     ]
-    atomic_write(run.report_file, "\n".join(lines) + "\n")
-    return run.report_file
+    return "\n".join(lines) + "\n"

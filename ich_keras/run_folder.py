@@ -8,13 +8,15 @@ from ich_keras.checkpoints import has_state
 from ich_keras.config import RunConfig
 from ich_keras.data.split import Split
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import read_json
+from ich_keras.files import fingerprint, read_json
 from ich_keras.metrics.aggregation import DEFAULT_RULE, RULES
 from ich_keras.recipe import Recipe
 
 # Entries of data.json.
 CACHE = "cache"
 CACHE_PATH = "cache_path"
+PIXELS = "pixels"  # digest of the cached pixels; None for a cache of an older version
+PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
@@ -94,6 +96,11 @@ class RunFolder:
     def report_file(self) -> Path:
         """The report; written last, so a run that has it is finished."""
         return self.path / "report.md"
+
+    @property
+    def checksums_file(self) -> Path:
+        """The checksums of a finished run's files."""
+        return self.path / "checksums.json"
 
     @property
     def state_folder(self) -> Path:
@@ -203,6 +210,18 @@ class RunFolder:
     def environment(self) -> dict:
         """Return versions, backend, device and machine of the training."""
         return read_json(self.environment_file)
+
+    def identity(self) -> dict[str, str | None]:
+        """Return what tells this run from others, to be stored with its states."""
+        data, recipe = self.data(), dict(read_json(self.recipe_file))
+        # A resumed training may run in another place.
+        for place in ("backend", "device", "precision"):
+            recipe.pop(place, None)
+        return {
+            "recipe": fingerprint(recipe),
+            **{name: data.get(name) for name in (CACHE, PIXELS, LABELS_DIGEST)},
+            "start": self.environment().get("started"),
+        }
 
     def data(self) -> dict:
         """Return what the run was trained on: see `data_file`."""

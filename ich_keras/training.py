@@ -13,11 +13,12 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.pixels import NO_HASHES, part_digests, require_distinct
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.evaluation import evaluate_network
-from ich_keras.files import lock, require_absent, write_json
+from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
 from ich_keras.labels import LABELS
@@ -26,8 +27,18 @@ from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import TrainingPlan, count_plan, split_indices
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
-from ich_keras.report import write_report
-from ich_keras.run_folder import CACHE, CACHE_PATH, LABELS_DIGEST, PLAN, SYNTHETIC, RunFolder
+from ich_keras.report import report_text
+from ich_keras.run_checksums import write_checksums
+from ich_keras.run_folder import (
+    CACHE,
+    CACHE_PATH,
+    LABELS_DIGEST,
+    PIXELS,
+    PIXELS_OF,
+    PLAN,
+    SYNTHETIC,
+    RunFolder,
+)
 
 SPLITS_TO_EVALUATE = ("valid", "test")  # in this order: choices are made on the first
 
@@ -72,6 +83,7 @@ def train(
         own = replace(recipe.training, own_augment=augmentation_name(augment))
         recipe = replace(recipe, training=own)
     split, indices = split_indices(cache.slices, recipe)
+    require_distinct(cache, split, indices)
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
     model, loaded = compiled_network(recipe, plan.total_steps)
@@ -92,6 +104,8 @@ def train(
                 {
                     CACHE: cache.fingerprint,
                     CACHE_PATH: str(cache.path.absolute()),
+                    PIXELS: cache.pixels_digest,
+                    PIXELS_OF: part_digests(cache, split),
                     LABELS_DIGEST: _labels_digest(cache.slices),
                     "slices": len(cache.slices),
                     PLAN: plan.to_dict(),
@@ -102,6 +116,8 @@ def train(
             if loaded is not None:
                 write_json(run.started_from_file, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")
+            if cache.pixels_digest is None:
+                tell(NO_HASHES)
             tell(_first_line(recipe, plan))
             training = _make_fit(recipe, run, cache, samples, indices, model, augment)
             fit(training, Course(), progress, tell)
@@ -234,6 +250,12 @@ def _require_same_data(run: RunFolder, cache: CTCache) -> None:
             f" {cache.fingerprint[:12]}, expected {before[CACHE][:12]}.",
             "Give the cache it began with.",
         )
+    if before.get(PIXELS) not in (None, cache.pixels_digest):
+        raise StaleError(
+            f"{cache.path} holds other pixels than the training in {run} began with: digest"
+            f" {(cache.pixels_digest or 'none')[:12]}, expected {before[PIXELS][:12]}.",
+            "Give the cache it began with, or start a new training.",
+        )
     if not set(LABELS) <= set(cache.slices) or (
         before.get(LABELS_DIGEST) not in (None, _labels_digest(cache.slices))
     ):
@@ -310,6 +332,8 @@ def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
 
 def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
+    from ich_keras.models.weights_file import read_weights
+
     _, model = load_network(run, recipe.device)
     # In float32, because other machines may not support a faster type.
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)
@@ -317,4 +341,7 @@ def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress |
     run.choices_file.unlink(missing_ok=True)
     for split in SPLITS_TO_EVALUATE:
         evaluate_network(run, recipe, model, cache, split, progress)
-    write_report(run)
+    # The report comes last: it makes the run a finished one.
+    report = report_text(run)
+    write_checksums(run, read_weights(run.best_weights).digest, report)
+    atomic_write(run.report_file, report)

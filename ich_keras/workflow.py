@@ -90,9 +90,12 @@ def make_cache(
     size: int,
     workers: int = 0,
     progress: Progress | None = None,
+    restart: bool = False,
 ) -> CTCache:
     """Cache the usable series of an index; localizers and non-axial series become rejects."""
-    return build_cache(index.usable(), out, size, workers=workers, progress=progress)
+    return build_cache(
+        index.usable(), out, size, workers=workers, progress=progress, restart=restart
+    )
 
 
 def cache_dicom(
@@ -251,7 +254,7 @@ def prepare_training(
     if cache_dir.exists():
         cache = open_cache(cache_dir, labels)
         if index is not None:
-            cache.require(index=index.usable())
+            cache.require(index=index.usable(), workers=workers, progress=progress)
         if takes_cache_size:
             data = dataclasses.replace(config.data, size=cache.size)
             config = dataclasses.replace(config, data=data)
@@ -261,7 +264,7 @@ def prepare_training(
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
     recipe = Recipe.of(config, None if cache is None else cache.size)
-    plan = plan_of(tables.slices, tables.series, recipe)
+    plan = plan_of(tables.slices, tables.series, recipe, cache)
     return Preparation(config, recipe, plan, out, cache_dir, cache, index)
 
 

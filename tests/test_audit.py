@@ -9,6 +9,8 @@ from click.testing import CliRunner
 
 from ich_keras.cli import main
 from ich_keras.data.leakage import audit_data, equal_slices, label_faults
+from ich_keras.data.pixels import require_distinct
+from ich_keras.data.reading import pixel_hash
 from ich_keras.data.split import SPLITS, find_split, make_split
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
@@ -16,17 +18,30 @@ from ich_keras.submission import write_submission
 
 
 class Cache:
-    """A cache whose pixels and tables can be changed."""
+    """A cache whose pixels and tables can be changed; with hashes, or as of an older version."""
 
-    def __init__(self, cache):
+    def __init__(self, cache, with_hashes=True):
         self.slices, self.series, self.path = cache.slices.copy(), cache.series, cache.path
         self._hu = cache.slices_hu(np.arange(len(cache)))
+        self.read = 0
+        if not with_hashes:
+            self.slices = self.slices.drop(columns="pixel_hash")
 
     def __len__(self):
         return len(self.slices)
 
+    def put(self, rows, hu):
+        self._hu[rows] = hu
+        if "pixel_hash" in self.slices:
+            self.slices["pixel_hash"] = [pixel_hash(image) for image in self._hu]
+
     def slices_hu(self, rows):
+        self.read += len(rows)
         return self._hu[np.asarray(rows)]
+
+
+def first_with_head(cache, rows):
+    return next(row for row in rows if (cache.slices_hu([row]) > -500).mean() > 0.1)
 
 
 def test_a_clean_split_has_no_leak(phantom_cache):
@@ -39,13 +54,16 @@ def test_a_clean_split_has_no_leak(phantom_cache):
     assert counted == {part: len(split.indices(phantom_cache.slices, part)) for part in SPLITS}
 
 
-def test_every_kind_of_leak_is_told(phantom_cache):
-    cache = Cache(phantom_cache)
+@pytest.mark.parametrize("with_hashes", [True, False])
+def test_every_kind_of_leak_is_told(phantom_cache, with_hashes):
+    cache = Cache(phantom_cache, with_hashes)
     clean = make_split("patient", cache.slices, 0)
     train, test = (clean.indices(cache.slices, part) for part in ("train", "test"))
-    head = next(row for row in train if (cache.slices_hu([row]) > -500).mean() > 0.1)
-    cache._hu[test[0]] = cache._hu[head]
+    head = first_with_head(cache, train)
+    cache.put(test[0], cache._hu[head])
+    cache.read = 0
     assert equal_slices(cache) == [sorted([head, test[0]])]
+    assert cache.read == (1 if with_hashes else len(cache))
     found = audit_data(cache, clean)
     assert found["leaks"] == ["train and test share 1 groups of slices with equal pixels"]
     assert found["equal_pixels"]["of_different_patients"] == 1
@@ -63,10 +81,71 @@ def test_every_kind_of_leak_is_told(phantom_cache):
     assert any("valid and test share" in leak and "slices" in leak for leak in leaks)
 
 
-def test_slices_without_a_head_may_be_equal(phantom_cache):
-    cache = Cache(phantom_cache)
-    cache._hu[[3, 60, 99]] = -1000
+@pytest.mark.parametrize("with_hashes", [True, False])
+def test_slices_without_a_head_may_be_equal(phantom_cache, with_hashes):
+    cache = Cache(phantom_cache, with_hashes)
+    cache.put([3, 60, 99], -1000)
     assert equal_slices(cache) == []
+
+
+def indices_of(split, cache):
+    return {part: split.indices(cache.slices, part) for part in SPLITS}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("train", "valid"), ("train", "test"), ("valid", "test")]
+)
+def test_a_split_across_which_pixels_are_equal_is_refused(phantom_cache, one, other):
+    cache = Cache(phantom_cache)
+    split = make_split("patient", cache.slices, 0)
+    indices = indices_of(split, cache)
+    require_distinct(cache, split, indices)
+    head, copy = first_with_head(cache, indices[one]), indices[other][-1]
+    cache.put(copy, cache._hu[head])
+    uids = cache.slices["sop_instance_uid"]
+    with pytest.raises(DataError) as caught:
+        require_distinct(cache, split, indices)
+    assert caught.value.message == (
+        f"split 'patient': {one} and {other} share 1 images of equal pixels:"
+        f" {uids.iloc[head]} ({one}) and {uids.iloc[copy]} ({other})."
+    )
+    assert not any(name in str(caught.value) for name in cache.slices["patient_id"].unique())
+    # Within one part they do no harm; neither does a copy that no part uses.
+    elsewhere = {**indices, other: indices[other][:-1]}
+    require_distinct(cache, split, elsewhere)
+    elsewhere[one] = np.sort(np.append(indices[one], copy))
+    require_distinct(cache, split, elsewhere)
+
+
+def test_many_equal_pixels_are_counted_and_a_few_named(phantom_cache):
+    cache = Cache(phantom_cache)
+    split = make_split("patient", cache.slices, 0)
+    indices = indices_of(split, cache)
+    heads = [row for row in indices["train"] if (cache.slices_hu([row]) > -500).mean() > 0.1][:9]
+    copies = indices["test"][: len(heads)]
+    cache.put(copies, cache._hu[heads])
+    with pytest.raises(DataError, match="train and test share 9 images of equal pixels") as caught:
+        require_distinct(cache, split, indices)
+    assert caught.value.message.count("(train)") == 5
+
+
+def test_splits_that_leak_on_purpose_and_old_caches_are_not_refused(phantom_cache):
+    cache = Cache(phantom_cache)
+    cache.put(np.arange(len(cache)), cache._hu[first_with_head(cache, range(len(cache)))])
+    for name in ("none", "thesis-slices", "thesis-series"):
+        split = find_split(name, cache.slices, 0)
+        require_distinct(cache, split, indices_of(split, cache))
+    cache.slices = cache.slices.drop(columns="pixel_hash")
+    split = make_split("patient", cache.slices, 0)
+    require_distinct(cache, split, indices_of(split, cache))
+
+
+def test_air_in_two_parts_is_no_leak(phantom_cache):
+    cache = Cache(phantom_cache)
+    split = make_split("patient", cache.slices, 0)
+    indices = indices_of(split, cache)
+    cache.put([rows[0] for rows in indices.values()], -1000)
+    require_distinct(cache, split, indices)
 
 
 def test_labels_that_contradict_each_other_are_counted(phantom_cache):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -25,8 +26,8 @@ from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache import build as cache_build
 from ich_keras.data.cache import fill as cache_fill
-from ich_keras.data.cache.build import plan_shards
 from ich_keras.data.cache.cache import CTCache, build_cache
+from ich_keras.data.cache.plan import inputs_fingerprint, plan_shards
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.labels import LabelTable
 from ich_keras.errors import (
@@ -162,8 +163,13 @@ def test_workers_and_a_second_build_give_the_same_bytes(index, tmp_path):
 
 def test_tables_come_back_exactly(index, tmp_path):
     cache = build(index, tmp_path / "cache")
-    pd.testing.assert_frame_equal(cache.slices.drop(columns="repaired"), index.slices)
+    added = ["repaired", "pixel_hash"]
+    pd.testing.assert_frame_equal(cache.slices.drop(columns=added), index.slices)
     assert cache.slices["repaired"].tolist() == [False] * 16
+    assert cache.slices["pixel_hash"].tolist() == [
+        hashlib.sha256(expected_hu(path).tobytes()).hexdigest()[:32]
+        for path in index.slices["container"]
+    ]
     pd.testing.assert_frame_equal(cache.series, index.series)
     pd.testing.assert_frame_equal(cache.rejects, index.rejects)
     assert cache.series["num_slices"].tolist() == list(LENGTHS)
@@ -253,8 +259,8 @@ def test_an_unreadable_slice_is_a_reject_and_its_series_closes_up(own_index, tmp
 def test_a_slice_of_another_shape_than_indexed_is_a_reject(own_index, tmp_path):
     write_slice(Path(own_index.slices["container"][0]), 1, 0, rows=30)
     cache = build(own_index, tmp_path / "cache")
-    assert cache.rejects["code"].tolist() == ["BAD_VALUE"]
-    assert "(24, 24) when it was indexed" in cache.rejects["detail"][0]
+    assert cache.rejects["code"].tolist() == ["CHANGED"]
+    assert cache.rejects["detail"][0] == "Rows x Columns is 30 x 24; 24 x 24 when it was indexed"
 
 
 def test_no_readable_slice_is_an_error_and_leaves_nothing(own_index, tmp_path):
@@ -337,32 +343,83 @@ build_cache(index, {str(tmp_path / "cache")!r}, {SIZE}, shard_bytes={SLICE_BYTES
     assert not list(tmp_path.glob("cache.*"))
 
 
-def test_a_partial_build_of_other_settings_is_not_reused(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "_write_manifest", _raise_interrupt)
-    with pytest.raises(KeyboardInterrupt):
+def interrupted(index, out, monkeypatch, **options) -> Path:
+    """Build a cache whose shards are finished and whose manifest is not; return its folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_build, "_write_manifest", _raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(index, out, **options)
+    return out.with_name(f"{out.name}.partial")
+
+
+def test_shards_of_other_settings_are_deleted_only_when_asked(index, tmp_path, monkeypatch):
+    partial = interrupted(index, tmp_path / "cache", monkeypatch)
+    before = content(partial)
+    differences = {
+        "size 16, not 20": {"size": 20},
+        "compression None, not gzip": {"compression": "gzip"},
+        "the shards have other sizes": {"shard_bytes": 10**6},
+    }
+    for message, options in differences.items():
+        with pytest.raises(
+            StaleError, match=f"holds 2 finished shards of another build: {message}"
+        ) as caught:
+            build(index, tmp_path / "cache", **options)
+        assert "ich cache --restart" in caught.value.hint
+        assert content(partial) == before
+    assert len(build(index, tmp_path / "cache", size=20, restart=True)) == 16
+    other = build(index, tmp_path / "other", size=20)
+    assert content(tmp_path / "cache") == content(other.path)
+
+
+@pytest.mark.parametrize("name", ["numpy", "opencv", "pydicom", "reading"])
+def test_shards_of_other_versions_are_not_mixed_in(index, tmp_path, monkeypatch, name):
+    partial = interrupted(index, tmp_path / "cache", monkeypatch)
+    plan = files.read_json(partial / "plan.json")
+    plan["versions"][name] = "0.9"
+    files.write_json(partial / "plan.json", plan)
+    with pytest.raises(StaleError, match=f"another build: {name}'s version 0.9, not "):
         build(index, tmp_path / "cache")
-    monkeypatch.undo()
-    assert (tmp_path / "cache.partial" / "shard-0000.h5").exists()
-    cache = build(index, tmp_path / "cache", size=20)
-    assert cache.size == 20
-    assert content(cache.path) == content(build(index, tmp_path / "other", size=20).path)
+
+
+def test_without_finished_shards_nothing_is_asked(index, tmp_path):
+    partial = tmp_path / "cache.partial"
+    partial.mkdir()
+    files.write_json(partial / "plan.json", {"schema": 1})
+    assert len(build(index, tmp_path / "cache")) == 16
+
+
+def test_a_damaged_plan_has_a_way_out(index, tmp_path, monkeypatch):
+    partial = interrupted(index, tmp_path / "cache", monkeypatch)
+    (partial / "plan.json").write_text("{")
+    with pytest.raises(StaleError, match=r"plan\.json is not valid JSON.*--restart"):
+        build(index, tmp_path / "cache")
+    assert len(build(index, tmp_path / "cache", restart=True)) == 16
+
+
+def test_restart_removes_no_folder_that_is_not_its_own(index, tmp_path):
+    partial = tmp_path / "cache.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not an unfinished cache"):
+        build(index, tmp_path / "cache", restart=True)
+    assert (partial / "thesis.txt").read_text() == "mine"
 
 
 def test_a_partial_build_in_another_order_is_not_reused(tmp_path, monkeypatch):
     index = write_folder(tmp_path / "dicom", (4, 4, 4))
-    monkeypatch.setattr(cache_build, "_write_manifest", _raise_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build(index, tmp_path / "cache")
-    monkeypatch.undo()
+    interrupted(index, tmp_path / "cache", monkeypatch)
     # The first patient's ID is corrected and comes last: the same slices of the same sizes.
     for path in (tmp_path / "dicom").glob("s1-*.dcm"):
         dataset = pydicom.dcmread(path)
         dataset.PatientID = "Q1"
         dataset.save_as(path)
     moved = index_folder(tmp_path / "dicom")
-    assert cache_build.inputs_fingerprint(moved) == cache_build.inputs_fingerprint(index)
+    assert inputs_fingerprint(moved) == inputs_fingerprint(index)
     assert moved.slices["patient_id"].iloc[0] == "P2"
-    cache = build(moved, tmp_path / "cache")
+    with pytest.raises(StaleError, match="another build: the slices are in another order"):
+        build(moved, tmp_path / "cache")
+    cache = build(moved, tmp_path / "cache", restart=True)
     assert content(cache.path) == content(build(moved, tmp_path / "other").path)
 
 
@@ -589,7 +646,7 @@ def test_an_edited_manifest_is_refused(index, tmp_path):
 def test_another_schema_is_refused(index, tmp_path):
     cache = build(index, tmp_path / "cache")
     edit_manifest(cache.path, schema=99)
-    with pytest.raises(StaleError, match="schema is 99 in the cache, 1 wanted"):
+    with pytest.raises(StaleError, match="schema is 99 in the cache, 2 wanted"):
         CTCache.open(cache.path)
 
 
@@ -674,7 +731,7 @@ def test_stale_names_each_differing_field(index, tmp_path, monkeypatch):
     count = (merged["patient_id"] != index.slices["patient_id"]).sum()
     with pytest.raises(StaleError, match=f"{count} slices have another PatientID in the cache"):
         cache.require(index=dataclasses.replace(index, slices=merged))
-    monkeypatch.setattr("ich_keras.data.cache.cache.RESAMPLING", "nearest/2")
+    monkeypatch.setattr("ich_keras.data.cache.staleness.RESAMPLING", "nearest/2")
     with pytest.raises(StaleError, match=r"resampling is pad.* in the cache, nearest/2 wanted"):
         cache.require()
 
@@ -716,16 +773,15 @@ def test_other_library_versions_are_accepted_when_the_pixels_are_equal(own_index
 
 
 def test_slices_that_can_be_read_now_make_a_cache_stale(own_index, tmp_path, monkeypatch):
-    read_resized = cache_fill.read_resized
+    read_indexed = cache_fill.read_indexed
 
-    def read_without_decoder(container, *options):
-        if Path(container).name in ("s1-0.dcm", "s3-2.dcm"):
+    def read_without_decoder(source, size):
+        if Path(source.container).name in ("s1-0.dcm", "s3-2.dcm"):
             raise RejectedFile("NO_DECODER", "no decoder")
-        return read_resized(container, *options)
+        return read_indexed(source, size)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_fill, "read_resized", read_without_decoder)
-        patched.setattr("ich_keras.data.cache.cache.read_resized", read_without_decoder)
+        patched.setattr(cache_fill, "read_indexed", read_without_decoder)
         cache = build(own_index, tmp_path / "cache")
         assert len(cache) == len(own_index.slices) - 2
         cache.require(index=own_index)

@@ -20,6 +20,7 @@ from ich_keras import checkpoints, files, fitting, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.rejects import NothingUsable
 from ich_keras.ct.series import index_folder
+from ich_keras.data.reading import IndexedSlice
 from ich_keras.errors import (
     DataError,
     DivergedError,
@@ -43,6 +44,7 @@ from ich_keras.models.weights_file import read_record
 from ich_keras.planning import plan_training, split_indices
 from ich_keras.prediction import predict_folder, predict_index
 from ich_keras.recipe import Recipe
+from ich_keras.run_checksums import update_checksums
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
@@ -87,6 +89,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         "best.weights.h5",
         "choices.json",
         "model.keras",
+        "checksums.json",
         "state",
         "report.md",
         *(
@@ -161,9 +164,11 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     before = (run / "choices.json").read_text()
     other = choices["slice"] | {"temperature": 3.0}
     write_json(run / "choices.json", choices | {"slice": other})
+    update_checksums(RunFolder(run), ["choices.json"])
     assert evaluate(run, phantom_cache, "valid")["slice"]["calibration"]["temperature"] == 3.0
     assert json.loads((run / "choices.json").read_text())["slice"] == other
     (run / "choices.json").write_text(before)
+    update_checksums(RunFolder(run), ["choices.json"])
     evaluate(run, phantom_cache, "valid")
     again = evaluate(run, phantom_cache, "test")
     assert (run / "choices.json").read_text() == before
@@ -303,7 +308,8 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
     monkeypatch.setattr(prediction, "AHEAD_BYTES", bytes_ahead)
     monkeypatch.setattr(prediction, "process_pool", pool)
     with prediction._reading(40, 20, 30, workers) as read:
-        found = list(read([["absent"]] * 3))
+        absent = IndexedSlice("absent", *[None] * 12)
+        found = list(read([[absent]] * 3))
     assert pools == begun
     assert [bad[0][0] for _, _, bad in found] == ["absent"] * 3
 
@@ -585,8 +591,9 @@ def test_best_weights_of_a_lost_epoch_are_put_right(phantom_cache, tmp_path, cra
         assert best.read_bytes() == as_written
     # The best of an epoch before the last is gone for good: the next ones take over.
     save_weights(other, best, record | {"epoch": 3})
-    state["best_epoch"], state["best_loss"] = 1, 0.0
-    write_json(out / "state" / "epoch-0002" / "state.json", state)
+    del state["files"], state["checksum"]
+    changed = state | {"best_epoch": 1, "best_loss": 0.0}
+    checkpoints.write_state(out / "state" / "epoch-0002", changed)
     crash_after(None)
     training.resume(out, phantom_cache, tell=told.append)
     assert "The best weights so far (epoch 1) are lost; the next epoch counts as the best." in told
@@ -751,6 +758,7 @@ def test_a_state_of_another_network_is_refused(tmp_path):
     del arrays[min(arrays)]
     with open(tmp_path / "epoch-0001" / "variables.npz", "wb") as stream:
         np.savez(stream, **arrays)
+    checkpoints.write_state(tmp_path / "epoch-0001", {"epoch": 1})
     with pytest.raises(LostState, match="1 variables differ, generator/0 first"):
         checkpoints.load_state(tmp_path, narrow_model(1)[0])
 
@@ -970,14 +978,14 @@ def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch
     torn, shorter = sizes.index[:2]
     inside = table.loc[table["series_uid"] == torn, "container"].iloc[sizes[torn] // 2]
     last = table.loc[table["series_uid"] == shorter, "container"].iloc[-1]
-    lost, read_hu = {inside, last}, prediction.read_hu
+    lost, read_indexed = {inside, last}, prediction.read_indexed
 
-    def read(path):
-        if path in lost:
+    def read(indexed, size):
+        if indexed.container in lost:
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
-        return read_hu(path)
+        return read_indexed(indexed, size)
 
-    monkeypatch.setattr(prediction, "read_hu", read)
+    monkeypatch.setattr(prediction, "read_indexed", read)
     found = predict_folder(run, images)
     before = index_folder(images).series.set_index("series_uid")["verdict"]
     after = found.series.set_index("series_instance_uid")["verdict"]

@@ -1,5 +1,6 @@
 """Weights files: exact round trips, files nobody vouches for, loading by name, finding by name."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from ich_keras.errors import DataError, UsageError
+from ich_keras.files import fingerprint
 from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.resnet import resnet
@@ -52,6 +54,12 @@ def place_of(file: h5py.File, layer: str) -> h5py.Group:
     return found[0]
 
 
+def edit_record(file: h5py.File, change) -> None:
+    record = json.loads(file.attrs[RECORD])
+    change(record)
+    file.attrs[RECORD] = json.dumps(record)
+
+
 @pytest.fixture(scope="module")
 def trained():
     return randomise(classifier(NARROW), seed=1)
@@ -76,12 +84,17 @@ def backbone():
 
 @pytest.fixture
 def edited(good_file, tmp_path):
-    """Return a function that copies the good file, edits the copy and returns its path."""
+    """Return a function that copies the good file, edits the copy and returns its path.
 
-    def edit(change):
+    Without checksums, as others and older versions write files: then the rest must find it.
+    """
+
+    def edit(change, has_checksums=False):
         path = tmp_path / f"edited{SUFFIX}"
         shutil.copy(good_file, path)
         with h5py.File(path, "r+") as file:
+            if not has_checksums:
+                edit_record(file, lambda record: record.pop("checksums"))
             change(file)
         return path
 
@@ -146,6 +159,113 @@ def test_a_save_that_fails_leaves_the_old_file(trained, good_file, tmp_path, rec
         save_weights(trained, path, record)
     assert path.read_bytes() == good_file.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Damage that HDF5 does not see -----------------------------------------------------------
+
+
+def offset_of(path, layer: str, number: int = 0) -> int:
+    with h5py.File(path) as file:
+        return place_of(file, layer)[str(number)].id.get_offset()
+
+
+def test_every_layer_has_a_checksum_of_shapes_and_values(trained, good_file, tmp_path):
+    with h5py.File(good_file) as file:
+        checksums = json.loads(file.attrs[RECORD])["checksums"]
+    by_hand = {}
+    for layer in trained.layers:
+        arrays = [keras.ops.convert_to_numpy(v) for v in own_variables(layer)]
+        if arrays:
+            shapes = str([tuple(array.shape) for array in arrays]).encode()
+            content = b"".join(array.astype("<f4").tobytes() for array in arrays)
+            by_hand[layer.name] = hashlib.sha256(shapes + content).hexdigest()[:32]
+    assert checksums["layers"] == by_hand
+    digest = fingerprint(by_hand)
+    assert read_weights(good_file).digest == digest
+    assert save_weights(trained, tmp_path / f"again{SUFFIX}", {"source": "elsewhere"}) == digest
+
+
+def test_the_last_bit_of_a_weight_is_seen(good_file, target, tmp_path):
+    path = tmp_path / f"bit{SUFFIX}"
+    for layer, number in (("conv1", 0), ("bn1", 3), ("fc", 1)):
+        raw = bytearray(good_file.read_bytes())
+        raw[offset_of(good_file, layer, number)] ^= 1
+        path.write_bytes(raw)
+        before = values_of(target)
+        for read in (read_weights, lambda path: load_weights(target, path, NARROW)):
+            with pytest.raises(
+                DataError, match=f"1 of 41 layers are not as they were saved.*: {layer} first"
+            ):
+                read(path)
+        assert is_same(values_of(target), before)
+
+
+def test_lost_blocks_are_seen(good_file, tmp_path):
+    """4 KB of zeros, as a broken disk or an interrupted copy leaves them."""
+    raw = good_file.read_bytes()
+    path = tmp_path / f"blocks{SUFFIX}"
+    found = []
+    for start in range(0, len(raw), 9 * 4096):
+        path.write_bytes(raw[:start] + bytes(len(raw[start : start + 4096])) + raw[start + 4096 :])
+        with pytest.raises(DataError) as caught:
+            read_weights(path)
+        found.append("not as they were saved" in str(caught.value))
+    assert 0.4 * len(found) < sum(found) < len(found)  # else HDF5's own structure is hurt
+
+
+def test_layers_with_each_others_values_are_refused(edited):
+    """Two layers of equal shapes, exchanged: all values are there, in the wrong place."""
+
+    def exchange(file):
+        one, other = (place_of(file, name) for name in ("layer1_0_bn1", "layer1_0_bn2"))
+        one.attrs["name"], other.attrs["name"] = other.attrs["name"], one.attrs["name"]
+
+    with pytest.raises(DataError, match="2 of 41 layers are not as they were saved"):
+        read_weights(edited(exchange, has_checksums=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["labels"].reverse(),
+        lambda record: record.update(source="elsewhere"),
+        lambda record: record["network"].update(strides=[1, 1, 1, 1]),
+        lambda record: record.pop("licence"),
+        lambda record: record["checksums"].update(record="0" * 64),
+        lambda record: record.update(checksums=5),
+        lambda record: record["checksums"].update(layers=5),
+    ],
+)
+def test_a_changed_record_is_refused(edited, change):
+    path = edited(lambda file: edit_record(file, change), has_checksums=True)
+    for read in (read_weights, read_record):
+        with pytest.raises(DataError, match="its record does not match its checksum"):
+            read(path)
+
+
+def test_layers_without_checksum_and_checksums_without_layer(edited):
+    def less(file):
+        edit_record(file, lambda record: record["checksums"]["layers"].pop("conv1"))
+
+    def more(file):
+        edit_record(file, lambda record: record["checksums"]["layers"].update(conv9="0" * 32))
+
+    with pytest.raises(DataError, match="1 of 40 layers .*: conv1 first"):
+        read_weights(edited(less, has_checksums=True))
+    with pytest.raises(DataError, match="1 of 42 layers .*: conv9 first"):
+        read_weights(edited(more, has_checksums=True))
+
+
+def test_files_without_checksums_load_and_say_so(trained, good_file, edited, target, tmp_path):
+    trained.save_weights(tmp_path / f"keras{SUFFIX}")
+    for path in (edited(lambda file: None), tmp_path / f"keras{SUFFIX}"):
+        loaded = load_weights(target, path, NARROW)
+        assert is_same(values_of(target), values_of(trained))
+        assert loaded.digest is None
+        assert "without checksums, so that damage would not be noticed" in str(loaded)
+    loaded = load_weights(target, good_file, NARROW)
+    assert loaded.digest == read_weights(good_file).digest
+    assert "checksums" not in str(loaded)
 
 
 # --- Files nobody vouches for ---------------------------------------------------------------
@@ -579,7 +699,8 @@ def test_the_account_of_what_was_loaded(good_file, tmp_path):
         " not used: fc"
     )
     record = {"source": "own checkpoint", "changes": ["inflated (mean)", 5], **NETWORK}
-    account = str(LoadedWeights(tmp_path, ("conv1",), fresh=("fc",), record=record))
+    loaded = LoadedWeights(tmp_path, ("conv1",), fresh=("fc",), record=record, digest="0" * 64)
+    account = str(loaded)
     assert account == (
         f"1 layers from {tmp_path}; source own checkpoint (no licence recorded),"
         " changed: inflated (mean), 5; new: fc"
@@ -587,7 +708,7 @@ def test_the_account_of_what_was_loaded(good_file, tmp_path):
     account = str(LoadedWeights(tmp_path, ("conv1",)))
     assert account == (
         f"1 layers from {tmp_path}; its network is not recorded: source unknown, strides and"
-        " dilations not checked; new: none"
+        " dilations not checked; without checksums, so that damage would not be noticed; new: none"
     )
 
 

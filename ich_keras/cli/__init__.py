@@ -8,6 +8,7 @@ is loaded.
 import click
 
 from ich_keras import __version__
+from ich_keras.cli.checks import verify
 from ich_keras.cli.data import audit, cache, doctor, index, phantom
 from ich_keras.cli.options import HELP
 from ich_keras.cli.results import evaluate, predict, presets, submission
@@ -35,6 +36,7 @@ for _command in (
     evaluate,
     predict,
     audit,
+    verify,
     submission,
     presets,
     doctor,

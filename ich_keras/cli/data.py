@@ -125,9 +125,22 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
     help="Rows and columns of a cached slice.",
 )
 @click.option("--verify", is_flag=True, help="Only verify the checksums of the cache in --out.")
+@click.option(
+    "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start anew."
+)
 @WORKERS
-def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: int | None) -> None:
-    """Cache the Hounsfield units of an index at one size, or verify a cache."""
+def cache(
+    index_dir: Path | None,
+    out: Path,
+    size: int,
+    verify: bool,
+    restart: bool,
+    workers: int | None,
+) -> None:
+    """Cache the Hounsfield units of an index at one size, or verify a cache.
+
+    An interrupted build goes on from its finished shards.
+    """
     from ich_keras.ct.series import SeriesIndex
     from ich_keras.data.cache.cache import CTCache
     from ich_keras.workflow import make_cache
@@ -143,6 +156,7 @@ def cache(index_dir: Path | None, out: Path, size: int, verify: bool, workers: i
                 size,
                 workers=num_workers(workers),
                 progress=terminal.progress,
+                restart=restart,
             )
     click.echo(str(cached))
     click.echo(f"{'Verified' if verify else 'Cache'}: {out}")

@@ -112,10 +112,12 @@ class CTSlice:
     Args:
         hu: int16 (rows, columns), HU.
         repaired: whether wrapped 12-bit values were unwrapped.
+        header: the header that was read with them.
     """
 
     hu: np.ndarray
     repaired: bool
+    header: SliceHeader
 
 
 def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> SliceHeader:
@@ -158,7 +160,7 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
     repaired = is_wrapped(stored, header.pixels, intercept)
     if repaired:
         stored, intercept = unwrap(stored)
-    return CTSlice(to_hu(stored, header.slope, intercept), repaired)
+    return CTSlice(to_hu(stored, header.slope, intercept), repaired, header)
 
 
 def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarray:

@@ -66,6 +66,7 @@ REJECT_CODES = {
         "the same SOPInstanceUID was already seen in another file",
         "Nothing to do if it is a copy; the first file by path is used.",
     ),
+    "CHANGED": Explanation("the file is not the one that was indexed", "Index the folder again."),
     "LOCALIZER": Explanation("a localizer (scout) image", LEAVE_OUT),
     "NOT_AXIAL": Explanation(
         "a coronal, sagittal or oblique series", "Nothing to do: only axial series are used."

@@ -31,7 +31,7 @@ from ich_keras.ct.tables import (
 from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, has_word, shown, verdict
 from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import read_json, require_absent, write_json
+from ich_keras.files import fingerprint, read_json, require_absent, write_json
 from ich_keras.progress import Progress
 
 SCHEMA = 1
@@ -135,7 +135,8 @@ class SeriesIndex:
         tables = {
             name: write_table(folder / f"{name}.csv", getattr(self, name)) for name in _TABLES
         }
-        write_json(folder / "index.json", {"schema": SCHEMA, "tables": tables})
+        content = {"schema": SCHEMA, "tables": tables}
+        write_json(folder / "index.json", {**content, "checksum": fingerprint(content)})
 
     @classmethod
     def load(cls, folder: Path | str) -> "SeriesIndex":
@@ -153,6 +154,10 @@ class SeriesIndex:
                 f"{folder} is an index of schema {found}; expected {SCHEMA}.",
                 "Make the index again.",
             )
+        # Older indexes have no checksum.
+        checksum = manifest.pop("checksum", None)
+        if checksum not in (None, fingerprint(manifest)):
+            raise StaleError(f"{folder / 'index.json'} is damaged.", "Make the index again.")
         records = manifest.get("tables")
         fields = {"columns": dict, "sha256": str}
         if not isinstance(records, dict) or not all(

@@ -111,8 +111,10 @@ def read_table(path: Path, record: dict) -> pd.DataFrame:
         raise StaleError(f"{path} cannot be read ({error}).", "Make the index again.") from error
     if fingerprint(text) != record["sha256"]:
         raise StaleError(f"{path} was changed or damaged.", "Make the index again.")
-    _, *rows = csv.reader(io.StringIO(text, newline=""))
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
     dtypes = record["columns"]
+    if header != list(dtypes):
+        raise StaleError(f"{path} has other columns than its record says.", "Make the index again.")
     columns = list(zip(*rows, strict=True)) or [()] * len(dtypes)
     return pd.DataFrame(
         {

@@ -1,21 +1,17 @@
 """Faults of a data set and its splits: shared patients, equal pixels, contradictory labels."""
 
-import hashlib
 from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.intensity import HEAD_ABOVE_HU
 from ich_keras.data.labels import is_labelled
+from ich_keras.data.pixels import equal_slices
 from ich_keras.data.split_audit import count_split
 from ich_keras.data.split_record import SPLITS, Split
 from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.progress import Progress
 
-_AT_ONCE = 256  # slices in memory
-_HEAD_PIXELS = 0.02  # of a slice: with fewer it shows no head
 SAME_PLACE_MM = 0.01
 
 
@@ -59,27 +55,6 @@ def audit_data(
         if across:
             leaks.append(f"{one} and {other} share {across:,} groups of slices with equal pixels")
     return found | {"split": {"name": split.name, **counts}, "leaks": leaks}
-
-
-def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[int]]:
-    """Find slices that show a head and are equal pixel by pixel.
-
-    Returns:
-        Groups of two or more rows of the slice table, in order.
-    """
-    found: dict[bytes, list[int]] = {}
-    if progress is not None:
-        progress("comparing", 0, len(cache))
-    for start in range(0, len(cache), _AT_ONCE):
-        rows = np.arange(start, min(start + _AT_ONCE, len(cache)))
-        hu = cache.slices_hu(rows)
-        has_head = (hu > HEAD_ABOVE_HU).mean(axis=(1, 2)) > _HEAD_PIXELS
-        for row, image in zip(rows[has_head].tolist(), hu[has_head], strict=True):
-            digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-            found.setdefault(digest, []).append(row)
-        if progress is not None:
-            progress("comparing", int(rows[-1]) + 1, len(cache))
-    return [rows for rows in found.values() if len(rows) > 1]
 
 
 def _count_equal(cache: CTCache, groups: list[list[int]]) -> dict:

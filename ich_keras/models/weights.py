@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from ich_keras.errors import DataError
@@ -14,13 +13,12 @@ from ich_keras.files import atomic_path
 from ich_keras.labels import LABELS
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import (
-    MAX_RECORD_BYTES,
-    RECORD,
     SUFFIX,
     WeightsFile,
     origin,
     read_weights,
     require_record,
+    write_record,
 )
 
 HEAD = "fc"
@@ -37,7 +35,7 @@ class LoadedWeights:
         loaded: layers that were filled from it.
         fresh: layers of the model that kept their random weights.
         ignored: layers of the file that the model does not have.
-        record: see `WeightsFile`.
+        record, digest: see `WeightsFile`.
     """
 
     path: Path
@@ -45,9 +43,12 @@ class LoadedWeights:
     fresh: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
+    digest: str | None = None
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} layers from {self.path}", origin(self.record)]
+        if self.digest is None:
+            parts.append("without checksums, so that damage would not be noticed")
         parts.append(f"new: {', '.join(self.fresh) if self.fresh else 'none'}")
         if self.ignored:
             parts.append(f"not used: {', '.join(self.ignored)}")
@@ -105,7 +106,8 @@ def load_weights(
     for name in loaded:
         for variable, array in zip(targets[name], file.layers[name], strict=True):
             variable.assign(array)
-    return LoadedWeights(file.path, tuple(loaded), tuple(missing), tuple(surplus), file.record)
+    unused = tuple(surplus)
+    return LoadedWeights(file.path, tuple(loaded), tuple(missing), unused, file.record, file.digest)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -174,26 +176,27 @@ def _require_same_labels(file: WeightsFile) -> None:
         )
 
 
-def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = None) -> None:
+def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = None) -> str:
     """Write a model's weights atomically (Keras' own saving is not), without its optimiser.
 
     Args:
         model: a `keras.Model`, compiled or not.
         path: ends in `.weights.h5`.
-        record: JSON-able; the label order is added.
+        record: JSON-able; the label order and checksums are added.
+
+    Returns:
+        The digest of the weights; see `WeightsFile`.
     """
     import keras
 
     # Keras writes the slots of a compiled model's optimiser into its weights file: three times
     # the size. The twin shares all variables and has no optimiser.
     twin = keras.Model(model.input, model.output)
-    text = json.dumps({"labels": list(LABELS), **(record or {})}, allow_nan=False)
-    if len(text) >= MAX_RECORD_BYTES:
-        raise ValueError(f"the record has {len(text)} bytes; HDF5 takes {MAX_RECORD_BYTES}.")
+    # As JSON gives it back: lists for tuples, which the checksum of the record must not tell apart.
+    record = json.loads(json.dumps({"labels": list(LABELS), **(record or {})}, allow_nan=False))
     with atomic_path(path, verify=require_record) as temporary:
         twin.save_weights(temporary, overwrite=True)
-        with h5py.File(temporary, "r+") as file:
-            file.attrs[RECORD] = text
+        return write_record(temporary, record)
 
 
 def require_finite(model: Any, source: str) -> None:

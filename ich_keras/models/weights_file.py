@@ -3,10 +3,12 @@
 A file is Keras' own `.weights.h5`: `model.load_weights` takes it, too. Keras finds variables by
 their position; here they are found by the layer names that the file holds beside them, so that an
 error can name what is missing, surplus or of another shape. The attribute `ich_keras` carries a
-JSON record: where the weights come from, for which network, with which label order.
+JSON record: where the weights come from, for which network, with which label order, and the
+checksum of every layer. HDF5 itself returns what a damaged disk gives it.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ import h5py
 import numpy as np
 
 from ich_keras.errors import DataError, UsageError
+from ich_keras.files import fingerprint
 from ich_keras.models.spec import ModelSpec
 
 SUFFIX = ".weights.h5"
 RECORD = "ich_keras"
+CHECKSUMS = "checksums"  # entry of the record, which readers do not see
 MAX_RECORD_BYTES = 2**16  # HDF5's own limit of an attribute
 _MAX_NESTING = 8
 # What h5py raises on damaged files.
@@ -37,11 +41,14 @@ class WeightsFile:
         path: the file.
         layers: layer name -> its variables in Keras' order, finite floats.
         record: the JSON record; empty when the file has none (Keras wrote it).
+        digest: of the values of all layers; None when the file has no checksums, so that nothing
+            tells whether it is damaged (Keras or an older version wrote it).
     """
 
     path: Path
     layers: dict[str, list[np.ndarray]]
     record: dict[str, Any]
+    digest: str | None = None
 
     @property
     def spec(self) -> ModelSpec | None:
@@ -51,6 +58,21 @@ class WeightsFile:
             return None if network is None else ModelSpec.from_dict(network)
         except UsageError as error:
             raise DataError(f"{self.path}: its record is damaged: {error.message}") from error
+
+
+def layer_checksums(layers: dict[str, list[np.ndarray]]) -> dict[str, str]:
+    """Return the checksum of each layer's shapes and values, 32 hexadecimal digits.
+
+    Args:
+        layers: layer name -> its variables, float32.
+    """
+    found = {}
+    for name, arrays in layers.items():
+        content = hashlib.sha256(str([array.shape for array in arrays]).encode())
+        for array in arrays:
+            content.update(np.ascontiguousarray(array, "<f4").data)
+        found[name] = content.hexdigest()[:32]
+    return found
 
 
 def origin(record: dict[str, Any]) -> str:
@@ -98,10 +120,20 @@ def read_weights(path: str | Path) -> WeightsFile:
     layers: dict[str, list[np.ndarray]] = {}
     with _opened(path) as file:
         _walk(path, file, layers, set(), 0)
-        record = _read_record(path, file)
+        record, checksums = _read_record(path, file)
     if not layers:
         raise DataError(f"{path} holds no weights.", "Expected a .weights.h5 file of Keras 3.")
-    return WeightsFile(path, layers, record)
+    if checksums is None:
+        return WeightsFile(path, layers, record)
+    found = layer_checksums(layers)
+    damaged = [n for n in found | checksums if found.get(n) != checksums.get(n)]
+    if damaged:
+        raise DataError(
+            f"{path}: {len(damaged)} of {len(checksums)} layers are not as they were saved, their"
+            f" checksums differ: {damaged[0]} first.",
+            "The file is damaged: make or fetch it again.",
+        )
+    return WeightsFile(path, layers, record, fingerprint(found))
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -112,7 +144,33 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     path = require_weights_file(path)
     with _opened(path) as file:
-        return _read_record(path, file)
+        return _read_record(path, file)[0]
+
+
+def write_record(path: Path, record: dict[str, Any]) -> str:
+    """Add the record, with the checksums of all layers, to a file that Keras has just written.
+
+    Args:
+        path: its temporary name, which may end in anything.
+        record: ready for JSON.
+
+    Returns:
+        The digest of the values; see `WeightsFile`.
+
+    Raises:
+        ValueError: the record is too long for HDF5.
+        DataError: the file does not hold plain, finite weights.
+    """
+    layers: dict[str, list[np.ndarray]] = {}
+    with h5py.File(path, "r+") as file:
+        _walk(path, file, layers, set(), 0)
+        found = layer_checksums(layers)
+        checksums = {"record": fingerprint(record), "layers": found}
+        text = json.dumps({**record, CHECKSUMS: checksums}, allow_nan=False)
+        if len(text) >= MAX_RECORD_BYTES:
+            raise ValueError(f"the record has {len(text)} bytes; HDF5 takes {MAX_RECORD_BYTES}.")
+        file.attrs[RECORD] = text
+    return fingerprint(found)
 
 
 def require_record(path: Path) -> None:
@@ -219,9 +277,10 @@ def _text(thing: h5py.Group, name: str) -> str | None:
     return text if isinstance(text, str) else text.decode("utf-8")
 
 
-def _read_record(path: Path, file: h5py.File) -> dict[str, Any]:
+def _read_record(path: Path, file: h5py.File) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Return the record, and the checksum of each layer (None when it has none)."""
     if RECORD not in file.attrs:
-        return {}
+        return {}, None
     text = _text(file, RECORD)
     if text is None:
         raise DataError(f"{path}: its record is no text; expected JSON.", "It is damaged.")
@@ -234,4 +293,10 @@ def _read_record(path: Path, file: h5py.File) -> dict[str, Any]:
     for name in ("labels", "changes"):
         if not isinstance(record.get(name, []), list):
             raise DataError(f"{path}: {name} of its record is no list.", "It is damaged.")
-    return record
+    if CHECKSUMS not in record:
+        return record, None
+    checksums = record.pop(CHECKSUMS)
+    layers = checksums.get("layers") if isinstance(checksums, dict) else None
+    if not isinstance(layers, dict) or checksums.get("record") != fingerprint(record):
+        raise DataError(f"{path}: its record does not match its checksum.", "It is damaged.")
+    return record, layers

@@ -6,9 +6,7 @@ one that died: it keeps the recorded shards. The manifest is written last, then 
 renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 """
 
-import itertools
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -21,50 +19,34 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.tables import write_table
-from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper, pixel_versions
-from ich_keras.data.cache.shards import HU_DTYPE, Shard, ShardEntry
-from ich_keras.data.cache.tables import UID, CacheTables, tables_after_reading
+from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
+from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
+from ich_keras.data.cache.shards import Shard, ShardEntry, digest_of
+from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, tables_after_reading
+from ich_keras.data.cache.unfinished import (
+    PLAN,
+    TEMPORARY,
+    clean,
+    entry_of,
+    finished_records,
+    make_ready,
+    require_same_pixels,
+    write_record,
+)
 from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
-from ich_keras.data.inputs import RESAMPLING
-from ich_keras.errors import DataError, EnvironmentProblem, UsageError
+from ich_keras.data.reading import indexed_slices
+from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
-SCHEMA = 1
 MANIFEST = "manifest.json"
-PLAN = "plan.json"
 TABLES = ("slices", "series", "rejects")
 LABEL_TABLE = "labels"
 PROGRESS_CALLS = 200
-TEMPORARY = f"{files.PARTIAL}-"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a cache is built with.
-
-    Args:
-        size: rows and columns of a cached slice.
-        compression: None, "gzip" or "blosc2".
-        shard_bytes: pixels per shard at most, in bytes; a series that is larger gets a shard of
-            its own.
-    """
-
-    size: int
-    compression: str | None
-    shard_bytes: int
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """Rows start..stop of the index's slices, whole series, that one shard will hold."""
-
-    name: str
-    start: int
-    stop: int
+OF_THE_PLAN = ("schema", "size", "resampling", "compression", "inputs", "versions")
 
 
 @dataclass(frozen=True)
@@ -78,137 +60,42 @@ class _StartedShard:
     filled: Iterator[Filled]
 
 
-def inputs_fingerprint(index: "SeriesIndex") -> str:
-    """Return a fingerprint of the slices of an index and of their order in space.
-
-    Paths and times do not enter: a data set that was moved is still the same. Positions are
-    computed from the files, and their last digits differ between processors: they enter in whole
-    micrometres.
-
-    Args:
-        index: a SeriesIndex, as it goes into the cache.
-    """
-    slices = index.slices
-    columns = (UID, "series_uid", "slice_index", "file_size", "position_mm")
-    rows = zip(*(slices[name].tolist() for name in columns), strict=True)
-    return files.fingerprint(
-        sorted([*identity, round(position * 1000)] for *identity, position in rows)
-    )
-
-
-def plan_shards(series_uids: list[str], slice_bytes: int, shard_bytes: int) -> list[PlannedShard]:
-    """Distribute whole series over shards, in order.
-
-    Args:
-        series_uids: (slices,), each slice's series; a series' slices lie together.
-        slice_bytes: bytes of a slice.
-        shard_bytes: bytes of a shard at most, unless one series alone is larger.
-
-    >>> plan_shards(["a", "a", "b", "c"], slice_bytes=10, shard_bytes=30)
-    [PlannedShard(name='shard-0000.h5', start=0, stop=3),
-     PlannedShard(name='shard-0001.h5', start=3, stop=4)]
-    """
-    bounds = []
-    start = stop = 0
-    for _, group in itertools.groupby(series_uids):
-        end = stop + sum(1 for _ in group)
-        if stop > start and (end - start) * slice_bytes > shard_bytes:
-            bounds.append((start, stop))
-            start = stop
-        stop = end
-    bounds.append((start, stop))
-    return [PlannedShard(f"shard-{n:04d}.h5", *rows) for n, rows in enumerate(bounds)]
-
-
 def build_folder(
     index: "SeriesIndex",
     out: Path,
     settings: Settings,
     workers: int,
     progress: Progress | None,
+    restart: bool = False,
 ) -> None:
     """Build a cache's folder, resuming an earlier build of the same plan.
 
     The arguments are those of `ich_keras.data.cache.cache.build_cache`. The caller holds the lock.
     """
     partial = out.with_name(out.name + files.PARTIAL)
-    uids = index.slices["series_uid"].tolist()
-    slice_bytes = settings.size * settings.size * HU_DTYPE.itemsize
-    shards = plan_shards(uids, slice_bytes, settings.shard_bytes)
-    inputs = inputs_fingerprint(index)
-    plan = {
-        "schema": SCHEMA,
-        "size": settings.size,
-        "resampling": RESAMPLING,
-        "compression": settings.compression,
-        "inputs": inputs,
-        # Of the rows: `inputs` is of a set, and stays where corrected PatientIDs move them.
-        "order": files.fingerprint(index.slices[UID].tolist()),
-        "versions": pixel_versions(),
-        "shards": [asdict(shard) for shard in shards],
-    }
-    _resume_or_clear(partial, plan)
-    earlier = {shard.name: _finished(partial, shard) for shard in shards}
-    records = {name: record for name, record in earlier.items() if record is not None}
+    shards, plan = plan_build(index, settings)
+    make_ready(partial, plan, restart)
+    records = finished_records(partial, plan, shards, settings)
+    require_same_pixels(index, shards, records, settings, workers, progress)
     to_do = [shard for shard in shards if shard.name not in records]
     raw = [raw_shard_bytes(shard.stop - shard.start, settings.size) for shard in to_do]
     # One shard more: a shard that lost slices, or is compressed, is written a second time.
     files.require_free(out.parent, sum(raw) + max(raw, default=0))
     files.write_json(partial / PLAN, plan)
     try:
-        records |= _build_shards(index, partial, to_do, settings, workers, progress)
+        records |= _build_shards(index, partial, plan, to_do, settings, workers, progress)
         entries, tables = _collect(index, shards, records)
-        _write_manifest(partial, settings, inputs, entries, tables, _labels(index, tables))
+        _write_manifest(partial, plan, entries, tables, _labels(index, tables))
     except (BrokenProcessPool, OSError) as error:
         raise _cannot_build(partial, error) from error
     finally:
-        _clean(partial)
+        clean(partial)
     if out.is_dir():
         out.rmdir()  # empty, as `require_absent` made sure; Windows renames onto nothing
     files.replace(partial, out)
     # Only now: a crash between these lines leaves a few small files, never a shard to redo.
     for record in [out / PLAN, *out.glob("shard-*.json")]:
         record.unlink()
-
-
-def _resume_or_clear(partial: Path, plan: dict) -> None:
-    """Make the working folder ready: keep the shards of the same plan, remove those of another."""
-    if not partial.exists():
-        return
-    _remove_temporary(partial)
-    if not any(partial.iterdir()):
-        return
-    if not (partial / PLAN).is_file():
-        raise UsageError(
-            f"{partial} exists and is not an unfinished cache; nothing is overwritten.",
-            "The cache is built there first: move that folder away or choose another name.",
-        )
-    if files.read_json(partial / PLAN) != plan:
-        shutil.rmtree(partial)
-
-
-def _finished(partial: Path, shard: PlannedShard) -> dict | None:
-    """Return the record of a shard that an earlier build finished."""
-    path = partial / shard.name
-    record_path = path.with_suffix(".json")
-    if not record_path.is_file():
-        return None
-    record = files.read_json(record_path)
-    if record["num_slices"] and (not path.is_file() or path.stat().st_size != record["num_bytes"]):
-        return None
-    return record
-
-
-def _clean(partial: Path) -> None:
-    """Remove unfinished shards; the whole folder when no shard was finished."""
-    _remove_temporary(partial)
-    if not any(partial.glob("shard-*.h5")):
-        shutil.rmtree(partial)
-
-
-def _remove_temporary(partial: Path) -> None:
-    for leftover in partial.glob(f"{TEMPORARY}*"):
-        leftover.unlink()
 
 
 def _cannot_build(partial: Path, error: Exception) -> EnvironmentProblem:
@@ -224,15 +111,22 @@ def _cannot_build(partial: Path, error: Exception) -> EnvironmentProblem:
 def _build_shards(
     index: "SeriesIndex",
     partial: Path,
+    plan: dict,
     shards: list[PlannedShard],
     settings: Settings,
     workers: int,
     progress: Progress | None,
 ) -> dict[str, dict]:
-    columns = [index.slices[name].tolist() for name in ("container", "rows", "columns")]
-    sources = list(zip(*columns, strict=True))
+    sources = indexed_slices(index)
+    times = index.slices["file_mtime_ns"].tolist()
+
+    def finish(shard: _StartedShard) -> None:
+        record = _finish(partial, settings, shard, count)
+        record["times"] = times[shard.plan.start : shard.plan.stop]
+        records[shard.plan.name] = write_record(partial, plan, shard.plan.name, record)
+
     count = _Counter(progress, sum(shard.stop - shard.start for shard in shards))
-    records = {}
+    records: dict[str, dict] = {}
     with mapper(workers) as run:
         # The workers read for the next shard while this process checks and syncs the last one.
         started: deque[_StartedShard] = deque()
@@ -243,10 +137,9 @@ def _build_shards(
             filled = run(fill_block, blocks(path, offset, shard.start, own, settings.size))
             started.append(_StartedShard(shard, path, crc_offset, offset, filled))
             if len(started) == 2:
-                first = started.popleft()
-                records[first.plan.name] = _finish(partial, settings, first, count)
+                finish(started.popleft())
         for last in started:
-            records[last.plan.name] = _finish(partial, settings, last, count)
+            finish(last)
     return records
 
 
@@ -268,13 +161,15 @@ class _Counter:
 
 
 def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _Counter) -> dict:
-    """Wait for a shard's blocks, then verify, sync, rename and record it."""
+    """Wait for a shard's blocks, then verify, sync and rename it; return its record."""
     plan, raw = started.plan, started.path
     crc_blocks: list[np.ndarray] = []
+    hashes: list[str] = []
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
     for block in started.filled:
         crc_blocks.append(block.crc32)
+        hashes += block.hashes
         rejected |= block.rejected
         repaired += block.repaired
         count.add(len(block.crc32))
@@ -285,15 +180,15 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
     if kept.any():
         entry = _write_final(partial, settings, started, kept, crc32)
     raw.unlink(missing_ok=True)
-    record = {
+    return {
         "num_bytes": entry.num_bytes,
         "num_slices": entry.num_slices,
         "dataset_offset": entry.dataset_offset,
+        "checksums": entry.checksums,
         "rejected": [[row, *reject] for row, reject in sorted(rejected.items())],
         "repaired": repaired,
+        "hashes": hashes,
     }
-    files.write_json((partial / plan.name).with_suffix(".json"), record)
-    return record
 
 
 def _write_final(
@@ -315,7 +210,7 @@ def _write_final(
         )
     with open(path, "rb+") as stream:
         os.fsync(stream.fileno())
-    entry = ShardEntry(name, path.stat().st_size, 0, len(crc32), offset)
+    entry = ShardEntry(name, path.stat().st_size, 0, len(crc32), offset, digest_of(crc32))
     Shard(path, entry, settings.size, settings.compression).verify(crc32)
     files.replace(path, partial / name)
     return entry
@@ -328,18 +223,16 @@ def _collect(
     entries = []
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: set[int] = set()
+    hashes: list[str] = []
     first_slice = 0
     for shard in shards:
         record = records[shard.name]
-        # Records of older versions have no hint.
-        rejected |= {row: (*told, "")[:3] for row, *told in record["rejected"]}
+        rejected |= {row: tuple(told) for row, *told in record["rejected"]}
         repaired |= set(record["repaired"])
+        hashes += record["hashes"]
         if record["num_slices"]:
-            num_bytes, count = record["num_bytes"], record["num_slices"]
-            entries.append(
-                ShardEntry(shard.name, num_bytes, first_slice, count, record["dataset_offset"])
-            )
-            first_slice += count
+            entries.append(entry_of(shard.name, record, first_slice))
+            first_slice += record["num_slices"]
     if not entries:
         row, (code, detail, _) = next(iter(rejected.items()))
         raise DataError(
@@ -347,7 +240,7 @@ def _collect(
             f"{index.slices['container'].iloc[row]}: {code}: {detail}",
             "Were the files moved or changed after indexing? Index the folder again.",
         )
-    return entries, tables_after_reading(index, rejected, repaired)
+    return entries, tables_after_reading(index, rejected, repaired, hashes)
 
 
 def _labels(index: "SeriesIndex", tables: CacheTables) -> pd.DataFrame | None:
@@ -359,8 +252,7 @@ def _labels(index: "SeriesIndex", tables: CacheTables) -> pd.DataFrame | None:
 
 def _write_manifest(
     partial: Path,
-    settings: Settings,
-    inputs: str,
+    plan: dict,
     entries: list[ShardEntry],
     tables: CacheTables,
     labels: pd.DataFrame | None,
@@ -369,12 +261,8 @@ def _write_manifest(
     if labels is not None:
         written[LABEL_TABLE] = write_table(partial / f"{LABEL_TABLE}.csv", labels)
     manifest = {
-        "schema": SCHEMA,
-        "size": settings.size,
-        "resampling": RESAMPLING,
-        "compression": settings.compression,
-        "inputs": inputs,
-        "versions": pixel_versions(),
+        **{name: plan[name] for name in OF_THE_PLAN},
+        "pixels": files.fingerprint(tables.slices[PIXEL_HASH].tolist()),
         "num_slices": len(tables.slices),
         "num_series": len(tables.series),
         "tables": written,

@@ -2,8 +2,10 @@
 
 A cache is a folder:
 
-    manifest.json     schema, size, resampling, fingerprint of the inputs, tables, shards
-    slices.csv        one row per slice, in the order of the pixels; `series.csv`, `rejects.csv`
+    manifest.json     schema, size, resampling, fingerprint of the inputs, digest of the pixels,
+                      tables, shards
+    slices.csv        one row per slice, in the order of the pixels, with a hash of its pixels;
+                      `series.csv`, `rejects.csv`
     labels.csv        the labels known when it was built, if any
     shard-0000.h5     whole series, in order, int16 HU (slices, size, size) and a CRC-32 per slice
 
@@ -20,18 +22,9 @@ import numpy as np
 import pandas as pd
 
 from ich_keras import files
-from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.tables import read_table
-from ich_keras.data.cache.build import (
-    LABEL_TABLE,
-    MANIFEST,
-    SCHEMA,
-    TABLES,
-    Settings,
-    build_folder,
-    inputs_fingerprint,
-)
-from ich_keras.data.cache.fill import pixel_versions, read_resized
+from ich_keras.data.cache.build import LABEL_TABLE, MANIFEST, TABLES, build_folder
+from ich_keras.data.cache.plan import SCHEMA, Settings
 from ich_keras.data.cache.shards import (
     REBUILD,
     SHARD_BYTES,
@@ -40,9 +33,10 @@ from ich_keras.data.cache.shards import (
     ShardEntry,
     require_compression,
 )
-from ich_keras.data.cache.tables import UID, CacheTables, with_labels
-from ich_keras.data.inputs import RESAMPLING
+from ich_keras.data.cache.staleness import differing_data, differing_settings
+from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, with_labels
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
+from ich_keras.data.reading import pixel_hash
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
@@ -52,8 +46,8 @@ if TYPE_CHECKING:
 
 MIN_SIZE = 8
 MAX_SIZE = 4096
-REREAD_SLICES = 16
-_SOURCE = ["container", "rows", "columns"]  # what `read_resized` takes of an index
+# Caches of schema 1 have no hashes of their pixels: what needs those is not checked.
+_READABLE = (1, SCHEMA)
 
 
 def build_cache(
@@ -65,6 +59,7 @@ def build_cache(
     compression: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     labels: LabelTable | None = None,
+    restart: bool = False,
 ) -> "CTCache":
     """Read every slice of an index, resize it and write the cache.
 
@@ -82,12 +77,14 @@ def build_cache(
             "blosc2" needs `pip install 'ich_keras[compression]'`, and so do its readers.
         shard_bytes: pixels per file at most, in bytes; a larger series gets a file of its own.
         labels: stored with the cache; None takes those of the index, if it has any.
+        restart: remove what an interrupted build left, instead of going on from it.
 
     Raises:
         UsageError: `out` exists, or an argument cannot be used.
         DataError: no slice could be read, or the labels belong to other images.
         EnvironmentProblem: the disk is full, a worker died, or hdf5plugin is not installed.
-        StaleError: another process is building this cache.
+        StaleError: another process is building this cache; or an interrupted build left finished
+            shards of other slices or settings, or damaged ones.
     """
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UsageError(f"size {size} pixels; expected {MIN_SIZE} to {MAX_SIZE}.")
@@ -107,7 +104,8 @@ def build_cache(
     with files.lock(lock):
         # Another build may have finished between the first look and the lock.
         files.require_absent(out)
-        build_folder(index, out, Settings(size, compression, shard_bytes), workers, progress)
+        settings = Settings(size, compression, shard_bytes)
+        build_folder(index, out, settings, workers, progress, restart)
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
             lock.unlink()
     return CTCache.open(out)
@@ -124,7 +122,8 @@ class CTCache:
         path: the folder.
         manifest: what manifest.json says.
         pixels: the slices without the tables: the part that a loader's workers need.
-        slices, series, rejects: the tables of SeriesIndex; `slices` has also `repaired` (bool).
+        slices, series, rejects: the tables of SeriesIndex; `slices` has also `repaired` (bool) and
+            `pixel_hash` (`ich_keras.data.reading.pixel_hash`; not in caches of schema 1).
     """
 
     def __init__(
@@ -188,6 +187,7 @@ class CTCache:
             f"{len(self):,} slices of {self.size}x{self.size}, "
             f"{len(self.series):,} series{rejects}; {num_bytes / 2**20:,.1f} MiB in "
             f"{len(self.pixels.shards)} shards, {self.manifest['compression'] or 'uncompressed'}"
+            f"{'' if self.pixels_digest else ', of an older version, without pixel hashes'}"
         )
 
     @property
@@ -198,9 +198,18 @@ class CTCache:
     @property
     def fingerprint(self) -> str:
         """64 hexadecimal digits for all that the pixels depend on, to record with a result."""
-        keys = ("schema", "size", "resampling", "inputs")
-        facts = {key: self.manifest[key] for key in keys}
-        return files.fingerprint({**facts, "slices": self.slices[UID].tolist()})
+        facts = {key: self.manifest[key] for key in ("size", "resampling", "inputs")}
+        # The schema is that of the first caches: results that were kept must find theirs again.
+        return files.fingerprint({"schema": 1, **facts, "slices": self.slices[UID].tolist()})
+
+    @property
+    def pixels_digest(self) -> str | None:
+        """64 hexadecimal digits for the cached pixels themselves; None in caches of schema 1.
+
+        `fingerprint` tells which slices they are. The last digits of resized pixels may differ
+        between processors, and then this differs, too.
+        """
+        return self.manifest.get("pixels")
 
     @property
     def series_uids(self) -> list[str]:
@@ -238,99 +247,55 @@ class CTCache:
         return self.pixels.slices_hu(indices)
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Check the checksum of every slice.
+        """Check the checksum of every slice, and its hash in the table.
 
         Args:
             progress: called as progress("verifying", slices done, all slices).
 
         Raises:
-            StaleError: a slice or a shard is damaged.
+            StaleError: a slice or a shard is damaged, or is not the one that the table names.
         """
-        self.pixels.verify(progress)
+        self.pixels.verify(progress, self._require_hash if PIXEL_HASH in self.slices else None)
 
-    def require(self, size: int | None = None, index: "SeriesIndex | None" = None) -> None:
+    def _require_hash(self, number: int, hu: np.ndarray) -> None:
+        if pixel_hash(hu) != self.slices[PIXEL_HASH].iloc[number]:
+            raise StaleError(
+                f"{self.path}: slice {number} of the cache has other pixels than slices.csv says"
+                f" of {self.slices[UID].iloc[number]}.",
+                REBUILD,
+            )
+
+    def require(
+        self,
+        size: int | None = None,
+        index: "SeriesIndex | None" = None,
+        workers: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
         """Check that the cache is what a run would build now.
 
-        If the libraries that make pixels had other versions then, 16 slices are read again and
-        must be equal. Of the slices that could not be read, 16 are tried again and must still
-        fail: a decoder may have been installed since.
+        Slices whose files have another time than when they were cached are read again and must
+        have the same pixels, and so must 16 of all. Of the slices that could not be read, 16 are
+        tried again and must still fail: a decoder may have been installed since.
 
         Args:
             size: the size wanted; None takes the cache's.
             index: the data wanted; None takes the cache's.
+            workers: processes that read again; 0 reads in this one.
+            progress: called as progress("comparing", slices done, slices to read again).
 
         Raises:
             StaleError: names each differing field, the cached value and the wanted one.
         """
-        wanted = {"resampling": RESAMPLING, "size": self.size if size is None else size}
         if index is not None:
             index = index.usable()
-            wanted["inputs"] = inputs_fingerprint(index)
-        differing = [
-            f"{field} is {self.manifest[field]} in the cache, {value} wanted"
-            for field, value in wanted.items()
-            if self.manifest[field] != value
-        ]
+        differing = differing_settings(self.manifest, size, index)
         if index is not None and not differing:
-            differing = (
-                self._differing_patients(index)
-                or self._differences_of_versions(index)
-                or self._readable_now(index)
+            differing = differing_data(
+                self.path, self.manifest, self.slices, self.pixels, index, workers, progress
             )
         if differing:
             raise StaleError(f"{self.path} is stale: {'; '.join(differing)}.", REBUILD)
-
-    def _differing_patients(self, index: "SeriesIndex") -> list[str]:
-        """Compare the patient of each slice: splits follow the cache's patients."""
-        wanted = index.slices.set_index(UID)["patient_id"].reindex(self.slices[UID])
-        count = int((wanted.to_numpy() != self.slices["patient_id"].to_numpy()).sum())
-        return [f"{count} slices have another PatientID in the cache"] if count else []
-
-    def _differences_of_versions(self, index: "SeriesIndex") -> list[str]:
-        """Read some slices again if the libraries changed; return what changed if they differ."""
-        cached, now = self.manifest["versions"], pixel_versions()
-        changed = [
-            f"{name} is {cached.get(name)} in the cache, {version} now"
-            for name, version in now.items()
-            if cached.get(name) != version
-        ]
-        if not changed:
-            return []
-        rows = _some(len(self))
-        table = index.slices.set_index(UID).loc[self.slices[UID].iloc[rows], _SOURCE]
-        facts = table.itertuples(index=False, name=None)
-        equal = [self._equals_again(row, *fact) for row, fact in zip(rows, facts, strict=True)]
-        if all(equal):
-            return []
-        return [*changed, f"{equal.count(False)} of {len(rows)} slices read again differ"]
-
-    def _readable_now(self, index: "SeriesIndex") -> list[str]:
-        """Try again some slices that the cache lists as rejects."""
-        lost = index.slices.loc[~index.slices[UID].isin(self.slices[UID]), _SOURCE]
-        chosen = lost.iloc[_some(len(lost))]
-        found = [self._read_again(*fact) for fact in chosen.itertuples(index=False, name=None)]
-        count = sum(hu is not None for hu in found)
-        if not count:
-            return []
-        return [
-            f"{count} of {len(found)} slices tried again, of {len(lost)} that could not be read,"
-            " can be read now"
-        ]
-
-    def _equals_again(self, number: int, container: str, rows: int, columns: int) -> bool:
-        hu = self._read_again(container, rows, columns)
-        return hu is not None and np.array_equal(hu, self.slice_hu(number))
-
-    def _read_again(self, container: str, rows: int, columns: int) -> np.ndarray | None:
-        try:
-            return read_resized(container, rows, columns, self.size)[0]
-        except RejectedFile:
-            return None
-
-
-def _some(count: int) -> np.ndarray:
-    """Choose up to REREAD_SLICES numbers below `count`, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, REREAD_SLICES)).astype(int))
 
 
 def _count(entries: list[ShardEntry]) -> int:
@@ -353,7 +318,7 @@ def _read_manifest(path: Path) -> dict:
         )
     manifest = files.read_json(manifest_path)
     found = manifest.get("schema") if isinstance(manifest, dict) else None
-    if found != SCHEMA:
+    if found not in _READABLE:
         raise StaleError(
             f"{manifest_path}: schema is {found} in the cache, {SCHEMA} wanted.", REBUILD
         )

@@ -8,26 +8,26 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pydicom
 
-from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
-from ich_keras.data.inputs import resize_hu
+from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.processes import process_pool
+from ich_keras.progress import Progress
 
 # Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
 READING = "padding-is-air/2"
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_SLICES = 64
-
-Source = tuple[str, int, int]  # container, rows, columns: what the index says of a slice
+REREAD_SLICES = 16
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,24 @@ class Block:
     shard: Path
     offset: int
     first_row: int
-    sources: tuple[Source, ...]
+    sources: tuple[IndexedSlice, ...]
     size: int
 
 
 @dataclass(frozen=True)
 class Filled:
-    """The outcome of a block; rows count from the first slice of the index."""
+    """The outcome of a block; rows count from the first slice of the index.
+
+    Args:
+        crc32: uint32 (slices,).
+        hashes: (slices,), each one's `pixel_hash`; "" for a reject.
+        rejected: row -> reject code, detail and hint.
+        repaired: rows to which the 12-bit repair was applied.
+    """
 
     first_row: int
     crc32: np.ndarray
+    hashes: tuple[str, ...]
     rejected: dict[int, tuple[str, str, str]]
     repaired: tuple[int, ...]
 
@@ -58,7 +66,7 @@ def pixel_versions() -> dict[str, str]:
 
 
 def blocks(
-    shard: Path, offset: int, first_row: int, sources: Sequence[Source], size: int
+    shard: Path, offset: int, first_row: int, sources: Sequence[IndexedSlice], size: int
 ) -> list[Block]:
     """Divide the slices of a shard into tasks for `fill_block`.
 
@@ -99,40 +107,60 @@ def mapper(workers: int) -> Iterator[Callable]:
 def fill_block(block: Block) -> Filled:
     """Read slices, resize them and write them into their place in the raw shard."""
     pixels = np.zeros((len(block.sources), block.size, block.size), HU_DTYPE)
+    hashes = [""] * len(pixels)
     rejected = {}
     repaired = []
-    for number, (container, rows, columns) in enumerate(block.sources):
+    for number, source in enumerate(block.sources):
         try:
-            pixels[number], was_repaired = read_resized(container, rows, columns, block.size)
+            read = read_indexed(source, block.size)
         except RejectedFile as reject:
             rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
         else:
-            if was_repaired:
+            pixels[number] = read.hu
+            hashes[number] = read.pixel_hash
+            if read.repaired:
                 repaired.append(block.first_row + number)
     write_at(block.shard, block.offset, pixels)
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
-    return Filled(block.first_row, crc32, rejected, tuple(repaired))
+    return Filled(block.first_row, crc32, tuple(hashes), rejected, tuple(repaired))
 
 
-def read_resized(container: str, rows: int, columns: int, size: int) -> tuple[np.ndarray, bool]:
-    """Read one slice as it goes into a cache.
+def a_few(count: int) -> list[int]:
+    """Choose up to REREAD_SLICES numbers below `count`, evenly spaced, to be read again."""
+    return np.unique(np.linspace(0, count - 1, min(count, REREAD_SLICES)).astype(int)).tolist()
+
+
+def hashes_now(
+    sources: Sequence[IndexedSlice], size: int, workers: int = 0, progress: Progress | None = None
+) -> list[str]:
+    """Read slices again, to see whether they still have the pixels that were cached.
 
     Args:
-        container: path of the DICOM file.
-        rows, columns: what the index says of its matrix.
-        size: rows and columns of the result.
+        sources: what the index says of them.
+        size: rows and columns of a cached slice.
+        workers: processes that read; 0 reads in this one.
+        progress: called as progress("comparing", slices done, all slices).
 
     Returns:
-        int16 (size, size), HU, and whether the 12-bit repair was applied.
-
-    Raises:
-        RejectedFile: it cannot be read, or is not what was indexed.
+        (slices,), each one's `pixel_hash`; "" where it cannot be read.
     """
-    record = read_slice(container)
-    if record.hu.shape != (rows, columns):
-        raise RejectedFile(
-            "BAD_VALUE",
-            f"Rows, Columns are {record.hu.shape}; ({rows}, {columns}) when it was indexed.",
-            "Index the folder again.",
-        )
-    return resize_hu(record.hu, size), record.repaired
+    parts = [
+        sources[start : start + BLOCK_SLICES] for start in range(0, len(sources), BLOCK_SLICES)
+    ]
+    found: list[str] = []
+    with mapper(workers if len(parts) > 1 else 0) as run:
+        for hashes in run(partial(_hash_block, size), parts):
+            found += hashes
+            if progress is not None:
+                progress("comparing", len(found), len(sources))
+    return found
+
+
+def _hash_block(size: int, sources: Sequence[IndexedSlice]) -> list[str]:
+    hashes = []
+    for source in sources:
+        try:
+            hashes.append(read_indexed(source, size).pixel_hash)
+        except RejectedFile:
+            hashes.append("")
+    return hashes

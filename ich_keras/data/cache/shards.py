@@ -6,9 +6,10 @@ compressed variant, chunked by slice and read through h5py. A finished shard is 
 """
 
 import contextlib
+import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ CRC_DTYPE = np.dtype("<u4")
 COMPRESSIONS = (None, "gzip", "blosc2")
 VERIFY_SLICES = 64
 REBUILD = "Build the cache again."
+Look = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class ShardEntry:
         first_slice: the cache's number of its first slice.
         num_slices: how many slices it holds.
         dataset_offset: byte at which `hu` starts in the file; None when compressed.
+        checksums: `digest_of` its checksums, by which a shard of other slices is known; None in
+            caches of schema 1.
     """
 
     name: str
@@ -45,11 +49,21 @@ class ShardEntry:
     first_slice: int
     num_slices: int
     dataset_offset: int | None
+    checksums: str | None = None
 
 
 def layout(num_slices: int, size: int) -> tuple[tuple[str, tuple[int, ...], np.dtype], ...]:
     """Return name, shape and dtype of a shard's datasets."""
     return ((CRC32, (num_slices,), CRC_DTYPE), (HU, (num_slices, size, size), HU_DTYPE))
+
+
+def digest_of(crc32: np.ndarray) -> str:
+    """Return a digest of the checksums of a shard's slices, 32 hexadecimal digits.
+
+    Args:
+        crc32: uint32 (slices,).
+    """
+    return hashlib.sha256(crc32.astype(CRC_DTYPE).tobytes()).hexdigest()[:32]
 
 
 def require_compression(compression: str | None) -> None:
@@ -136,11 +150,12 @@ class Shard:
                     raise self._damaged(row, "does not match its checksum")
                 seen[row] = True
 
-    def verify(self, crc32: np.ndarray | None = None) -> None:
+    def verify(self, crc32: np.ndarray | None = None, look: Look | None = None) -> None:
         """Read every slice and check its checksum.
 
         Args:
             crc32: uint32 (slices,), what the checksums stored in the file must be, if known.
+            look: called with the cache's number of each slice and its HU.
 
         Raises:
             StaleError: the shard is damaged; names the slice.
@@ -154,6 +169,9 @@ class Shard:
         for start in range(0, self.entry.num_slices, VERIFY_SLICES):
             rows = range(start, min(start + VERIFY_SLICES, self.entry.num_slices))
             self.read_into(block, range(len(rows)), rows, verify=True)
+            if look is not None:
+                for row, hu in zip(rows, block, strict=False):
+                    look(self.entry.first_slice + row, hu)
 
     def _open(self) -> "_Opened":
         opened = self._opened
@@ -195,6 +213,9 @@ class Shard:
         offset = self.entry.dataset_offset
         if file[HU].chunks != chunks or file[HU].id.get_offset() != offset:
             raise self._refused(f"holds {HU} in another layout or place than the manifest says")
+        crc32 = file[CRC32][:]
+        if self.entry.checksums not in (None, digest_of(crc32)):
+            raise self._refused("holds other slices than were written: its checksums differ")
         if close:
             return None
         if self.compression is None:
@@ -203,7 +224,7 @@ class Shard:
         else:
             pixels = file[HU]
         seen = np.zeros(self.entry.num_slices, bool)
-        return _Opened(os.getpid(), pixels, file[CRC32][:].tolist(), seen)
+        return _Opened(os.getpid(), pixels, crc32.tolist(), seen)
 
     def _refused(self, reason: str) -> StaleError:
         return StaleError(f"{self.path}: the shard {reason}.", REBUILD)
@@ -266,11 +287,12 @@ class CachedSlices:
             self.shards[number].read_into(out, where.tolist(), rows.tolist())
         return out
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, look: Look | None = None) -> None:
         """Check the checksum of every slice.
 
         Args:
             progress: called as progress("verifying", slices done, all slices) after each shard.
+            look: called with the number of each slice and its HU.
 
         Raises:
             StaleError: a slice or a shard is damaged.
@@ -278,7 +300,7 @@ class CachedSlices:
         if progress is not None:
             progress("verifying", 0, len(self))
         for shard in self.shards:
-            shard.verify()
+            shard.verify(look=look)
             if progress is not None:
                 done = shard.entry.first_slice + shard.entry.num_slices
                 progress("verifying", done, len(self))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
 REPAIRED = "repaired"
+PIXEL_HASH = "pixel_hash"
 UID = "sop_instance_uid"
 
 
@@ -23,7 +24,8 @@ class CacheTables:
     """The tables of a SeriesIndex, with row i of `slices` being slice i of the cache.
 
     Args:
-        slices: one row per slice; the index's columns and `repaired` (bool: the 12-bit repair).
+        slices: one row per slice; the index's columns, `repaired` (bool: the 12-bit repair), and
+            `pixel_hash` (`ich_keras.data.reading.pixel_hash` of the cached pixels).
         series: one row per series, in the order of `slices`.
         rejects: as `reject_table` makes them.
     """
@@ -34,7 +36,10 @@ class CacheTables:
 
 
 def tables_after_reading(
-    index: "SeriesIndex", rejected: dict[int, tuple[str, str, str]], repaired: set[int]
+    index: "SeriesIndex",
+    rejected: dict[int, tuple[str, str, str]],
+    repaired: set[int],
+    hashes: list[str],
 ) -> CacheTables:
     """Remove the slices that could not be read from the tables of an index.
 
@@ -45,6 +50,7 @@ def tables_after_reading(
         index: the SeriesIndex the cache was built from.
         rejected: row of `index.slices` -> reject code, detail and hint.
         repaired: rows of `index.slices` whose HU were repaired.
+        hashes: one for each row of `index.slices`.
 
     Returns:
         Tables without label columns.
@@ -53,7 +59,10 @@ def tables_after_reading(
     kept = np.ones(len(index.slices), bool)
     kept[rows] = False
     all_slices = index.slices.drop(columns=list(LABELS), errors="ignore").assign(
-        **{REPAIRED: np.isin(np.arange(len(index.slices)), sorted(repaired))}
+        **{
+            REPAIRED: np.isin(np.arange(len(index.slices)), sorted(repaired)),
+            PIXEL_HASH: pd.Series(hashes, index=index.slices.index, dtype="str"),
+        }
     )
     slices = all_slices[kept].reset_index(drop=True)
     by_series = slices.groupby("series_uid", sort=False)

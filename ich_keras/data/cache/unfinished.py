@@ -1,0 +1,194 @@
+"""The folder in which a cache is built: what an earlier build left there, and whether it fits.
+
+Each finished shard has a record beside it, a small JSON file. A build goes on from the shards of
+the same plan. It deletes no finished shard unless it is asked to (`restart`).
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ich_keras import files
+from ich_keras.data.cache.fill import a_few, hashes_now
+from ich_keras.data.cache.plan import PlannedShard, Settings
+from ich_keras.data.cache.shards import Shard, ShardEntry
+from ich_keras.data.reading import indexed_slices
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.progress import Progress
+
+if TYPE_CHECKING:
+    from ich_keras.ct.series import SeriesIndex
+
+PLAN = "plan.json"
+TEMPORARY = f"{files.PARTIAL}-"
+# What else differs with the slices themselves; only the first that differs is said.
+_OF_SLICES = {
+    "inputs": "it is of other slices",
+    "order": "the slices are in another order",
+    "shards": "the shards have other sizes",
+}
+
+
+def make_ready(partial: Path, plan: dict, restart: bool) -> None:
+    """Make the working folder ready: remove what is unfinished, keep the shards of the same plan.
+
+    Args:
+        partial: the working folder; it need not exist.
+        plan: what will be built.
+        restart: remove finished shards, too.
+
+    Raises:
+        UsageError: the folder is not that of an unfinished cache.
+        StaleError: it holds finished shards of another plan; says what differs.
+    """
+    if not partial.exists():
+        return
+    remove_temporary(partial)
+    if not any(partial.iterdir()):
+        return
+    if not (partial / PLAN).is_file():
+        raise UsageError(
+            f"{partial} exists and is not an unfinished cache; nothing is overwritten.",
+            "The cache is built there first: move that folder away or choose another name.",
+        )
+    if restart:
+        shutil.rmtree(partial)
+        return
+    there = _read(partial / PLAN, partial)
+    if there == plan:
+        return
+    finished = len(list(partial.glob("shard-*.h5")))
+    if finished:
+        raise StaleError(
+            f"{partial} holds {finished} finished shard{'s' if finished > 1 else ''} of another"
+            f" build: {'; '.join(_differences(there, plan))}.",
+            _anew(partial),
+        )
+    shutil.rmtree(partial)
+
+
+def write_record(partial: Path, plan: dict, name: str, record: dict) -> dict:
+    """Record a finished shard; `finished_records` reads it."""
+    record = {"plan": files.fingerprint(plan), **record}
+    files.write_json((partial / name).with_suffix(".json"), record)
+    return record
+
+
+def finished_records(
+    partial: Path, plan: dict, shards: list[PlannedShard], settings: Settings
+) -> dict[str, dict]:
+    """Return the records of the shards that an earlier build finished.
+
+    A shard that was lost is built again.
+
+    Raises:
+        StaleError: a shard or a record is not the one that was written; names it.
+    """
+    found = {}
+    for shard in shards:
+        path = partial / shard.name
+        record_path = path.with_suffix(".json")
+        if not record_path.is_file():
+            continue
+        record = _read(record_path, partial)
+        if record.get("plan") != files.fingerprint(plan):
+            raise StaleError(f"{record_path} belongs to another build.", _anew(partial))
+        if record["num_slices"]:
+            if not path.is_file():
+                continue
+            entry = entry_of(shard.name, record, 0)
+            try:
+                Shard(path, entry, settings.size, settings.compression).check()
+            except StaleError as error:
+                hint = f"To build this shard alone again, remove it. {_anew(partial)}"
+                raise StaleError(error.message, hint) from error
+        found[shard.name] = record
+    return found
+
+
+def entry_of(name: str, record: dict, first_slice: int) -> ShardEntry:
+    """Return what the manifest will say of a finished shard."""
+    fields = ("num_slices", "dataset_offset", "checksums")
+    return ShardEntry(name, record["num_bytes"], first_slice, *(record[field] for field in fields))
+
+
+def require_same_pixels(
+    index: "SeriesIndex",
+    shards: list[PlannedShard],
+    records: dict[str, dict],
+    settings: Settings,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Look again at the slices of finished shards whose files have another time, and a few others.
+
+    Raises:
+        StaleError: some have other pixels now, or can or cannot be read only now.
+    """
+    times = index.slices["file_mtime_ns"].tolist()
+    rows: list[int] = []
+    hashes: dict[int, str] = {}
+    for shard in shards:
+        if shard.name in records:
+            record, own = records[shard.name], range(shard.start, shard.stop)
+            hashes |= zip(own, record["hashes"], strict=True)
+            rows += [
+                row for row, time in zip(own, record["times"], strict=True) if times[row] != time
+            ]
+    known = list(hashes)
+    rows = sorted({*rows, *(known[number] for number in a_few(len(known)))})
+    sources = indexed_slices(index)
+    now = hashes_now([sources[row] for row in rows], settings.size, workers, progress)
+    differ = [
+        sources[row].container for row, found in zip(rows, now, strict=True) if found != hashes[row]
+    ]
+    if differ:
+        raise StaleError(
+            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read:"
+            f" {differ[0]} first.",
+            "Start anew: ich cache --restart, or build_cache(..., restart=True).",
+        )
+
+
+def clean(partial: Path) -> None:
+    """Remove unfinished shards; the whole folder when no shard was finished."""
+    remove_temporary(partial)
+    if not any(partial.glob("shard-*.h5")):
+        shutil.rmtree(partial)
+
+
+def remove_temporary(partial: Path) -> None:
+    """Remove the files that a build had not finished."""
+    for leftover in partial.glob(f"{TEMPORARY}*"):
+        leftover.unlink()
+
+
+def _read(path: Path, partial: Path) -> dict:
+    try:
+        content = files.read_json(path)
+    except StaleError as error:
+        raise StaleError(error.message, _anew(partial)) from error
+    if not isinstance(content, dict):
+        raise StaleError(f"{path} is damaged.", _anew(partial))
+    return content
+
+
+def _anew(partial: Path) -> str:
+    return (
+        "To go on, build with the data and settings it began with. To start anew: ich cache"
+        f" --restart, or build_cache(..., restart=True), or remove {partial}."
+    )
+
+
+def _differences(there: dict, here: dict) -> list[str]:
+    found = []
+    flat_there, flat_here = (
+        {key: value for key, value in plan.items() if key not in (*_OF_SLICES, "versions")}
+        | {f"{name}'s version": version for name, version in plan.get("versions", {}).items()}
+        for plan in (there, here)
+    )
+    for key in flat_here | flat_there:
+        if flat_there.get(key) != flat_here.get(key):
+            found.append(f"{key} {flat_there.get(key)}, not {flat_here.get(key)}")
+    found += [said for key, said in _OF_SLICES.items() if there.get(key) != here[key]][:1]
+    return found
