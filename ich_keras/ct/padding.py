@@ -115,7 +115,9 @@ def without_padding(
     """
     limits = np.iinfo(stored.dtype)
     air = min(max(round((AIR_HU - intercept) / slope), int(limits.min)), int(limits.max))
-    return np.where(is_padding, stored.dtype.type(air), stored)
+    filled = stored.copy()
+    np.copyto(filled, stored.dtype.type(air), where=is_padding)
+    return filled
 
 
 def _stored_value(bits: int, is_signed: bool, bits_stored: int) -> int:

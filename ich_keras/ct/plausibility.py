@@ -8,6 +8,7 @@ does: somewhere in a head there are air, soft tissue and bone.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,8 @@ _METAL_HU = 1500
 _DISC_RADIUS = 0.48  # of the sides; the corners hold padding of any value
 _LOWEST, _HIGHEST, _BIN_HU = -4000, 8000, 20
 _WINDOW_BINS = 5  # 100 HU: one kind of tissue with its noise
-_EDGES = np.arange(_LOWEST, _HIGHEST, _BIN_HU)  # the lower edges of the bins
-_CENTRES = _EDGES[: 1 - _WINDOW_BINS] + _WINDOW_BINS * _BIN_HU // 2  # of the windows
+_HALF_WINDOW_HU = _WINDOW_BINS * _BIN_HU // 2
+_NUM_BINS = (_HIGHEST - _LOWEST) // _BIN_HU
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Content:
     is_plain: bool
 
 
+# Of a slice that was not read.
+NOTHING = Content(soft=0, air=0, bone=0, is_plain=True)
+
+
 def judge_slice(hu: np.ndarray) -> Content:
     """Refuse a slice whose values cannot be HU; return what it shows.
 
@@ -78,7 +83,7 @@ def judge_slice(hu: np.ndarray) -> Content:
     """
     values = _sample(hu)
     bins = (np.clip(values, _LOWEST, _HIGHEST - 1) - _LOWEST) // _BIN_HU
-    shares = np.bincount(bins, minlength=_EDGES.size) / values.size
+    shares = np.bincount(bins, minlength=_NUM_BINS) / values.size
     below = np.concatenate([[0.0], np.cumsum(shares)])  # of which share is below each edge
     windows = below[_WINDOW_BINS:] - below[:-_WINDOW_BINS]
     content = Content(
@@ -126,11 +131,34 @@ def judge_series(contents: Sequence[Content | None]) -> str:
     return f"no slice of the series shows {' or '.join(lacking)}; expected those of a head"
 
 
+def implausible_rows(
+    series: Sequence[str], contents: Sequence[Content | None]
+) -> dict[int, tuple[str, str, str]]:
+    """Find the series of a table whose values cannot be HU.
+
+    Args:
+        series: of each slice; the slices of a series lie together.
+        contents: of each slice, as for `judge_series`; `NOTHING` for one that was not read.
+
+    Returns:
+        Row of each slice of such a series, if it was not refused before -> code, detail and hint.
+    """
+    found = {}
+    first = 0
+    for _, group in itertools.groupby(series):
+        rows = range(first, first + sum(1 for _ in group))
+        first = rows.stop
+        said = judge_series([contents[row] for row in rows])
+        if said:
+            found |= {row: (CODE, said, "") for row in rows if contents[row] is not None}
+    return found
+
+
 def _sample(hu: np.ndarray) -> np.ndarray:
-    """Return values of a grid of pixels within the disc; int32."""
+    """Return values of a grid of pixels within the disc; integers."""
     step = max(1, min(hu.shape) // SAMPLED_SIDE)
     grid = hu[::step, ::step]
-    return grid.ravel()[_disc(*grid.shape)].astype(np.int32)
+    return grid.ravel()[_disc(*grid.shape)].astype(np.intp)
 
 
 @functools.lru_cache(maxsize=8)
@@ -147,9 +175,9 @@ def _between(below: np.ndarray, low: int, high: int) -> float:
 
 def _fullest(windows: np.ndarray, low: int, high: int) -> tuple[float, int]:
     """Return the largest share in a window, and its centre, of those with centres in a range."""
-    first, stop = np.searchsorted(_CENTRES, (low, high + 1))
-    place = int(first + np.argmax(windows[first:stop]))
-    return float(windows[place]), int(_CENTRES[place])
+    first, stop = ((hu - _LOWEST - _HALF_WINDOW_HU) // _BIN_HU for hu in (low, high + _BIN_HU))
+    place = first + int(np.argmax(windows[first:stop]))
+    return float(windows[place]), _LOWEST + _BIN_HU * place + _HALF_WINDOW_HU
 
 
 def _misplaced(windows: np.ndarray, air: float) -> str:
