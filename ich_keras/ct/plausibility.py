@@ -92,14 +92,11 @@ def judge_slice(hu: np.ndarray) -> Content:
         bone=_between(below, 300, _HIGHEST),
         is_plain=bool(shares.max() >= PLAIN_SHARE) or min(hu.shape) < MIN_SIDE,
     )
-    if not content.is_plain:
-        seen = (
-            _misplaced(windows, content.air) or _too_low(values) or _no_tissue(below, content.soft)
-        )
-        if seen:
-            raise RejectedFile(
-                CODE, f"{seen}; expected air at -1000 HU and soft tissue at 0 to 100"
-            )
+    if content.is_plain:
+        return content
+    seen = _misplaced(windows, content.air) or _too_low(values) or _no_tissue(below, content.soft)
+    if seen:
+        raise RejectedFile(CODE, f"{seen}; expected air at -1000 HU and soft tissue at 0 to 100")
     return content
 
 
