@@ -24,7 +24,7 @@ from tiny_dicom import encapsulated_file, head_hu, tiny_dataset, tiny_file, to_b
 
 from ich_keras.ct import decoding
 from ich_keras.ct.dicom import read_hu
-from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
 from ich_keras.errors import EnvironmentProblem
 
 ROOT = Path(__file__).parents[1]
@@ -318,3 +318,24 @@ def test_a_lost_tail_or_block_is_refused_wherever_it_is(name, damage):
             "noise block": stream[:place] + noise[:block] + rest,
         }[damage]
         assert refused(file_of(name, damaged)).code == "DECODE_ERROR", place
+
+
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_broken_bytes_of_a_stream_are_read_or_refused(name):
+    stream, stored = compressed(name)
+    rng = random.Random(4)
+    refusals = 0
+    for _ in range(100):
+        broken = bytearray(stream)
+        for _ in range(rng.randint(1, 8)):
+            # The headers, too, which are the first few hundred bytes.
+            place = rng.randrange(len(broken) if rng.random() < 0.5 else 300)
+            broken[place] = rng.choice((0, 255, rng.randrange(256)))
+        try:
+            hu = read_hu(io.BytesIO(file_of(name, bytes(broken))))
+        except RejectedFile as error:
+            assert error.code in REJECT_CODES
+            refusals += 1
+        else:
+            assert hu.dtype == np.int16 and hu.shape == stored.shape
+    assert refusals > 20

@@ -197,8 +197,8 @@ def _check_jpeg_2000(frame: bytes, start: int, pixels: StoredPixels) -> None:
         offset = stop
     if frame[offset : offset + 2] != _EOI:
         raise undecodable(
-            f"holds a JPEG 2000 image whose parts end at byte {offset} of {len(frame)} without an "
-            "end marker (ff d9): bytes are missing"
+            f"holds {len(frame)} compressed bytes, and the part at byte {offset} leads to no end "
+            "marker (ff d9): bytes are missing"
         )
 
 
