@@ -140,7 +140,7 @@ def implausible_rows(
     Returns:
         Row of each slice of such a series, if it was not refused before -> code, detail and hint.
     """
-    found = {}
+    found: dict[int, tuple[str, str, str]] = {}
     first = 0
     for _, group in itertools.groupby(series):
         rows = range(first, first + sum(1 for _ in group))
