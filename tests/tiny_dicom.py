@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -66,3 +67,23 @@ def to_bytes(dataset, syntax=ExplicitVRLittleEndian, compress=None):
 def tiny_file(stored=None, syntax=ExplicitVRLittleEndian, compress=None, **tags):
     """The bytes of a tiny CT slice; see `tiny_dataset`."""
     return to_bytes(tiny_dataset(stored, **tags), syntax, compress)
+
+
+def encapsulated_file(codestream, syntax, side=16, fragments=1, **tags):
+    """The bytes of a CT slice whose compressed pixels are given."""
+    dataset = tiny_dataset(np.zeros((side, side), int), **tags)
+    dataset.PixelData = encapsulate([codestream], fragments_per_frame=fragments)
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    return to_bytes(dataset, syntax)
+
+
+def head_hu(side=64, seed=0):
+    """A round head in air: skin, skull, brain and ventricles, with noise; int (side, side), HU."""
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    distance = np.hypot(rows, columns * 1.1)
+    hu = np.full((side, side), -1000)
+    for radius, tissue in ((0.4, 20), (0.38, 900), (0.33, 32)):
+        hu[distance < radius] = tissue
+    hu[(abs(rows) < 0.08) & (abs(columns) < 0.04)] = 6
+    return hu + np.random.default_rng(seed).normal(0, 5, hu.shape).round().astype(int)

@@ -29,20 +29,17 @@ from ich_keras.ct.elements import (
     text_of,
     uid_of,
 )
-from ich_keras.ct.pixels import (
+from ich_keras.ct.encoding import (
     EXPLICIT_BIG_ENDIAN,
     EXPLICIT_LITTLE_ENDIAN,
     IMPLICIT_LITTLE_ENDIAN,
     NATIVE,
     StoredPixels,
-    is_wrapped,
-    locate,
-    reject_zero_tail,
     require_decoder,
-    stored_values,
-    to_hu,
-    unwrap,
 )
+from ich_keras.ct.padding import Padding, padding_of
+from ich_keras.ct.pixels import hounsfield_units, locate
+from ich_keras.ct.plausibility import Content, judge_slice
 from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, LEAVE_OUT, SINGLE_FRAME, RejectedFile
 
 # Checked before anything is decoded. CT matrices have 512 rows, on some scanners 2048.
@@ -83,6 +80,7 @@ class SliceHeader:
         is_localizer: whether ImageType says that this is a scout view.
         slope, intercept: HU = slope * stored value + intercept.
         pixels: the pixels' matrix size, encoding and place in the file.
+        padding: the stored values that are no measurement; None if the header declares none.
 
     Source:
         DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
@@ -103,6 +101,7 @@ class SliceHeader:
     slope: float
     intercept: float
     pixels: StoredPixels
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +112,13 @@ class CTSlice:
         hu: int16 (rows, columns), HU.
         repaired: whether wrapped 12-bit values were unwrapped.
         header: the header that was read with them.
+        content: what it shows, for judging its series (`plausibility.judge_series`).
     """
 
     hu: np.ndarray
     repaired: bool
     header: SliceHeader
+    content: Content
 
 
 def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> SliceHeader:
@@ -137,8 +138,9 @@ def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> Slice
 def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlice:
     """Read one CT slice as Hounsfield units, and report whether it was repaired.
 
-    HU = slope * stored value + intercept, rounded to the nearest integer. Unsigned 12-bit slices
-    with wrapped air are repaired (`pixels.is_wrapped`).
+    HU = slope * stored value + intercept, rounded to the nearest integer. What the header declares
+    to be padding becomes air (`padding.find_padding`). Unsigned 12-bit slices with wrapped air are
+    repaired (`pixels.is_wrapped`). Values that cannot be HU are refused (`plausibility`).
 
     Args:
         source: path, or a seekable binary file that holds the DICOM file from its beginning.
@@ -154,13 +156,10 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
         header = _read_header(stream, force)
         stream.seek(header.pixels.offset)
         raw = stream.read(header.pixels.num_bytes)
-    stored = stored_values(raw, header.pixels)
-    intercept = header.intercept
-    reject_zero_tail(stored, header.slope, intercept)
-    repaired = is_wrapped(stored, header.pixels, intercept)
-    if repaired:
-        stored, intercept = unwrap(stored)
-    return CTSlice(to_hu(stored, header.slope, intercept), repaired, header)
+    hu, repaired = hounsfield_units(
+        raw, header.pixels, header.padding, header.slope, header.intercept
+    )
+    return CTSlice(hu, repaired, header, judge_slice(hu))
 
 
 def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarray:
@@ -288,6 +287,7 @@ def _check_slice(
         slope=slope,
         intercept=intercept,
         pixels=locate(pixels, stream, size),
+        padding=padding_of(elements, is_signed, bits_stored, slope, intercept),
     )
 
 

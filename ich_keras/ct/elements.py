@@ -41,6 +41,8 @@ TAGS = {
     "BitsStored": 0x00280101,
     "HighBit": 0x00280102,
     "PixelRepresentation": 0x00280103,
+    "PixelPaddingValue": 0x00280120,
+    "PixelPaddingRangeLimit": 0x00280121,
     "RescaleIntercept": 0x00281052,
     "RescaleSlope": 0x00281053,
     "RescaleType": 0x00281054,
@@ -183,6 +185,11 @@ def read_elements(
 def text_of(elements: dict, keyword: str) -> str:
     """Return a value as text without padding; "" when absent or empty."""
     return _bytes_of(elements, keyword).decode("latin-1").strip(" \0")
+
+
+def has_value(elements: dict, keyword: str) -> bool:
+    """Return whether a tag is present and not empty."""
+    return bool(_bytes_of(elements, keyword))
 
 
 def required_text(elements: dict, keyword: str) -> str:

@@ -1,80 +1,27 @@
 """Turning the value of PixelData into stored values, and those into Hounsfield units."""
 
 import dataclasses
-import struct
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from pydicom.pixels import get_decoder
 
-from ich_keras.ct.elements import COPY_AGAIN, EXPORT_AGAIN, UNDEFINED_LENGTH, name, show
-from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.codestream import check_codestream, measure_fragments
+from ich_keras.ct.decoding import decode
+from ich_keras.ct.elements import UNDEFINED_LENGTH, name
+from ich_keras.ct.encoding import EXPLICIT_BIG_ENDIAN, StoredPixels, truncated
+from ich_keras.ct.padding import (
+    AIR_BELOW_HU,
+    AIR_HU,
+    Padding,
+    find_padding,
+    without_padding,
+)
+from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
 
-IMPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2"
-EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
-EXPLICIT_BIG_ENDIAN = "1.2.840.10008.1.2.2"
-DEFLATED = "1.2.840.10008.1.2.1.99"
-RLE = "1.2.840.10008.1.2.5"
-NATIVE = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
-
-# Between soft tissue and air: air or lung is below, the body above.
-AIR_BELOW_HU = -500
-AIR_HU = -1024
 # Share of a slice's pixels that must be wrapped air before the 12-bit repair is applied.
 WRAPPED_AIR_SHARE = 0.05
-MAX_FRAGMENTS = 10_000
 
 _HU = np.iinfo(np.int16)
-_CONVERT = "Convert it to Explicit VR Little Endian first, for instance with dcmtk's dcmconv."
-_INSTALL = "Install the decoders: pip install 'ich_keras[codecs]'"
-
-
-@dataclass(frozen=True)
-class StoredPixels:
-    """How and where a file stores its pixels.
-
-    Args:
-        rows, columns: size of the matrix.
-        is_signed: PixelRepresentation.
-        bits_stored: how many of the 16 bits count.
-        transfer_syntax_uid: the encoding.
-        offset, num_bytes: position and length of the value of PixelData in the file.
-    """
-
-    rows: int
-    columns: int
-    is_signed: bool
-    bits_stored: int
-    transfer_syntax_uid: str
-    offset: int
-    num_bytes: int
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the pixels are stored without compression."""
-        return self.transfer_syntax_uid in NATIVE
-
-
-def require_decoder(transfer_syntax_uid: str) -> Any:
-    """Return pydicom's decoder for a compressed transfer syntax.
-
-    Raises:
-        RejectedFile: NO_DECODER; its hint says what to install or do.
-    """
-    if transfer_syntax_uid == DEFLATED:
-        # 300 KB may inflate to 300 MB, and pydicom inflates all of it to read the header.
-        detail = "(deflated), which is not supported: its size is known only after inflating"
-        raise _no_decoder(transfer_syntax_uid, detail, _CONVERT)
-    try:
-        decoder = get_decoder(transfer_syntax_uid)
-    except NotImplementedError:
-        detail = "; expected an uncompressed, RLE, JPEG, JPEG-LS or JPEG 2000 syntax"
-        raise _no_decoder(transfer_syntax_uid, detail, _CONVERT) from None
-    if not decoder.is_available:
-        detail = f"({decoder.UID.name}), whose decoder is not installed"
-        raise _no_decoder(transfer_syntax_uid, detail, _INSTALL)
-    return decoder
 
 
 def locate(pixels: StoredPixels, stream: BinaryIO, size: int) -> StoredPixels:
@@ -91,8 +38,44 @@ def locate(pixels: StoredPixels, stream: BinaryIO, size: int) -> StoredPixels:
     Raises:
         RejectedFile: TRUNCATED, TOO_LARGE, BAD_VALUE or DECODE_ERROR.
     """
-    num_bytes = _native_size(pixels, size) if pixels.is_native else _walk(pixels, stream, size)
+    if pixels.is_native:
+        num_bytes = _native_size(pixels, size)
+    else:
+        num_bytes = measure_fragments(pixels, stream, size)
     return dataclasses.replace(pixels, num_bytes=num_bytes)
+
+
+def hounsfield_units(
+    raw: bytes, pixels: StoredPixels, padding: Padding | None, slope: float, intercept: float
+) -> tuple[np.ndarray, bool]:
+    """Turn the value of PixelData into Hounsfield units.
+
+    Args:
+        raw: the value of PixelData, `pixels.num_bytes` bytes.
+        pixels: as returned by `locate`.
+        padding: the stored values that are no measurement, and become air.
+        slope, intercept: HU = slope * stored + intercept.
+
+    Returns:
+        int16 (rows, columns), HU, and whether wrapped 12-bit values were repaired.
+
+    Raises:
+        RejectedFile: the pixels are incomplete or damaged.
+    """
+    stored = stored_values(raw, pixels)
+    reject_zero_tail(stored, slope, intercept, padding is not None and 0 in padding)
+    is_padding = None
+    if padding is not None:
+        is_padding = find_padding(raw, stored, pixels, padding, slope, intercept)
+    if is_padding is not None:
+        stored = without_padding(stored, is_padding, slope, intercept)
+    repaired = is_wrapped(stored, pixels, intercept)
+    if repaired:
+        stored, intercept = unwrap(stored)
+    hu = to_hu(stored, slope, intercept)
+    if is_padding is not None:
+        hu[is_padding] = AIR_HU
+    return hu, repaired
 
 
 def stored_values(raw: bytes, pixels: StoredPixels) -> np.ndarray:
@@ -109,7 +92,7 @@ def stored_values(raw: bytes, pixels: StoredPixels) -> np.ndarray:
         int16 or uint16 (rows, columns), stored values.
 
     Raises:
-        RejectedFile: TRUNCATED, NO_DECODER or DECODE_ERROR.
+        RejectedFile: TRUNCATED, DECODE_ERROR, DECODER_CRASH or TIMEOUT.
 
     Source:
         DICOM PS3.5 8.1.1 and 8.2.
@@ -117,7 +100,8 @@ def stored_values(raw: bytes, pixels: StoredPixels) -> np.ndarray:
     if len(raw) < pixels.num_bytes:
         raise truncated(len(raw), pixels.num_bytes)
     if not pixels.is_native:
-        return _decode(raw, pixels)
+        check_codestream(raw, pixels)
+        return decode(raw, pixels)
     order = ">" if pixels.transfer_syntax_uid == EXPLICIT_BIG_ENDIAN else "<"
     stored = np.frombuffer(raw, dtype=order + ("i2" if pixels.is_signed else "u2"))
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -163,7 +147,9 @@ def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:
     return shifted, -1000.0
 
 
-def reject_zero_tail(stored: np.ndarray, slope: float, intercept: float) -> None:
+def reject_zero_tail(
+    stored: np.ndarray, slope: float, intercept: float, zero_is_padding: bool = False
+) -> None:
     """Refuse a slice whose second half was filled with zeros by a broken copy.
 
     All values of the second half are zero, and one of these holds:
@@ -176,6 +162,7 @@ def reject_zero_tail(stored: np.ndarray, slope: float, intercept: float) -> None
     Args:
         stored: int16 or uint16 (rows, columns), stored values.
         slope, intercept: HU = slope * stored + intercept.
+        zero_is_padding: whether the header declares 0 to be padding, and thereby air.
     """
     if stored[-1].any():
         return
@@ -184,13 +171,16 @@ def reject_zero_tail(stored: np.ndarray, slope: float, intercept: float) -> None
     if flat[half:].any():
         return
     filled = np.flatnonzero(flat[:half])
-    if intercept <= AIR_BELOW_HU:
+    if intercept <= AIR_BELOW_HU or zero_is_padding:
         if filled.size == 0:
             return
         end = int(filled[-1]) + 1
-        last_row = flat[max(0, end - stored.shape[1]) : end] * slope + intercept
+        last_row = flat[max(0, end - stored.shape[1]) : end]
+        is_body = last_row * slope + intercept > AIR_BELOW_HU
+        if zero_is_padding:
+            is_body &= last_row != 0
         has_background = end - filled.size >= 0.01 * end
-        if has_background and np.mean(last_row > AIR_BELOW_HU) < 0.25:
+        if has_background and np.mean(is_body) < 0.25:
             return
     raise RejectedFile(
         "ZERO_TAIL",
@@ -235,17 +225,6 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return np.rint(stored * slope + intercept).astype(np.int16)
 
 
-def truncated(present: int, expected: int) -> RejectedFile:
-    """Make the error for incomplete pixel data."""
-    detail = f"{name('PixelData')} has {max(present, 0)} bytes; expected {expected}"
-    return RejectedFile("TRUNCATED", detail, COPY_AGAIN)
-
-
-def _no_decoder(transfer_syntax_uid: str, detail: str, hint: str) -> RejectedFile:
-    found = f"{name('TransferSyntaxUID')} is {show(transfer_syntax_uid)}"
-    return RejectedFile("NO_DECODER", f"{found} {detail}".replace(" ;", ";"), hint)
-
-
 def _native_size(pixels: StoredPixels, size: int) -> int:
     expected = pixels.rows * pixels.columns * 2
     if pixels.num_bytes == UNDEFINED_LENGTH:
@@ -263,101 +242,3 @@ def _native_size(pixels: StoredPixels, size: int) -> int:
         f"{pixels.columns} uncompressed pixels",
         EXPORT_AGAIN,
     )
-
-
-def _walk(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
-    """Walk over all fragments to detect a truncated file (PS3.5 A.4)."""
-    if pixels.num_bytes != UNDEFINED_LENGTH:
-        raise _undecodable(f"is not in fragments; its syntax is {pixels.transfer_syntax_uid}")
-    # Lossless coding may enlarge noise a little. Data far larger than the raw pixels are no slice.
-    limit = 4 * pixels.rows * pixels.columns + (1 << 20)
-    offset = pixels.offset
-    for _ in range(MAX_FRAGMENTS):
-        stream.seek(offset)
-        item = stream.read(8)
-        if len(item) < 8:
-            raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
-        tag, length = struct.unpack("<4sI", item)
-        offset += 8
-        if tag == b"\xfe\xff\xdd\xe0":
-            return offset - pixels.offset
-        if tag != b"\xfe\xff\x00\xe0" or length == UNDEFINED_LENGTH:
-            raise _undecodable("holds something other than fragments")
-        offset += length
-        if offset > size:
-            raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
-        if offset - pixels.offset > limit:
-            detail = f"has over {limit} compressed bytes for {pixels.rows} x {pixels.columns}"
-            raise RejectedFile("TOO_LARGE", f"{name('PixelData')} {detail} pixels", EXPORT_AGAIN)
-    raise _undecodable(f"has over {MAX_FRAGMENTS} fragments; expected one")
-
-
-def _decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
-    decoder = require_decoder(pixels.transfer_syntax_uid)
-    if pixels.transfer_syntax_uid != RLE:
-        _check_codestream(raw, pixels)
-    try:
-        stored, _ = decoder.as_array(
-            raw,
-            index=0,
-            raw=True,
-            rows=pixels.rows,
-            columns=pixels.columns,
-            samples_per_pixel=1,
-            number_of_frames=1,
-            bits_allocated=16,
-            bits_stored=pixels.bits_stored,
-            photometric_interpretation="MONOCHROME2",
-            pixel_representation=int(pixels.is_signed),
-            pixel_keyword="PixelData",
-        )
-    except (RuntimeError, ValueError) as error:
-        # pydicom wraps whatever a plugin raises in RuntimeError. It raises ValueError itself, for
-        # fragments and sizes that do not fit.
-        reason = " ".join(str(error).split())
-        raise _undecodable(f"cannot be decoded: {reason[:300]}") from error
-    if stored.shape != (pixels.rows, pixels.columns):
-        raise _other_size(pixels, *stored.shape[:2])
-    return stored.astype(np.int16 if pixels.is_signed else np.uint16, copy=False)
-
-
-def _check_codestream(raw: bytes, pixels: StoredPixels) -> None:
-    """Check the size inside a JPEG or JPEG 2000 stream against the header before decoding.
-
-    Source:
-        ISO/IEC 15444-1 A.5.1 (SIZ); ISO/IEC 10918-1 B.2.2 and 14495-1 C.2.2 (start of frame).
-    """
-    first = 16 + struct.unpack_from("<I", raw, 4)[0]  # after the offset table and an item's header
-    stream = raw[first : first + (1 << 16)]
-    if stream[:2] != b"\xff\xd8":
-        siz = stream.find(b"\xff\x4f\xff\x51")  # not at 0 when wrapped in a JP2 box
-        if 0 <= siz <= len(stream) - 42:
-            width, height, left, top = struct.unpack_from(">4I", stream, siz + 8)
-            components = struct.unpack_from(">H", stream, siz + 40)[0]
-            return _require_size(pixels, height - top, width - left, components)
-    offset = 2
-    while stream[:2] == b"\xff\xd8" and stream[offset : offset + 1] == b"\xff":
-        if offset + 10 > len(stream):
-            break
-        marker, length = struct.unpack_from(">xBH", stream, offset)
-        # SOF0 to SOF15 without DHT, JPG and DAC; SOF55 is JPEG-LS.
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return _require_size(pixels, *struct.unpack_from(">HHB", stream, offset + 5))
-        offset += 2 + length
-    raise _undecodable("holds no JPEG or JPEG 2000 image with a size")
-
-
-def _require_size(pixels: StoredPixels, rows: int, columns: int, components: int) -> None:
-    if (rows, columns, components) != (pixels.rows, pixels.columns, 1):
-        raise _other_size(pixels, rows, columns, components)
-
-
-def _other_size(pixels: StoredPixels, rows: int, columns: int, components: int = 1) -> RejectedFile:
-    return _undecodable(
-        f"holds a compressed image of {rows} x {columns} x {components}; expected "
-        f"{pixels.rows} x {pixels.columns} x 1"
-    )
-
-
-def _undecodable(detail: str) -> RejectedFile:
-    return RejectedFile("DECODE_ERROR", f"{name('PixelData')} {detail}", EXPORT_AGAIN)

@@ -62,6 +62,12 @@ REJECT_CODES = {
     ),
     "NO_DECODER": Explanation("no decoder for this transfer syntax is installed", CODECS),
     "DECODE_ERROR": Explanation("the compressed pixel data could not be decoded", COPY_AGAIN),
+    "DECODER_CRASH": Explanation("the decoder of the compressed pixels crashed", COPY_AGAIN),
+    "TIMEOUT": Explanation("the decoder of the compressed pixels took too long", COPY_AGAIN),
+    "IMPLAUSIBLE_HU": Explanation(
+        "values that cannot be Hounsfield units: air or tissue is not where it must be",
+        "Compare RescaleSlope and RescaleIntercept with the original, and export the series again.",
+    ),
     "DUPLICATE_UID": Explanation(
         "the same SOPInstanceUID was already seen in another file",
         "Nothing to do if it is a copy; the first file by path is used.",
