@@ -179,9 +179,9 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     state, has_checksums = read_state(folder, epoch)
     of = state.get(RUN)
     if run is not None and of is not None and of != run:
-        differing = sorted(name for name in of | run if of.get(name) != run.get(name))
+        others = sorted(name for name in of | run if of.get(name) != run.get(name))
         raise StaleError(
-            f"{folder} is a state of another run: {', '.join(differing)} differ.",
+            f"{folder} is a state of another run: {', '.join(others)} differ.",
             "Bring back the state of this run, or start a new training.",
         )
     if not has_checksums and tell is not None:

@@ -69,9 +69,9 @@ def require_unchanged(run: RunFolder, weights: str | None) -> None:
         return
     if record.get(_WEIGHTS) not in (None, weights):
         raise StaleError(f"{run.best_weights} is not what the training ended with.", _COPY)
-    used = (run.recipe_file, run.data_file, run.split_file)
-    # Without its choices, a run takes the defaults, and says so; other choices are not its own.
-    used += (run.choices_file,) if run.choices_file.is_file() else ()
+    used = [run.recipe_file, run.data_file, run.split_file]
+    if run.choices_file.is_file():  # without it, a run takes the defaults until it chooses again
+        used.append(run.choices_file)
     for path in used:
         checksum = record[_FILES].get(path.name)
         if checksum is not None and not _is_same(run, path.name, checksum):

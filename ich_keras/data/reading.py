@@ -33,9 +33,9 @@ class IndexedSlice(NamedTuple):
 
     Args:
         container: path of the file.
+        file_size: bytes.
         normal: (3,), unit normal of the series; `position_mm` is the position along it.
         orientation: (6,), direction cosines of the series.
-        file_size: bytes.
     """
 
     container: str
@@ -48,9 +48,9 @@ class IndexedSlice(NamedTuple):
     row_spacing_mm: float
     column_spacing_mm: float
     position_mm: float
+    file_size: int
     normal: tuple[float, ...]
     orientation: tuple[float, ...]
-    file_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +91,9 @@ def indexed_slices(index: SeriesIndex) -> list[IndexedSlice]:
     planes = {}
     for uid, *cosines in _rows(index.series, ["series_uid", *_COSINES]):
         planes[uid] = (tuple(slice_normal(cosines).tolist()), tuple(cosines))
-    before = [field for field in IndexedSlice._fields if field not in ("normal", "orientation")]
-    *facts, sizes = (index.slices[field].tolist() for field in before)
-    plane = [planes[uid] for uid in index.slices["series_uid"]]
     return [
-        IndexedSlice(*fact, *plane, size)
-        for *fact, plane, size in zip(*facts, plane, sizes, strict=True)
+        IndexedSlice._make((*facts, *planes[uid]))
+        for *facts, uid in _rows(index.slices, [*IndexedSlice._fields[:-2], "series_uid"])
     ]
 
 
