@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import (
     REJECTS_FILE,
     Reject,
@@ -178,20 +179,30 @@ def _reading(
 def _read_series(
     size: int, slices: list[IndexedSlice]
 ) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
-    """Read the readable files of one series.
+    """Read the readable files of one series; none of them if its values cannot be HU.
 
     Returns:
         (HU, int16 (n, size, size); which slices these are, bool (len(slices),); the rejects).
     """
     hu, rejects = [], []
+    contents: list[Content | None] = []
     is_read = np.zeros(len(slices), bool)
     for number, indexed in enumerate(slices):
         try:
-            hu.append(read_indexed(indexed, size).hu)
+            read = read_indexed(indexed, size)
         except RejectedFile as reject:
             rejects.append(Reject.of(indexed.container, reject))
+            contents.append(content_of_reject(reject))
         else:
+            hu.append(read.hu)
+            contents.append(read.content)
             is_read[number] = True
+    implausible = implausible_rows([""] * len(slices), contents)
+    if implausible:
+        hu = []
+        found = np.flatnonzero(is_read).tolist()
+        rejects += [Reject(slices[row].container, *implausible[row]) for row in found]
+        is_read[:] = False
     return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), is_read, rejects
 
 

@@ -68,10 +68,10 @@ rle._rle_decode_frame = faulty
 """
 
 
-def rle_file(first=1064):
+def rle_file(first=1064, **tags):
     stored = np.full((16, 16), 1064)
     stored[0, 0] = first
-    return tiny_file(stored, compress=RLELossless, PixelRepresentation=0)
+    return tiny_file(stored, compress=RLELossless, PixelRepresentation=0, **tags)
 
 
 @pytest.fixture
@@ -176,6 +176,7 @@ def test_no_process_to_decode_in(fresh_decoder, monkeypatch, program):
         read_hu(io.BytesIO(rle_file()))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 and later
 def test_a_forked_process_starts_its_own(fresh_decoder):
     read_hu(io.BytesIO(rle_file()))
     ours = pid_of_decoder()
@@ -226,6 +227,40 @@ def is_running(pid):
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+CACHE = """
+import sys
+from ich_keras.ct.series import index_folder
+from ich_keras.data.cache.cache import CTCache, build_cache
+if __name__ == "__main__":
+    workers = int(sys.argv[1])
+    build_cache(index_folder("files", workers=workers), f"cache{workers}", 16, workers=workers)
+    cache = CTCache.open(f"cache{workers}")
+    names = [(path[-5:], code) for path, code in cache.rejects[["path", "code"]].to_numpy()]
+    print(sorted(names), sorted(path[-5:] for path in cache.slices["container"]))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_is_built_around_files_that_crash_the_decoder(faulty_decoder, tmp_path, workers):
+    (tmp_path / "files").mkdir()
+    faults = {"a": 1064, "b": 2001, "c": 1064, "d": 2002, "e": 2005, "f": 1064}
+    for place, (name, first) in enumerate(faults.items()):
+        content = rle_file(first, SOPInstanceUID=f"1.2.{place}", ImagePositionPatient=[0, 0, place])
+        (tmp_path / "files" / f"{name}.dcm").write_bytes(content)
+    (tmp_path / "script.py").write_text(CACHE)
+    done = subprocess.run(
+        [sys.executable, "script.py", str(workers)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rejects = [("b.dcm", "DECODER_CRASH"), ("d.dcm", "DECODER_CRASH"), ("e.dcm", "DECODE_ERROR")]
+    assert done.stdout.strip() == f"{rejects} {['a.dcm', 'c.dcm', 'f.dcm']}"
+    assert done.stderr == ""  # what decoders say is in the reject, not on the terminal
 
 
 # --- Damage -----------------------------------------------------------------------------------

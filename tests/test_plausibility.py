@@ -1,15 +1,22 @@
 """Values that cannot be Hounsfield units are refused, and no good slice is."""
 
 import io
+import warnings
+from collections import defaultdict
 
 import numpy as np
 import pydicom
 import pytest
 from tiny_dicom import head_hu, tiny_file
 
-from ich_keras.ct.dicom import read_hu, read_slice
+from ich_keras import prediction
+from ich_keras.ct.dicom import read_header, read_hu, read_slice
 from ich_keras.ct.plausibility import Content, judge_series, judge_slice
 from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
+from ich_keras.ct.series import index_folder
+from ich_keras.data.cache.cache import CTCache, build_cache
+from ich_keras.data.reading import indexed_slices
+from ich_keras.phantom.dicom import dicom_bytes, write_phantoms
 from ich_keras.phantom.plan import make_phantom, plan_phantoms
 
 
@@ -216,3 +223,59 @@ def test_a_series_is_judged_by_what_its_slices_show():
     assert judge_series([head, head, None]) == ""
     assert judge_series([head, None, None]).startswith("2 of the series' 3 slices")
     assert judge_series([None] * 3).startswith("3 of the series' 3 slices")
+
+
+# --- In a cache and a prediction ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder_with_a_wrong_series(tmp_path_factory):
+    """Two phantoms; the intercept of one is lost. The folder, and the two series' UIDs."""
+    folder = tmp_path_factory.mktemp("wrong") / "data"
+    write_phantoms(folder, 2, seed=5, matrix=64)
+    paths = defaultdict(list)
+    for path in sorted((folder / "images").iterdir()):
+        paths[read_header(path).series_instance_uid].append(path)
+    good, wrong = sorted(paths, key=lambda uid: len(paths[uid]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of RSNA's UIDs
+        for path in paths[wrong]:
+            dataset = pydicom.dcmread(path)
+            dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit = 1, 16, 15
+            dataset.PixelData = (read_hu(path) + 1024).astype("<i2").tobytes()
+            dataset.RescaleIntercept = "0"
+            path.write_bytes(dicom_bytes(dataset))
+    return folder / "images", good, wrong
+
+
+def test_no_slice_of_a_wrong_series_enters_a_cache(folder_with_a_wrong_series, tmp_path):
+    folder, good, wrong = folder_with_a_wrong_series
+    index = index_folder(folder)
+    numbers = index.slices["series_uid"].value_counts()
+    build_cache(index, tmp_path / "cache", size=32)
+    cache = CTCache.open(tmp_path / "cache")
+    assert set(cache.slices["series_uid"]) == {good}
+    assert len(cache.rejects) == numbers[wrong]
+    assert set(cache.rejects["code"]) == {"IMPLAUSIBLE_HU"}
+    said = cache.rejects["detail"]
+    alone = said.str.contains("of the slice lie around 10")
+    assert 0.5 * len(said) < alone.sum() < len(said)
+    by_series = f"{alone.sum()} of the series' {len(said)} slices hold values that cannot be HU"
+    assert set(said[~alone]) == {by_series}
+    expected = judge_series([read_slice(path).content for path in cache.slices["container"]])
+    assert expected == ""
+
+
+def test_no_slice_of_a_wrong_series_is_predicted(folder_with_a_wrong_series):
+    folder, good, wrong = folder_with_a_wrong_series
+    index = index_folder(folder)
+    sources = indexed_slices(index)
+    rows = index.slices.groupby("series_uid").indices
+    hu, is_read, rejects = prediction._read_series(32, [sources[row] for row in rows[good]])
+    assert len(hu) == len(rows[good]) and is_read.all() and rejects == []
+    hu, is_read, rejects = prediction._read_series(32, [sources[row] for row in rows[wrong]])
+    assert len(hu) == 0 and not is_read.any()
+    assert sorted(reject.path for reject in rejects) == sorted(
+        sources[row].container for row in rows[wrong]
+    )
+    assert {reject.code for reject in rejects} == {"IMPLAUSIBLE_HU"}

@@ -104,7 +104,7 @@ def judge_series(contents: Sequence[Content | None]) -> str:
     """Say why the values of a series cannot be HU; "" if they can.
 
     Args:
-        contents: of the slices that were read; None for each that `judge_slice` refused.
+        contents: of its slices; None for each that `judge_slice` refused.
     """
     if len(contents) < MIN_SLICES:
         return ""
@@ -128,6 +128,11 @@ def judge_series(contents: Sequence[Content | None]) -> str:
     return f"no slice of the series shows {' or '.join(lacking)}; expected those of a head"
 
 
+def content_of_reject(reject: RejectedFile) -> Content | None:
+    """Return what a slice that was refused counts for in its series."""
+    return None if reject.code == CODE else NOTHING
+
+
 def implausible_rows(
     series: Sequence[str], contents: Sequence[Content | None]
 ) -> dict[int, tuple[str, str, str]]:
@@ -135,10 +140,10 @@ def implausible_rows(
 
     Args:
         series: of each slice; the slices of a series lie together.
-        contents: of each slice, as for `judge_series`; `NOTHING` for one that was not read.
+        contents: of each slice, or `content_of_reject`.
 
     Returns:
-        Row of each slice of such a series, if it was not refused before -> code, detail and hint.
+        Row of each slice of such a series -> reject code, detail and hint.
     """
     found: dict[int, tuple[str, str, str]] = {}
     first = 0
@@ -147,7 +152,7 @@ def implausible_rows(
         first = rows.stop
         said = judge_series([contents[row] for row in rows])
         if said:
-            found |= {row: (CODE, said, "") for row in rows if contents[row] is not None}
+            found |= dict.fromkeys(rows, (CODE, said, ""))
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from ich_keras.ct.dicom import SliceHeader, read_slice
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
+from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SAME_VOLUME_TOLERANCE, SeriesIndex
 from ich_keras.data.inputs import resize_hu
@@ -60,10 +61,12 @@ class ReadSlice:
     Args:
         hu: int16 (size, size), HU.
         repaired: whether the 12-bit repair was applied.
+        content: what the slice shows, for judging its series (`ich_keras.ct.plausibility`).
     """
 
     hu: np.ndarray
     repaired: bool
+    content: Content
 
     @property
     def pixel_hash(self) -> str:
@@ -119,7 +122,7 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
             differences = [_differs("the file's size", file_size, indexed.file_size)]
     if differences:
         raise RejectedFile("CHANGED", "; ".join(differences))
-    return ReadSlice(resize_hu(record.hu, size), record.repaired)
+    return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
 
 
 def _differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:

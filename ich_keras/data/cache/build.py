@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras import files
+from ich_keras.ct.plausibility import Content, implausible_rows
 from ich_keras.ct.tables import write_table
 from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
 from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
@@ -51,9 +52,13 @@ OF_THE_PLAN = ("schema", "size", "resampling", "compression", "inputs", "version
 
 @dataclass(frozen=True)
 class _StartedShard:
-    """A raw shard that is being filled: the offsets of its datasets, the blocks as they arrive."""
+    """A raw shard that is being filled: the offsets of its datasets, the blocks as they arrive.
+
+    `series` has the series of each slice.
+    """
 
     plan: PlannedShard
+    series: list[str]
     path: Path
     crc_offset: int
     offset: int
@@ -119,6 +124,7 @@ def _build_shards(
 ) -> dict[str, dict]:
     sources = indexed_slices(index)
     times = index.slices["file_mtime_ns"].tolist()
+    series = index.slices["series_uid"].tolist()
 
     def finish(shard: _StartedShard) -> None:
         record = _finish(partial, settings, shard, count)
@@ -135,7 +141,8 @@ def _build_shards(
             crc_offset, offset = create_raw_shard(path, shard.stop - shard.start, settings.size)
             own = sources[shard.start : shard.stop]
             filled = run(fill_block, blocks(path, offset, shard.start, own, settings.size))
-            started.append(_StartedShard(shard, path, crc_offset, offset, filled))
+            own_series = series[shard.start : shard.stop]
+            started.append(_StartedShard(shard, own_series, path, crc_offset, offset, filled))
             if len(started) == 2:
                 finish(started.popleft())
         for last in started:
@@ -167,12 +174,16 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
     hashes: list[str] = []
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
+    contents: list[Content | None] = []
     for block in started.filled:
         crc_blocks.append(block.crc32)
         hashes += block.hashes
         rejected |= block.rejected
         repaired += block.repaired
+        contents += block.contents
         count.add(len(block.crc32))
+    for row, reject in implausible_rows(started.series, contents).items():
+        rejected.setdefault(plan.start + row, reject)
     kept = np.ones(plan.stop - plan.start, bool)
     kept[[row - plan.start for row in rejected]] = False
     crc32 = np.concatenate(crc_blocks)[kept]

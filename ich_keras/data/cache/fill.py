@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pydicom
 
+from ich_keras.ct.plausibility import Content, content_of_reject
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
@@ -50,6 +51,7 @@ class Filled:
         hashes: (slices,), each one's `pixel_hash`; "" for a reject.
         rejected: row -> reject code, detail and hint.
         repaired: rows to which the 12-bit repair was applied.
+        contents: (slices,), for `ich_keras.ct.plausibility.implausible_rows`.
     """
 
     first_row: int
@@ -57,6 +59,7 @@ class Filled:
     hashes: tuple[str, ...]
     rejected: dict[int, tuple[str, str, str]]
     repaired: tuple[int, ...]
+    contents: tuple[Content | None, ...]
 
 
 def pixel_versions() -> dict[str, str]:
@@ -110,19 +113,22 @@ def fill_block(block: Block) -> Filled:
     hashes = [""] * len(pixels)
     rejected = {}
     repaired = []
+    contents: list[Content | None] = []
     for number, source in enumerate(block.sources):
         try:
             read = read_indexed(source, block.size)
         except RejectedFile as reject:
             rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
+            contents.append(content_of_reject(reject))
         else:
             pixels[number] = read.hu
+            contents.append(read.content)
             hashes[number] = read.pixel_hash
             if read.repaired:
                 repaired.append(block.first_row + number)
     write_at(block.shard, block.offset, pixels)
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
-    return Filled(block.first_row, crc32, tuple(hashes), rejected, tuple(repaired))
+    return Filled(block.first_row, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
 
 
 def a_few(count: int) -> list[int]:
