@@ -11,7 +11,7 @@ from tiny_dicom import tiny_file
 from ich_keras.ct.dicom import read_header, read_hu
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.turning import Plane, Turn
-from ich_keras.data.cache.cache import build_cache
+from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.errors import StaleError
 
 AXES = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0))
@@ -156,7 +156,7 @@ def test_rounding_does_not_tear_a_picture_at_45_degrees(tmp_path):
     assert index_folder(tmp_path).series["num_slices"].tolist() == [4]
 
 
-def test_an_index_or_a_cache_of_slices_as_stored_is_stale(tmp_path):
+def test_an_index_or_a_cache_of_slices_as_stored_is_stale(tmp_path, monkeypatch):
     (tmp_path / "dicom").mkdir()
     for number in range(3):
         content = tiny_file(
@@ -169,5 +169,7 @@ def test_an_index_or_a_cache_of_slices_as_stored_is_stale(tmp_path):
     older.save(tmp_path / "index")
     with pytest.raises(StaleError, match="holds series 1.2.3.4 as it was stored"):
         SeriesIndex.load(tmp_path / "index")
+    # As if it had been built when slices of another orientation were left as they are.
+    monkeypatch.setattr(Turn, "of", lambda orientation: Turn(flips_rows=True))
     with pytest.raises(StaleError, match="make index and cache again"):
-        build_cache(older, tmp_path / "old", size=16)
+        CTCache.open(tmp_path / "cache")
