@@ -111,6 +111,8 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
     # Where it runs decides no number that is compared.
     for name in ("device", "backend"):
         del content["config"][name]
+    # Asked since the first results were stored. It changes none: phantoms have no such series.
+    del content["config"]["data"]["duplicate"]
     others = [*run.depends_on, *([run.like[1]] if run.like else [])]
     content["others"] = {other: declaration(other, scale, seed, source) for other in others}
     return fingerprint(content)

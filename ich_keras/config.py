@@ -29,6 +29,7 @@ class DataConfig:
         edge: "air" or "repeat"; see `ich_keras.View`.
         long_series: "spread" or "middle"; see `ich_keras.View`.
         tilted: "keep", "skip" or "deshear"; see `ich_keras.View`.
+        duplicate: "skip" or "keep"; see `ich_keras.View`.
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
         balance: train on as many negative samples as positive ones (redrawn every epoch).
         augment: "thesis", "flip" or "none": random changes to training samples, the same for all
@@ -47,6 +48,7 @@ class DataConfig:
     edge: str = "air"
     long_series: str = "spread"
     tilted: str = "keep"
+    duplicate: str = "skip"
     split: str = "patient"
     balance: bool = False
     augment: str = "thesis"

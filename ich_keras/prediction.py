@@ -43,6 +43,11 @@ AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
 PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
 TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
 NOTICE_FILE = "notice.txt"
+# Why a view skips a series, by the word of its verdict: the reject code, and what is told.
+SKIPPED = {
+    "tilted": ("TILTED", "is tilted"),
+    "duplicate": ("DUPLICATE", "has two slices at one place"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,9 @@ class FolderPrediction:
     Args:
         slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and six probabilities; None for
             a run on whole series, which does not predict single slices.
-        series: one row per series: its UID, number of slices, verdict and six probabilities,
-            aggregated from its slices by the run's rule, or from a run on whole series.
+        series: one row per series: its UID, number of slices, verdict, number of refused files and
+            six probabilities, aggregated from its slices by the run's rule, or from a run on whole
+            series.
         rejects: one row per file that could not be used.
         notice: for every reader of the probabilities: they are not for clinical use, and, if so,
             the network was trained only on phantoms.
@@ -108,7 +114,8 @@ def predict_index(
         files = ([sources[n] for n in rows[uid]] for uid in index.series["series_uid"])
         for series, content in zip(index.series.itertuples(), read(files), strict=True):
             hu, is_read, bad = content
-            rejects.extend(bad)
+            uid = series.series_instance_uid
+            rejects.extend(reject._replace(series_instance_uid=uid) for reject in bad)
             table = index.slices.iloc[rows[series.series_uid]]
             found = table.index.to_numpy()[is_read]
             if not len(found):
@@ -117,9 +124,10 @@ def predict_index(
             samples = make_samples(table.loc[found], alone, view)
             usable = np.flatnonzero(samples.usable)
             if not len(usable):
-                detail = f"series {series.series_uid} is tilted"
+                code, what = SKIPPED[view.why_skipped(series.verdict)]
+                told = (code, f"series {series.series_uid} {what}", "", series.series_instance_uid)
                 # The remaining files are rejects already.
-                rejects.extend(Reject(p, "TILTED", detail) for p in table.loc[found, "container"])
+                rejects.extend(Reject(p, *told) for p in table.loc[found, "container"])
                 continue
             kept.append(found)
             for start in range(0, len(usable), batch_size):
@@ -257,6 +265,9 @@ def _with_verdicts(series: pd.DataFrame, index: SeriesIndex, kept: np.ndarray) -
     verdicts = index.series.set_index("series_uid")["verdict"]
     verdicts[:] = verdicts_after_reading(verdicts, index.slices, kept)
     series.insert(1, "verdict", verdicts.reindex(series.index))
+    lost = index.slices.loc[~kept, "series_uid"].value_counts()
+    rejected = index.series.set_index("series_uid")["num_rejected"].add(lost, fill_value=0)
+    series.insert(2, "num_rejected", rejected.reindex(series.index).astype(int))
     return series.reset_index()
 
 
@@ -268,6 +279,7 @@ def predict_folder(
     workers: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
+    any_body_part: bool = False,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run.
 
@@ -281,6 +293,7 @@ def predict_folder(
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
+        any_body_part: as for `index_folder`.
 
     Raises:
         UsageError: `out` exists, or `dicom_dir` does not.
@@ -292,7 +305,7 @@ def predict_folder(
     is_synthetic = bool(run.data().get(SYNTHETIC))
     with contextlib.nullcontext() if out is None else new_folder(out) as folder:
         with rejects_kept(folder):
-            index = index_folder(dicom_dir, workers=workers, progress=progress)
+            index = index_folder(dicom_dir, workers, None, progress, any_body_part)
             recipe, model = load_run(run, device)
             result = predict_index(model, index, recipe, run.rule(), batch_size, workers, progress)
         notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL

@@ -18,7 +18,7 @@ import numpy as np
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
-from ich_keras.data.views import View
+from ich_keras.data.views import View, with_absent_choices
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
@@ -244,6 +244,7 @@ class Recipe:
             "edge": inputs.view.edge,
             "long_series": inputs.view.long_series,
             "tilted": inputs.view.tilted,
+            "duplicate": inputs.view.duplicate,
             "intensity": inputs.intensity.name,
         }
         fit = {f.name: getattr(training, f.name) for f in dataclasses.fields(FitConfig)}
@@ -307,7 +308,7 @@ def _view(config: RunConfig) -> View:
         usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
         kind = "slice" if spec.rank == 2 else usual
     count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
-    view = View(kind, count, data.edge, data.long_series, data.tilted)
+    view = View(kind, count, data.edge, data.long_series, data.tilted, data.duplicate)
     if view.is_volume != (spec.rank == 3):
         takes, other = ("volumes", "slab or series") if spec.rank == 3 else ("slices", "slice")
         raise UsageError(
@@ -364,6 +365,7 @@ def _read(cls: Any, content: object, place: str, source: str) -> Any:
             return cls.from_dict(content)
         except UsageError as error:
             raise StaleError(f"{source}: {place}: {error.message}", hint) from error
+    content = with_absent_choices(content) if cls is View else content
     hints = typing.get_type_hints(cls)
     lacking, unknown = sorted(set(hints) - set(content)), sorted(set(content) - set(hints))
     if lacking or unknown:

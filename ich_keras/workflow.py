@@ -30,6 +30,7 @@ def prepare_index(
     journal: Path | str | None = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    any_body_part: bool = False,
 ) -> SeriesIndex:
     """Index a folder and join its labels.
 
@@ -41,6 +42,7 @@ def prepare_index(
         journal: a file from which an interrupted indexing continues.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
+        any_body_part: as for `index_folder`.
 
     Raises:
         UsageError: a path does not exist.
@@ -48,7 +50,7 @@ def prepare_index(
     """
     # Labels first: a fault in them shows before the long walk through the folder.
     table = None if labels is None else read_rsna_labels(labels)
-    index = index_folder(dicom, workers=workers, journal=journal, progress=progress)
+    index = index_folder(dicom, workers, journal, progress, any_body_part)
     if tell is not None:
         tell(f"Found {index}.")
     if table is not None:
@@ -92,7 +94,7 @@ def make_cache(
     progress: Progress | None = None,
     restart: bool = False,
 ) -> CTCache:
-    """Cache the usable series of an index; localizers and non-axial series become rejects."""
+    """Cache the usable series of an index (`SeriesIndex.usable`); others become rejects."""
     return build_cache(
         index.usable(), out, size, workers=workers, progress=progress, restart=restart
     )
@@ -108,11 +110,12 @@ def cache_dicom(
     journal: Path | str | None = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    any_body_part: bool = False,
 ) -> CTCache:
     """Index a folder, join its labels and cache it: the first half of the workflow.
 
     Args:
-        dicom, labels, workers, journal, progress, tell: as for `prepare_index`.
+        dicom, labels, workers, journal, progress, tell, any_body_part: as for `prepare_index`.
         cache_dir: a new folder.
         size: rows and columns of a cached slice.
         index_dir: a new folder that also receives the index; None keeps none.
@@ -122,7 +125,7 @@ def cache_dicom(
         DataError: as `prepare_index`.
     """
     index = prepare_index(
-        dicom, labels, workers=workers, journal=journal, progress=progress, tell=tell
+        dicom, labels, None, workers, journal, progress, tell, any_body_part=any_body_part
     )
     if index_dir is not None:
         index.save(index_dir)
@@ -220,6 +223,7 @@ def prepare_training(
     workers: int = 0,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    any_body_part: bool = False,
 ) -> Preparation:
     """Index and plan a training; nothing is written.
 
@@ -233,6 +237,7 @@ def prepare_training(
         workers: processes that read headers; 0 reads them in this one.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
+        any_body_part: as for `index_folder`.
 
     Raises:
         UsageError: `out` exists, a path does not, or the cache is smaller than the input.
@@ -249,7 +254,13 @@ def prepare_training(
     if dicom is not None:
         with rejects_kept(out):
             index = prepare_index(
-                dicom, labels, config.data.limit_series, workers, progress=progress, tell=tell
+                dicom,
+                labels,
+                config.data.limit_series,
+                workers,
+                progress=progress,
+                tell=tell,
+                any_body_part=any_body_part,
             )
     if cache_dir.exists():
         cache = open_cache(cache_dir, labels)
@@ -278,6 +289,7 @@ def train_dicom(
     workers: int = 0,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    any_body_part: bool = False,
 ) -> Path:
     """Run the whole workflow: from DICOM files and labels to index, cache and trained run.
 
@@ -291,6 +303,7 @@ def train_dicom(
         workers: processes that read and cache; 0 works in this one.
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
+        any_body_part: as for `index_folder`.
 
     Returns:
         The run folder.
@@ -300,7 +313,15 @@ def train_dicom(
         DivergedError: as `train`.
     """
     preparation = prepare_training(
-        config, out, dicom, labels, cache_dir, workers=workers, progress=progress, tell=tell
+        config,
+        out,
+        dicom,
+        labels,
+        cache_dir,
+        workers=workers,
+        progress=progress,
+        tell=tell,
+        any_body_part=any_body_part,
     )
     if tell is not None:
         for line in preparation.lines():

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from ich_keras.cli import main, train_main
-from ich_keras.cli.train import _run_config
+from ich_keras.cli.configuration import run_config
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import EXIT_TERMINATED
 from ich_keras.models.presets import PRESETS, Preset
@@ -109,6 +109,7 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "edge": "air",
         "long_series": "spread",
         "tilted": "keep",
+        "duplicate": "skip",
         "split": "patient",
         "balance": True,
         "augment": "thesis",
@@ -380,20 +381,20 @@ def test_another_view_takes_its_own_defaults_not_those_of_the_file(tmp_path):
     path.write_text(json.dumps(slab.to_dict()))
     nothing = {"view": None, "preset": None, "backend": None}
 
-    same = _run_config(path, nothing | {"epochs": 2})
+    same = run_config(path, nothing | {"epochs": 2})
     assert same == (replace(slab, fit=replace(slab.fit, epochs=2)), "")
-    assert _run_config(path, nothing | {"view": "slab"}) == (slab, "")
-    whole, reset = _run_config(path, nothing | {"view": "series"})
+    assert run_config(path, nothing | {"view": "slab"}) == (slab, "")
+    whole, reset = run_config(path, nothing | {"view": "series"})
     assert reset == "--slices, --edge, --intensity, --batch-size, --accumulate"
     assert whole == replace(
         slab,
         data=DataConfig(view="series", size=64),
         fit=replace(slab.fit, batch_size=None, accumulate=None),
     )
-    flat, reset = _run_config(path, nothing | {"preset": "resnet18_2d", "edge": "air"})
+    flat, reset = run_config(path, nothing | {"preset": "resnet18_2d", "edge": "air"})
     assert reset == "--view, --slices, --intensity, --batch-size, --accumulate"
     assert (flat.data, flat.fit) == (DataConfig(size=64), whole.fit)
-    assert _run_config(path, nothing | {"preset": "resnet18_3d"})[0].data == slab.data
+    assert run_config(path, nothing | {"preset": "resnet18_3d"})[0].data == slab.data
 
 
 def test_a_termination_that_python_drops_is_sent_again():

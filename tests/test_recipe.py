@@ -90,6 +90,8 @@ def test_what_it_lacks_or_does_not_know_is_refused():
     for place in places(whole):
         if place[0] == "network" and len(place) > 1:
             continue
+        if place == ("inputs", "view", "duplicate"):
+            continue  # see the next test
         damaged = json.loads(json.dumps(whole))
         inner = damaged
         for name in place[:-1]:
@@ -112,6 +114,13 @@ def test_what_it_lacks_or_does_not_know_is_refused():
         Recipe.from_dict(other)
     with pytest.raises(StaleError, match=r"takes \(256, 256, 3\), its input is \(96, 96, 3\)"):
         Recipe.from_dict(whole | {"inputs": whole["inputs"] | {"size": 96}})
+
+
+def test_a_recipe_from_before_duplicates_were_skipped_keeps_them():
+    for preset, view in (("resnet18_2d", "skip"), ("resnet18_3d", "keep")):
+        content = recipe_of(preset=preset).to_dict()
+        assert content["inputs"]["view"].pop("duplicate") == "skip"
+        assert Recipe.from_dict(content).inputs.view.duplicate == view
 
 
 def test_a_run_predicts_the_same_when_the_brain_window_changes(run, phantom_cache, monkeypatch):

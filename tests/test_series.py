@@ -9,9 +9,9 @@ import pytest
 from highdicom.spatial import get_volume_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_dicom import AXIAL, tiny_dataset, tiny_file, to_bytes
+from tiny_dicom import AXIAL, tiny_dataset, tiny_file, tiny_values, to_bytes
 
-from ich_keras.ct import walk
+from ich_keras.ct import duplicates, walk
 from ich_keras.ct.geometry import slice_normal, tilt_degrees
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.ct.rejects import REJECT_CODES, NothingUsable, RejectedFile, rejects_kept
@@ -24,6 +24,7 @@ from ich_keras.workflow import prepare_index
 
 CORONAL = (1, 0, 0, 0, 0, -1)
 TABLES = ("slices", "series", "rejects")
+EXPLICIT = b"1.2.840.10008.1.2.1\0"
 
 
 def tilted(degrees):
@@ -148,6 +149,11 @@ def stack(zs, orientation=AXIAL, direction=None):
         ([0, 5, 10, 25, 30, 35], "gap"),
         ([0, 5, 10, 12.5], "irregular"),
         ([0, 5, 10, 15, 25, 28], "gap,irregular"),
+        # The base of the skull in thinner slices: a second spacing, not slices that are missing.
+        ([0, 2.5, 5, 7.5, 10, 12.5, 17.5, 22.5, 27.5], "irregular"),
+        ([0, 5, 10, 15, 17.5, 20, 22.5, 25, 27.5, 30, 32.5], "irregular"),
+        ([0, 2.5, 5, 7.5, 10, 12.5, 15, 20, 25, 30, 40, 45, 50, 55], "gap,irregular"),
+        ([0, 5, 10, 20, 30, 35, 40], "gap"),  # every second of three is missing
         ([0, 5, 5, 10, 15], "duplicate"),
         ([0, 5, 5.005, 10, 20, 25], "duplicate,gap"),
         ([0, 0, 0], "duplicate"),
@@ -217,7 +223,7 @@ def test_the_real_ge_head(real_ge_series):
     assert (np.diff(index.slices["position_mm"]) > 0).all()
     text = index.describe(row["series_uid"])
     assert "1.14 mm (1x), 4.22 mm (13x), 7.38 mm (13x) along the table" in text
-    assert "tilt 18.5 degrees; irregular, tilted" in text
+    assert "tilt 18.5 degrees; kernel STD+; irregular, tilted" in text
 
 
 def test_the_real_rsna_slices(real_rsna_slices):
@@ -366,18 +372,21 @@ def test_rounded_cosines_stay_together(tmp_path):
     assert len(index_folder(tmp_path).series) == 1
 
 
-def test_a_reversed_slice_is_a_volume_of_its_own(tmp_path):
+@pytest.mark.parametrize(("x", "expected"), [(-117.5, "ok"), (125, "irregular,tilted")])
+def test_a_mirrored_slice_is_turned_and_takes_its_place(tmp_path, x, expected):
+    """Its first pixel is the last one of the others, 15 x 0.5 mm further; or it lies elsewhere."""
     write_series(tmp_path, [5, 10, 15, 20])
     write(
         tmp_path,
         "x.dcm",
         SOPInstanceUID="1.2.3.4.99",
-        ImagePositionPatient=[125, -125, 0],
+        ImagePositionPatient=[x, -125, 0],
         ImageOrientationPatient=[-1, 0, 0, 0, 1, 0],
     )
     index = index_folder(tmp_path)
-    assert index.series["num_slices"].tolist() == [4, 1]
-    assert index.series["series_uid"].tolist() == ["1.2.3.4", "1.2.3.4#2"]
+    assert index.series["num_slices"].tolist() == [5]
+    assert index.slices["sop_instance_uid"][0] == "1.2.3.4.99"
+    assert index.series["verdict"].tolist() == [expected]
 
 
 def test_usable_leaves_localizers_and_other_planes_out(tmp_path):
@@ -424,12 +433,12 @@ def test_what_is_no_slice_is_a_reject(tmp_path):
     write_series(tmp_path, [0, 5, 10])
     (tmp_path / "labels.csv").write_text("ID,Label\n")
     (tmp_path / "LICENSE").write_text("text\n")
-    (tmp_path / ".hidden").write_text("not seen\n")
+    (tmp_path / ".hidden").write_text("not read\n")
     (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "x.dcm").write_text("not seen\n")
+    (tmp_path / ".git" / "x.dcm").write_text("not read\n")
     write(tmp_path / "sub", "mr.dcm", SOPInstanceUID="1.2.8", Modality="MR")
     write(tmp_path / "sub", "no_position.dcm", SOPInstanceUID="1.2.7", ImagePositionPatient=None)
-    write(tmp_path, "zz.dcm", SOPInstanceUID="1.2.3.4.1")
+    (tmp_path / "zz.dcm").write_bytes((tmp_path / "000.dcm").read_bytes())
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "broken_link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder_link").symlink_to(tmp_path / "sub")
@@ -449,18 +458,24 @@ def test_what_is_no_slice_is_a_reject(tmp_path):
         "zz.dcm": "DUPLICATE_UID",
         "pipe": "UNREADABLE",
         "broken_link": "UNREADABLE",
+        ".hidden": "HIDDEN",
+        ".git": "HIDDEN",
     }
     assert "(0020,0032) ImagePositionPatient" in rejects["sub/no_position.dcm"][1]
     assert str(tmp_path / "000.dcm") in rejects["zz.dcm"][1]
     assert index.rejects["path"].tolist() == sorted(index.rejects["path"])
-    assert "8 rejects (NOT_DICOM 3, UNREADABLE 2, DUPLICATE_UID 1, MISSING_TAG 1" in repr(index)
+    assert "10 rejects (NOT_DICOM 3, HIDDEN 2, UNREADABLE 2, DUPLICATE_UID 1" in repr(index)
+    # The file without a position is of the same series; nothing else would have been a slice.
+    assert index.series[["verdict", "num_rejected"]].values.tolist() == [["incomplete", 1]]
     table = index.rejects.set_index("path")
     lacking = table.loc[str(tmp_path / "sub" / "no_position.dcm")]
     assert lacking["explanation"] == REJECT_CODES["MISSING_TAG"].meaning
     assert lacking["hint"].startswith("Export the series again")
     index.save(tmp_path / "saved")
     written = pd.read_csv(tmp_path / "saved" / "rejects.csv")
-    assert list(written.columns) == ["path", "code", "detail", "explanation", "hint"]
+    assert list(written.columns) == [
+        *("path", "code", "detail", "explanation", "hint", "series_instance_uid")
+    ]
     assert_equal(SeriesIndex.load(tmp_path / "saved"), index)
 
 
@@ -471,6 +486,7 @@ def test_an_index_of_an_older_version_is_read_with_its_rejects_explained(tmp_pat
     older = dataclasses.replace(
         index,
         slices=index.slices.drop(columns=["instance_number", "image_position_z_mm"]),
+        series=index.series.drop(columns=["num_rejected", "kernel", "body_part", "body_width_mm"]),
         rejects=index.rejects[["path", "code", "detail"]],
     )
     older.save(tmp_path / "index")
@@ -478,6 +494,12 @@ def test_an_index_of_an_older_version_is_read_with_its_rejects_explained(tmp_pat
     pd.testing.assert_frame_equal(loaded.rejects, index.rejects)
     assert loaded.slices["instance_number"].tolist() == [""] * 3
     assert loaded.slices["image_position_z_mm"].isna().all()
+    assert list(loaded.series.columns) == list(SERIES_COLUMNS)
+    assert loaded.series["num_rejected"].tolist() == [0]
+    dataclasses.replace(older, rejects=index.rejects.drop(columns="series_instance_uid")).save(
+        tmp_path / "less old"
+    )
+    pd.testing.assert_frame_equal(SeriesIndex.load(tmp_path / "less old").rejects, index.rejects)
 
 
 def test_the_hint_of_a_missing_decoder_reaches_the_table(tmp_path, monkeypatch):
@@ -508,6 +530,215 @@ def test_the_first_path_keeps_its_uid(tmp_path):
     index = index_folder(tmp_path)
     assert index.slices["container"].tolist() == [str(tmp_path / "a" / "b.dcm")]
     assert [Path(path).name for path in index.rejects["path"]] == ["a.dcm", "c.dcm"]
+
+
+def test_a_copy_written_by_another_program_is_a_copy(tmp_path):
+    """Other bytes, another InstanceNumber and encoding, the same header and pixels."""
+    write(tmp_path, "a.dcm", InstanceNumber=1)
+    dataset = tiny_dataset(InstanceNumber=7, Manufacturer="another")
+    (tmp_path / "b.dcm").write_bytes(to_bytes(dataset, "1.2.840.10008.1.2"))
+    index = index_folder(tmp_path)
+    assert [Path(path).name for path in index.slices["container"]] == ["a.dcm"]
+    assert index.rejects["code"].tolist() == ["DUPLICATE_UID"]
+    assert index.series[["verdict", "num_rejected"]].values.tolist() == [["too few", 0]]
+
+
+@pytest.mark.parametrize(
+    ("tags", "difference"),
+    [
+        ({"stored": tiny_values(seed=1)}, "pixels"),
+        ({"PatientID": "patient-2"}, "PatientID"),
+        ({"SeriesInstanceUID": "1.2.3.5"}, "SeriesInstanceUID"),
+        ({"StudyInstanceUID": "1.2.4"}, "StudyInstanceUID"),
+        ({"ImagePositionPatient": [-125, -125, 15]}, "ImagePositionPatient"),
+        ({"RescaleIntercept": -1000}, "pixels"),
+        ({"ConvolutionKernel": "H60s"}, "kernel or scan settings"),
+    ],
+)
+def test_one_uid_in_two_different_files_is_used_from_neither(tmp_path, tags, difference):
+    write_series(tmp_path, [0, 5, 20], prefix="good", series="1.2.3.4")
+    for name, own in (("a.dcm", {}), ("copy.dcm", {}), ("b/other.dcm", tags)):
+        write(tmp_path, name, SOPInstanceUID="1.2.3.9", **own)
+    index = index_folder(tmp_path)
+    assert "1.2.3.9" not in index.slices["sop_instance_uid"].tolist()
+    assert index.rejects["code"].tolist() == ["UID_CONFLICT"] * 3
+    first, other = str(tmp_path / "a.dcm"), str(tmp_path / "b" / "other.dcm")
+    details = index.rejects.set_index("path")["detail"]
+    uid = "(0008,0018) SOPInstanceUID 1.2.3.9 is also that of"
+    assert details[first] == f"{uid} {other}, which has another {difference}"
+    assert details[other] == f"{uid} {first}, which has another {difference}"
+    assert str(tmp_path / "copy.dcm") in details
+    assert "patient-2" not in details[first]
+    verdict, num_rejected = index.series[["verdict", "num_rejected"]].iloc[0]
+    assert "incomplete" in verdict.split(",")
+    assert num_rejected == (2 if difference == "SeriesInstanceUID" else 3)
+
+
+def test_a_damaged_copy_is_no_conflict(tmp_path):
+    """The first file has zeros in place of pixels; its copies are whole."""
+    values = np.full((16, 16), 1064)
+    write(tmp_path, "b.dcm", stored=values)
+    write(tmp_path, "c.dcm", stored=values)
+    whole = (tmp_path / "b.dcm").read_bytes()
+    (tmp_path / "a.dcm").write_bytes(whole[:-300] + bytes(300))
+    index = index_folder(tmp_path)
+    assert [Path(path).name for path in index.slices["container"]] == ["b.dcm"]
+    assert index.rejects["code"].tolist() == ["ZERO_TAIL", "DUPLICATE_UID"]
+
+
+def test_a_copy_that_has_gone_meanwhile_is_listed(tmp_path, monkeypatch):
+    for name in "ab":
+        write(tmp_path, f"{name}.dcm")
+    real = duplicates.filecmp.cmp
+
+    def gone(one, other, shallow):
+        Path(other).unlink()
+        return real(one, other, shallow)
+
+    monkeypatch.setattr(duplicates.filecmp, "cmp", gone)
+    index = index_folder(tmp_path)
+    assert [Path(path).name for path in index.slices["container"]] == ["a.dcm"]
+    assert index.rejects["code"].tolist() == ["UNREADABLE"]
+
+
+def test_files_are_compared_only_where_a_uid_comes_twice(tmp_path, monkeypatch):
+    write_series(tmp_path, range(5))
+    monkeypatch.setattr(duplicates, "read_slice", lambda path: pytest.fail(f"{path} was read"))
+    assert len(index_folder(tmp_path).slices) == 5
+
+
+# --- What is lost -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-300],  # the pixels
+        lambda content: content[: content.index(b"\x28\x00\x10\x00")],  # from Rows on
+        lambda content: content.replace(b"-1024", b"nan  "),  # RescaleIntercept
+        lambda content: content.replace(b"MONOCHROME2 ", b"MONOCHROME1 "),
+        lambda content: content.replace(EXPLICIT, b"1.2.840.10008.1.2.9\0"),  # no decoder
+    ],
+)
+def test_half_a_series_is_told(tmp_path, damage):
+    write_series(tmp_path, range(0, 40, 5))
+    for number in range(1, 8, 2):
+        path = tmp_path / f"{number:03d}.dcm"
+        content = path.read_bytes()
+        assert damage(content) != content
+        path.write_bytes(damage(content))
+    index = index_folder(tmp_path)
+    assert index.rejects["series_instance_uid"].tolist() == ["1.2.3.4"] * 4
+    row = index.series.iloc[0]
+    assert (row["num_slices"], row["slice_spacing_mm"]) == (4, 10)
+    assert (row["verdict"], row["num_rejected"]) == ("incomplete", 4)
+    assert index.describe("1.2.3.4").endswith("; incomplete (4 files of the series refused)")
+
+
+def test_what_would_have_been_no_slice_makes_no_series_incomplete(tmp_path):
+    write_series(tmp_path, [0, 5, 10])
+    (tmp_path / "copy.dcm").write_bytes((tmp_path / "000.dcm").read_bytes())
+    for name, tags in {
+        "mpr": {"ImageType": ["DERIVED", "SECONDARY", "MPR"]},
+        "report": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67", "Modality": "SR"},
+    }.items():
+        write(tmp_path, f"{name}.dcm", SOPInstanceUID=f"1.2.{len(name)}", **tags)
+    index = index_folder(tmp_path)
+    assert sorted(index.rejects["code"]) == ["DUPLICATE_UID", "NOT_CT", "NOT_ORIGINAL"]
+    assert index.series[["verdict", "num_rejected"]].values.tolist() == [["ok", 0]]
+
+
+def test_a_scout_of_the_same_series_is_complete(tmp_path):
+    write_series(tmp_path, [0, 5, 10])
+    write(tmp_path, "scout.dcm", SOPInstanceUID="1.9", ImageType=["ORIGINAL", "PRIMARY", "SCOUT"])
+    write(tmp_path, "bad.dcm", SOPInstanceUID="1.8", Rows=0)
+    verdicts = index_folder(tmp_path).series.set_index("series_uid")["verdict"]
+    assert verdicts.to_dict() == {"1.2.3.4": "incomplete", "1.2.3.4#2": "localizer,too few"}
+
+
+# --- The walk ---------------------------------------------------------------------------------
+
+
+def paths_of(index, folder):
+    return sorted(os.path.relpath(path, folder) for path in index.slices["container"])
+
+
+def test_linked_folders_are_followed(tmp_path):
+    """A data set of links to patients' folders, one of them through another link."""
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    write_series(folder / "p1", [0], series="1.2.1")
+    write_series(elsewhere / "p2" / "deep", [0], series="1.2.2")
+    write_series(elsewhere / "p3", [0], series="1.2.3")
+    (folder / "p2").symlink_to(elsewhere / "p2")
+    (elsewhere / "to_p3").symlink_to(elsewhere / "p3")
+    (folder / "p3").symlink_to(elsewhere / "to_p3")
+    write(elsewhere, "one.dcm", SOPInstanceUID="1.2.77")
+    (folder / "one.dcm").symlink_to(elsewhere / "one.dcm")
+    index = index_folder(folder)
+    expected = ["one.dcm", "p1/000.dcm", "p2/deep/000.dcm", "p3/000.dcm"]
+    assert paths_of(index, folder) == expected
+    assert index.rejects.empty
+    assert_equal(index_folder(folder, workers=2), index)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    write_series(tmp_path / "a" / "b", [0, 5, 10])
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    index = index_folder(tmp_path)
+    assert paths_of(index, tmp_path) == ["a/b/000.dcm", "a/b/001.dcm", "a/b/002.dcm"]
+    assert index.rejects[["code"]].values.tolist() == [["UNREADABLE"]]  # a link to itself
+
+
+def test_a_folder_that_two_paths_reach_is_read_once_by_its_own(tmp_path):
+    write_series(tmp_path / "data" / "z", [0, 5, 10])
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "data" / "z")
+    index = index_folder(tmp_path / "data")
+    assert paths_of(index, tmp_path / "data") == ["z/000.dcm", "z/001.dcm", "z/002.dcm"]
+    assert index.rejects.empty
+    # The folder itself may be a link.
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert len(index_folder(tmp_path / "link").slices) == 3
+
+
+def test_what_is_hidden_is_listed(tmp_path):
+    write_series(tmp_path, [0, 5, 10])
+    write_series(tmp_path / "sub" / ".snapshot", [0, 5], series="1.2.9")
+    (tmp_path / "._000.dcm").write_bytes(b"\0" * 100)
+    (tmp_path / "sub" / ".link").symlink_to(tmp_path)
+    index = index_folder(tmp_path)
+    assert len(index.slices) == 3
+    table = index.rejects
+    found = {os.path.relpath(row.path, tmp_path): row.detail for row in table.itertuples()}
+    assert found == {
+        "._000.dcm": "a hidden file, not read",
+        "sub/.link": "a hidden folder, not read",
+        "sub/.snapshot": "a hidden folder, not read",
+    }
+    assert set(table["code"]) == {"HIDDEN"}
+    assert "rename it" in table["hint"][0]
+    # Who asks for a hidden folder gets it.
+    assert len(index_folder(tmp_path / "sub" / ".snapshot").slices) == 2
+
+
+def test_a_folder_that_may_not_be_read_is_listed(tmp_path, monkeypatch):
+    write_series(tmp_path / "open", [0, 5, 10])
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", place)
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    index = index_folder(tmp_path)
+    assert index.rejects[["path", "code", "detail"]].values.tolist() == [
+        [str(tmp_path / "closed"), "UNREADABLE", "folder: Permission denied"]
+    ]
+    assert len(index.slices) == 3
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -720,7 +951,7 @@ def index_of(texts, floats):
         (text, f"u{n}", "s", "t", text, f"/d/{n}", "", n, floats[n % len(floats)], *sizes, "1", 0.0)
         for n, text in enumerate(texts)
     ]
-    rejects = [(text, "NOT_CT", text, text, text) for text in texts]
+    rejects = [(text, "NOT_CT", text, text, text, text) for text in texts]
     slices = make_table(rows, SLICE_COLUMNS)
     return SeriesIndex(slices, make_table([], SERIES_COLUMNS), make_table(rejects, REJECT_COLUMNS))
 

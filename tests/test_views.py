@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_dicom import tiny_file, tiny_head
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.geometry import in_plane_shear, slice_normal
+from ich_keras.ct.rejects import NothingUsable
+from ich_keras.ct.series import index_folder
 from ich_keras.ct.window import WIDE
 from ich_keras.data.augment import make_augmentation
 from ich_keras.data.batches import series_batches, slab_batches, slice_batches, view_batches
@@ -29,7 +32,7 @@ from ich_keras.inference import load_run
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.planning import plan_training
-from ich_keras.prediction import predict_folder
+from ich_keras.prediction import predict_folder, predict_index
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
 
@@ -201,12 +204,26 @@ def test_tilted_series_are_kept_skipped_or_straightened():
         every = samples.of_rows(slices, np.arange(7))
         np.testing.assert_array_equal(every, skipped)
         np.testing.assert_array_equal(samples.usable_rows(slices, np.arange(1, 6)), [1, 2])
-        with pytest.raises(DataError, match="samples are of tilted series, which are skipped"):
+        with pytest.raises(DataError, match="samples are of series that are skipped: tilted ones"):
             samples.of_rows(slices, np.arange(3, 7))
         with pytest.raises(StaleError, match="lacks shear_row and shear_column"):
             make_samples(slices, series, replace(view, tilted="deshear"))
         with pytest.raises(DataError, match="4 valid samples|1 valid samples"):
             samples.of_rows(slices, np.arange(3, 7), "valid")
+
+
+def test_series_with_two_slices_at_one_place_are_skipped_unless_kept():
+    slices, series = tables([3, 4], verdict=["ok", "duplicate,irregular"])
+    for kind, kept in (("slab", [0, 1, 2]), ("series", [0])):
+        samples = make_samples(slices, series, View(kind, 3))
+        np.testing.assert_array_equal(samples.of_rows(slices, np.arange(7)), kept)
+        kept_all = make_samples(slices, series, View(kind, 3, duplicate="keep"))
+        assert kept_all.usable.all()
+        with pytest.raises(DataError, match="with two slices at one place"):
+            samples.of_rows(slices, np.arange(3, 7))
+    assert make_samples(slices, series, View()).usable.all()  # slices have no neighbours
+    assert View("slab", 3).why_skipped("duplicate") == "duplicate"
+    assert View("slab", 3, duplicate="keep", tilted="skip").why_skipped("tilted") == "tilted"
 
 
 def test_series_of_rows_says_which_are_torn():
@@ -277,6 +294,11 @@ def test_a_series_is_never_torn_apart():
         ({"kind": "slab", "num_slices": 5, "edge": "wrap"}, "edge 'wrap'; expected one of air, re"),
         ({"kind": "series", "num_slices": 5, "long_series": "all"}, "long_series 'all'"),
         ({"kind": "series", "num_slices": 5, "tilted": "no"}, "tilted 'no'; expected one of keep"),
+        (
+            {"duplicate": "keep"},
+            "duplicate 'keep' means nothing for view 'slice'; it is for slab and ser",
+        ),
+        ({"kind": "slab", "duplicate": "no"}, "duplicate 'no'; expected one of skip, keep"),
         (
             {"tilted": "skip"},
             "tilted 'skip' means nothing for view 'slice'; it is for slab and ser",
@@ -419,9 +441,6 @@ def test_a_split_by_slices_does_not_train_on_series(phantom_cache):
 
 def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_folder):
     _, folder, _ = run
-    from ich_keras.ct.series import index_folder
-    from ich_keras.prediction import predict_index
-
     recipe, model = load_run(folder)
     recipe = with_view(recipe, tilted="skip")
     index = index_folder(phantom_folder / "images")
@@ -431,6 +450,63 @@ def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_fol
     rejected = result.rejects[result.rejects["code"] == "TILTED"]
     assert len(rejected) == index.slices["series_uid"].isin(tilted).sum()
     assert not set(result.series["series_instance_uid"]) & set(tilted)
+
+
+def test_two_kernels_that_cannot_be_told_apart_are_listed_rejects(run, tmp_path):
+    _, folder, _ = run
+    for number in range(8):
+        content = tiny_file(
+            tiny_head(number),
+            SOPInstanceUID=f"1.2.3.4.{number}",
+            ImagePositionPatient=[-125, -125, 5 * (number // 2)],
+        )
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    with pytest.raises(NothingUsable) as caught:
+        predict_folder(folder, tmp_path)
+    rejects = caught.value.rejects
+    assert rejects["code"].tolist() == ["DUPLICATE"] * 8
+    assert rejects["detail"][0] == "series 1.2.3.4 has two slices at one place"
+    assert rejects["series_instance_uid"].tolist() == ["1.2.3.4"] * 8
+    recipe, model = load_run(folder)
+    recipe = with_view(recipe, duplicate="keep")
+    result = predict_index(model, index_folder(tmp_path), recipe, batch_size=8)
+    assert result.series["verdict"].tolist() == ["duplicate"]
+
+
+def test_another_part_of_the_body_is_predicted_only_on_request(run, tmp_path):
+    _, folder, _ = run
+    for number in range(5):
+        content = tiny_file(
+            tiny_head(number),
+            SOPInstanceUID=f"1.2.3.4.{number}",
+            ImagePositionPatient=[-125, -125, 5 * number],
+            BodyPartExamined="ABDOMEN",
+        )
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    with pytest.raises(NothingUsable, match="BodyPartExamined is 'ABDOMEN'") as caught:
+        predict_folder(folder, tmp_path)
+    assert "--any-body-part" in caught.value.hint
+    result = predict_folder(folder, tmp_path, any_body_part=True)
+    assert result.series["verdict"].tolist() == ["ok"]
+    assert len(result.rejects) == 0
+
+
+def test_files_lost_while_predicting_make_a_series_incomplete(run, tmp_path):
+    _, folder, _ = run
+    for number in range(5):
+        values = tiny_head(number)
+        values[32:] *= number > 0  # a broken copy, which only its pixels show
+        content = tiny_file(
+            values,
+            SOPInstanceUID=f"1.2.3.4.{number}",
+            ImagePositionPatient=[-125, -125, 5 * number],
+        )
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    result = predict_folder(folder, tmp_path)
+    assert result.series[["verdict", "num_rejected"]].values.tolist() == [["incomplete", 1]]
+    assert result.rejects[["code", "series_instance_uid"]].values.tolist() == [
+        ["ZERO_TAIL", "1.2.3.4"]
+    ]
 
 
 def test_what_a_run_skips_is_in_no_metric(run, phantom_cache, tmp_path):

@@ -1,11 +1,14 @@
 """Commands on data: phantom, index, cache, audit, doctor."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ich_keras.cli.options import (
+    ANY_BODY_PART,
     CACHE,
     DICOM,
     FOLDER,
@@ -78,32 +81,45 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 @DICOM
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
+@ANY_BODY_PART
 @WORKERS
-def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | None) -> None:
-    """Find, order and check the series in a folder of DICOM files."""
+def index(
+    dicom: Path | None, labels: Path | None, out: Path, any_body_part: bool, workers: int | None
+) -> None:
+    """Find, order and check the series in a folder of DICOM files.
+
+    Interrupted, the same command goes on where it was.
+    """
     from ich_keras.ct.rejects import rejects_kept, summary
+    from ich_keras.ct.series import LOCK, MANIFEST, SeriesIndex, require_new
     from ich_keras.ct.verdict import shown
-    from ich_keras.files import require_absent
     from ich_keras.workflow import prepare_index
 
-    out = require_absent(out).absolute()
+    out = out.absolute()
     # Next to the folder: it survives an interruption and is removed at the end.
     journal = out.with_name(f"{out.name}.journal")
-    try:
-        with open_terminal() as terminal, rejects_kept(out):
-            indexed = prepare_index(
-                required(dicom, "--dicom"),
-                labels,
-                workers=num_workers(workers),
-                journal=journal,
-                progress=terminal.progress,
-                tell=terminal.tell,
-            )
-    except DataError:
-        journal.unlink(missing_ok=True)
-        raise
-    indexed.save(out)
-    journal.unlink(missing_ok=True)
+    # Killed between the last two steps, an earlier run has left both.
+    is_saved = journal.exists() and (out / MANIFEST).is_file()
+    if not is_saved:
+        require_new(out)
+    with _locked(journal.with_name(f"{journal.name}{LOCK}")):
+        try:
+            with open_terminal() as terminal, rejects_kept(out):
+                indexed = prepare_index(
+                    required(dicom, "--dicom"),
+                    labels,
+                    workers=num_workers(workers),
+                    journal=journal,
+                    progress=terminal.progress,
+                    tell=terminal.tell,
+                    any_body_part=any_body_part,
+                )
+        except DataError:
+            journal.unlink(missing_ok=True)
+            raise
+        if not (is_saved and SeriesIndex.load(out).equals(indexed)):
+            indexed.save(out)
+    journal.unlink(missing_ok=True)  # the very last: whoever finds it knows that there is more
     if len(indexed.series) <= DESCRIBED_SERIES:
         for series_uid in indexed.series["series_uid"]:
             click.echo(f"  {indexed.describe(series_uid)}")
@@ -112,6 +128,19 @@ def index(dicom: Path | None, labels: Path | None, out: Path, workers: int | Non
     for line in summary(indexed.rejects):
         click.echo(line)
     click.echo(f"Index: {out}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock for the length of a block, and leave no file behind."""
+    from ich_keras.files import lock
+
+    with lock(path):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                path.unlink(missing_ok=True)
 
 
 @click.command(cls=Command)

@@ -30,6 +30,11 @@ WORKERS = click.option(
     default=None,
     help="Worker processes; default: one per core.",
 )
+ANY_BODY_PART = click.option(
+    "--any-body-part",
+    is_flag=True,
+    help="Do not ask whether a series shows a head; otherwise other parts are left out.",
+)
 BACKEND = click.option("--backend", help="torch (default), jax or tensorflow.")
 DEVICE = click.option(
     "--device",

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ich_keras.cli.options import (
+    ANY_BODY_PART,
     BACKEND,
     CACHE,
     DEVICE,
@@ -61,6 +62,7 @@ def evaluate(
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
+@ANY_BODY_PART
 @WORKERS
 @BACKEND
 @DEVICE
@@ -69,6 +71,7 @@ def predict(
     dicom: Path | None,
     out: Path,
     batch_size: int | None,
+    any_body_part: bool,
     workers: int | None,
     backend: str | None,
     device: str,
@@ -94,6 +97,7 @@ def predict(
             workers=num_workers(workers),
             device=device,
             progress=terminal.progress,
+            any_body_part=any_body_part,
         )
     click.echo(prediction_table(result.series, terminal_width()))
     click.echo(textwrap.fill(result.notice, terminal_width()))

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ich_keras.cli.options import BACKEND, DICOM, FOLDER, HELP, WORKERS, num_workers, required
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.cli.configuration import names_of, run_config
+from ich_keras.cli.options import (
+    ANY_BODY_PART,
+    BACKEND,
+    DICOM,
+    FOLDER,
+    HELP,
+    WORKERS,
+    num_workers,
+    required,
+)
+from ich_keras.errors import UsageError
 from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
 
 if TYPE_CHECKING:
@@ -57,6 +67,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
 )
+@click.option("--duplicate", help="Slabs and series with two slices at one place: skip or keep.")
 @click.option(
     "--reverse/--no-reverse",
     default=None,
@@ -118,6 +129,7 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Resume an interrupted training; takes --cache, --labels and --device only.",
 )
+@ANY_BODY_PART
 @BACKEND
 @click.option("--device", help="auto (default), cpu or cuda; cuda fails without a usable GPU.")
 @WORKERS
@@ -142,6 +154,7 @@ def train_main(
     demo_plan: str | None,
     download: bool,
     resume: Path | None,
+    any_body_part: bool,
     **options: Any,
 ) -> None:
     """Train a classifier, keep its best weights and evaluate them.
@@ -155,6 +168,7 @@ def train_main(
     others: dict[str, Any] = {
         "config": config_file,
         "download": download or None,
+        "any_body_part": any_body_part or None,
         "demo_plan": demo_plan,
     }
     if resume is not None:
@@ -162,7 +176,7 @@ def train_main(
         others |= {"dicom": dicom, "out": out, "workers": workers, "plan": plan or None}
         _resume(resume, cache_dir, labels, device, options | others)
         return
-    config, reset = _run_config(config_file, options)
+    config, reset = run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if dicom is None and cache_dir is None:
         if plan:
@@ -186,6 +200,7 @@ def train_main(
         is_plan=plan,
         downloads=download,
         note=f"Defaults instead of the file's settings for its own view: {reset}." if reset else "",
+        any_body_part=any_body_part,
     )
 
 
@@ -200,6 +215,7 @@ def _train(
     is_plan: bool,
     downloads: bool,
     note: str,
+    any_body_part: bool,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.environment import choose_backend, choose_device
@@ -226,6 +242,7 @@ def _train(
             workers=workers,
             progress=terminal.progress,
             tell=terminal.tell,
+            any_body_part=any_body_part,
         )
         for line in preparation.lines():
             terminal.tell(line)
@@ -284,7 +301,7 @@ def _resume(
     from ich_keras.training import cache_of, resume
     from ich_keras.workflow import cache_beside, open_cache
 
-    given = _names(options)
+    given = names_of(options)
     if given:
         raise UsageError(
             f"{given} given with --resume: the run's own configuration holds.",
@@ -325,73 +342,10 @@ _DEMO_OPTIONS = ("seed", "backend", "device")
 
 
 def _refuse_without_data(options: dict[str, Any]) -> None:
-    given = _names(options, but=_DEMO_OPTIONS)
+    given = names_of(options, but=_DEMO_OPTIONS)
     if given:
         raise UsageError(
             f"{given} given, but no data.",
             "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
             " --out, --seed, --backend, --device, --workers and --demo-plan.",
         )
-
-
-def _names(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
-    """Return the names of the options that were given, except those in `but`."""
-    given = [name for name, value in options.items() if value is not None and name not in but]
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
-
-
-def _run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunConfig", str]:
-    """Apply the given options to a config file, or to the defaults.
-
-    Returns:
-        (the configuration, which settings of the file gave way to their defaults).
-    """
-    from ich_keras.config import RunConfig
-    from ich_keras.files import read_json
-
-    content = {}
-    if config_file is not None:
-        try:
-            content = read_json(config_file)
-        except (StaleError, IsADirectoryError) as error:
-            raise UsageError(f"--config {config_file}: {error}") from error
-    content = RunConfig.from_dict(content).to_dict()
-    reset = "" if config_file is None else _forget_other_view(content, options)
-    for name, value in options.items():
-        if value is None:
-            continue
-        place = next(part for part in (content, content["data"], content["fit"]) if name in part)
-        place[name] = value
-    return RunConfig.from_dict(content), reset
-
-
-def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
-    """Where options ask for a different view than the file, restore that view's defaults.
-
-    Returns:
-        The options whose values in the file are not used; "" when there are none.
-    """
-    from ich_keras.config import DataConfig, FitConfig
-    from ich_keras.models.presets import PRESETS
-
-    before = content["data"]["view"]
-    network = PRESETS.get(options["preset"])
-    takes_other = (
-        network is not None
-        and before is not None
-        and ((network.spec.rank == 3) != (before != "slice"))
-    )
-    if options["view"] in (None, before) and not takes_other:
-        return ""
-    reset = {}
-    of_view = ("view", "slices", "edge", "long_series", "tilted", "reverse", "intensity")
-    for part, defaults, names in (
-        (content["data"], DataConfig(), of_view),
-        (content["fit"], FitConfig(), ("batch_size", "accumulate")),
-    ):
-        for name in names:
-            default = getattr(defaults, name)
-            if part[name] != default and options.get(name) is None:
-                reset[name] = part[name]
-            part[name] = default
-    return _names(reset)

@@ -11,97 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ich_keras.ct.elements import (
-    TAGS,
-    Stop,
-    bad_value,
-    decimal,
-    decimals_of,
-    has_explicit_vr,
-    integer_of,
-    missing,
-    name,
-    patient_id_of,
-    read_elements,
-    read_meta,
-    required_text,
-    show,
-    text_of,
-    uid_of,
-)
-from ich_keras.ct.encoding import (
-    EXPLICIT_BIG_ENDIAN,
-    EXPLICIT_LITTLE_ENDIAN,
-    IMPLICIT_LITTLE_ENDIAN,
-    NATIVE,
-    StoredPixels,
-    require_decoder,
-)
-from ich_keras.ct.padding import Padding, padding_of
-from ich_keras.ct.pixels import hounsfield_units, locate
+from ich_keras.ct.header import SliceHeader, parse_header
+from ich_keras.ct.pixels import hounsfield_units
 from ich_keras.ct.plausibility import Content, judge_slice
-from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, LEAVE_OUT, SINGLE_FRAME, RejectedFile
-
-# Checked before anything is decoded. CT matrices have 512 rows, on some scanners 2048.
-MAX_ROWS_COLUMNS = 4096
-# Scanners write 1, rarely 0.5 or 2. Outside these bounds a slice would be one grey, or overflow.
-MIN_SLOPE, MAX_SLOPE = 0.01, 100.0
-MAX_SPACING_MM = 100.0
-MAX_POSITION_MM = 1e5
-# How far direction cosines may be from orthonormal: some writers keep only three decimals.
-ORIENTATION_TOLERANCE = 5e-3
-
-_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-_MULTIFRAME_CT = (f"{_CT_IMAGE}.1", f"{_CT_IMAGE}.2")
-# Values of Image Type, from the third on, that mark images computed from others (PS3.3
-# C.8.2.1.1.1, and vendors' own words).
-_REFORMATTED = frozenset(
-    (
-        *("MPR", "CSA MPR", "REFORMATTED", "RESAMPLED", "CSA RESAMPLED", "PROJECTION IMAGE"),
-        *("MIP", "MINIP", "MIN_IP", "MAXIP", "MAX_IP", "VRT", "VOLUME_RENDERING"),
-        *("SCREEN SAVE", "SCREENSAVE"),
-    )
-)
-
-
-@dataclass(frozen=True)
-class SliceHeader:
-    """The checked header of one CT slice.
-
-    Args:
-        sop_instance_uid, series_instance_uid, study_instance_uid: as written, without padding.
-        patient_id: "" when absent.
-        acquisition: AcquisitionNumber as written; "" when absent.
-        instance_number: InstanceNumber as written; "" when absent.
-        row_spacing_mm, column_spacing_mm: distance between rows, and between columns.
-        position: centre of the first pixel, mm, in the patient system (x to the left, y to the
-            back, z to the head).
-        orientation: direction cosines along a row (x, y, z), then along a column (x, y, z).
-        is_localizer: whether ImageType says that this is a scout view.
-        slope, intercept: HU = slope * stored value + intercept.
-        pixels: the pixels' matrix size, encoding and place in the file.
-        padding: the stored values that are no measurement; None if the header declares none.
-
-    Source:
-        DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
-        C.11.1 (rescale).
-    """
-
-    sop_instance_uid: str
-    series_instance_uid: str
-    study_instance_uid: str
-    patient_id: str
-    acquisition: str
-    instance_number: str
-    row_spacing_mm: float
-    column_spacing_mm: float
-    position: tuple[float, ...]
-    orientation: tuple[float, ...]
-    is_localizer: bool
-    slope: float
-    intercept: float
-    pixels: StoredPixels
-    padding: Padding | None = None
+from ich_keras.ct.rejects import RejectedFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +22,7 @@ class CTSlice:
     """One slice in HU.
 
     Args:
-        hu: int16 (rows, columns), HU.
+        hu: int16 (rows, columns), HU, turned to the convention of `turning`.
         repaired: whether wrapped 12-bit values were unwrapped.
         header: the header that was read with them.
         content: what it shows, for judging its series (`plausibility.judge_series`).
@@ -132,7 +45,7 @@ def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> Slice
         RejectedFile: the file cannot be used; its `code` says why.
     """
     with _opened(source) as stream:
-        return _read_header(stream, force)
+        return parse_header(stream, force)
 
 
 def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlice:
@@ -140,7 +53,8 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
 
     HU = slope * stored value + intercept, rounded to the nearest integer. What the header declares
     to be padding becomes air (`padding.find_padding`). Unsigned 12-bit slices with wrapped air are
-    repaired (`pixels.is_wrapped`). Values that cannot be HU are refused (`plausibility`).
+    repaired (`pixels.is_wrapped`). Values that cannot be HU are refused (`plausibility`). Axial
+    slices are turned until rows run to the patient's left and columns to the back (`turning`).
 
     Args:
         source: path, or a seekable binary file that holds the DICOM file from its beginning.
@@ -153,13 +67,13 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
         DICOM PS3.3 C.11.1.1.2, PS3.5 8.1.1.
     """
     with _opened(source) as stream:
-        header = _read_header(stream, force)
+        header = parse_header(stream, force)
         stream.seek(header.pixels.offset)
         raw = stream.read(header.pixels.num_bytes)
     hu, repaired = hounsfield_units(
         raw, header.pixels, header.padding, header.slope, header.intercept
     )
-    return CTSlice(hu, repaired, header, judge_slice(hu))
+    return CTSlice(header.turn.pixels(hu), repaired, header, judge_slice(hu))
 
 
 def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarray:
@@ -190,179 +104,3 @@ def _opened(source: str | PathLike | BinaryIO) -> Iterator[BinaryIO]:
         reason = error.strerror or type(error).__name__
         hint = "Check that it exists and that you may read it."
         raise RejectedFile("UNREADABLE", f"{reason}; expected a readable file", hint) from error
-
-
-def _read_header(stream: BinaryIO, force: bool) -> SliceHeader:
-    size = stream.seek(0, 2)
-    stream.seek(0)
-    meta = read_meta(stream, size, force)
-    if stream.tell() >= size:
-        detail = f"the file ends after the file meta information, at {size} bytes"
-        raise RejectedFile("TRUNCATED", detail, COPY_AGAIN)
-    syntax = text_of(meta, "TransferSyntaxUID")
-    if not syntax and not force:
-        raise missing("TransferSyntaxUID")
-    if syntax and syntax not in NATIVE:
-        require_decoder(syntax)
-    is_explicit = has_explicit_vr(stream)
-    if not syntax:
-        syntax = EXPLICIT_LITTLE_ENDIAN if is_explicit else IMPLICIT_LITTLE_ENDIAN
-    elements, stop = read_elements(
-        stream,
-        size,
-        not is_explicit,
-        syntax != EXPLICIT_BIG_ENDIAN,
-        lambda tag: TAGS["FloatPixelData"] <= tag <= TAGS["PixelData"],
-        "header",
-    )
-    _check_kind(elements, meta)
-    return _check_slice(elements, syntax, stop, stream, size)
-
-
-def _check_kind(elements: dict, meta: dict) -> None:
-    """Refuse anything but a single acquired CT image, before its tags are required."""
-    sop_class = text_of(elements, "SOPClassUID") or text_of(meta, "MediaStorageSOPClassUID")
-    if sop_class in _MULTIFRAME_CT:
-        detail = f"{name('SOPClassUID')} is {sop_class} (enhanced CT); expected {_CT_IMAGE}"
-        raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
-    if sop_class not in ("", _CT_IMAGE):
-        detail = f"{name('SOPClassUID')} is {show(sop_class)}; expected {_CT_IMAGE} (CT image)"
-        raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
-    modality = text_of(elements, "Modality")
-    if not modality and not sop_class:
-        raise missing("Modality")
-    if modality not in ("", "CT"):
-        detail = f"{name('Modality')} is {show(modality)}; expected CT"
-        raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
-    frames = text_of(elements, "NumberOfFrames")
-    if frames not in ("", "1"):
-        detail = f"{name('NumberOfFrames')} is {show(frames)}; expected 1 or none"
-        raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
-    kinds = _image_type(elements)
-    if kinds[0] == "DERIVED" and not _REFORMATTED.isdisjoint(kinds[1:]):
-        found = show("\\".join(kinds))
-        detail = f"{name('ImageType')} is {found}; expected an acquired slice"
-        raise RejectedFile("NOT_ORIGINAL", detail, LEAVE_OUT)
-
-
-def _check_slice(
-    elements: dict, syntax: str, stop: Stop | None, stream: BinaryIO, size: int
-) -> SliceHeader:
-    uids = {
-        "sop_instance_uid": uid_of(elements, "SOPInstanceUID"),
-        "series_instance_uid": uid_of(elements, "SeriesInstanceUID"),
-        "study_instance_uid": uid_of(elements, "StudyInstanceUID"),
-        "patient_id": patient_id_of(elements),
-        "acquisition": text_of(elements, "AcquisitionNumber"),
-        "instance_number": text_of(elements, "InstanceNumber"),
-    }
-    is_signed, bits_stored = _check_encoding(elements)
-    rows, columns = _side(elements, "Rows"), _side(elements, "Columns")
-    row_spacing, column_spacing = decimals_of(elements, "PixelSpacing", 2, MAX_SPACING_MM)
-    if min(row_spacing, column_spacing) <= 0:
-        found = show(text_of(elements, "PixelSpacing"))
-        raise bad_value("PixelSpacing", found, "two numbers above 0, in mm")
-    position = decimals_of(elements, "ImagePositionPatient", 3, MAX_POSITION_MM)
-    slope, intercept = _rescale(elements)
-    if stop is None:
-        raise missing("PixelData")
-    if stop.tag != TAGS["PixelData"]:
-        raise _unsupported("PixelData", "floating-point", "16-bit integers")
-    pixels = StoredPixels(
-        rows=rows,
-        columns=columns,
-        is_signed=is_signed,
-        bits_stored=bits_stored,
-        transfer_syntax_uid=syntax,
-        offset=stop.value_offset,
-        num_bytes=stop.length,
-    )
-    return SliceHeader(
-        **uids,
-        row_spacing_mm=row_spacing,
-        column_spacing_mm=column_spacing,
-        position=position,
-        orientation=_orientation(elements),
-        is_localizer="LOCALIZER" in _image_type(elements),
-        slope=slope,
-        intercept=intercept,
-        pixels=locate(pixels, stream, size),
-        padding=padding_of(elements, is_signed, bits_stored, slope, intercept),
-    )
-
-
-def _check_encoding(elements: dict) -> tuple[bool, int]:
-    """Return whether values are signed, and BitsStored; refuse all but grey 16-bit integers."""
-    for keyword, expected in (("SamplesPerPixel", 1), ("BitsAllocated", 16)):
-        found = integer_of(elements, keyword)
-        if found != expected:
-            raise _unsupported(keyword, found, expected)
-    photometric = required_text(elements, "PhotometricInterpretation")
-    if photometric != "MONOCHROME2":
-        raise _unsupported("PhotometricInterpretation", show(photometric), "MONOCHROME2")
-    representation = integer_of(elements, "PixelRepresentation")
-    if representation > 1:
-        raise bad_value("PixelRepresentation", representation, "0 (unsigned) or 1 (signed)")
-    bits_stored = integer_of(elements, "BitsStored")
-    if not 2 <= bits_stored <= 16:
-        raise bad_value("BitsStored", bits_stored, "2 to 16")
-    if TAGS["HighBit"] in elements:
-        high_bit = integer_of(elements, "HighBit")
-        if high_bit != bits_stored - 1:
-            raise _unsupported("HighBit", high_bit, f"{bits_stored - 1}, BitsStored - 1")
-    return representation == 1, bits_stored
-
-
-def _side(elements: dict, keyword: str) -> int:
-    side = integer_of(elements, keyword)
-    if side == 0:
-        raise bad_value(keyword, 0, f"1 to {MAX_ROWS_COLUMNS}")
-    if side > MAX_ROWS_COLUMNS:
-        detail = f"{name(keyword)} is {side}; expected at most {MAX_ROWS_COLUMNS}"
-        raise RejectedFile("TOO_LARGE", detail, EXPORT_AGAIN)
-    return side
-
-
-def _orientation(elements: dict) -> tuple[float, ...]:
-    cosines = decimals_of(elements, "ImageOrientationPatient", 6, 1 + ORIENTATION_TOLERANCE)
-    row, column = cosines[:3], cosines[3:]
-    deviations = (
-        sum(x * x for x in row) - 1,
-        sum(x * x for x in column) - 1,
-        sum(x * y for x, y in zip(row, column, strict=True)),
-    )
-    if max(map(abs, deviations)) > ORIENTATION_TOLERANCE:
-        found = show(text_of(elements, "ImageOrientationPatient"))
-        raise bad_value("ImageOrientationPatient", found, "two perpendicular unit vectors")
-    return cosines
-
-
-def _rescale(elements: dict) -> tuple[float, float]:
-    bounds = {"RescaleSlope": (MIN_SLOPE, MAX_SLOPE), "RescaleIntercept": (-32768, 32767)}
-    values = []
-    for keyword, (low, high) in bounds.items():
-        text = text_of(elements, keyword)
-        value = decimal(text)
-        if value is None or not low <= value <= high:
-            found = show(text) if text else "absent or empty"
-            expected = f"one number from {low:g} to {high:g}"
-            raise _bad_rescale(keyword, found, expected)
-        values.append(value)
-    unit = text_of(elements, "RescaleType")
-    if unit not in ("", "HU", "US"):  # US: unspecified
-        raise _bad_rescale("RescaleType", show(unit), "HU")
-    return values[0], values[1]
-
-
-def _image_type(elements: dict) -> list[str]:
-    return [part.strip().upper() for part in text_of(elements, "ImageType").split("\\")]
-
-
-def _bad_rescale(keyword: str, found: str, expected: str) -> RejectedFile:
-    detail = f"{name(keyword)} is {found}; expected {expected}"
-    return RejectedFile("BAD_RESCALE", detail, EXPORT_AGAIN)
-
-
-def _unsupported(keyword: str, found: object, expected: object) -> RejectedFile:
-    detail = f"{name(keyword)} is {found}; expected {expected}"
-    return RejectedFile("UNSUPPORTED_PIXELS", detail, EXPORT_AGAIN)

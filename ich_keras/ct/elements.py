@@ -1,4 +1,4 @@
-"""Strict parsing of a DICOM file's raw elements, and the errors for faulty ones.
+"""The values of a DICOM file's elements, parsed strictly, and the errors for faulty ones.
 
 Values are read as bytes and parsed here. pydicom's own conversion accepts a slope of NaN, and its
 warnings quote values from the file (with RSNA's UIDs, one warning per tag). Only the tags in TAGS
@@ -7,14 +7,12 @@ are kept: no name, date or free text about a patient is ever read into memory.
 
 import math
 import re
-import struct
-from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+import warnings
+from typing import NamedTuple
 
 from pydicom import charset
-from pydicom.filereader import data_element_generator
 
-from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
+from ich_keras.ct.rejects import EXPORT_AGAIN, RejectedFile
 
 TAGS = {
     "MediaStorageSOPClassUID": 0x00020002,
@@ -23,14 +21,24 @@ TAGS = {
     "ImageType": 0x00080008,
     "SOPClassUID": 0x00080016,
     "SOPInstanceUID": 0x00080018,
+    "AcquisitionTime": 0x00080032,
+    "ContentTime": 0x00080033,
     "Modality": 0x00080060,
     "PatientID": 0x00100020,
+    "ContrastBolusAgent": 0x00180010,
+    "BodyPartExamined": 0x00180015,
+    "SliceThickness": 0x00180050,
+    "KVP": 0x00180060,
+    "FilterType": 0x00181160,
+    "ConvolutionKernel": 0x00181210,
     "StudyInstanceUID": 0x0020000D,
     "SeriesInstanceUID": 0x0020000E,
     "AcquisitionNumber": 0x00200012,
     "InstanceNumber": 0x00200013,
     "ImagePositionPatient": 0x00200032,
     "ImageOrientationPatient": 0x00200037,
+    "FrameOfReferenceUID": 0x00200052,
+    "TemporalPositionIdentifier": 0x00200100,
     "SamplesPerPixel": 0x00280002,
     "PhotometricInterpretation": 0x00280004,
     "NumberOfFrames": 0x00280008,
@@ -50,149 +58,54 @@ TAGS = {
     "PixelData": 0x7FE00010,
 }
 UNDEFINED_LENGTH = 0xFFFFFFFF
-# Longer values are not read into memory. A UID or identifier has at most 64 characters.
-MAX_VALUE_BYTES = 1 << 16
 MAX_SHOWN_CHARACTERS = 64
 
-
-_PREAMBLE = 128
 # PS3.5 6.2, DS: no infinity, no NaN, no underscores, no decimal comma.
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_EXPLICIT_VR = re.compile(rb"....[A-Z][A-Z]", re.DOTALL)
+_ESCAPE = b"\x1b"
+
+
+def _plain(character_set: str) -> str:
+    """Return a term of Specific Character Set without what is often misspelt: spaces, dashes."""
+    return re.sub(r"[^A-Z0-9]", "", character_set.upper())
+
+
+# Terms of PS3.3 C.12.1.1.2, and common names of the same sets.
+_CODECS = {
+    **{_plain(term): codec for term, codec in charset.python_encoding.items()},
+    **{"UTF8": "utf_8", "ISO88591": "latin_1", "LATIN1": "latin_1", "ASCII": "latin_1"},
+}
+
+
+class Element(NamedTuple):
+    """One element: its value as bytes (None where it is too long), its length and byte order."""
+
+    value: bytes | None
+    length: int
+    is_little_endian: bool
 
 
 class Stop(NamedTuple):
-    """The element at which reading stopped: its tag, length and where its value begins."""
+    """Where reading stopped: an element's tag, its length, where its value and where it begins."""
 
     tag: int
     length: int
     value_offset: int
+    offset: int
 
 
-def read_meta(stream: BinaryIO, size: int, force: bool) -> dict:
-    """Read the file meta information (group 0002) and leave the stream right after it.
-
-    It is read on its own: the transfer syntax must be checked before a deflated data set is
-    inflated.
-
-    Args:
-        stream: at the beginning of the file.
-        size: of the file, bytes.
-        force: accept a file without preamble, and one without file meta information.
-
-    Returns:
-        tag -> raw element.
-
-    Raises:
-        RejectedFile: NOT_DICOM, or TRUNCATED within this part.
-
-    Source:
-        DICOM PS3.10 clause 7.1.
-    """
-    head = stream.read(_PREAMBLE + 4)
-    if head[_PREAMBLE:] != b"DICM":
-        if not force:
-            raise _no_preamble(head, size)
-        stream.seek(0)
-        is_meta = head[:2] == b"\x02\x00"
-        if not is_meta:
-            return {}
-    elements, _ = read_elements(
-        stream, size, False, True, lambda tag: tag >> 16 != 0x0002, "file meta information"
-    )
-    return elements
-
-
-def has_explicit_vr(stream: BinaryIO) -> bool:
-    """Check whether the next element names its VR.
-
-    Some writers announce one encoding and use the other. The two capital letters of an explicit VR
-    are unmistakable: read as a length, they would mean a first value of over 16 KB.
-    """
-    start = stream.tell()
-    first = stream.read(6)
-    stream.seek(start)
-    return _EXPLICIT_VR.fullmatch(first) is not None
-
-
-def read_elements(
-    stream: BinaryIO,
-    size: int,
-    is_implicit: bool,
-    is_little_endian: bool,
-    stop_at: Callable[[int], bool],
-    part: str,
-) -> tuple[dict, Stop | None]:
-    """Collect the raw elements named in TAGS, and detect a file that ends too early.
-
-    Args:
-        stream: at the first element.
-        size: of the file, bytes.
-        is_implicit, is_little_endian: the encoding.
-        stop_at: takes a tag; returns whether to stop before its value.
-        part: what is being read, for messages.
-
-    Returns:
-        tag -> raw element, and the element at which reading stopped (None at a clean end).
-
-    Raises:
-        RejectedFile: TRUNCATED or BAD_VALUE.
-    """
-    end: int | None = stream.tell()
-    stop: Stop | None = None
-
-    def stop_when(tag: int, vr: str | None, length: int) -> bool:
-        nonlocal end, stop
-        offset = stream.tell()
-        if stop_at(int(tag)):  # pydicom's tags compare in Python, which is slow
-            stop = Stop(int(tag), length, offset)
-            return True
-        end = None if length == UNDEFINED_LENGTH else offset + length
-        return False
-
-    try:
-        elements = {
-            element.tag: element
-            for element in data_element_generator(
-                stream,
-                is_implicit,
-                is_little_endian,
-                stop_when=stop_when,
-                defer_size=MAX_VALUE_BYTES,
-                specific_tags=list(TAGS.values()),
-            )
-        }
-    except RecursionError as error:
-        raise RejectedFile(
-            "BAD_VALUE", f"the sequences in the {part} are nested too deeply", EXPORT_AGAIN
-        ) from error
-    except (EOFError, struct.error) as error:
-        raise RejectedFile("TRUNCATED", f"the file ends inside the {part}", COPY_AGAIN) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # Raised by pydicom itself: a sequence holds something other than items.
-        raise RejectedFile(
-            "BAD_VALUE", f"a sequence in the {part} cannot be parsed", EXPORT_AGAIN
-        ) from error
-    if stop is None and end is not None and end != size:
-        # The last value reaches past the end, or part of the next element's header is left over.
-        raise RejectedFile("TRUNCATED", f"the file ends inside the {part}", COPY_AGAIN)
-    return elements, stop
-
-
-def text_of(elements: dict, keyword: str) -> str:
+def text_of(elements: dict[int, Element], keyword: str) -> str:
     """Return a value as text without padding; "" when absent or empty."""
     return _bytes_of(elements, keyword).decode("latin-1").strip(" \0")
 
 
-def has_value(elements: dict, keyword: str) -> bool:
+def has_value(elements: dict[int, Element], keyword: str) -> bool:
     """Return whether a tag is present and not empty."""
     return bool(_bytes_of(elements, keyword))
 
 
-def required_text(elements: dict, keyword: str) -> str:
+def required_text(elements: dict[int, Element], keyword: str) -> str:
     """Return a value as text; MISSING_TAG when absent or empty."""
     text = text_of(elements, keyword)
     if not text:
@@ -200,7 +113,19 @@ def required_text(elements: dict, keyword: str) -> str:
     return text
 
 
-def uid_of(elements: dict, keyword: str) -> str:
+def note_of(elements: dict[int, Element], keyword: str) -> str:
+    """Return a short text that only tells images apart: no value of it is a fault.
+
+    Control characters become spaces; what no table needs is cut off.
+    """
+    element = elements.get(TAGS[keyword])
+    if element is None or not element.value:
+        return ""
+    text = element.value[:MAX_SHOWN_CHARACTERS].decode("latin-1").strip(" \0")
+    return text if text.isprintable() else _CONTROL.sub(" ", text)
+
+
+def uid_of(elements: dict[int, Element], keyword: str) -> str:
     """Return an identifier.
 
     RSNA's "ID_..." are not valid UIDs, but are accepted. Refused is only what would break a table,
@@ -212,20 +137,38 @@ def uid_of(elements: dict, keyword: str) -> str:
     return uid
 
 
-def patient_id_of(elements: dict) -> str:
+def patient_id_of(elements: dict[int, Element]) -> str:
     """Return PatientID, "" when absent. Its value never appears in a message."""
     raw = _bytes_of(elements, "PatientID")
-    if raw.isascii():
+    if raw.isascii() and _ESCAPE not in raw:
         patient_id = raw.decode("ascii").strip(" \0")
     else:
-        names = text_of(elements, "SpecificCharacterSet").split("\\")
-        patient_id = charset.decode_bytes(raw, charset.convert_encodings(names), set()).strip(" \0")
+        patient_id = _decoded(raw, text_of(elements, "SpecificCharacterSet")).strip(" \0")
     if _CONTROL.search(patient_id):
         raise bad_value("PatientID", "text with control characters", "printable text")
     return patient_id
 
 
-def integer_of(elements: dict, keyword: str) -> int:
+def _decoded(raw: bytes, character_sets: str) -> str:
+    """Decode an identifier. Bytes that do not fit their character set are taken one by one."""
+    # What holds no letter at all is no term either.
+    codecs = [_CODECS.get(_plain(term) or term.strip()) for term in character_sets.split("\\")]
+    known = [codec for codec in codecs if codec is not None]
+    if len(known) < len(codecs):
+        # Guessed at, one patient could become two, and be trained on and tested on.
+        found = f"{show(character_sets)} beside a PatientID that is not ASCII"
+        raise bad_value("SpecificCharacterSet", found, "a character set of DICOM")
+    try:
+        if _ESCAPE not in raw:
+            return raw.decode(known[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return charset.decode_bytes(raw, known, set())
+    except UnicodeError:
+        return raw.decode("latin_1")
+
+
+def integer_of(elements: dict[int, Element], keyword: str) -> int:
     """Return one unsigned 16-bit integer (VR US)."""
     raw = _bytes_of(elements, keyword)
     if not raw:
@@ -235,7 +178,9 @@ def integer_of(elements: dict, keyword: str) -> int:
     return int.from_bytes(raw, "little" if elements[TAGS[keyword]].is_little_endian else "big")
 
 
-def decimals_of(elements: dict, keyword: str, count: int, limit: float) -> tuple[float, ...]:
+def decimals_of(
+    elements: dict[int, Element], keyword: str, count: int, limit: float
+) -> tuple[float, ...]:
     """Return exactly `count` finite numbers (VR DS), none of them beyond +-limit."""
     text = required_text(elements, keyword)
     parts = [decimal(part) for part in text.split("\\")]
@@ -277,19 +222,10 @@ def bad_value(keyword: str, found: object, expected: str) -> RejectedFile:
     return RejectedFile("BAD_VALUE", detail, EXPORT_AGAIN)
 
 
-def _bytes_of(elements: dict, keyword: str) -> bytes:
+def _bytes_of(elements: dict[int, Element], keyword: str) -> bytes:
     element = elements.get(TAGS[keyword])
     if element is None:
         return b""
-    if element.value is None and element.length > MAX_VALUE_BYTES:
+    if element.value is None:
         raise bad_value(keyword, f"{element.length} bytes long", "a short value")
-    # A sequence in place of a value counts as absent.
-    return element.value if isinstance(element.value, bytes) else b""
-
-
-def _no_preamble(head: bytes, size: int) -> RejectedFile:
-    if 0 < size < _PREAMBLE + 4 and not any(head[:_PREAMBLE]):
-        detail = f"the file ends inside the preamble, after {size} bytes"
-        return RejectedFile("TRUNCATED", detail, COPY_AGAIN)
-    detail = "the file is empty" if size == 0 else "no 'DICM' behind a preamble of 128 bytes"
-    return RejectedFile("NOT_DICOM", detail)
+    return element.value

@@ -13,6 +13,8 @@ SAME_POSITION_MM = 0.01
 IN_PLANE_TOLERANCE_MM = 0.5
 # A smaller tilt moves no slice of a head by a slice spacing, and is within a gantry's accuracy.
 TILT_DEGREES = 1.0
+# In the plane, heads lie straighter in their holder than this.
+ROTATED_DEGREES = 20.0
 # Beyond this angle to the transverse plane, another plane is nearer. Gantries tilt at most 30
 # degrees.
 AXIAL_DEGREES = 45.0
@@ -85,8 +87,28 @@ def tilt_degrees(orientation: Sequence[float], positions: np.ndarray) -> float:
 
 
 def is_axial(orientation: Sequence[float]) -> bool:
-    """Return whether the transverse plane is the nearest one."""
-    return abs(slice_normal(orientation)[2]) > math.cos(math.radians(AXIAL_DEGREES))
+    """Return whether the transverse plane is the nearest one.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+    """
+    # In plain Python: it is asked of every file, and arrays of three cost twenty times as much.
+    a, b, c, d, e, f = orientation
+    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+    return abs(normal[2]) > math.cos(math.radians(AXIAL_DEGREES)) * math.hypot(*normal)
+
+
+def rotation_degrees(orientation: Sequence[float]) -> float:
+    """Return how far the rows of an axial slice run from the nearest of the patient's axes.
+
+    Args:
+        orientation: direction cosines along a row, then along a column; (6,).
+
+    >>> round(rotation_degrees((0.8660254, 0.5, 0, -0.5, 0.8660254, 0)), 6)
+    30.0
+    """
+    along, across = sorted(map(abs, orientation[:2]))[::-1]
+    return math.degrees(math.atan2(across, along))
 
 
 def neighbour_distances_mm(positions_mm: np.ndarray) -> np.ndarray:

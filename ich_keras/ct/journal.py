@@ -36,6 +36,9 @@ class Entry(NamedTuple):
     acquisition: str = ""
     instance_number: str = ""
     hint: str = ""
+    body_part: str = ""
+    facts: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
 
 
 class Journal:
@@ -94,4 +97,7 @@ def _parse(line: bytes) -> list[Entry]:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return []
-    return [Entry(*fields) for fields in json.loads(text)]
+    return [
+        Entry._make(tuple(field) if isinstance(field, list) else field for field in fields)
+        for fields in json.loads(text)
+    ]

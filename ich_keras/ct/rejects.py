@@ -25,16 +25,25 @@ CODECS = "pip install 'ich_keras[codecs]'"
 
 
 class Explanation(NamedTuple):
-    """The meaning of a reject code, and the hint for when the reader gives no better one."""
+    """What a reject code means.
+
+    Args:
+        meaning: in words.
+        hint: what to do, for when the reader gives no better one.
+        is_loss: whether the file should have been a slice, so that data are lost without it; not
+            so for other kinds of files and images, copies, and what an option leaves out.
+    """
 
     meaning: str
     hint: str
+    is_loss: bool = True
 
 
 REJECT_CODES = {
     "NOT_DICOM": Explanation(
         "not a DICOM file (no preamble with 'DICM')",
         "Nothing to do if it is not a CT slice. If it is one, copy or export it again.",
+        is_loss=False,
     ),
     "UNREADABLE": Explanation(
         "the operating system could not read the file",
@@ -49,10 +58,14 @@ REJECT_CODES = {
         "not single-channel 16-bit MONOCHROME2 integer pixels", EXPORT_AGAIN
     ),
     "NOT_CT": Explanation(
-        "another modality, a secondary capture, or an object that is not an image", LEAVE_OUT
+        "another modality, a secondary capture, or an object that is not an image",
+        LEAVE_OUT,
+        is_loss=False,
     ),
     "NOT_ORIGINAL": Explanation(
-        "an image reformatted from others, not an acquired slice", LEAVE_OUT
+        "an image computed from others, or a page of text, not an acquired slice",
+        LEAVE_OUT,
+        is_loss=False,
     ),
     "MULTIFRAME": Explanation(
         "an enhanced multi-frame object; only single slices are read", SINGLE_FRAME
@@ -69,17 +82,40 @@ REJECT_CODES = {
         "Compare RescaleSlope and RescaleIntercept with the original, and export the series again.",
     ),
     "DUPLICATE_UID": Explanation(
-        "the same SOPInstanceUID was already seen in another file",
-        "Nothing to do if it is a copy; the first file by path is used.",
+        "a copy of another file: the same SOPInstanceUID, header and pixels",
+        "Nothing to do: the first file by path is used.",
+        is_loss=False,
     ),
     "CHANGED": Explanation("the file is not the one that was indexed", "Index the folder again."),
-    "LOCALIZER": Explanation("a localizer (scout) image", LEAVE_OUT),
+    "UID_CONFLICT": Explanation(
+        "the SOPInstanceUID is also that of a file with other content; neither is used",
+        "Remove the file that is wrong, or give it a SOPInstanceUID of its own.",
+    ),
+    "HIDDEN": Explanation(
+        "a hidden file or folder: its name begins with a dot; it is not read",
+        "Nothing to do if it holds no CT slices. If it does, rename it.",
+        is_loss=False,
+    ),
+    "LOCALIZER": Explanation("a localizer (scout) image", LEAVE_OUT, is_loss=False),
     "NOT_AXIAL": Explanation(
-        "a coronal, sagittal or oblique series", "Nothing to do: only axial series are used."
+        "a coronal, sagittal or oblique series",
+        "Nothing to do: only axial series are used.",
+        is_loss=False,
+    ),
+    "NOT_HEAD": Explanation(
+        "a slice of another part of the body than the head",
+        "Nothing to do: only heads are used. If it is one, add --any-body-part.",
+        is_loss=False,
+    ),
+    "DUPLICATE": Explanation(
+        "a slice of a series with two slices at one place, which this run skips",
+        "Use a run that was trained with --duplicate keep, or a run on slices.",
+        is_loss=False,
     ),
     "TILTED": Explanation(
         "a slice of a tilted series, which this run skips",
         "Use a run that was trained with --tilted keep or deshear, or a run on slices.",
+        is_loss=False,
     ),
 }
 
@@ -91,19 +127,23 @@ class RejectedFile(DataError):
         code: a key of `REJECT_CODES`.
         detail: the tag and value at fault, and what was expected.
         hint: what to do; "" takes that of the code.
+        series_instance_uid: of the series that the file belongs to; "" where it is not known.
     """
 
-    def __init__(self, code: str, detail: str, hint: str = "") -> None:
+    def __init__(
+        self, code: str, detail: str, hint: str = "", series_instance_uid: str = ""
+    ) -> None:
         if code not in REJECT_CODES:
             raise KeyError(f"unknown reject code {code!r}; known: {', '.join(REJECT_CODES)}")
         super().__init__(f"{code}: {detail}", hint or REJECT_CODES[code].hint)
         self.code = code
         self.detail = detail
+        self.series_instance_uid = series_instance_uid
 
     def __reduce__(self) -> tuple:
         # The default pickles Exception.args, which holds the joined message: worker processes
         # would fail to hand the exception back.
-        return (RejectedFile, (self.code, self.detail, self.hint))
+        return (RejectedFile, (self.code, self.detail, self.hint, self.series_instance_uid))
 
 
 class NothingUsable(DataError):
@@ -126,18 +166,20 @@ class Reject(NamedTuple):
     code: str
     detail: str
     hint: str = ""
+    series_instance_uid: str = ""
 
     @classmethod
     def of(cls, path: str, error: RejectedFile) -> "Reject":
         """Return the reject of a file that raised an error."""
-        return cls(path, error.code, error.detail, error.hint)
+        return cls(path, error.code, error.detail, error.hint, error.series_instance_uid)
 
 
 def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
     """Make the table of rejects, sorted by path.
 
     Returns:
-        Text columns: path, code, detail, explanation and hint (REJECT_COLUMNS).
+        Text columns: path, code, detail, explanation, hint and series_instance_uid
+        (REJECT_COLUMNS); the last is "" where the file did not tell.
 
     >>> found = [Reject("b.dcm", "TRUNCATED", "cut"), Reject("a.txt", "NOT_DICOM", "")]
     >>> table = reject_table(found)
@@ -152,6 +194,7 @@ def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
             reject.detail,
             REJECT_CODES[reject.code].meaning,
             reject.hint or REJECT_CODES[reject.code].hint,
+            reject.series_instance_uid,
         )
         for reject in sorted(rejects)
     ]
@@ -159,11 +202,11 @@ def reject_table(rejects: Iterable[Reject]) -> pd.DataFrame:
 
 
 def explained(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of rejects with all current columns; older ones lack the last two."""
-    if set(REJECT_COLUMNS) <= set(table):
-        return table[list(REJECT_COLUMNS)]
-    rows = table[["path", "code", "detail"]].itertuples(index=False, name=None)
-    return reject_table(Reject(*row) for row in rows)
+    """Return a table of rejects with all current columns; older ones lack the last ones."""
+    if "hint" not in table:
+        rows = table[["path", "code", "detail"]].itertuples(index=False, name=None)
+        return reject_table(Reject(*row) for row in rows)
+    return table.reindex(columns=list(REJECT_COLUMNS), fill_value="").astype(REJECT_COLUMNS)
 
 
 def joined(table: pd.DataFrame, rejects: Iterable[Reject]) -> pd.DataFrame:
@@ -172,6 +215,20 @@ def joined(table: pd.DataFrame, rejects: Iterable[Reject]) -> pd.DataFrame:
     if more.empty:
         return table
     return pd.concat([explained(table), more]).sort_values("path").reset_index(drop=True)
+
+
+def lost_slices(table: pd.DataFrame) -> dict[str, int]:
+    """Count the rejects of each series that would have been slices of it.
+
+    Returns:
+        SeriesInstanceUID -> number. Images of another kind and copies do not count.
+
+    >>> codes = ("TRUNCATED", "NOT_ORIGINAL")
+    >>> lost_slices(reject_table(Reject(code, code, "", "", "1.2") for code in codes))
+    {'1.2': 1}
+    """
+    pairs = zip(table["series_instance_uid"], table["code"], strict=True)
+    return dict(Counter(uid for uid, code in pairs if uid and REJECT_CODES[code].is_loss))
 
 
 def counts(table: pd.DataFrame) -> str:

@@ -1,43 +1,57 @@
 """The index: the slices in a folder, the series they form, and the files that are refused."""
 
+import glob
 import math
-from collections import Counter, defaultdict
+import os
+import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.geometry import (
-    SAME_POSITION_MM,
-    TILT_DEGREES,
-    in_plane_shear,
-    neighbour_distances_mm,
-    shear_degrees,
-    slice_normal,
-    slice_spacing_mm,
-    tilt_degrees,
+from ich_keras.ct.duplicates import split_by_uid
+from ich_keras.ct.elements import show
+from ich_keras.ct.geometry import TILT_DEGREES, neighbour_distances_mm
+from ich_keras.ct.index_tables import make_tables
+from ich_keras.ct.journal import Journal
+from ich_keras.ct.kind import is_elsewhere
+from ich_keras.ct.rejects import (
+    Reject,
+    counts,
+    explained,
+    joined,
+    lost_slices,
+    nothing_usable,
+    reject_table,
 )
-from ich_keras.ct.journal import Entry, Journal
-from ich_keras.ct.rejects import Reject, counts, explained, joined, nothing_usable, reject_table
 from ich_keras.ct.tables import (
     SERIES_COLUMNS,
     SLICE_COLUMNS,
-    TEXT,
-    make_table,
+    completed,
     read_table,
     write_table,
 )
-from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, has_word, shown, verdict
+from ich_keras.ct.turning import require_turned
+from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
 from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import fingerprint, read_json, require_absent, write_json
+from ich_keras.files import (
+    PARTIAL,
+    fingerprint,
+    read_json,
+    replace,
+    require_absent,
+    write_json,
+)
 from ich_keras.progress import Progress
 
 SCHEMA = 1
+MANIFEST = "index.json"
+LOCK = ".lock"  # behind the name of a journal: whoever writes it holds that
 _TABLES = ("slices", "series", "rejects")
-# How far direction cosines (0.06 degrees) and pixel spacings (mm) of one volume may differ.
-SAME_VOLUME_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,11 +62,15 @@ class SeriesIndex:
         slices: one row per slice (SLICE_COLUMNS), sorted by patient, study, series and slice index,
             which counts from the most inferior slice. `series_uid` is the key of a volume: the
             SeriesInstanceUID, followed by "#2", "#3" where one UID holds several orientations,
-            matrices, pixel spacings or patients, or several acquisitions at the same positions.
-            `container` is the file's absolute path.
+            matrices, pixel spacings or patients, or scans or reconstructions that overlap
+            (`volumes`). `container` is the file's absolute path. Rows, columns, spacings and
+            positions are those of the turned slice (`turning`).
         series: one row per series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
             median distance between neighbours. `verdict.verdict` explains `verdict`, and
-            `geometry.in_plane_shear` explains `shear_row` and `shear_column`.
+            `geometry.in_plane_shear` explains `shear_row` and `shear_column`. `num_rejected` counts
+            the files of the same SeriesInstanceUID that were refused; `kernel` and `body_part` are
+            as the headers have them; `body_width_mm` is that of the middle slice (`body`), NaN
+            where it was not measured.
         rejects: one row per unusable file (REJECT_COLUMNS), sorted by path.
     """
 
@@ -74,6 +92,10 @@ class SeriesIndex:
             f" {_count(num_patients, 'patient')}, {rejects}"
         )
 
+    def equals(self, other: "SeriesIndex") -> bool:
+        """Return whether another index has the same tables."""
+        return all(getattr(self, name).equals(getattr(other, name)) for name in _TABLES)
+
     def describe(self, series_uid: str) -> str:
         """Describe a series in one line: its slices, their spacing, its tilt and its verdict.
 
@@ -94,13 +116,14 @@ class SeriesIndex:
             f"{series_uid}: {_count(row['num_slices'], 'slice')} of {row['rows']} x"
             f" {row['columns']}; "
             f"slice spacing {spacing or 'n/a'}; tilt {row['tilt_degrees']:.1f} degrees; "
-            f"{shown(row['verdict'])}"
+            f"{'kernel ' + row['kernel'] + '; ' if row['kernel'] else ''}"
+            f"{shown(row['verdict'])}{_reasons(row)}"
         )
 
     def usable(self) -> "SeriesIndex":
-        """Return the index without localizers and non-axial series.
+        """Return the index without localizers, non-axial series, and what is not a head.
 
-        Their slices become rejects LOCALIZER and NOT_AXIAL.
+        Their slices become rejects LOCALIZER, NOT_AXIAL and NOT_HEAD.
         """
         codes = {}
         for row in self.series.itertuples():
@@ -109,6 +132,8 @@ class SeriesIndex:
             elif has_word(row.verdict, NOT_AXIAL):
                 detail = f"series {row.series_uid} is {row.tilt_degrees:.0f} degrees from axial"
                 codes[row.series_uid] = ("NOT_AXIAL", detail)
+            elif has_word(row.verdict, NOT_HEAD):
+                codes[row.series_uid] = ("NOT_HEAD", f"series {row.series_uid}: {_body(row)}")
         if not codes:
             return self
         left_out = self.slices["series_uid"].isin(codes)
@@ -116,6 +141,7 @@ class SeriesIndex:
             Reject(
                 row.container if row.member == "" else f"{row.container}/{row.member}",
                 *codes[row.series_uid],
+                series_instance_uid=row.series_instance_uid,
             )
             for row in self.slices[left_out].itertuples()
         ]
@@ -126,17 +152,28 @@ class SeriesIndex:
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write slices.csv, series.csv, rejects.csv and, last, index.json into a new folder.
+        """Write slices.csv, series.csv, rejects.csv and index.json into a new folder.
+
+        They are written beside it; the folder gets its name when all is there. What a crash of an
+        older version left under that name is replaced.
 
         Raises:
             UsageError: the folder is not empty.
         """
-        folder = require_absent(folder)
-        tables = {
-            name: write_table(folder / f"{name}.csv", getattr(self, name)) for name in _TABLES
-        }
-        content = {"schema": SCHEMA, "tables": tables}
-        write_json(folder / "index.json", {**content, "checksum": fingerprint(content)})
+        folder = require_new(folder).resolve()
+        _remove_leftovers(folder)
+        partial = folder.with_name(f"{PARTIAL}-{os.getpid()}-{folder.name}")
+        try:
+            tables = {
+                name: write_table(partial / f"{name}.csv", getattr(self, name)) for name in _TABLES
+            }
+            content = {"schema": SCHEMA, "tables": tables}
+            write_json(partial / MANIFEST, {**content, "checksum": fingerprint(content)})
+            if folder.is_dir():
+                shutil.rmtree(folder)  # empty or half saved; Windows renames onto nothing
+            replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path | str) -> "SeriesIndex":
@@ -147,7 +184,7 @@ class SeriesIndex:
                 is damaged.
         """
         folder = Path(folder)
-        manifest = read_json(folder / "index.json")
+        manifest = read_json(folder / MANIFEST)
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         if found != SCHEMA:
             raise StaleError(
@@ -167,14 +204,41 @@ class SeriesIndex:
         ):
             raise StaleError(f"{folder / 'index.json'} is damaged.", "Make the index again.")
         tables = {name: read_table(folder / f"{name}.csv", records[name]) for name in _TABLES}
-        # Older indexes lack some columns.
-        absent = {
-            name: "" if dtype == TEXT else math.nan
-            for name, dtype in SLICE_COLUMNS.items()
-            if name not in tables["slices"]
-        }
-        slices = tables["slices"].assign(**absent)
-        return cls(slices, tables["series"], explained(tables["rejects"]))
+        series = completed(tables["series"], SERIES_COLUMNS)
+        require_turned(series, folder)
+        slices = completed(tables["slices"], SLICE_COLUMNS)
+        return cls(slices, series, explained(tables["rejects"]))
+
+
+def require_new(folder: Path | str) -> Path:
+    """Return the path if an index can be saved there: nothing exists, or half of an index.
+
+    Versions up to 0.1 saved in place: killed, they left some tables and no index.json.
+
+    Raises:
+        UsageError: something else exists there.
+    """
+    folder = Path(folder)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    tables = {f"{name}.csv" for name in _TABLES}
+    strays = {name for name in names if name.startswith(f"{PARTIAL}-")}
+    # rejects.csv alone is what a folder without slices leaves; its reader may want it.
+    is_half = names - strays <= tables and names - {"rejects.csv"}
+    return folder if is_half else require_absent(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had written for an index of this name."""
+    for path in folder.parent.glob(f"{PARTIAL}-*-{glob.escape(folder.name)}"):
+        process = path.name.removeprefix(f"{PARTIAL}-").partition("-")[0]
+        if os.name == "nt" or not process.isdecimal():  # there, signal 0 would end a process
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (OverflowError, PermissionError):  # no number of a process, or another user's
+            continue
 
 
 def index_folder(
@@ -182,12 +246,14 @@ def index_folder(
     workers: int = 0,
     journal: Path | str | None = None,
     progress: Progress | None = None,
+    any_body_part: bool = False,
 ) -> SeriesIndex:
     """Find the CT slices in a folder, group them into series and put them in order.
 
-    Only headers are read. Sub-folders are searched in the order of their names. Links to folders
-    are not followed, and names that begin with a dot are skipped. A file that is not a CT slice
-    becomes a reject. Of two files with the same SOPInstanceUID, the first by path is kept.
+    Headers are read, and the pixels of one slice per series: to see whether it shows a head. Links
+    to folders are followed; a folder is read once. A file that is not a CT slice becomes a reject,
+    and so does what has a name that begins with a dot. Of copies with the same SOPInstanceUID, the
+    first by path is kept; of files that differ, none.
 
     Args:
         folder: of DICOM files.
@@ -195,6 +261,8 @@ def index_folder(
         journal: a file from which an interrupted indexing resumes: files listed there are read
             again only if their size or time has changed. It is kept; remove it when done.
         progress: called as progress("indexing", files done, files).
+        any_body_part: do not ask whether a series shows a head; otherwise another part of the body
+            gets the verdict "not a head".
 
     Raises:
         UsageError: the folder does not exist, or the journal file is not a journal.
@@ -209,9 +277,10 @@ def index_folder(
         raise UsageError(f"workers is {workers}; expected 0 or more.")
     journal = None if journal is None else Path(journal).absolute()
     known = Journal(journal)
+    own = () if journal is None else (str(journal), f"{journal}{LOCK}")
     found, unread = [], []
     for entry in walk(folder):
-        if journal is not None and entry.path == str(journal):
+        if entry.path in own:
             continue
         before = None if entry.code else known.find(*entry[:3])
         if entry.code or before is not None:
@@ -220,171 +289,37 @@ def index_folder(
             unread.append(entry)
     found += read_all(unread, len(found), workers, known, progress)
     found.sort(key=lambda entry: entry.path)
-    slices, rejects = _reject_duplicates(found)
+    slices, rejects = split_by_uid(entry for entry in found if not entry.code)
+    rejects += [
+        Reject(entry.path, entry.code, entry.detail, entry.hint, entry.series_instance_uid)
+        for entry in found
+        if entry.code
+    ]
+    table = reject_table(rejects)
     if not slices:
         raise nothing_usable(
             f"no CT slice in {folder}: {_count(len(found), 'file')} seen",
-            reject_table(rejects),
+            table,
             "Is this the folder that holds the DICOM files?",
         )
-    return _build(slices, rejects)
+    return SeriesIndex(*make_tables(slices, lost_slices(table), workers, any_body_part), table)
 
 
-def _reject_duplicates(entries: list[Entry]) -> tuple[list[Entry], list[Reject]]:
-    """Split entries into slices, each SOPInstanceUID once, and rejects."""
-    slices: dict[str, Entry] = {}
-    rejects: list[Reject] = []
-    for entry in entries:
-        if entry.code:
-            rejects.append(Reject(entry.path, entry.code, entry.detail, entry.hint))
-            continue
-        first = slices.setdefault(entry.sop_instance_uid, entry)
-        if first is not entry:
-            detail = (
-                f"(0008,0018) SOPInstanceUID {entry.sop_instance_uid} is also that of {first.path}"
-            )
-            rejects.append(Reject(entry.path, "DUPLICATE_UID", detail))
-    return list(slices.values()), rejects
+def _reasons(row: pd.Series) -> str:
+    """Explain the words of a verdict that do not speak for themselves, in brackets."""
+    reasons = []
+    if has_word(row["verdict"], NOT_HEAD):
+        reasons.append(_body(row))
+    if row["num_rejected"]:
+        reasons.append(f"{_count(row['num_rejected'], 'file')} of the series refused")
+    return f" ({', '.join(reasons)})" if reasons else ""
 
 
-def _build(slices: list[Entry], rejects: list[Reject]) -> SeriesIndex:
-    by_uid = defaultdict(list)
-    for entry in slices:
-        by_uid[entry.series_instance_uid].append(entry)
-    volumes = []
-    for uid, entries in by_uid.items():
-        for number, volume in enumerate(_volumes(entries), 1):
-            series_uid = uid if number == 1 else f"{uid}#{number}"
-            first = volume[0]
-            volumes.append((first.patient_id, first.study_instance_uid, series_uid, volume))
-    volumes.sort(key=lambda volume: volume[:3])
-    slice_rows, series_rows = [], []
-    for _, _, series_uid, volume in volumes:
-        new_slices, new_series = _rows_of(series_uid, volume)
-        slice_rows += new_slices
-        series_rows.append(new_series)
-    return SeriesIndex(
-        slices=make_table(slice_rows, SLICE_COLUMNS),
-        series=make_table(series_rows, SERIES_COLUMNS),
-        rejects=reject_table(rejects),
-    )
-
-
-def _volumes(entries: list[Entry]) -> list[list[Entry]]:
-    """Split the slices of one SeriesInstanceUID into volumes, the largest first.
-
-    Slices are ordered by UID, not by path: renamed files give the same volumes.
-    """
-    groups: dict[tuple, list[tuple[np.ndarray, list[Entry]]]] = defaultdict(list)
-    for entry in sorted(entries, key=lambda entry: entry.sop_instance_uid):
-        exact = (
-            entry.patient_id,
-            entry.study_instance_uid,
-            entry.rows,
-            entry.columns,
-            entry.is_localizer,
-        )
-        near = np.array([*entry.orientation, entry.row_spacing_mm, entry.column_spacing_mm])
-        for reference, volume in groups[exact]:
-            if abs(near - reference).max() <= SAME_VOLUME_TOLERANCE:
-                volume.append(entry)
-                break
-        else:
-            groups[exact].append((near, [entry]))
-    volumes = [part for group in groups.values() for _, volume in group for part in _scans(volume)]
-    return sorted(volumes, key=lambda volume: (-len(volume), volume[0].sop_instance_uid))
-
-
-def _scans(volume: list[Entry]) -> list[list[Entry]]:
-    """Separate acquisitions at the same positions: a head scanned twice, or a perfusion.
-
-    Every slice then has neighbours from its own scan. Adjacent acquisitions, such as the rotations
-    or halves of one scan, stay together even if they share some slices. A single slice at an
-    occupied position (scanned again, or watched for the contrast medium) is a scan of its own.
-    Not separated: a second scan at other positions (the series is then irregular), and scans that
-    AcquisitionNumber does not distinguish: none, or a different one for every slice (duplicate).
-    """
-    parts = defaultdict(list)
-    for entry in volume:
-        parts[entry.acquisition].append(entry)
-    if max(map(len, parts.values())) == 1:
-        return [volume]
-    normal = slice_normal(volume[0].orientation)
-    scans: list[list[Entry]] = []
-    for part in sorted(parts.values(), key=_rank):
-        # The latest first: a rotation starts where the previous one ended.
-        for scan in reversed(scans):
-            if 2 * _num_shared(part, scan, normal) <= min(len(part), len(scan)):
-                scan += part
-                break
-        else:
-            scans.append(part)
-    return scans
-
-
-def _rank(acquisition: list[Entry]) -> tuple:
-    """Order acquisitions by their numbers, which follow time; those without one come last."""
-    first = acquisition[0]
-    # An IS has at most 12 characters (PS3.5 6.2); anything longer is not a number.
-    is_number = first.acquisition.isdecimal() and len(first.acquisition) <= 12
-    return int(first.acquisition) if is_number else math.inf, first.sop_instance_uid
-
-
-def _num_shared(ones: list[Entry], others: list[Entry], normal: np.ndarray) -> int:
-    """Count the slices of the first that share a position with a slice of the second."""
-    one, other = (
-        np.array([entry.position for entry in entries]) @ normal for entries in (ones, others)
-    )
-    return int((abs(one[:, None] - other).min(axis=1) <= SAME_POSITION_MM).sum())
-
-
-def _rows_of(series_uid: str, volume: list[Entry]) -> tuple[list[tuple], tuple]:
-    """Order a volume from inferior to superior; return its rows for both tables."""
-    reference = volume[0]
-    normal = slice_normal(reference.orientation)
-    positions = np.array([entry.position for entry in volume])
-    along = positions @ normal
-    # Slices at one position keep their order: by acquisition, then by UID.
-    order = np.argsort(along, kind="stable")
-    identity = (series_uid, reference.series_instance_uid, reference.study_instance_uid)
-    slice_rows = []
-    for slice_index, place in enumerate(order):
-        entry = volume[place]
-        slice_rows.append(
-            (
-                entry.sop_instance_uid,
-                *identity,
-                entry.patient_id,
-                entry.path,
-                "",
-                slice_index,
-                float(along[place]),
-                entry.rows,
-                entry.columns,
-                entry.row_spacing_mm,
-                entry.column_spacing_mm,
-                entry.file_size,
-                entry.file_mtime_ns,
-                entry.instance_number,
-                float(entry.position[2]),
-            )
-        )
-    series_row = (
-        *identity,
-        reference.patient_id,
-        len(volume),
-        reference.rows,
-        reference.columns,
-        reference.row_spacing_mm,
-        reference.column_spacing_mm,
-        slice_spacing_mm(along[order]),
-        tilt_degrees(reference.orientation, positions),
-        shear_degrees(reference.orientation, positions),
-        *in_plane_shear(reference.orientation, positions),
-        *reference.orientation,
-        verdict(reference.orientation, positions[order], reference.is_localizer),
-    )
-    return slice_rows, series_row
+def _body(row: Any) -> str:
+    """Say why a series is not taken for a head."""
+    if is_elsewhere(row.body_part):
+        return f"(0018,0015) BodyPartExamined is {show(row.body_part)}"
+    return f"the body is {row.body_width_mm:.0f} mm wide"
 
 
 def _distances(distances_mm: np.ndarray) -> str:

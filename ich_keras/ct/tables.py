@@ -47,8 +47,16 @@ SERIES_COLUMNS = {
     "shear_column": "float64",
     **dict.fromkeys(("row_x", "row_y", "row_z", "column_x", "column_y", "column_z"), "float64"),
     "verdict": TEXT,
+    "num_rejected": "int64",
+    "kernel": TEXT,
+    "body_part": TEXT,
+    "body_width_mm": "float64",
 }
-REJECT_COLUMNS = dict.fromkeys(("path", "code", "detail", "explanation", "hint"), TEXT)
+REJECT_COLUMNS = dict.fromkeys(
+    ("path", "code", "detail", "explanation", "hint", "series_instance_uid"), TEXT
+)
+# What a column gets that an older table lacks.
+_ABSENT = {TEXT: "", "float64": math.nan, "int64": 0}
 
 # Spreadsheets take a cell that begins with one of these for a formula. The last is our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -70,6 +78,16 @@ def patient_or_series(slices: pd.DataFrame) -> pd.Series:
 def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:
     """Make a table with the given columns and dtypes, even from no rows."""
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+def completed(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """Add columns that a table of an older version lacks, at their places: "", 0 or NaN."""
+    absent = {name: _ABSENT[dtype] for name, dtype in columns.items() if name not in table}
+    if not absent:
+        return table
+    others = [name for name in table if name not in columns]
+    added = {name: pd.Series(value, table.index, columns[name]) for name, value in absent.items()}
+    return table.assign(**added)[[*columns, *others]]
 
 
 def write_table(path: Path, table: pd.DataFrame) -> dict:

@@ -6,11 +6,13 @@ import numpy as np
 
 from ich_keras.ct.geometry import (
     IN_PLANE_TOLERANCE_MM,
+    ROTATED_DEGREES,
     SAME_POSITION_MM,
     TILT_DEGREES,
     fit_line,
     is_axial,
     neighbour_distances_mm,
+    rotation_degrees,
     slice_normal,
     tilt_degrees,
 )
@@ -19,16 +21,24 @@ from ich_keras.ct.geometry import (
 SPACING_TOLERANCE = 0.01
 # Spacing means nothing with fewer slices: two are always "regular".
 MIN_SLICES = 3
+# So many equal distances in a row are a second spacing, not slices that are missing.
+SECOND_SPACING = 3
 
 OK = "ok"
 LOCALIZER = "localizer"
 NOT_AXIAL = "not axial"
+NOT_HEAD = "not a head"
 TOO_FEW = "too few"
+INCOMPLETE = "incomplete"
 DUPLICATE = "duplicate"
 GAP = "gap"
 IRREGULAR = "irregular"
 TILTED = "tilted"
-VERDICTS = (LOCALIZER, NOT_AXIAL, TOO_FEW, DUPLICATE, GAP, IRREGULAR, TILTED)
+ROTATED = "rotated"
+VERDICTS = (
+    *(LOCALIZER, NOT_AXIAL, NOT_HEAD, TOO_FEW, INCOMPLETE),
+    *(DUPLICATE, GAP, IRREGULAR, TILTED, ROTATED),
+)
 
 
 def words_of(verdict: str) -> tuple[str, ...]:
@@ -68,26 +78,36 @@ def shown(verdict: str) -> str:
     return ", ".join(words_of(verdict)) or OK
 
 
-def verdict(
-    orientation: Sequence[float], positions: np.ndarray, has_localizer: bool = False
-) -> str:
+def with_words(verdict: str, *words: str) -> str:
+    """Add words to a verdict.
+
+    >>> with_words("ok", "gap"), with_words("tilted", "gap")
+    ('gap', 'gap,tilted')
+    """
+    return join_words({*words_of(verdict), *words})
+
+
+def verdict(orientation: Sequence[float], positions: np.ndarray, also: Iterable[str] = ()) -> str:
     """List what speaks against treating a series as one regular volume.
 
     Args:
         orientation: direction cosines along a row, then along a column; (6,).
         positions: float64 (slices, 3), first pixels, mm, in the order of the series.
-        has_localizer: whether the headers mark these as scout views.
+        also: words that are known otherwise: localizer, not a head, incomplete.
 
     Returns:
         "ok", or the words that apply, in the order of VERDICTS, joined by commas:
-        - localizer: scout views;
+        - localizer: scout views, by the headers;
         - not axial: coronal, sagittal or oblique, over AXIAL_DEGREES from the transverse plane;
+        - not a head: another part of the body, by its name or its size (`kind`, `body`);
         - too few: under MIN_SLICES slices;
+        - incomplete: files of the series were refused;
         - duplicate: two slices at one position;
         - gap: a distance is a multiple of the usual one, within 1 %: slices are missing;
-        - irregular: a distance is neither the usual one nor a multiple of it, or a slice is off
-          the line through the stack;
-        - tilted: `tilt_degrees` over TILT_DEGREES (axial series only).
+        - irregular: a distance is neither the usual one nor a multiple of it, SECOND_SPACING equal
+          multiples follow each other, or a slice is off the line through the stack;
+        - tilted: `tilt_degrees` over TILT_DEGREES (axial series only);
+        - rotated: `rotation_degrees` over ROTATED_DEGREES (axial series only).
 
     Source:
         Regular spacing is defined as in highdicom's `get_volume_positions`: all distances within
@@ -100,25 +120,35 @@ def verdict(
     normal = slice_normal(orientation)
     positions_mm = positions @ normal
     axial = is_axial(orientation)
-    found: set[str] = set()
-    if has_localizer:
-        found.add(LOCALIZER)
+    found = set(also)
     if not axial:
         found.add(NOT_AXIAL)
     if len(positions) < MIN_SLICES:
         found.add(TOO_FEW)
     if (np.diff(positions_mm) <= SAME_POSITION_MM).any():
         found.add(DUPLICATE)
-    found |= _spacing_faults(neighbour_distances_mm(positions_mm))
+    found |= spacing_faults(neighbour_distances_mm(positions_mm))
     residual, _ = fit_line(positions, normal)
     if residual > IN_PLANE_TOLERANCE_MM:
         found.add(IRREGULAR)
     if axial and tilt_degrees(orientation, positions) > TILT_DEGREES:
         found.add(TILTED)
+    if axial and rotation_degrees(orientation) > ROTATED_DEGREES:
+        found.add(ROTATED)
     return join_words(found)
 
 
-def _spacing_faults(distances: np.ndarray) -> set[str]:
+def spacing_faults(distances: np.ndarray) -> set[str]:
+    """Return what is wrong with the distances between neighbours: gap, irregular, or nothing.
+
+    Args:
+        distances: float64 (n,), mm, in the order of the series.
+
+    >>> spacing_faults(np.array([2.5] * 12 + [5.0] * 10))  # the base of the skull, then the rest
+    {'irregular'}
+    >>> spacing_faults(np.array([2.5] * 12 + [5.0] + [2.5] * 12))
+    {'gap'}
+    """
     if distances.size == 0:
         return set()
     if (abs(distances - distances.mean()) <= SPACING_TOLERANCE * distances.mean()).all():
@@ -126,9 +156,14 @@ def _spacing_faults(distances: np.ndarray) -> set[str]:
     usual = np.median(distances)
     multiples = np.rint(distances / usual)
     fits = abs(distances - multiples * usual) <= SPACING_TOLERANCE * usual * multiples
+    is_larger = fits & (multiples >= 2)
+    # Where a slice is missing, the usual distance follows sooner or later.
+    begins = np.flatnonzero(np.diff(multiples, prepend=-1) != 0)
+    lengths = np.diff(begins, append=len(multiples))
+    is_second = np.repeat(lengths >= SECOND_SPACING, lengths) & is_larger
     faults: set[str] = set()
-    if (fits & (multiples >= 2)).any():
+    if (is_larger & ~is_second).any():
         faults.add(GAP)
-    if not fits.all() or not faults:
+    if is_second.any() or not fits.all() or not faults:
         faults.add(IRREGULAR)
     return faults

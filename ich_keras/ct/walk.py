@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,22 +21,49 @@ _PROGRESS_CALLS = 200
 
 
 def walk(folder: Path) -> Iterator[Entry]:
-    """Yield every file with its size and time; an unreadable one comes as a reject."""
-    errors: list[OSError] = []
-    for place, folders, names in os.walk(folder, onerror=errors.append):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield _look_at(os.path.join(place, name))  # noqa: PTH118 (a Path costs 5 us each)
-    for error in errors:
-        yield Entry(_printable(error.filename), 0, 0, "UNREADABLE", f"folder: {error.strerror}")
+    """Yield every file with its size and time; what is not read comes as a reject.
+
+    Links to folders are followed, after all folders that are no links; a folder that several paths
+    reach is read once, by the first of them. Names that begin with a dot are listed, not read.
+    """
+    seen: set[str] = set()
+    places, links = deque([str(folder)]), deque[str]()
+    while places or links:
+        # What is a folder of its own keeps its own path.
+        place = places.popleft() if places else links.popleft()
+        # Not by inode: some network file systems give one number to many folders.
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(place) as found:
+                items = sorted(found, key=lambda item: item.name)
+        except OSError as error:
+            yield Entry(_printable(place), 0, 0, "UNREADABLE", f"folder: {error.strerror}")
+            continue
+        for item in items:
+            if item.name.startswith("."):
+                kind = "folder" if _is_folder(item) else "file"
+                yield Entry(_printable(item.path), 0, 0, "HIDDEN", f"a hidden {kind}, not read")
+            elif _is_folder(item):
+                (links if item.is_symlink() else places).append(item.path)
+            else:
+                yield _look_at(item.path)
+
+
+def _is_folder(item: os.DirEntry) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _look_at(path: str) -> Entry:
     if _printable(path) != path:
         return Entry(_printable(path), 0, 0, "UNREADABLE", "its name is not UTF-8; rename it")
     try:
-        status = os.stat(path)  # noqa: PTH116 (as above)
+        status = os.stat(path)  # noqa: PTH116 (a Path costs 5 us each)
     except OSError as error:
         return Entry(path, 0, 0, "UNREADABLE", error.strerror or type(error).__name__)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
@@ -58,7 +86,7 @@ def read_all(
     told = -1
     if progress is not None and unread:
         progress("indexing", done, total)
-    with _mapping(workers, len(chunks)) as apply:
+    with mapping(workers, len(chunks)) as apply:
         for entries in apply(_read_headers, chunks):
             journal.add(entries)
             found += entries
@@ -72,7 +100,7 @@ def read_all(
 
 
 @contextlib.contextmanager
-def _mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
+def mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
     """Yield a `map` that works in this process or in several."""
     if workers == 0 or num_tasks <= 1:
         yield map
@@ -98,14 +126,19 @@ def _read_one(entry: Entry) -> Entry:
     try:
         header = read_header(entry.path)
     except RejectedFile as error:
-        return entry._replace(code=error.code, detail=error.detail, hint=error.hint)
+        return entry._replace(
+            code=error.code,
+            detail=error.detail,
+            hint=error.hint,
+            series_instance_uid=error.series_instance_uid,
+        )
     return entry._replace(
         sop_instance_uid=header.sop_instance_uid,
         series_instance_uid=header.series_instance_uid,
         study_instance_uid=header.study_instance_uid,
         patient_id=header.patient_id,
-        rows=header.pixels.rows,
-        columns=header.pixels.columns,
+        rows=header.rows,
+        columns=header.columns,
         row_spacing_mm=header.row_spacing_mm,
         column_spacing_mm=header.column_spacing_mm,
         position=header.position,
@@ -113,4 +146,7 @@ def _read_one(entry: Entry) -> Entry:
         is_localizer=header.is_localizer,
         acquisition=header.acquisition,
         instance_number=header.instance_number,
+        body_part=header.body_part,
+        facts=header.facts,
+        times=header.times,
     )

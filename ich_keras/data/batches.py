@@ -300,15 +300,16 @@ def slab_batches(
     num_slices: int = 5,
     edge: str = "air",
     tilted: str = "keep",
+    duplicate: str = "skip",
     **settings: Any,
 ) -> CTLoader:
     """Make batches of neighbouring slices with the label of the middle one.
 
     Args:
         cache, indices, batch_size: as in `view_batches`, which also takes the settings.
-        num_slices, edge, tilted: see `View`.
+        num_slices, edge, tilted, duplicate: see `View`.
     """
-    view = View("slab", num_slices, edge=edge, tilted=tilted)
+    view = View("slab", num_slices, edge=edge, tilted=tilted, duplicate=duplicate)
     return view_batches(cache, view, indices, batch_size, **settings)
 
 
@@ -319,13 +320,14 @@ def series_batches(
     num_slices: int = 60,
     long_series: str = "spread",
     tilted: str = "keep",
+    duplicate: str = "skip",
     **settings: Any,
 ) -> CTLoader:
     """Make batches of whole series, labelled positive where any slice is.
 
     Args:
         cache, indices, batch_size: as in `view_batches`, which also takes the settings.
-        num_slices, long_series, tilted: see `View`.
+        num_slices, long_series, tilted, duplicate: see `View`.
     """
-    view = View("series", num_slices, long_series=long_series, tilted=tilted)
+    view = View("series", num_slices, long_series=long_series, tilted=tilted, duplicate=duplicate)
     return view_batches(cache, view, indices, batch_size, **settings)

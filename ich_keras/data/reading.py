@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich_keras.ct.dicom import SliceHeader, read_slice
+from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
+from ich_keras.ct.header import SliceHeader
 from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
-from ich_keras.ct.series import SAME_VOLUME_TOLERANCE, SeriesIndex
+from ich_keras.ct.series import SeriesIndex
+from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
 
 if TYPE_CHECKING:
@@ -137,10 +139,8 @@ def _differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
             found.append(_differs(name(keyword), show(now), show(before)))
     if header.patient_id != indexed.patient_id:
         found.append(f"{name('PatientID')} is another one than when it was indexed")
-    matrix, spacing = (
-        (header.pixels.rows, header.pixels.columns),
-        (header.row_spacing_mm, header.column_spacing_mm),
-    )
+    matrix = header.rows, header.columns
+    spacing = header.row_spacing_mm, header.column_spacing_mm
     for place, pair, before_pair in (
         ("Rows x Columns", matrix, (indexed.rows, indexed.columns)),
         (name("PixelSpacing"), spacing, (indexed.row_spacing_mm, indexed.column_spacing_mm)),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.verdict import DUPLICATE as DUPLICATE_WORD
 from ich_keras.ct.verdict import TILTED as TILTED_WORD
 from ich_keras.ct.verdict import has_word
 from ich_keras.data.labels import is_labelled, series_labels
@@ -21,6 +22,8 @@ VIEWS = ("slice", "slab", "series")
 EDGES = ("air", "repeat")
 LONG_SERIES = ("spread", "middle")
 TILTED = ("keep", "skip", "deshear")
+# Neighbours of two scans or two kernels make no volume, whatever a network was trained on.
+DUPLICATE = ("skip", "keep")
 AIR = -1  # in place of the number of a slice
 SHEAR_COLUMNS = ("shear_row", "shear_column")
 
@@ -39,6 +42,7 @@ class View:
             first and the last among them) or "middle". Shorter ones get air, half on either side.
         tilted: series with the verdict "tilted" in slabs and series: "keep", "skip", or "deshear",
             which moves each slice within its plane until the stack is upright.
+        duplicate: series with the verdict "duplicate" in slabs and series: "skip" or "keep".
 
     Raises:
         UsageError: an unknown word, a number of slices that does not fit, or a setting that has no
@@ -57,6 +61,7 @@ class View:
     edge: str = "air"
     long_series: str = "spread"
     tilted: str = "keep"
+    duplicate: str = "skip"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -64,6 +69,7 @@ class View:
             ("edge", self.edge, EDGES),
             ("long_series", self.long_series, LONG_SERIES),
             ("tilted", self.tilted, TILTED),
+            ("duplicate", self.duplicate, DUPLICATE),
         ):
             if value not in known:
                 raise UsageError(f"{name} {value!r}; expected one of {', '.join(known)}.")
@@ -76,6 +82,7 @@ class View:
             ("edge", self.edge, EDGES[0], ("slab",)),
             ("long_series", self.long_series, LONG_SERIES[0], ("series",)),
             ("tilted", self.tilted, TILTED[0], ("slab", "series")),
+            ("duplicate", self.duplicate, DUPLICATE[0], ("slab", "series")),
         ):
             if value != usual and self.kind not in needs:
                 raise UsageError(
@@ -90,6 +97,18 @@ class View:
     def is_volume(self) -> bool:
         """Whether a sample has an axis of slices."""
         return self.kind != "slice"
+
+    def why_skipped(self, verdict: str) -> str:
+        """Return the word of a series' verdict for which this view skips it; "" if it does not.
+
+        >>> View("series", 60).why_skipped("duplicate,tilted"), View().why_skipped("duplicate")
+        ('duplicate', '')
+        """
+        if not self.is_volume:
+            return ""
+        skipped = {DUPLICATE_WORD: self.duplicate, TILTED_WORD: self.tilted}
+        words = (w for w, choice in skipped.items() if choice == "skip" and has_word(verdict, w))
+        return next(words, "")
 
     def positions(self, length: int) -> np.ndarray:
         """Say which slices of one series make its samples.
@@ -123,6 +142,11 @@ class View:
         return found
 
 
+def with_absent_choices(view: dict) -> dict:
+    """Add to a recorded view what could not be chosen when it was recorded, as it was then."""
+    return {"duplicate": "skip" if view.get("kind") == "slice" else "keep"} | view
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """The samples of a data set in one view.
@@ -136,7 +160,7 @@ class Samples:
             slice's side, along columns of pixels (down) and along rows of pixels (right); None
             where nothing moves.
         labels: int8 (samples, 6), -1 without label; None where the table has none.
-        usable: bool (samples,), False for what `tilted="skip"` leaves out.
+        usable: bool (samples,), False for what the view skips.
     """
 
     view: View
@@ -168,8 +192,9 @@ class Samples:
         kept = found[self.usable[found]]
         if len(found) and not len(kept):
             raise DataError(
-                f"all {len(found):,} {part} samples are of tilted series, which are skipped.",
-                'Take tilted "keep" or "deshear", another seed, or more data.',
+                f"all {len(found):,} {part} samples are of series that are skipped: tilted ones, or"
+                " with two slices at one place.",
+                'Take tilted "keep" or "deshear", duplicate "keep", another seed, or more data.',
             )
         return kept
 
@@ -250,10 +275,9 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
         labels = table.to_numpy(np.int8)
     tilted = series["verdict"].map(lambda verdict: has_word(verdict, TILTED_WORD))
     tilted = tilted.to_numpy(bool)
-    usable = np.ones(len(rows), bool)
+    is_used = series["verdict"].map(view.why_skipped).to_numpy() == ""
+    usable = is_used if view.kind == "series" else np.repeat(is_used, lengths)
     shifts = None
-    if view.is_volume and view.tilted == "skip":
-        usable = ~(tilted if view.kind == "series" else np.repeat(tilted, lengths))
     if view.is_volume and view.tilted == "deshear" and tilted.any():
         shifts = _shifts(slices, series, rows, np.repeat(tilted, lengths))
     return Samples(view, rows, shifts, labels, usable)

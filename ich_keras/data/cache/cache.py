@@ -23,6 +23,7 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.tables import read_table
+from ich_keras.ct.turning import require_turned
 from ich_keras.data.cache.build import LABEL_TABLE, MANIFEST, TABLES, build_folder
 from ich_keras.data.cache.plan import SCHEMA, Settings
 from ich_keras.data.cache.shards import (
@@ -163,6 +164,7 @@ class CTCache:
         for shard in shards:
             shard.check()
         tables = CacheTables(**{name: _read_table(path, name, manifest) for name in TABLES})
+        require_turned(tables.series, path)
         if not len(tables.slices) == tables.series["num_slices"].sum() == _count(entries):
             raise StaleError(
                 f"{path}: tables and shards hold different numbers of slices.", REBUILD

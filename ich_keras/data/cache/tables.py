@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.ct.rejects import Reject, joined
-from ich_keras.ct.verdict import GAP, has_word, join_words, words_of
+from ich_keras.ct.verdict import GAP, INCOMPLETE, with_words
 from ich_keras.data.labels import series_labels
 from ich_keras.labels import LABELS
 
@@ -43,8 +43,8 @@ def tables_after_reading(
 ) -> CacheTables:
     """Remove the slices that could not be read from the tables of an index.
 
-    The remaining slices of a series are renumbered. A series that lost a slice between two others
-    gets the verdict "gap"; one that lost all its slices is left out.
+    The remaining slices of a series are renumbered. A series that lost slices gets the verdict
+    "incomplete", and "gap" if one lay between two others; one that lost all of them is left out.
 
     Args:
         index: the SeriesIndex the cache was built from.
@@ -68,27 +68,35 @@ def tables_after_reading(
     by_series = slices.groupby("series_uid", sort=False)
     slices = slices.assign(slice_index=by_series.cumcount().astype(slices["slice_index"].dtype))
     paths = all_slices["container"].to_numpy()
-    rejects = joined(index.rejects, [Reject(paths[row], *rejected[row]) for row in rows.tolist()])
+    uids = all_slices["series_instance_uid"].to_numpy()
+    rejects = joined(
+        index.rejects, [Reject(paths[row], *rejected[row], uids[row]) for row in rows.tolist()]
+    )
 
     lengths = by_series.size()
     series = index.series.drop(columns=list(LABELS), errors="ignore").set_index("series_uid")
     series = series.loc[lengths.index].assign(num_slices=lengths)
     series["verdict"] = verdicts_after_reading(series["verdict"], all_slices, kept)
+    if "num_rejected" in series:  # not in older indexes
+        lost = all_slices.loc[~kept, "series_uid"].value_counts()
+        series["num_rejected"] += lost.reindex(series.index, fill_value=0)
     return CacheTables(slices, series.reset_index()[_columns(index.series)], rejects)
 
 
 def verdicts_after_reading(
     verdicts: pd.Series, all_slices: pd.DataFrame, kept: np.ndarray
 ) -> list[str]:
-    """Add "gap" to the verdicts of series that lost a slice between two others.
+    """Add "incomplete" to the verdicts of series that lost slices, and "gap" if inside the stack.
 
     Args:
         verdicts: by series_uid.
         all_slices: the index's table of slices, in order.
         kept: bool (len(all_slices),), what could be read.
     """
+    lost = set(all_slices.loc[~kept, "series_uid"])
     torn = _series_with_new_gaps(all_slices, kept)
-    return [_with_gap(text) if uid in torn else text for uid, text in verdicts.items()]
+    words = {uid: (INCOMPLETE, GAP) if uid in torn else (INCOMPLETE,) for uid in lost}
+    return [with_words(text, *words.get(uid, ())) for uid, text in verdicts.items()]
 
 
 def with_labels(tables: CacheTables, slices: pd.DataFrame) -> CacheTables:
@@ -114,7 +122,3 @@ def _series_with_new_gaps(all_slices: pd.DataFrame, kept: np.ndarray) -> set[str
     below = by_series.cumsum()  # kept slices up to this one
     inside = ~rows["kept"] & (below > 0) & (below < by_series.transform("sum"))
     return set(rows.loc[inside, "uid"])
-
-
-def _with_gap(verdict: str) -> str:
-    return verdict if has_word(verdict, GAP) else join_words({GAP, *words_of(verdict)})

@@ -1,0 +1,73 @@
+"""The configuration of a training, from a file and from options."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ich_keras.errors import StaleError, UsageError
+
+if TYPE_CHECKING:
+    from ich_keras.config import RunConfig
+
+_OF_VIEW = ("view", "slices", "edge", "long_series", "tilted", "duplicate", "reverse", "intensity")
+
+
+def run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunConfig", str]:
+    """Apply the given options to a config file, or to the defaults.
+
+    Returns:
+        (the configuration, which settings of the file gave way to their defaults).
+    """
+    from ich_keras.config import RunConfig
+    from ich_keras.files import read_json
+
+    content = {}
+    if config_file is not None:
+        try:
+            content = read_json(config_file)
+        except (StaleError, IsADirectoryError) as error:
+            raise UsageError(f"--config {config_file}: {error}") from error
+    content = RunConfig.from_dict(content).to_dict()
+    reset = "" if config_file is None else _forget_other_view(content, options)
+    for name, value in options.items():
+        if value is None:
+            continue
+        place = next(part for part in (content, content["data"], content["fit"]) if name in part)
+        place[name] = value
+    return RunConfig.from_dict(content), reset
+
+
+def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
+    """Where options ask for a different view than the file, restore that view's defaults.
+
+    Returns:
+        The options whose values in the file are not used; "" when there are none.
+    """
+    from ich_keras.config import DataConfig, FitConfig
+    from ich_keras.models.presets import PRESETS
+
+    before = content["data"]["view"]
+    network = PRESETS.get(options["preset"])
+    takes_other = (
+        network is not None
+        and before is not None
+        and ((network.spec.rank == 3) != (before != "slice"))
+    )
+    if options["view"] in (None, before) and not takes_other:
+        return ""
+    reset = {}
+    for part, defaults, names in (
+        (content["data"], DataConfig(), _OF_VIEW),
+        (content["fit"], FitConfig(), ("batch_size", "accumulate")),
+    ):
+        for name in names:
+            default = getattr(defaults, name)
+            if part[name] != default and options.get(name) is None:
+                reset[name] = part[name]
+            part[name] = default
+    return names_of(reset)
+
+
+def names_of(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
+    """Return the names of the options that were given, except those in `but`."""
+    given = [name for name, value in options.items() if value is not None and name not in but]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
