@@ -12,14 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from ich_keras.display import Display, Step, new_display
-from ich_keras.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_TERMINATED, IchError
+from ich_keras.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    IchError,
+    UsageError,
+)
 from ich_keras.keras_private import CPU_OUT_OF_MEMORY
+from ich_keras.paths import path_of
 from ich_keras.progress import Progress, Tell
 
 TRACEBACK = "ICH_TRACEBACK"
@@ -79,6 +87,41 @@ class Group(click.Group):
     """A group of `Command`s."""
 
     command_class = Command
+
+
+class PathType(click.Path):
+    """The type of every option that takes a path: see `path_of`.
+
+    Args:
+        settings: of `click.Path`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path that was meant."""
+        return super().convert(_path(self, value, param, ctx), param, ctx)
+
+
+class NameOrPathType(click.ParamType):
+    """The type of options that take a name or a path, as text: see `path_of`."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text, with a home folder in place of a leading `~`."""
+        found = _path(self, value, param, ctx)
+        return str(found) if str(value).startswith("~") else str(value)
+
+
+def _path(
+    kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None
+) -> Path:
+    try:
+        return path_of(str(value), "it")
+    except UsageError as error:
+        kind.fail(f"{error.message} {error.hint}".strip(), param, ctx)
 
 
 _SECONDS_TO_ONCE_MORE = 0.2

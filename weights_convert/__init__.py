@@ -7,6 +7,7 @@ Map of rooms:
     sources       the published weights: address, licence, checksum
     fetching      downloading them, on request only
     checkpoint    reading a file without trusting it
+    wrapping      where in a file the network lies: keys, prefixes, several networks
     structure     finding out which network the tensors belong to
     mapping       names and axes, torch <-> Keras (pure)
     shapes        explicit changes of shape: input channels, 2D -> 3D, 3D -> 2D (pure)

@@ -21,6 +21,7 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import sha256_of
 from ich_keras.models.weights import listed
 from weights_convert.mapping import COUNTER
+from weights_convert.wrapping import find_network, shown_place
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,15 @@ _HTML = (b"<!doctype", b"<html", b"<?xml")
 _TAR_MAGIC = slice(257, 262)
 _DOWNLOAD_AGAIN = "The file is incomplete or damaged: delete it and fetch it again."
 _SAVE_STATE_DICT = "Save model.state_dict() instead of the model, and pass that file."
+_SAVE_PLAIN = (
+    "If you trust its origin, load it with torch and save plain tensors:"
+    " {name: tensor.contiguous().float().clone() for name, tensor in state.items()}."
+)
+_NO_NETWORK = (
+    "It holds no ResNet: expected a state dict with torchvision's or MedicalNet's names, whole,"
+    " under one common prefix or key of any name."
+)
+_BROKEN_WEIGHTS = "These are no trained weights: save another checkpoint."
 # Raised on damaged files by torch and by the readers of the formats.
 _READ_ERRORS = (
     RuntimeError,
@@ -63,9 +73,11 @@ class Checkpoint:
         path: the file.
         sha256: SHA-256 of the file, 64 hexadecimal digits.
         kind: "zip" or "legacy" (torch's two formats), or "safetensors".
-        tensors: torch's name, without `module.` -> float32 array with torch's axes, finite.
-            Batch counters (int64) are left out.
-        ignored: names of entries that are not weights (epoch, optimiser, batch counters).
+        tensors: torch's name, without what comes before -> float32 array with torch's axes,
+            finite. Batch counters (int64) are left out.
+        ignored: the rest of the file: what is no weight (epoch, optimiser, batch counters), and
+            what belongs to other networks.
+        prefix: what came before the names: keys of the file and names of outer modules.
     """
 
     path: Path
@@ -73,6 +85,7 @@ class Checkpoint:
     kind: str
     tensors: dict[str, np.ndarray]
     ignored: tuple[str, ...]
+    prefix: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -80,38 +93,53 @@ class Checkpoint:
         return {name: array.shape for name, array in self.tensors.items()}
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
+def read_checkpoint(path: Path | str, prefix: str | None = None) -> Checkpoint:
     """Read the weights in a checkpoint.
 
     Args:
         path: `.pth` or `.pt` in torch's zip or legacy format, or `.safetensors`. The format is
-            recognised by content, not by file name. The file must hold a state dict, plain or
-            wrapped as {"state_dict": ...}; names may begin with "module.".
+            recognised by content, not by file name. The file must hold a state dict, in which the
+            names of a ResNet may have any common beginning (`module.`, `backbone.`), and which may
+            lie under keys of any name ({"state_dict": ...}). Without a ResNet in it all tensors
+            are read, which `structure_of` then refuses.
+        prefix: which network is meant, where the file holds several: the keys and the beginning of
+            the names, joined by dots ("state_dict.teacher"), or the end of that.
 
     Raises:
-        UsageError: the file does not exist, or is a folder.
-        DataError: the file is damaged, is not a checkpoint, would run code, or holds a tensor that
-            is not dense, not float, not finite or larger than its bytes.
+        UsageError: the file does not exist, or is a folder; or no network has that prefix.
+        DataError: the file is damaged, is not a checkpoint, would run code, holds several networks,
+            or a tensor that is not dense, not float, not finite or larger than its bytes.
     """
     path = Path(path)
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; expected a checkpoint file.")
+        raise UsageError(f"{path} is a folder; expected a checkpoint file.", "Give the file in it.")
     if not path.is_file():
-        raise UsageError(f"the checkpoint {path} does not exist.")
+        raise UsageError(f"the checkpoint {path} does not exist.", "Is the name right?")
     kind = _kind(path)
     content = _load_safetensors(path) if kind == "safetensors" else _load_torch(path, kind)
-    state, ignored = _state_dict(path, content)
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds a {type(content).__name__}; expected a state dict.", _SAVE_STATE_DICT
+        )
+    network = find_network(content, str(path), prefix)
+    if network is None:
+        state, ignored = _state_dict(path, content)
+    else:
+        state, ignored = network.entries, network.others
+        _require_names(path, state)
     counters = [name for name in state if name.endswith(COUNTER)]
     weights = {name: value for name, value in state.items() if name not in counters}
     if not weights:
         raise DataError(f"{path} holds no weights.", "Expected a state dict of tensors.")
-    claimed = sum(_require_plain(path, name, value) for name, value in weights.items())
+    hint = _SAVE_PLAIN if network else _NO_NETWORK
+    claimed = sum(_require_plain(path, name, value, hint) for name, value in weights.items())
     size = path.stat().st_size
     if claimed > size:
         # Many names share one storage, or a legacy file does not fill its storages.
-        raise DataError(f"{path} has {size:,} bytes, its tensors claim {claimed:,}; refused.")
+        raise DataError(f"{path} has {size:,} bytes, its tensors claim {claimed:,}; refused.", hint)
     tensors = {name: _array(path, name, value) for name, value in weights.items()}
-    return Checkpoint(path, sha256_of(path), kind, tensors, (*ignored, *counters))
+    place = shown_place(network.prefix) if network and network.prefix else ""
+    return Checkpoint(path, sha256_of(path), kind, tensors, (*ignored, *counters), place)
 
 
 def _kind(path: Path) -> str:
@@ -119,7 +147,10 @@ def _kind(path: Path) -> str:
     if size == 0:
         raise DataError(f"{path} is empty.", _DOWNLOAD_AGAIN)
     if size > MAX_BYTES:
-        raise DataError(f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}.")
+        raise DataError(
+            f"{path} has {size:,} bytes; expected at most {MAX_BYTES:,}.",
+            "Save the network's state dict alone, without the optimiser.",
+        )
     with open(path, "rb") as stream:
         head = stream.read(512)
     if head.lstrip().lower().startswith(_HTML):
@@ -141,10 +172,11 @@ def _kind(path: Path) -> str:
             "If you trust it, load it with torch on an isolated machine and save its state dict"
             " again.",
         )
-    if head[:1] == b"\x80":
-        return "legacy"
+    # Before torch's own: the length that comes first may begin with the byte of a pickle.
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
         return "safetensors"
+    if head[:1] == b"\x80":
+        return "legacy"
     raise DataError(
         f"{path} is not a checkpoint: it begins with {head[:8]!r}.",
         "Expected torch's zip or legacy format, or safetensors.",
@@ -180,12 +212,19 @@ def _require_members(path: Path, size: int, members: list[zipfile.ZipInfo]) -> N
     if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
         raise DataError(f"{path} is a TorchScript program, not a state dict.", _SAVE_STATE_DICT)
     if not any(name.endswith("data.pkl") for name in names):
-        raise DataError(f"{path} is a zip archive without data.pkl, not a torch checkpoint.")
+        raise DataError(
+            f"{path} is a zip archive without data.pkl, not a torch checkpoint.",
+            "If the checkpoint lies in it, unpack it first.",
+        )
     # torch stores the members uncompressed: a compressed one may be a zip bomb.
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
         sum(member.file_size for member in members) > size
     ):
-        raise DataError(f"{path} unpacks to more than its size; refused.")
+        raise DataError(
+            f"{path} unpacks to more than its size; refused.",
+            "torch.save packs nothing: if you trust its origin, load it with torch and save it"
+            " again.",
+        )
 
 
 def _load_torch(path: Path, kind: str) -> Any:
@@ -244,15 +283,12 @@ def _load_safetensors(path: Path) -> dict[str, "torch.Tensor"]:
         return load_file(path, device="cpu")
     except (SafetensorError, *_READ_ERRORS) as error:
         raise DataError(
-            f"{path} is a damaged safetensors file: {_printable(str(error))}"
+            f"{path} is a damaged safetensors file: {_printable(str(error))}", _DOWNLOAD_AGAIN
         ) from error
 
 
-def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} holds a {type(content).__name__}; expected a state dict.", _SAVE_STATE_DICT
-        )
+def _state_dict(path: Path, content: dict[Any, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the state dict of a file without a ResNet, and what lies beside it."""
     ignored: tuple[str, ...] = ()
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), dict):
@@ -260,17 +296,24 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ..
             content = content[wrapper]
             break
     if len(content) > MAX_TENSORS:
-        raise DataError(f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.")
-    odd = [key for key in content if not _is_name(key)]
-    if odd:
-        raise DataError(f"{path}: {_shown(odd[0])} is not the name of a tensor.")
+        raise DataError(
+            f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.", _NO_NETWORK
+        )
+    _require_names(path, content)
     prefixed = [key for key in content if key.startswith(PREFIX)]
     if prefixed and len(prefixed) != len(content):
         bare = [key for key in content if key not in prefixed]
         raise DataError(
-            f"{path}: some names begin with {PREFIX!r} and some do not: {listed(bare)}."
+            f"{path}: some names begin with {PREFIX!r} and some do not: {listed(bare)}.",
+            _NO_NETWORK,
         )
     return {key.removeprefix(PREFIX): value for key, value in content.items()}, ignored
+
+
+def _require_names(path: Path, state: dict[Any, Any]) -> None:
+    odd = [key for key in state if not _is_name(key)]
+    if odd:
+        raise DataError(f"{path}: {_shown(odd[0])} is not the name of a tensor.", _SAVE_STATE_DICT)
 
 
 def _is_name(key: object) -> TypeGuard[str]:
@@ -284,29 +327,36 @@ def _shown(key: object) -> str:
     return f"{key!r:.100}" if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _require_plain(path: Path, name: str, tensor: object) -> int:
-    """Refuse a tensor that is not plain or not as large as its storage; return its bytes."""
+def _require_plain(path: Path, name: str, tensor: object, hint: str) -> int:
+    """Refuse a tensor that is not plain or larger than its storage; return its bytes.
+
+    Many tensors may be parts of one storage, as long as all of them claim no more than the file
+    holds, which the caller sums up.
+    """
     import torch
 
     place = f"{path}: {name}"
     if not isinstance(tensor, torch.Tensor):
-        raise DataError(f"{place} is a {type(tensor).__name__}; expected a tensor.")
+        raise DataError(f"{place} is a {type(tensor).__name__}; expected a tensor.", hint)
     if tensor.is_nested or tensor.is_neg():
-        raise DataError(f"{place} is not a dense tensor with data (nested or negated).")
+        raise DataError(f"{place} is not a dense tensor with data (nested or negated).", hint)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         kind = "quantized" if tensor.is_quantized else f"{tensor.layout}, {tensor.device.type}"
-        raise DataError(f"{place} is not a dense tensor with data ({kind}).")
+        raise DataError(f"{place} is not a dense tensor with data ({kind}).", hint)
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise DataError(
-            f"{place} is {tensor.dtype}; expected float16, bfloat16, float32 or float64."
+            f"{place} is {tensor.dtype}; expected float16, bfloat16, float32 or float64.", hint
         )
     if tensor.ndim > MAX_AXES:
-        raise DataError(f"{place} has {tensor.ndim} axes; expected at most {MAX_AXES}.")
+        raise DataError(f"{place} has {tensor.ndim} axes; expected at most {MAX_AXES}.", hint)
     claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if claimed != held:
-        # With stride 0, 1.5 KB can claim gigabytes; a view hides the rest of its storage.
+    if claimed > held or any(
+        stride == 0 and length > 1
+        for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        # With stride 0, 1.5 KB can claim gigabytes.
         raise DataError(
-            f"{place} claims {claimed:,} bytes and its storage holds {held:,}; refused."
+            f"{place} claims {claimed:,} bytes and its storage holds {held:,}; refused.", hint
         )
     return claimed
 
@@ -316,10 +366,13 @@ def _array(path: Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
 
     place = f"{path}: {name}"
     if not torch.isfinite(tensor).all():
-        raise DataError(f"{place} holds values that are not finite.")
+        raise DataError(f"{place} holds values that are not finite.", _BROKEN_WEIGHTS)
     array = tensor.detach().to(torch.float32).contiguous().numpy().copy()
     if name.endswith("running_var") and array.min(initial=0) < 0:
-        raise DataError(f"{place} is a variance and holds {array.min():.3g}; expected 0 or more.")
+        raise DataError(
+            f"{place} is a variance and holds {array.min():.3g}; expected 0 or more.",
+            _BROKEN_WEIGHTS,
+        )
     if tensor.dtype == torch.float64 and not torch.equal(
         tensor.detach(), torch.from_numpy(array).double()
     ):

@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from ich_keras import __version__
-from ich_keras.terminal import Group
+from ich_keras.terminal import Group, PathType
 
-FILE = click.Path(path_type=Path)
+FILE = PathType()
 SOURCE = click.option(
     "--source",
     metavar="NAME",
@@ -25,6 +25,11 @@ CHECKPOINT = click.option(
     required=True,
     metavar="FILE",
     help="A .pth, .pt or .safetensors file.",
+)
+PREFIX = click.option(
+    "--prefix",
+    metavar="NAME",
+    help="The network that is meant, where the file holds several, such as state_dict.teacher.",
 )
 WEIGHTS = click.option(
     "--weights", type=FILE, required=True, metavar="FILE", help="A .weights.h5 file."
@@ -67,15 +72,18 @@ def list_sources() -> None:
 
 @main.command()
 @CHECKPOINT
-def inspect(checkpoint: Path) -> None:
+@PREFIX
+def inspect(checkpoint: Path, prefix: str | None) -> None:
     """Show what a checkpoint holds, without trusting it."""
     from ich_keras.models.weights import listed
     from weights_convert.conversion import inspect as inspect_checkpoint
     from weights_convert.structure import describe
 
-    found = inspect_checkpoint(checkpoint)
+    found = inspect_checkpoint(checkpoint, prefix)
     read = found.read
     click.echo(f"{read.path}: {read.kind} format, sha256 {read.sha256}")
+    if read.prefix:
+        click.echo(f"the network lies under {read.prefix}")
     click.echo(describe(found.structure))
     numbers = sum(array.size for array in read.tensors.values())
     click.echo(f"{len(read.tensors)} tensors, {numbers:,} numbers")
@@ -90,6 +98,7 @@ def inspect(checkpoint: Path) -> None:
 @SOURCE
 @PRESET
 @CHECKPOINT
+@PREFIX
 @click.option(
     "--out",
     type=FILE,
@@ -106,6 +115,7 @@ def convert(
     source: str | None,
     preset_name: str | None,
     checkpoint: Path,
+    prefix: str | None,
     out: Path | None,
     channels: int | None,
     keep_head: bool,
@@ -113,7 +123,7 @@ def convert(
     """Convert a checkpoint into a .weights.h5 file, if both networks agree."""
     from weights_convert.conversion import convert as convert_checkpoint
 
-    made = convert_checkpoint(checkpoint, source, preset_name, out, channels, keep_head)
+    made = convert_checkpoint(checkpoint, source, preset_name, out, channels, keep_head, prefix)
     click.echo(str(made.parity))
     click.echo(f"source: {made.record['source']}; sha256 {made.record['sha256']}")
     if made.record.get("is_published_file") is False:
@@ -130,11 +140,14 @@ def convert(
 @SOURCE
 @PRESET
 @CHECKPOINT
-def verify(source: str | None, preset_name: str | None, checkpoint: Path) -> None:
+@PREFIX
+def verify(
+    source: str | None, preset_name: str | None, checkpoint: Path, prefix: str | None
+) -> None:
     """Compare torch and Keras on a checkpoint's weights, without writing anything."""
     from weights_convert.conversion import verify as verify_checkpoint
 
-    parity = verify_checkpoint(checkpoint, source, preset_name)
+    parity = verify_checkpoint(checkpoint, source, preset_name, prefix)
     click.echo(str(parity))
     click.echo(f"The networks agree: {parity.worst:.2e} relative at worst.")
 

@@ -21,7 +21,7 @@ from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
 from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of
 from weights_convert.reference import reference
 from weights_convert.reshaping import rechannelled, require_out
-from weights_convert.sources import Source, source_named
+from weights_convert.sources import HEADS, Source, source_named
 from weights_convert.state import build, load_state, state_of_file
 from weights_convert.structure import Structure, fitting_presets, require_structure, structure_of
 
@@ -71,7 +71,7 @@ def _matched(
     channels = structure["channels"] if source is None else source.channels
     spec = replace(spec, input_shape=(*spec.input_shape[:-1], channels))
     require_structure(structure, spec, place, source.name if source else f"preset {preset_name}")
-    dropped = source.dropped if source else (_HEAD_PREFIX,)
+    dropped = source.dropped if source else HEADS
     if keep_head:
         if structure["head"] != NUM_LABELS:
             raise DataError(
@@ -110,6 +110,7 @@ def convert(
     out: Path | str | None = None,
     channels: int | None = None,
     keep_head: bool = False,
+    prefix: str | None = None,
 ) -> Conversion:
     """Convert a torch checkpoint into weights for `build_classifier` and `build_backbone`.
 
@@ -125,6 +126,7 @@ def convert(
         channels: new number of input channels; None keeps it.
         keep_head: keep the checkpoint's head, which must have six outputs in the order of
             `ich_keras.LABELS`.
+        prefix: of the network, where the file holds several; see `read_checkpoint`.
 
     Raises:
         UsageError: unknown names, or `out` exists.
@@ -141,7 +143,7 @@ def convert(
             "out is missing; only published weights have a default file name.",
             f"Give --out FILE{SUFFIX}.",
         )
-    read = read_checkpoint(checkpoint)
+    read = read_checkpoint(checkpoint, prefix)
     provenance = _provenance(read, known)
     if out is None and known is not None and provenance.get("is_published_file") is False:
         raise DataError(
@@ -170,6 +172,8 @@ def convert(
 
 def _provenance(read: Checkpoint, source: Source | None) -> dict[str, Any]:
     record: dict[str, Any] = {"file": read.path.name, "sha256": read.sha256}
+    if read.prefix:
+        record["prefix"] = read.prefix
     if source is None:
         return {**record, "source": "own checkpoint"}
     is_published = None
@@ -192,7 +196,10 @@ def _provenance(read: Checkpoint, source: Source | None) -> dict[str, Any]:
 
 
 def verify(
-    checkpoint: Path | str, source: str | None = None, preset_name: str | None = None
+    checkpoint: Path | str,
+    source: str | None = None,
+    preset_name: str | None = None,
+    prefix: str | None = None,
 ) -> Parity:
     """Compare torch and Keras on a checkpoint's weights, without writing anything.
 
@@ -200,6 +207,7 @@ def verify(
         checkpoint: a file.
         source: the published weights that it holds.
         preset_name: for a checkpoint of your own, its network.
+        prefix: as in `convert`.
 
     Returns:
         The largest difference of each feature over several input sizes, in batches of three.
@@ -208,7 +216,7 @@ def verify(
         UsageError, DataError: as `convert`.
     """
     known, preset_name = _settle(source, preset_name)
-    read = read_checkpoint(checkpoint)
+    read = read_checkpoint(checkpoint, prefix)
     spec, tensors, _ = _matched(read, known, preset_name, keep_head=False)
     return _checked(spec, tensors, str(read.path), keep_head=False, batch_size=3)[1]
 
@@ -273,13 +281,17 @@ class Inspection:
     surplus: tuple[str, ...]
 
 
-def inspect(checkpoint: Path | str) -> Inspection:
+def inspect(checkpoint: Path | str, prefix: str | None = None) -> Inspection:
     """Read a checkpoint and find out which network it holds.
+
+    Args:
+        checkpoint: a file.
+        prefix: as in `convert`.
 
     Raises:
         UsageError, DataError: as `read_checkpoint` and `structure_of`.
     """
-    read = read_checkpoint(checkpoint)
+    read = read_checkpoint(checkpoint, prefix)
     structure = structure_of(read.shapes, str(read.path))
     names = fitting_presets(structure)
     missing: tuple[str, ...] = ()

@@ -112,5 +112,6 @@ def require_bijection(
         raise DataError(
             f"{place} does not match the network tensor by tensor: missing {listed(missing)};"
             f" surplus {listed(surplus)}; of another shape {listed(shapes)}.",
-            "Nothing was changed or written.",
+            "Nothing was changed or written. Surplus tensors that are a head: save the state dict"
+            " without them. Missing ones: the checkpoint is incomplete or of another network.",
         )

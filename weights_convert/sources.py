@@ -23,6 +23,8 @@ _KINETICS_CITATION = (
 _MEDICALNET_CITATION = (
     "Chen et al., Med3D: Transfer Learning for 3D Medical Image Analysis, arXiv:1904.00625, 2019"
 )
+# How the names of heads begin: for segmentation (MedicalNet's) and for classes.
+HEADS = ("conv_seg.", "fc.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _medicalnet(depth: int, is_23: bool) -> Source:
         intensity="head-z-score",
         original_input="volumes, z-score over the voxels above 0, background noise N(0, 1)",
         # A training checkpoint of MedicalNet holds its segmentation head; a fine-tuned one an fc.
-        dropped=("conv_seg.", "fc."),
+        dropped=HEADS,
     )
 
 

@@ -9,6 +9,12 @@ from ich_keras.models.presets import PRESETS
 from ich_keras.models.spec import BOTTLENECK_EXPANSION, NUM_STAGES, STAGE_BLOCKS, ModelSpec
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
+_PART = re.compile(r"(conv1|bn1|stem|layer\d+)\.")
+_INCOMPLETE = "The checkpoint is incomplete: expected all weights of the network."
+_NAMES = (
+    "Expected torchvision's or MedicalNet's names (conv1, layer1, ...), whole, under one common"
+    " prefix or key of any name."
+)
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -71,11 +77,14 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     """
     naming = "video" if "stem.0.weight" in shapes else "image"
     stem = "stem.0.weight" if naming == "video" else "conv1.weight"
-    if stem not in shapes or len(shapes[stem]) not in (4, 5):
+    if stem not in shapes or len(shapes[stem]) not in (4, 5) or not any(map(_STAGE.match, shapes)):
+        what = f"{stem} is absent or is not a kernel"
+        if len(shapes.get(stem, ())) in (4, 5):
+            what = "it has no layer1 to layer4"
         raise DataError(
-            f"{place} holds no ResNet: {stem} is absent or is not a kernel;"
-            f" its first tensors are {', '.join(list(shapes)[:3]) or 'none'}.",
-            "Expected torchvision's or MedicalNet's names, with or without the prefix 'module.'.",
+            f"{place} holds no ResNet: {what}; its first tensors are"
+            f" {', '.join(list(shapes)[:3]) or 'none'}.",
+            _NAMES,
         )
     blocks = _blocks(shapes)
     is_bottleneck = any(".conv3." in name for name in shapes)
@@ -85,12 +94,15 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     if depth is None:
         known = ", ".join(f"{d}: {b}" for d, b in STAGE_BLOCKS.items())
         kind = "bottleneck" if is_bottleneck else "basic"
-        raise DataError(f"{place} has {blocks} {kind} blocks per stage; known depths: {known}.")
+        raise DataError(
+            f"{place} has {blocks} {kind} blocks per stage; known depths: {known}.",
+            "The checkpoint is incomplete, or of a network that is not known here.",
+        )
     factorised = "layer1.0.conv1.0.0.weight" in shapes
     main = _main_kernels(shapes, naming, is_bottleneck, factorised)
     stem_kernel = shapes[stem][2:]
     if factorised:
-        stem_kernel = (shapes["stem.3.weight"][2], *stem_kernel[1:])
+        stem_kernel = (_shape_of(shapes, "stem.3.weight")[2], *stem_kernel[1:])
     expansion = BOTTLENECK_EXPANSION if is_bottleneck else 1
     return {
         "naming": naming,
@@ -102,8 +114,38 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
         "factorised": factorised,
         "stem_kernel": tuple(stem_kernel),
         "kernels": main,
-        "head": shapes["fc.weight"][0] if "fc.weight" in shapes else None,
+        "head": shapes["fc.weight"][0] if shapes.get("fc.weight") else None,
     }
+
+
+def is_part(name: str) -> bool:
+    """Tell whether a tensor belongs to the backbone, by torch's name; a head does not.
+
+    >>> is_part("layer1.0.conv1.weight"), is_part("fc.weight"), is_part("projector.0.weight")
+    (True, False, False)
+    """
+    return _PART.match(name) is not None
+
+
+def is_complete(shapes: _Shapes) -> bool:
+    """Tell whether tensors are those of a known ResNet; see `structure_of`."""
+    try:
+        structure_of(shapes)
+    except DataError:
+        return False
+    return True
+
+
+def _shape_of(shapes: _Shapes, name: str) -> tuple[int, ...]:
+    """Return the shape of a kernel.
+
+    Raises:
+        DataError: it is absent, or no kernel.
+    """
+    if len(shapes.get(name, ())) not in (4, 5):
+        state = "is no kernel" if name in shapes else "is absent"
+        raise DataError(f"the tensor {name} {state}.", _INCOMPLETE)
+    return shapes[name]
 
 
 def _blocks(shapes: _Shapes) -> tuple[int, ...]:
@@ -116,20 +158,9 @@ def _blocks(shapes: _Shapes) -> tuple[int, ...]:
 
 def _convolution(shapes: _Shapes, stem: str, naming: str, factorised: bool) -> tuple[int, ...]:
     name = f"{stem}.0.0.weight" if factorised else f"{stem}.{'0.' * (naming == 'video')}weight"
-    if name not in shapes:
-        raise DataError(
-            f"the tensor {name} is absent.",
-            "The checkpoint is incomplete: expected all weights of the network.",
-        )
-    shape = shapes[name][2:]
+    shape = _shape_of(shapes, name)[2:]
     if factorised:
-        temporal = f"{stem}.0.3.weight"
-        if temporal not in shapes:
-            raise DataError(
-                f"the tensor {temporal} is absent.",
-                "The checkpoint is incomplete: expected all weights of the network.",
-            )
-        shape = (shapes[temporal][2], *shape[1:])
+        shape = (_shape_of(shapes, f"{stem}.0.3.weight")[2], *shape[1:])
     return tuple(shape)
 
 
@@ -146,8 +177,8 @@ def _main_kernels(
 def _last_channels(shapes: _Shapes, naming: str, is_bottleneck: bool, factorised: bool) -> int:
     last = f"layer1.0.conv{3 if is_bottleneck else 2}"
     if factorised and not is_bottleneck:
-        return shapes[f"{last}.0.3.weight"][0]
-    return shapes[f"{last}.{'0.' * (naming == 'video')}weight"][0]
+        return _shape_of(shapes, f"{last}.0.3.weight")[0]
+    return _shape_of(shapes, f"{last}.{'0.' * (naming == 'video')}weight")[0]
 
 
 def describe(structure: Structure) -> str:
