@@ -11,6 +11,7 @@ from pathlib import Path
 from ich_keras import __version__
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.keras_private import has_bfloat16_cpu, keras_device
+from ich_keras.keras_settings import keras_settings, require_settings_file
 
 BACKENDS = ("torch", "jax", "tensorflow")
 DEVICES = ("auto", "cpu", "cuda")
@@ -58,10 +59,12 @@ def choose_backend(name: str | None = None) -> str:
         The backend in force.
 
     Raises:
-        UsageError: the name is unknown, or Keras already runs on another backend.
+        UsageError: the name is unknown, Keras already runs on another backend, or its keras.json
+            keeps it from being imported.
         EnvironmentProblem: the backend is not installed.
     """
-    wanted = name or loaded_backend() or os.environ.get("KERAS_BACKEND") or DEFAULT_BACKEND
+    usual = loaded_backend() or os.environ.get("KERAS_BACKEND") or DEFAULT_BACKEND
+    wanted = usual if name is None else name
     if wanted not in BACKENDS:
         raise UsageError(f"backend {wanted!r}; expected one of {', '.join(BACKENDS)}.")
     current = loaded_backend()
@@ -75,6 +78,8 @@ def choose_backend(name: str | None = None) -> str:
             f"the backend {wanted} is not installed.", f"pip install 'ich_keras[{wanted}]'"
         )
     os.environ["KERAS_BACKEND"] = wanted
+    if current is None:
+        require_settings_file()
     return wanted
 
 
@@ -219,9 +224,10 @@ def versions() -> dict[str, str | None]:
 
 
 def environment_record(device: str) -> dict:
-    """Return the record stored with every run: versions, backend, device, machine."""
+    """Return the record stored with every run: versions, backend, Keras' settings, machine."""
     return {
         "backend": choose_backend(),
+        **keras_settings(),
         "device": device,
         "device_name": device_name(device),
         "processor": device_name("cpu"),

@@ -9,9 +9,10 @@ import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.data.augment import sample_seed
-from ich_keras.errors import DataError, DivergedError, UsageError
+from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities
+from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.progress import Progress, Tell
@@ -77,6 +78,9 @@ def compiled_network(
 
     Returns:
         (keras.Model, `LoadedWeights`; None from scratch).
+
+    Raises:
+        UsageError: Keras' global settings would make the training another one.
     """
     import keras
 
@@ -84,6 +88,7 @@ def compiled_network(
     from ich_keras.models.weights import load_weights
     from ich_keras.models.weights_lookup import find_weights
 
+    require_trainable_settings()
     training = recipe.training
     keras.utils.set_random_seed(training.seed)
     model = classifier(recipe.network, output="logits", precision=recipe.precision)
@@ -135,6 +140,7 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
 
     Raises:
         DivergedError: a loss or weight is not finite; the last good state is kept.
+        StaleError: Keras ended the training early; its state is kept.
     """
     training.model.fit(
         training.loader,
@@ -147,6 +153,12 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
             _validation(training, course, progress, tell),
         ],
     )
+    if course.done != training.recipe.training.epochs:
+        raise StaleError(
+            f"Keras ended the training in {training.run} after {course.done} of"
+            f" {training.recipe.training.epochs} epochs.",
+            "Something stopped it (model.stop_training, or a setting of Keras): resume it.",
+        )
 
 
 def restored(training: Fit, tell: Tell) -> Course:

@@ -25,6 +25,8 @@ NAMES = {
     "node.is_input": "whether a node is an input of the model",
     "tensor._keras_history.operation": "the layer that made a symbolic tensor",
     "model._outputs_struct": "the structure in which the model returns its outputs",
+    "model._dtype_policy": "what `dtype_policy` sets, unless the global policy is a map: that would"
+    " be changed for everybody",
     "model._called": "set by Keras' own call; its export to ONNX asks for it",
     "model._compile_loss": "the loss of compile(); None for a model without one",
     "model._compile_loss._user_loss_weights": "the loss_weights of compile()",
@@ -85,6 +87,13 @@ def operation_kind(operation: Any) -> str:
 def outputs_structure(model: Any) -> Any:
     """Return the structure (a tensor, list or dictionary) of a model's outputs."""
     return model._outputs_struct
+
+
+def set_policy(layer: Any, name: str) -> None:
+    """Give a layer or model a dtype policy of its own, by name."""
+    import keras
+
+    layer._dtype_policy = keras.dtype_policies.get(name)
 
 
 def mark_as_called(model: Any) -> None:

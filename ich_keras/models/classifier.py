@@ -16,7 +16,7 @@ from ich_keras.models.options import (
     require_in_range,
 )
 from ich_keras.models.presets import preset
-from ich_keras.models.resnet import resnet
+from ich_keras.models.resnet import DTYPE, functional, resnet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import HEAD, load_weights
@@ -34,8 +34,8 @@ def classifier(
         spec: the network.
         output: "probabilities" (sigmoid; what users build and save) or "logits" (what training
             uses, with the same weights). Both are float32 (N, 6) in the order of `LABELS`.
-        precision: "float32", "bfloat16" or "float16"; None takes Keras' global policy. The head
-            computes in float32 in any case.
+        precision: "float32", "bfloat16" or "float16"; None is float32, whatever Keras' global
+            policy. The head computes in float32 in any case.
 
     Returns:
         A functional `keras.Model` of stock layers: a saved `.keras` loads without this package.
@@ -51,12 +51,12 @@ def classifier(
     require_choice("output", output)
     if precision is not None:
         require_choice("precision", precision)
-    backbone = resnet(spec, dtype=None if precision is None else PRECISIONS[precision])
+    backbone = resnet(spec, dtype=PRECISIONS[precision or "float32"])
     x = backbone.output
     if spec.dropout:
-        x = layers.Dropout(spec.dropout, dtype="float32", name="dropout")(x)
-    x = layers.Dense(NUM_LABELS, dtype="float32", name=HEAD)(x)
-    model = keras.Model(backbone.input, x, name=f"{backbone.name}_classifier")
+        x = layers.Dropout(spec.dropout, dtype=DTYPE, name="dropout")(x)
+    x = layers.Dense(NUM_LABELS, dtype=DTYPE, name=HEAD)(x)
+    model = functional(backbone.input, x, f"{backbone.name}_classifier")
     if output == "probabilities":
         return with_probabilities(model)
     return choose_step(model)
@@ -64,8 +64,8 @@ def classifier(
 
 def with_probabilities(model: keras.Model) -> keras.Model:
     """Return a model that shares all layers of a logits model and ends in a sigmoid."""
-    x = layers.Activation("sigmoid", dtype="float32", name=PROBABILITIES)(model.output)
-    return choose_step(keras.Model(model.input, x, name=model.name))
+    x = layers.Activation("sigmoid", dtype=DTYPE, name=PROBABILITIES)(model.output)
+    return choose_step(functional(model.input, x, model.name))
 
 
 def build_classifier(
@@ -77,6 +77,11 @@ def build_classifier(
     norm: str = "batch",
 ) -> keras.Model:
     """Build a preset with its six-way head.
+
+    Keras' global settings (keras.json, `keras.config`) do not change it: every layer names its data
+    format, its types and its epsilon. Channels are last, and what computes in which type says
+    `precision`. Only a floatx other than float32 is refused: by `fit` and `compile`, and float16
+    and bfloat16 by `evaluate` and `predict`, to which Keras would hand rounded arrays.
 
     Args:
         name: a preset, such as "resnet18_2d".

@@ -7,6 +7,9 @@ from keras import ops
 
 from ich_keras.errors import UsageError
 
+# How near to 0 and 1 a probability may come before its logarithm is taken: Keras' usual epsilon.
+EPSILON = 1e-7
+
 
 @keras.saving.register_keras_serializable("ich_keras")
 class BinaryCrossEntropy(keras.losses.Loss):
@@ -18,7 +21,7 @@ class BinaryCrossEntropy(keras.losses.Loss):
             steps of the torch backend see the model and refuse it; `compile_classifier` sets it.)
         label_weights: one weight per label; the average divides by their sum. None: all alike.
             `ich_keras.labels.RSNA_WEIGHTS` makes it the competition's metric.
-        settings: of `keras.losses.Loss`.
+        settings: of `keras.losses.Loss`; `dtype` is float32 where it is not given.
 
     Formula:
         -(y log p + (1 - y) log(1 - p)) for each label, with p = 1 / (1 + exp(-logit)).
@@ -35,7 +38,8 @@ class BinaryCrossEntropy(keras.losses.Loss):
         label_weights: tuple[float, ...] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
+        # Keras would take the type from its global floatx.
+        super().__init__(**{**settings, "dtype": settings.get("dtype") or "float32"})
         self.from_logits = from_logits
         self.label_weights = None if label_weights is None else tuple(label_weights)
 
@@ -50,7 +54,12 @@ class BinaryCrossEntropy(keras.losses.Loss):
         """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
-        each = ops.binary_crossentropy(y_true, y_pred, from_logits=self.from_logits)
+        if self.from_logits:
+            each = ops.binary_crossentropy(y_true, y_pred, from_logits=True)
+        else:
+            # Keras would clip at its global epsilon.
+            p = ops.clip(y_pred, EPSILON, 1 - EPSILON)
+            each = -(y_true * ops.log(p) + (1 - y_true) * ops.log(1 - p))
         if self.shares is None:
             return ops.mean(each, axis=-1)
         return ops.sum(each * ops.convert_to_tensor(self.shares, dtype=each.dtype), axis=-1)

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_settings import require_floatx
 from ich_keras.models.options import require_choice
 
 # On torch `keras.optimizers.Adam` makes an instance of a faster class: that one is extended.
@@ -34,6 +35,9 @@ class Adam(_BASE):
         fused: on the torch backend, use torch's fused kernel: one pass over weights, gradients
             and moments instead of nine.
         settings: of `keras.optimizers.Adam`.
+
+    Raises:
+        UsageError: Keras' global floatx is not float32: Keras keeps the learning rate in it.
 
     Formula:
         w -= rate * m' / (sqrt(v') + epsilon), with m' and v' the first and second moments divided
@@ -59,6 +63,7 @@ class Adam(_BASE):
         fused: bool = True,
         **settings: Any,
     ) -> None:
+        require_floatx("ich_keras.Adam")
         super().__init__(learning_rate=learning_rate, epsilon=epsilon, **settings)
         self.backbone_factor = backbone_factor
         self.head_layers = tuple(head_layers)

@@ -17,8 +17,12 @@ import keras
 from keras import layers, ops
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_private import set_policy
 from ich_keras.models.spec import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec, PerAxis
 
+# Layers that are not told take both from Keras' global settings (keras.json).
+DATA_FORMAT = "channels_last"
+DTYPE = "float32"
 # torch's defaults; its momentum 0.1 weighs the new value, Keras' 0.9 the old one.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
 MAX_NORM_GROUPS = 32  # Wu and He, Group Normalization (2018)
@@ -48,7 +52,8 @@ class _Graph:
         # and so reads other pixels.
         if not any(width):
             return x
-        return self.pad_layer(tuple((w, w) for w in width), dtype=self.dtype, name=name)(x)
+        widths = tuple((w, w) for w in width)
+        return self.pad_layer(widths, data_format=DATA_FORMAT, dtype=self.dtype, name=name)(x)
 
     def conv(
         self,
@@ -67,6 +72,7 @@ class _Graph:
             filters,
             kernels,
             strides=strides,
+            data_format=DATA_FORMAT,
             dilation_rate=dilations,
             use_bias=False,
             kernel_initializer=keras.initializers.VarianceScaling(
@@ -116,7 +122,7 @@ class _Graph:
             )(x)
         is_trainable = self.spec.norm != "frozen"
         return layers.BatchNormalization(
-            **BATCH_NORM, trainable=is_trainable, dtype=self.dtype, name=name
+            axis=-1, **BATCH_NORM, trainable=is_trainable, dtype=self.dtype, name=name
         )(x)
 
     def relu(self, x: Any, name: str) -> Any:
@@ -141,7 +147,9 @@ def _stem(graph: _Graph, x: Any) -> Any:
     # Zeros stand in for torch's -inf: after a ReLU they never win against a real value.
     kernel, stride = spec.per_axis(spec.pool_kernel), spec.per_axis(spec.pool_stride)
     x = graph.pad(x, tuple(k // 2 for k in kernel), "maxpool_pad")
-    return graph.max_pool_layer(kernel, strides=stride, dtype=graph.dtype, name="maxpool")(x)
+    return graph.max_pool_layer(
+        kernel, strides=stride, data_format=DATA_FORMAT, dtype=graph.dtype, name="maxpool"
+    )(x)
 
 
 def _shortcut(graph: _Graph, x: Any, filters: int, stride: PerAxis, prefix: str) -> Any:
@@ -195,12 +203,21 @@ def _bottleneck_block(
     return graph.relu(x, f"{prefix}_relu3")
 
 
-def resnet(spec: ModelSpec, dtype: Any = None) -> keras.Model:
+def functional(inputs: Any, outputs: Any, name: str) -> keras.Model:
+    """Return a functional model that is float32 itself, whatever Keras' global policy."""
+    model = keras.Model(inputs, outputs, name=name)
+    inputs_taken = [layer for layer in model.layers if isinstance(layer, layers.InputLayer)]
+    for made in (model, *inputs_taken):  # which take no policy when they are made
+        set_policy(made, DTYPE)
+    return model
+
+
+def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
     """Build the backbone: from an image or volume to pooled features.
 
     Args:
         spec: the network; its input shape decides between 2D and 3D.
-        dtype: a Keras dtype or dtype policy for every layer; None takes the global one.
+        dtype: a Keras dtype or dtype policy for every layer, whatever the global one.
 
     Returns:
         A functional model: input (N, *spec.input_shape) channels-last, output (N, features),
@@ -228,8 +245,8 @@ def resnet(spec: ModelSpec, dtype: Any = None) -> keras.Model:
                 f"layer{stage + 1}_{position}",
             )
     pool_layer = getattr(layers, f"GlobalAveragePooling{spec.rank}D")
-    x = pool_layer(dtype=dtype, name="avgpool")(x)
-    return keras.Model(image, x, name=f"resnet{spec.depth}_{spec.rank}d")
+    x = pool_layer(data_format=DATA_FORMAT, dtype=dtype, name="avgpool")(x)
+    return functional(image, x, f"resnet{spec.depth}_{spec.rank}d")
 
 
 def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> keras.Model:
@@ -264,4 +281,4 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
             f"{model.name} has no feature called {', '.join(map(repr, unknown)) or '(none given)'};"
             f" it has {', '.join(last)}."
         )
-    return keras.Model(model.input, {name: last[name] for name in names}, name=model.name)
+    return functional(model.input, {name: last[name] for name in names}, model.name)

@@ -1,15 +1,30 @@
 """Which steps `fit`, `evaluate` and `predict` of a model take: ours, fast, or Keras' own."""
 
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
 from ich_keras.errors import UsageError
+from ich_keras.keras_settings import require_floatx
 from ich_keras.models.options import PRECISIONS, require_choice
+
+# Methods in which Keras computes in its global floatx -> whether they train.
+_IN_FLOATX = {
+    "compile": True,
+    "fit": True,
+    "train_on_batch": True,
+    "evaluate": False,
+    "predict": False,
+}
 
 
 def built_precision(model: keras.Model) -> str:
     """Return the precision a model of ours was built in: that of its first layer with weights."""
     policies = (layer.dtype_policy.name for layer in model.layers if layer.weights)
-    policy = next(policies, keras.config.dtype_policy().name)
+    policy = next(policies, "float32")
     return next((name for name, known in PRECISIONS.items() if known == policy), policy)
 
 
@@ -45,7 +60,8 @@ def choose_step(
 
     Raises:
         UsageError: an unknown name, what Keras' own steps cannot do, or a `keras.distribution` in
-            force on torch, whose backend does not carry it out.
+            force on torch, whose backend does not carry it out. Later `compile`, `fit`, `evaluate`
+            and `predict` of the model raise it where Keras' global floatx would round.
 
     >>> from ich_keras.models.resnet import resnet
     >>> from ich_keras.models.spec import ModelSpec
@@ -62,6 +78,7 @@ def choose_step(
         require_choice("recompute", recompute)
     if recompute is not None and compiled:
         raise UsageError("recompute and compiled exclude each other.", "Leave one of them out.")
+    _refuse_rounding(model)
     backend = keras.backend.backend()
     if step == "fast" and backend == "torch":
         from ich_keras.models.torch.fast import StepOptions
@@ -85,3 +102,21 @@ def choose_step(
 
         stock(model)
     return model
+
+
+def _refuse_rounding(model: keras.Model) -> None:
+    """Let a model refuse a floatx in which Keras would round, whenever it is set."""
+    for name, is_training in _IN_FLOATX.items():
+        if name not in vars(model):
+            setattr(model, name, types.MethodType(_in_full(name, is_training, type(model)), model))
+
+
+def _in_full(name: str, is_training: bool, kind: type) -> Callable[..., Any]:
+    """Return a method that looks at floatx first; `kind` is the class whose method it calls."""
+
+    @functools.wraps(getattr(kind, name))
+    def method(model: Any, *args: Any, **settings: Any) -> Any:
+        require_floatx(name, is_training)
+        return getattr(kind, name)(model, *args, **settings)
+
+    return method

@@ -7,6 +7,7 @@ from pathlib import Path
 from ich_keras.errors import UsageError
 from ich_keras.models.presets import PRESETS, require_preset
 from ich_keras.models.weights_file import SUFFIX, require_weights_file
+from ich_keras.paths import path_of
 
 FOLDER_VARIABLE = "ICH_KERAS_WEIGHTS"
 # What people call the sources of a preset -> how the names of those sources begin.
@@ -21,7 +22,7 @@ def weights_folder() -> Path:
     """Return where converted weights lie: $ICH_KERAS_WEIGHTS, or the user's cache folder."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
-        return Path(chosen)
+        return path_of(chosen, f"${FOLDER_VARIABLE}")
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "ich_keras" / "weights"
 
@@ -71,7 +72,7 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
         UsageError: no such file; the hint says what to run.
     """
     if str(name).endswith(SUFFIX) or os.sep in str(name):
-        return require_weights_file(name)
+        return require_weights_file(path_of(str(name), "weights"))
     _require_known_name(str(name))
     source, via = source_of(str(name), preset_name), ""
     if source in PRESETS[preset_name].sources:
