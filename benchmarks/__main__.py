@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ich_keras.processes import usable_threads
-from ich_keras.terminal import Group, catch_termination
+from ich_keras.terminal import Group, PathType, catch_termination
 
 if TYPE_CHECKING:
     from benchmarks.cases import Setting
@@ -53,7 +53,7 @@ def main() -> None:
 @click.option("--memory", is_flag=True, help="Also measure the peak memory of training.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     metavar="DIR",
     help="Folder of the CSV; default: benchmarks/results, or runs with --tiny.",
 )

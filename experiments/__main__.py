@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ich_keras.processes import usable_threads
-from ich_keras.terminal import Group, catch_termination, open_terminal
+from ich_keras.terminal import Group, PathType, catch_termination, open_terminal
 
 if TYPE_CHECKING:
     from experiments.scales import Scale
@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 HELP = {"help_option_names": ["-h", "--help"]}
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs")  # not part of the repository
-_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FOLDER = PathType(file_okay=False)
 
 
 def _scale_options(command: Command) -> Command:
@@ -35,13 +35,13 @@ def _scale_options(command: Command) -> Command:
         ),
         click.option(
             "--labels",
-            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            type=PathType(dir_okay=False, exists=True),
             metavar="CSV",
             help="RSNA's label file, stage_2_train.csv; needs --dicom.",
         ),
         click.option(
             "--dicom",
-            type=click.Path(path_type=Path, file_okay=False, exists=True),
+            type=PathType(file_okay=False, exists=True),
             metavar="DIR",
             help="Scale rsna: RSNA's DICOM files, one GPU, the thesis's settings; needs --labels.",
         ),
@@ -67,7 +67,7 @@ def _run_options(command: Command) -> Command:
         ),
         click.option(
             "--weights-dir",
-            type=click.Path(path_type=Path, file_okay=False, exists=True),
+            type=PathType(file_okay=False, exists=True),
             metavar="DIR",
             help="Folder of converted weights; default: where ich_keras keeps them.",
         ),
@@ -167,10 +167,8 @@ def report(
 
 
 @main.command()
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="PNG"
-)
+@click.argument("folders", nargs=-1, type=PathType(file_okay=False, exists=True))
+@click.option("--out", type=PathType(dir_okay=False), required=True, metavar="PNG")
 @click.option(
     "--columns", type=click.IntRange(min=2), default=8, show_default=True, help="Slices per row."
 )

@@ -11,6 +11,7 @@ from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
 from ich_keras.models.options import RANGES, require_choice, require_in_range
 from ich_keras.models.presets import require_preset
+from ich_keras.paths import path_of
 
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
@@ -135,6 +136,9 @@ class RunConfig:
         ):
             if value is not None and not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected at least {least}, at most {most}.")
+        for name, path in (("weights", self.weights), ("data.split", self.data.split)):
+            if path is not None:
+                path_of(str(path), name)
         for name in RANGES:
             number = getattr(self.fit, name)
             if number is not None:

@@ -23,6 +23,7 @@ from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
+from ich_keras.notices import UNFINISHED
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
 from ich_keras.recipe import Recipe
@@ -38,6 +39,7 @@ def evaluate(
     split: str = "test",
     device: str | None = None,
     progress: Progress | None = None,
+    unfinished: bool = False,
 ) -> dict:
     """Predict a split with a run's best weights and compute the metrics over all of it.
 
@@ -49,6 +51,10 @@ def evaluate(
         split: "train", "valid" or "test".
         device: "auto", "cpu" or "cuda"; None means "auto".
         progress: called as progress("evaluating <split>", done, total).
+        unfinished: evaluate the best weights so far of a training that was interrupted or still
+            runs. The files are then called predictions-<split>.unfinished.csv and
+            metrics-<split>.unfinished.json, each level of the metrics and each row holds
+            "unfinished" (`RunFolder.notice`), and nothing that is chosen is kept.
 
     Returns:
         {"slice": metrics, "series": metrics}; only "series" for a run on whole series, only
@@ -67,12 +73,14 @@ def evaluate(
     """
     if split not in SPLITS:
         raise UsageError(f"split {split!r}; expected one of {', '.join(SPLITS)}.")
-    run = RunFolder.at(run_dir).require_finished()
+    run = RunFolder.at(run_dir).require_finished(unfinished)
     _require_size(run.recipe(), cache)
-    recipe, model = load_run(run, device)
-    metrics = evaluate_network(run, recipe, model, cache, split, progress)
-    written = (run.predictions_file(split), run.metrics_file(split), run.choices_file)
-    update_checksums(run, [path.name for path in written])
+    notice = run.notice()
+    recipe, model = load_run(run, device, unfinished=unfinished)
+    metrics = evaluate_network(run, recipe, model, cache, split, progress, notice)
+    if not notice:
+        written = (run.predictions_file(split), run.metrics_file(split), run.choices_file)
+        update_checksums(run, [path.name for path in written])
     return metrics
 
 
@@ -83,8 +91,14 @@ def evaluate_network(
     cache: CTCache,
     split: str,
     progress: Progress | None = None,
+    notice: str = "",
 ) -> dict:
-    """Evaluate a network that is already loaded on one split; see `evaluate`."""
+    """Evaluate a network that is already loaded on one split; see `evaluate`.
+
+    Args:
+        run, recipe, model, cache, split, progress: as there and from `load_run`.
+        notice: of weights that are not a training's final ones; "" writes final results.
+    """
     _require_size(recipe, cache)
     members = run.split()
     _require_members(members, split, cache)
@@ -135,13 +149,18 @@ def evaluate_network(
     }
     # From only some of its slices, a series has neither a valid label nor a valid probability.
     is_whole = not series_of_rows(cache.slices, indices)[1].any()
-    metrics = _metrics(run, split, view.kind, is_whole, scored, truth, values, prevalence)
+    metrics = _metrics(
+        run, split, view.kind, is_whole, scored, truth, values, prevalence, keeps=not notice
+    )
     if is_synthetic(cache.slices):
         trivial = trivial_auroc(cache, train_rows, scored_rows)
         for level in metrics:
             metrics[level]["trivial_auroc_any"] = trivial[level]
-    atomic_write(run.predictions_file(split), csv_text(table))
-    write_json(run.metrics_file(split), metrics)
+    if notice:
+        table[UNFINISHED] = notice
+        metrics = {level: {UNFINISHED: notice, **part} for level, part in metrics.items()}
+    atomic_write(run.predictions_file(split, not notice), csv_text(table))
+    write_json(run.metrics_file(split, not notice), metrics)
     return metrics
 
 
@@ -169,6 +188,7 @@ def _metrics(
     truth: np.ndarray,
     values: np.ndarray,
     prevalence: dict[str, list[float]],
+    keeps: bool,
 ) -> dict:
     """Score both levels; on the validation split, first choose rule, temperature and thresholds."""
     # Only splits by name allow slices without a PatientID.
@@ -192,7 +212,8 @@ def _metrics(
         )
     if is_choosing:
         choices |= {name: _choose(level) for name, level in levels.items()}
-        write_json(run.choices_file, choices)
+        if keeps:
+            write_json(run.choices_file, choices)
     metrics = {
         name: {
             **binary_metrics(level.truth, level.values, prevalence[name]),

@@ -21,7 +21,10 @@ SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "posi
 
 
 def load_run(
-    run: RunFolder | Path | str, device: str | None = None, precision: str | None = None
+    run: RunFolder | Path | str,
+    device: str | None = None,
+    precision: str | None = None,
+    unfinished: bool = False,
 ) -> tuple[Recipe, Any]:
     """Load the network of a run with its best weights.
 
@@ -29,6 +32,8 @@ def load_run(
         run: a run folder.
         device: None takes "auto"; it may differ from the device of the training.
         precision: None takes the run's, but bfloat16 only where the hardware supports it.
+        unfinished: take the best weights so far of a training that was interrupted or still runs;
+            `RunFolder.notice` says which.
 
     Returns:
         (the recipe as adapted to this machine, a keras.Model that gives probabilities).
@@ -38,7 +43,7 @@ def load_run(
             was changed since.
         DataError: the weights are damaged.
     """
-    return load_network(RunFolder.at(run).require_finished(), device, precision)
+    return load_network(RunFolder.at(run).require_finished(unfinished), device, precision)
 
 
 def load_network(

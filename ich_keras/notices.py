@@ -8,3 +8,5 @@ SYNTHETIC_NOTE = (
 TRAINED_ON_PHANTOMS = (
     "The network was trained on drawn phantoms only: its answers say nothing about patients."
 )
+# The column that carries `RunFolder.notice` in tables of an unfinished training's probabilities.
+UNFINISHED = "unfinished"

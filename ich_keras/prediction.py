@@ -14,12 +14,15 @@ import pandas as pd
 
 from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import (
+    MAX_REJECTS,
     REJECTS_FILE,
     Reject,
     RejectedFile,
     joined,
     nothing_usable,
     rejects_kept,
+    require_few_rejects,
+    require_share,
 )
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.tables import csv_text
@@ -32,7 +35,7 @@ from ich_keras.files import atomic_write, new_folder
 from ich_keras.inference import SLICE_COLUMNS, load_run, probabilities, probability_table
 from ich_keras.labels import LABELS
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
-from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS
+from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
 from ich_keras.processes import map_ahead, process_pool
 from ich_keras.progress import Progress
 from ich_keras.recipe import InputRecipe, Recipe
@@ -280,6 +283,8 @@ def predict_folder(
     device: str | None = None,
     progress: Progress | None = None,
     any_body_part: bool = False,
+    unfinished: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run.
 
@@ -294,31 +299,39 @@ def predict_folder(
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
         any_body_part: as for `index_folder`.
+        unfinished: take the best weights so far of a training that was interrupted or still runs;
+            the notice and the column "unfinished" of both tables say so.
+        max_rejects: the largest share of refused files; see `require_few_rejects`. Above it only
+            rejects.csv is written.
 
     Raises:
-        UsageError: `out` exists, or `dicom_dir` does not.
+        UsageError: `out` exists, `max_rejects` is no share, or `dicom_dir` does not.
         StaleError: `run_dir` is not a finished run.
         NothingUsable: no slice is usable; its `rejects` say why.
+        TooManyRejects: too many files are refused.
         EnvironmentProblem: a worker process died.
     """
-    run = RunFolder.at(run_dir).require_finished()
+    require_share(max_rejects)
+    run = RunFolder.at(run_dir).require_finished(unfinished)
+    unfinished_notice = run.notice()
     is_synthetic = bool(run.data().get(SYNTHETIC))
     with contextlib.nullcontext() if out is None else new_folder(out) as folder:
         with rejects_kept(folder):
             index = index_folder(dicom_dir, workers, None, progress, any_body_part)
-            recipe, model = load_run(run, device)
+            require_few_rejects(index.usable().slices, index.rejects, max_rejects)
+            recipe, model = load_run(run, device, unfinished=unfinished)
             result = predict_index(model, index, recipe, run.rule(), batch_size, workers, progress)
+            require_few_rejects(index.usable().slices, result.rejects, max_rejects)
         notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL
-        trained_on = "drawn phantoms only" if is_synthetic else "head CT"
+        marks = {TRAINED_ON: "drawn phantoms only" if is_synthetic else "head CT"}
+        if unfinished_notice:
+            notice = f"{unfinished_notice} {notice}"
+            marks[UNFINISHED] = unfinished_notice
         slices = result.slices
         if slices is not None:
             root = Path(dicom_dir).absolute()
-            slices = slices.assign(
-                path=[_inside(path, root) for path in slices["path"]], **{TRAINED_ON: trained_on}
-            )
-        result = FolderPrediction(
-            slices, result.series.assign(**{TRAINED_ON: trained_on}), result.rejects, notice
-        )
+            slices = slices.assign(path=[_inside(path, root) for path in slices["path"]], **marks)
+        result = FolderPrediction(slices, result.series.assign(**marks), result.rejects, notice)
         if folder is not None:
             if slices is not None:
                 atomic_write(folder / "predictions.csv", csv_text(slices))

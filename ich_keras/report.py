@@ -1,7 +1,10 @@
 """report.md: a run's settings and results, next to the results of constant predictors."""
 
+import shlex
+
 import pandas as pd
 
+from ich_keras.errors import StaleError
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
@@ -148,11 +151,18 @@ def report_text(run: RunFolder) -> str:
     """Return the content of report.md, made from the other files of a run folder.
 
     Raises:
-        StaleError: the folder lacks a file of a finished training.
+        StaleError: the folder lacks a file of a finished training, or not all epochs are done. A
+            run that has a report counts as finished.
     """
     recipe, data, environment = run.recipe(), run.data(), run.environment()
     training = recipe.training
     history = pd.read_csv(run.history_file)
+    if len(history) < training.epochs:
+        raise StaleError(
+            f"the training in {run} has done {len(history)} of {training.epochs} epochs: a report"
+            " would declare it finished.",
+            f"Finish it: ich-train --resume {shlex.quote(str(run))}",
+        )
     plan = data[PLAN]
     lines = [f"# Run {run.path.name}", "", NOT_CLINICAL, ""]
     if data[SYNTHETIC]:

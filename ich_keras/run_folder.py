@@ -1,14 +1,15 @@
 """RunFolder: a run on disk. Only it knows the file names and when a run is finished."""
 
+import csv
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from ich_keras.checkpoints import has_state
 from ich_keras.config import RunConfig
-from ich_keras.data.split import Split
+from ich_keras.data.split import SPLITS, Split
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import fingerprint, read_json
+from ich_keras.files import fingerprint, lock, read_json
 from ich_keras.metrics.aggregation import DEFAULT_RULE, RULES
 from ich_keras.recipe import Recipe
 
@@ -20,6 +21,9 @@ PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
+
+# In the names of what was computed with the weights of an unfinished training.
+_SO_FAR = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ class RunFolder:
         """Held while a training writes here."""
         return self.path / "training.lock"
 
-    def predictions_file(self, split: str) -> Path:
-        """Probabilities and labels of a split."""
-        return self.path / f"predictions-{split}.csv"
+    def predictions_file(self, split: str, is_final: bool = True) -> Path:
+        """Probabilities and labels of a split, by the final weights or by those so far."""
+        return self.path / f"predictions-{split}{'' if is_final else _SO_FAR}.csv"
 
-    def metrics_file(self, split: str) -> Path:
-        """Metrics of a split."""
-        return self.path / f"metrics-{split}.json"
+    def metrics_file(self, split: str, is_final: bool = True) -> Path:
+        """Metrics of a split, of the final weights or of those so far."""
+        return self.path / f"metrics-{split}{'' if is_final else _SO_FAR}.json"
 
     @property
     def is_finished(self) -> bool:
@@ -130,24 +134,74 @@ class RunFolder:
         """Whether a training finished at least one epoch here, but not all its work."""
         return has_state(self.state_folder) and not self.is_finished
 
-    def require_finished(self) -> "RunFolder":
+    @property
+    def is_running(self) -> bool:
+        """Whether a training is at work here now; False where that cannot be found out."""
+        if not self.lock_file.is_file():
+            return False
+        try:
+            with lock(self.lock_file):
+                return False
+        except StaleError:
+            return True
+        except OSError:  # a folder that may only be read
+            return False
+
+    def notice(self) -> str:
+        """Say that the training is unfinished, for every output of its weights; "" if it is not.
+
+        The text fits into a cell of a table, and holds no value of the data.
+        """
+        if self.is_finished:
+            return ""
+        done, epochs = self._epochs_done(), self.recipe().training.epochs
+        state = "is still running" if self.is_running else "was interrupted"
+        return (
+            f"Unfinished: the training {state}, {done} of {epochs} epochs done. These are the best"
+            " weights so far, not its result."
+        )
+
+    def _epochs_done(self) -> int:
+        if not self.history_file.is_file():
+            return 0
+        with open(self.history_file, newline="", encoding="utf-8") as stream:
+            return sum(1 for _ in csv.DictReader(stream))
+
+    def require_finished(self, unfinished: bool = False) -> "RunFolder":
         """Return the run if it is finished.
 
+        Args:
+            unfinished: whether one that has only begun will do; `notice` then belongs into every
+                output.
+
         Raises:
-            StaleError: there is no run, or it is not finished.
+            StaleError: there is no run, or it is not finished: interrupted, or still running.
         """
-        if self.is_interrupted:
+        so_far = "--unfinished (in Python unfinished=True) takes its best weights so far"
+        has_weights = self.best_weights.is_file()
+        if not self.is_finished and self.is_running and not (unfinished and has_weights):
+            also = f" ({so_far})" if has_weights else ""
+            raise StaleError(f"the training in {self} is still running{also}.", "Wait for its end.")
+        if self.is_interrupted and not unfinished:
             raise StaleError(
-                f"the training in {self} is not finished.",
+                f"the training in {self} is not finished ({so_far}).",
                 f"Finish it: ich-train --resume {shlex.quote(str(self))}",
             )
         self.require_begun()
-        if not self.is_finished:
+        if not self.is_finished and not unfinished:
             raise StaleError(
                 f"{self} is not a finished run: {self.report_file.name} is absent.",
                 "Give the folder that ich-train printed.",
             )
         return self
+
+    def forget_evaluations(self) -> None:
+        """Remove what an earlier evaluation left, by weights that were not the final ones."""
+        self.choices_file.unlink(missing_ok=True)
+        for split in SPLITS:
+            for is_final in (True, False):
+                self.predictions_file(split, is_final).unlink(missing_ok=True)
+                self.metrics_file(split, is_final).unlink(missing_ok=True)
 
     def require_begun(self) -> "RunFolder":
         """Return the run if it has weights, finished or not.

@@ -8,11 +8,15 @@ import pandas as pd
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_write, require_absent
 from ich_keras.labels import LABELS
+from ich_keras.notices import UNFINISHED
+from ich_keras.progress import Tell
 
 HEADER = "ID,Label"
 
 
-def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) -> Path:
+def write_submission(
+    predictions: pd.DataFrame | Path | str, out: Path | str, tell: Tell | None = None
+) -> Path:
     """Write slice predictions in the format of RSNA's competition.
 
     Each image has six rows, in the order of `LABELS`. Its name is its SOPInstanceUID, which in
@@ -22,6 +26,8 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
         predictions: predictions.csv of `ich predict`, or a table with sop_instance_uid and six
             probabilities.
         out: a new file.
+        tell: called with a line about predictions of an unfinished training, for which the format
+            has no room.
 
     Returns:
         The file.
@@ -67,4 +73,7 @@ def write_submission(predictions: pd.DataFrame | Path | str, out: Path | str) ->
             for label, value in zip(LABELS, map(float, row), strict=True)
         )
     atomic_write(out, text.getvalue())
+    if tell is not None and UNFINISHED in predictions:
+        for notice in predictions[UNFINISHED].dropna().unique():
+            tell(str(notice))
     return out

@@ -338,7 +338,7 @@ def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress |
     # In float32, because other machines may not support a faster type.
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)
     # Left behind if the unfinished run was evaluated, or its evaluation was interrupted.
-    run.choices_file.unlink(missing_ok=True)
+    run.forget_evaluations()
     for split in SPLITS_TO_EVALUATE:
         evaluate_network(run, recipe, model, cache, split, progress)
     # The report comes last: it makes the run a finished one.

@@ -8,12 +8,13 @@ import dataclasses
 from pathlib import Path
 
 from ich_keras.config import RunConfig
-from ich_keras.ct.rejects import rejects_kept
+from ich_keras.ct.rejects import MAX_REJECTS, rejects_kept, require_few_rejects, require_share
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
 from ich_keras.files import require_absent
+from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
@@ -31,6 +32,7 @@ def prepare_index(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> SeriesIndex:
     """Index a folder and join its labels.
 
@@ -43,16 +45,20 @@ def prepare_index(
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
         any_body_part: as for `index_folder`.
+        max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
-        UsageError: a path does not exist.
+        UsageError: a path does not exist, or `max_rejects` is no share.
+        TooManyRejects: too many files are refused.
         DataError: no CT slice in the folder, a faulty label file, or labels that match no image.
     """
+    require_share(max_rejects)
     # Labels first: a fault in them shows before the long walk through the folder.
     table = None if labels is None else read_rsna_labels(labels)
     index = index_folder(dicom, workers, journal, progress, any_body_part)
     if tell is not None:
         tell(f"Found {index}.")
+    require_few_rejects(index.usable().slices, index.rejects, max_rejects)
     if table is not None:
         index, join = join_labels(index, table)
         if tell is not None:
@@ -93,10 +99,20 @@ def make_cache(
     workers: int = 0,
     progress: Progress | None = None,
     restart: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> CTCache:
-    """Cache the usable series of an index (`SeriesIndex.usable`); others become rejects."""
+    """Cache the usable series of an index (`SeriesIndex.usable`); others become rejects.
+
+    The arguments are those of `build_cache`.
+    """
     return build_cache(
-        index.usable(), out, size, workers=workers, progress=progress, restart=restart
+        index.usable(),
+        out,
+        size,
+        workers=workers,
+        progress=progress,
+        restart=restart,
+        max_rejects=max_rejects,
     )
 
 
@@ -111,11 +127,13 @@ def cache_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> CTCache:
     """Index a folder, join its labels and cache it: the first half of the workflow.
 
     Args:
-        dicom, labels, workers, journal, progress, tell, any_body_part: as for `prepare_index`.
+        dicom, labels, workers, journal, progress, tell, any_body_part, max_rejects: as for
+            `prepare_index`.
         cache_dir: a new folder.
         size: rows and columns of a cached slice.
         index_dir: a new folder that also receives the index; None keeps none.
@@ -125,11 +143,21 @@ def cache_dicom(
         DataError: as `prepare_index`.
     """
     index = prepare_index(
-        dicom, labels, None, workers, journal, progress, tell, any_body_part=any_body_part
+        dicom,
+        labels,
+        None,
+        workers,
+        journal,
+        progress,
+        tell,
+        any_body_part=any_body_part,
+        max_rejects=max_rejects,
     )
     if index_dir is not None:
         index.save(index_dir)
-    return make_cache(index, cache_dir, size, workers=workers, progress=progress)
+    return make_cache(
+        index, cache_dir, size, workers=workers, progress=progress, max_rejects=max_rejects
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +172,7 @@ class Preparation:
         cache_dir: where the cache is, or will be built.
         cache: the cache; None when it has to be built.
         index: the index to build the cache from; None when only a cache was given.
+        max_rejects: the largest share of refused files in a cache that is built.
     """
 
     config: RunConfig
@@ -153,6 +182,7 @@ class Preparation:
     cache_dir: Path
     cache: CTCache | None
     index: SeriesIndex | None
+    max_rejects: float = MAX_REJECTS
 
     @property
     def cache_bytes(self) -> int:
@@ -208,7 +238,12 @@ class Preparation:
         if cache is None:
             assert self.index is not None
             cache = make_cache(
-                self.index, self.cache_dir, self.recipe.inputs.cache_size, workers, progress
+                self.index,
+                self.cache_dir,
+                self.recipe.inputs.cache_size,
+                workers,
+                progress,
+                self.max_rejects,
             )
         return train(self.config, cache, self.out, progress=progress, tell=tell)
 
@@ -224,6 +259,7 @@ def prepare_training(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> Preparation:
     """Index and plan a training; nothing is written.
 
@@ -238,9 +274,11 @@ def prepare_training(
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
         any_body_part: as for `index_folder`.
+        max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
-        UsageError: `out` exists, a path does not, or the cache is smaller than the input.
+        UsageError: `out` exists, a path does not, the cache is smaller than the input, or Keras'
+            global settings would make the training another one.
         StaleError: the cache is incomplete, or was made from other files than those in `dicom`.
         DataError: as `prepare_index` and `plan_of`.
     """
@@ -261,6 +299,7 @@ def prepare_training(
                 progress=progress,
                 tell=tell,
                 any_body_part=any_body_part,
+                max_rejects=max_rejects,
             )
     if cache_dir.exists():
         cache = open_cache(cache_dir, labels)
@@ -275,8 +314,9 @@ def prepare_training(
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
     recipe = Recipe.of(config, None if cache is None else cache.size)
+    require_trainable_settings()  # before a cache is built; imports Keras, so not before mistakes
     plan = plan_of(tables.slices, tables.series, recipe, cache)
-    return Preparation(config, recipe, plan, out, cache_dir, cache, index)
+    return Preparation(config, recipe, plan, out, cache_dir, cache, index, max_rejects)
 
 
 def train_dicom(
@@ -290,6 +330,7 @@ def train_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    max_rejects: float = MAX_REJECTS,
 ) -> Path:
     """Run the whole workflow: from DICOM files and labels to index, cache and trained run.
 
@@ -304,6 +345,7 @@ def train_dicom(
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
         any_body_part: as for `index_folder`.
+        max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Returns:
         The run folder.
@@ -322,6 +364,7 @@ def train_dicom(
         progress=progress,
         tell=tell,
         any_body_part=any_body_part,
+        max_rejects=max_rejects,
     )
     if tell is not None:
         for line in preparation.lines():

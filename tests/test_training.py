@@ -18,7 +18,7 @@ import pytest
 
 from ich_keras import checkpoints, files, fitting, training
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.ct.rejects import NothingUsable
+from ich_keras.ct.rejects import NothingUsable, TooManyRejects
 from ich_keras.ct.series import index_folder
 from ich_keras.data.reading import IndexedSlice
 from ich_keras.errors import (
@@ -230,6 +230,26 @@ def test_the_same_seed_gives_the_same_run(run, phantom_cache, tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_csv(run / "predictions-test.csv"), pd.read_csv(again / "predictions-test.csv")
     )
+
+
+def test_a_prediction_fails_when_too_many_files_are_refused(run, phantom_folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((phantom_folder / "images").iterdir())[:10]:
+        shutil.copy(path, images)
+    paths = sorted(images.iterdir())
+    paths[0].write_bytes(paths[0].read_bytes()[:200])
+    for path in paths[1:3]:  # seen only when the pixels are read
+        path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(TooManyRejects, match=r"3 of 10 files.*--max-rejects 0\.3"):
+        predict_folder(run, images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejects.csv"]
+    assert len(pd.read_csv(tmp_path / "out" / "rejects.csv")) == 3
+    result = predict_folder(run, images, tmp_path / "other", max_rejects=0.3)
+    assert (len(result.slices), len(result.rejects)) == (7, 3)
+    with pytest.raises(UsageError, match="max_rejects is nan; expected a share"):
+        predict_folder(run, images, tmp_path / "third", max_rejects=float("nan"))
+    assert not (tmp_path / "third").exists()
 
 
 # pydicom's warning about RSNA's own kind of identifier, when the test reads a file by itself.

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from ich_keras.cli.options import FOLDER
 from ich_keras.terminal import Command, open_terminal
 
 
 @click.command(cls=Command)
-@click.argument("path", type=click.Path(path_type=Path), metavar="PATH")
+@click.argument("path", type=FOLDER, metavar="PATH")
 def verify(path: Path) -> None:
     """Check a run, a cache, an index, a .weights.h5 or a .keras file against its checksums.
 

@@ -13,9 +13,12 @@ from ich_keras.cli.options import (
     DICOM,
     FOLDER,
     LABELS_BESIDE,
+    MAX_REJECTS,
+    NAME_OR_PATH,
     WORKERS,
     num_workers,
     required,
+    share_of_rejects,
 )
 from ich_keras.errors import EXIT_ENVIRONMENT, DataError
 from ich_keras.terminal import Command, open_terminal
@@ -82,15 +85,21 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
 @ANY_BODY_PART
+@MAX_REJECTS
 @WORKERS
 def index(
-    dicom: Path | None, labels: Path | None, out: Path, any_body_part: bool, workers: int | None
+    dicom: Path | None,
+    labels: Path | None,
+    out: Path,
+    any_body_part: bool,
+    max_rejects: float | None,
+    workers: int | None,
 ) -> None:
     """Find, order and check the series in a folder of DICOM files.
 
     Interrupted, the same command goes on where it was.
     """
-    from ich_keras.ct.rejects import rejects_kept, summary
+    from ich_keras.ct.rejects import TooManyRejects, rejects_kept, summary
     from ich_keras.ct.series import LOCK, MANIFEST, SeriesIndex, require_new
     from ich_keras.ct.verdict import shown
     from ich_keras.workflow import prepare_index
@@ -113,7 +122,10 @@ def index(
                     progress=terminal.progress,
                     tell=terminal.tell,
                     any_body_part=any_body_part,
+                    max_rejects=share_of_rejects(max_rejects),
                 )
+        except TooManyRejects:
+            raise  # the journal stays: another try need not read all headers again
         except DataError:
             journal.unlink(missing_ok=True)
             raise
@@ -157,6 +169,7 @@ def _locked(path: Path) -> Iterator[None]:
 @click.option(
     "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start anew."
 )
+@MAX_REJECTS
 @WORKERS
 def cache(
     index_dir: Path | None,
@@ -164,6 +177,7 @@ def cache(
     size: int,
     verify: bool,
     restart: bool,
+    max_rejects: float | None,
     workers: int | None,
 ) -> None:
     """Cache the Hounsfield units of an index at one size, or verify a cache.
@@ -186,6 +200,7 @@ def cache(
                 workers=num_workers(workers),
                 progress=terminal.progress,
                 restart=restart,
+                max_rejects=share_of_rejects(max_rejects),
             )
     click.echo(str(cached))
     click.echo(f"{'Verified' if verify else 'Cache'}: {out}")
@@ -209,7 +224,11 @@ _FINDINGS = {
 @click.command(cls=Command)
 @CACHE
 @LABELS_BESIDE
-@click.option("--split", help="patient, thesis-slices, ..., a file, or a run's split.json.")
+@click.option(
+    "--split",
+    type=NAME_OR_PATH,
+    help="patient, thesis-slices, ..., a file, or a run's split.json.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", type=FOLDER, metavar="JSON", help="Also write all findings to this file.")
 def audit(

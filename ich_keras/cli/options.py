@@ -1,19 +1,20 @@
 """Options and checks that several commands share."""
 
-from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from ich_keras.errors import UsageError
 from ich_keras.processes import usable_cores
+from ich_keras.terminal import NameOrPathType, PathType
 
 T = TypeVar("T")
 
 # For the group, and for `ich-train`, which runs without the group.
 HELP = {"help_option_names": ["-h", "--help"]}
 
-FOLDER = click.Path(path_type=Path)
+FOLDER = PathType()
+NAME_OR_PATH = NameOrPathType()
 DICOM = click.option("--dicom", type=FOLDER, metavar="DIR", help="Folder of DICOM files.")
 CACHE = click.option(
     "--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="From `ich cache`."
@@ -34,6 +35,17 @@ ANY_BODY_PART = click.option(
     "--any-body-part",
     is_flag=True,
     help="Do not ask whether a series shows a head; otherwise other parts are left out.",
+)
+MAX_REJECTS = click.option(
+    "--max-rejects",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Fail when a larger share of the files that should be slices is refused; default 0.2.",
+)
+UNFINISHED_RUN = click.option(
+    "--unfinished",
+    is_flag=True,
+    help="Take the best weights so far of a training that was interrupted or still runs.",
 )
 BACKEND = click.option("--backend", help="torch (default), jax or tensorflow.")
 DEVICE = click.option(
@@ -58,3 +70,11 @@ def required(value: T | None, option: str) -> T:
 def num_workers(given: int | None) -> int:
     """Return the number of worker processes: as given, or one per core."""
     return usable_cores() if given is None else given
+
+
+def share_of_rejects(given: float | None) -> float:
+    """Return the largest share of refused files: as given, or the usual one."""
+    # Here, because pandas comes with it, which would slow down `--help`.
+    from ich_keras.ct.rejects import MAX_REJECTS as USUAL
+
+    return USUAL if given is None else given

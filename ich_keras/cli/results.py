@@ -13,10 +13,13 @@ from ich_keras.cli.options import (
     DICOM,
     FOLDER,
     LABELS_BESIDE,
+    MAX_REJECTS,
     RUN,
+    UNFINISHED_RUN,
     WORKERS,
     num_workers,
     required,
+    share_of_rejects,
 )
 from ich_keras.terminal import Command, open_terminal, terminal_width
 
@@ -26,6 +29,7 @@ from ich_keras.terminal import Command, open_terminal, terminal_width
 @CACHE
 @LABELS_BESIDE
 @click.option("--split", default="test", show_default=True, help="train, valid or test.")
+@UNFINISHED_RUN
 @BACKEND
 @DEVICE
 def evaluate(
@@ -33,12 +37,15 @@ def evaluate(
     cache_dir: Path,
     labels: Path | None,
     split: str,
+    unfinished: bool,
     backend: str | None,
     device: str,
 ) -> None:
     """Evaluate a run on one split of its cache; writes metrics and predictions into the run."""
     from ich_keras import evaluation
     from ich_keras.environment import choose_backend
+    from ich_keras.notices import UNFINISHED
+    from ich_keras.run_folder import RunFolder
     from ich_keras.summary import evaluation_summary
     from ich_keras.workflow import open_cache
 
@@ -50,9 +57,15 @@ def evaluate(
             split,
             device=device,
             progress=terminal.progress,
+            unfinished=unfinished,
         )
     click.echo(evaluation_summary(metrics, split, terminal_width()))
-    click.echo(f"Written to {run_dir}: metrics-{split}.json, predictions-{split}.csv")
+    notices = {part[UNFINISHED] for part in metrics.values() if UNFINISHED in part}
+    for notice in notices:
+        click.echo(textwrap.fill(notice, terminal_width()))
+    run = RunFolder(run_dir)
+    written = [file(split, not notices).name for file in (run.metrics_file, run.predictions_file)]
+    click.echo(f"Written to {run_dir}: {', '.join(written)}")
 
 
 @click.command(cls=Command)
@@ -63,6 +76,8 @@ def evaluate(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
 @ANY_BODY_PART
+@UNFINISHED_RUN
+@MAX_REJECTS
 @WORKERS
 @BACKEND
 @DEVICE
@@ -72,6 +87,8 @@ def predict(
     out: Path,
     batch_size: int | None,
     any_body_part: bool,
+    unfinished: bool,
+    max_rejects: float | None,
     workers: int | None,
     backend: str | None,
     device: str,
@@ -98,6 +115,8 @@ def predict(
             device=device,
             progress=terminal.progress,
             any_body_part=any_body_part,
+            unfinished=unfinished,
+            max_rejects=share_of_rejects(max_rejects),
         )
     click.echo(prediction_table(result.series, terminal_width()))
     click.echo(textwrap.fill(result.notice, terminal_width()))
@@ -117,7 +136,7 @@ def submission(predictions: Path, out: Path) -> None:
     """Write predictions in the format of the RSNA 2019 competition."""
     from ich_keras.submission import write_submission
 
-    click.echo(f"Submission: {write_submission(predictions, out)}")
+    click.echo(f"Submission: {write_submission(predictions, out, tell=click.echo)}")
 
 
 @click.command(cls=Command)

@@ -16,9 +16,12 @@ from ich_keras.cli.options import (
     DICOM,
     FOLDER,
     HELP,
+    MAX_REJECTS,
+    NAME_OR_PATH,
     WORKERS,
     num_workers,
     required,
+    share_of_rejects,
 )
 from ich_keras.errors import UsageError
 from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--preset", help="Network; default resnet18_2d.")
 @click.option(
     "--weights",
+    type=NAME_OR_PATH,
     help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18, ...);"
     " default: from scratch.",
 )
@@ -52,7 +56,11 @@ if TYPE_CHECKING:
 @click.option(
     "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
 )
-@click.option("--split", help="patient (default), none, thesis-slices, thesis-series, or a file.")
+@click.option(
+    "--split",
+    type=NAME_OR_PATH,
+    help="patient (default), none, thesis-slices, thesis-series, or a file.",
+)
 @click.option("--view", help="slice, slab or series; default: to suit the preset.")
 @click.option(
     "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
@@ -132,6 +140,7 @@ if TYPE_CHECKING:
 @ANY_BODY_PART
 @BACKEND
 @click.option("--device", help="auto (default), cpu or cuda; cuda fails without a usable GPU.")
+@MAX_REJECTS
 @WORKERS
 @click.option(
     "--plan",
@@ -149,6 +158,7 @@ def train_main(
     cache_dir: Path | None,
     out: Path | None,
     config_file: Path | None,
+    max_rejects: float | None,
     workers: int | None,
     plan: bool,
     demo_plan: str | None,
@@ -170,6 +180,7 @@ def train_main(
         "download": download or None,
         "any_body_part": any_body_part or None,
         "demo_plan": demo_plan,
+        "max_rejects": max_rejects,
     }
     if resume is not None:
         device = options.pop("device")
@@ -201,6 +212,7 @@ def train_main(
         downloads=download,
         note=f"Defaults instead of the file's settings for its own view: {reset}." if reset else "",
         any_body_part=any_body_part,
+        max_rejects=share_of_rejects(max_rejects),
     )
 
 
@@ -216,6 +228,7 @@ def _train(
     downloads: bool,
     note: str,
     any_body_part: bool,
+    max_rejects: float,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.environment import choose_backend, choose_device
@@ -243,6 +256,7 @@ def _train(
             progress=terminal.progress,
             tell=terminal.tell,
             any_body_part=any_body_part,
+            max_rejects=max_rejects,
         )
         for line in preparation.lines():
             terminal.tell(line)

@@ -5,6 +5,7 @@ command prints.
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ich_keras.ct.tables import REJECT_COLUMNS, csv_text, make_table
-from ich_keras.errors import DataError
+from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_write
 
 REJECTS_FILE = "rejects.csv"
@@ -22,6 +23,12 @@ COPY_AGAIN = "Copy or download the file again."
 EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
 SINGLE_FRAME = "Convert it to single-frame CT images first."
 CODECS = "pip install 'ich_keras[codecs]'"
+
+
+# The largest share of lost slices that a command takes without being told to.
+MAX_REJECTS = 0.2
+# Files called so were meant to be DICOM files.
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 
 
 class Explanation(NamedTuple):
@@ -43,7 +50,7 @@ REJECT_CODES = {
     "NOT_DICOM": Explanation(
         "not a DICOM file (no preamble with 'DICM')",
         "Nothing to do if it is not a CT slice. If it is one, copy or export it again.",
-        is_loss=False,
+        is_loss=False,  # but see `lost`
     ),
     "UNREADABLE": Explanation(
         "the operating system could not read the file",
@@ -146,8 +153,8 @@ class RejectedFile(DataError):
         return (RejectedFile, (self.code, self.detail, self.hint, self.series_instance_uid))
 
 
-class NothingUsable(DataError):
-    """Nothing in a folder is usable.
+class RefusedFolder(DataError):
+    """A folder is refused for the files in it.
 
     Args:
         message, hint: as in `DataError`.
@@ -157,6 +164,14 @@ class NothingUsable(DataError):
     def __init__(self, message: str, hint: str, rejects: pd.DataFrame) -> None:
         super().__init__(message, hint)
         self.rejects = rejects
+
+
+class NothingUsable(RefusedFolder):
+    """Nothing in a folder is usable."""
+
+
+class TooManyRejects(RefusedFolder):
+    """More files of a folder were refused than is taken for granted."""
 
 
 class Reject(NamedTuple):
@@ -286,19 +301,84 @@ def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> Nothing
     )
 
 
+def lost(table: pd.DataFrame) -> pd.Series:
+    """Tell for each reject whether data are lost without the file; see `Explanation.is_loss`.
+
+    A file that is no DICOM file, but is called one, is lost: an empty `1.dcm` is a slice that was
+    not copied. The shadow files of macOS (`._1.dcm`) are none.
+
+    Returns:
+        bool, by row of the table.
+
+    >>> found = [Reject("a.dcm", "NOT_DICOM", ""), Reject("a.txt", "NOT_DICOM", "")]
+    >>> lost(reject_table(found)).tolist()
+    [True, False]
+    """
+    names = [path.replace("\\", "/").rpartition("/")[2].lower() for path in table["path"]]
+    is_meant = [name.endswith(_DICOM_SUFFIXES) and not name.startswith(".") for name in names]
+    is_loss = table["code"].map(lambda code: REJECT_CODES[code].is_loss).astype(bool)
+    return is_loss | ((table["code"] == "NOT_DICOM") & pd.Series(is_meant, table.index, bool))
+
+
+def require_share(max_rejects: float) -> None:
+    """Refuse a limit that is no share; NaN would never be exceeded.
+
+    Raises:
+        UsageError: it is not from 0 to 1.
+    """
+    if not 0 <= max_rejects <= 1:
+        raise UsageError(
+            f"max_rejects is {max_rejects}; expected a share from 0 to 1.",
+            f"The default is {MAX_REJECTS}; 1 takes any number of rejects.",
+        )
+
+
+def require_few_rejects(slices: pd.DataFrame, rejects: pd.DataFrame, max_rejects: float) -> None:
+    """Refuse data of which too large a share is lost.
+
+    The share is that of the lost files (`lost`) among them and the slices that can be used.
+
+    Args:
+        slices: the table of slices; those that became rejects since do not count.
+        rejects: the table of rejects.
+        max_rejects: the largest share, 0 to 1.
+
+    Raises:
+        TooManyRejects: naming the share, the codes, the first file and what to do.
+        UsageError: `max_rejects` is no share.
+    """
+    require_share(max_rejects)
+    missing = rejects[lost(rejects)]
+    used = len(slices) - int(slices["container"].isin(rejects["path"]).sum())
+    share = len(missing) / max(1, len(missing) + used)
+    if used == 0 or share <= max_rejects:  # without any slice another error says so
+        return
+    code, _ = _by_code(missing)[0]
+    first = missing[missing["code"] == code].iloc[0]
+    raise TooManyRejects(
+        f"{len(missing):,} of {len(missing) + used:,} files that should be slices were refused"
+        f" ({share:.0%}; at most {max_rejects:.0%} expected): {counts(missing)}; {first['path']}:"
+        f" {first['detail']}.",
+        f"{first['hint']} To go on without them: --max-rejects {math.ceil(share * 100) / 100:g}.",
+        rejects,
+    )
+
+
 @contextlib.contextmanager
-def rejects_kept(folder: Path | None) -> Iterator[None]:
-    """When a block finds nothing usable, write its rejects to a folder and say so in the hint.
+def rejects_kept(folder: Path | None, is_in_the_way: bool = True) -> Iterator[None]:
+    """When a block refuses a folder, write its rejects to a folder and say so in the hint.
 
     Args:
         folder: receives rejects.csv; created when absent. None writes nothing.
+        is_in_the_way: whether the next try expects a new folder.
     """
     try:
         yield
-    except NothingUsable as error:
+    except RefusedFolder as error:
         if folder is None or error.rejects.empty:
             raise
         path = folder / REJECTS_FILE
         atomic_write(path, csv_text(error.rejects))
-        hint = f"{error.hint} Every file and its reason: {path} (remove it before you try again)"
-        raise NothingUsable(error.message, hint, error.rejects) from error
+        hint = f"{error.hint} Every file and its reason: {path}"
+        hint += " (remove it before you try again)" if is_in_the_way else ""
+        raise type(error)(error.message, hint, error.rejects) from error

@@ -27,6 +27,7 @@ from ich_keras.data.split_record import (
 from ich_keras.data.stratify import stratify
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
+from ich_keras.paths import path_of
 
 FRACTIONS = (0.70, 0.15, 0.15)
 
@@ -62,7 +63,7 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
 
 def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:
     """Make or read a split as `make_split` does, without checking whether it leaks."""
-    name = str(name_or_path)
+    name = str(path_of(str(name_or_path), "split"))
     if name == "patient":
         split = split_by_patient(slices, seed)
     elif name == "none":

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.plausibility import Content, implausible_rows
+from ich_keras.ct.rejects import rejects_kept, require_few_rejects
 from ich_keras.ct.tables import write_table
 from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
 from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
@@ -72,6 +73,7 @@ def build_folder(
     workers: int,
     progress: Progress | None,
     restart: bool = False,
+    max_rejects: float = 1.0,
 ) -> None:
     """Build a cache's folder, resuming an earlier build of the same plan.
 
@@ -90,6 +92,8 @@ def build_folder(
     try:
         records |= _build_shards(index, partial, plan, to_do, settings, workers, progress)
         entries, tables = _collect(index, shards, records)
+        with rejects_kept(partial, is_in_the_way=False):
+            require_few_rejects(tables.slices, tables.rejects, max_rejects)
         _write_manifest(partial, plan, entries, tables, _labels(index, tables))
     except (BrokenProcessPool, OSError) as error:
         raise _cannot_build(partial, error) from error

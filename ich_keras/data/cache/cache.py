@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras import files
+from ich_keras.ct.rejects import require_few_rejects
 from ich_keras.ct.tables import read_table
 from ich_keras.ct.turning import require_turned
 from ich_keras.data.cache.build import LABEL_TABLE, MANIFEST, TABLES, build_folder
@@ -61,6 +62,7 @@ def build_cache(
     shard_bytes: int = SHARD_BYTES,
     labels: LabelTable | None = None,
     restart: bool = False,
+    max_rejects: float = 1.0,
 ) -> "CTCache":
     """Read every slice of an index, resize it and write the cache.
 
@@ -79,9 +81,13 @@ def build_cache(
         shard_bytes: pixels per file at most, in bytes; a larger series gets a file of its own.
         labels: stored with the cache; None takes those of the index, if it has any.
         restart: remove what an interrupted build left, instead of going on from it.
+        max_rejects: the largest share of refused files, those of the index included; see
+            `require_few_rejects`. Above it finished shards stay in `<out>.partial`. The commands
+            and `ich_keras.workflow` take `MAX_REJECTS`.
 
     Raises:
         UsageError: `out` exists, or an argument cannot be used.
+        TooManyRejects: too many files are refused.
         DataError: no slice could be read, or the labels belong to other images.
         EnvironmentProblem: the disk is full, a worker died, or hdf5plugin is not installed.
         StaleError: another process is building this cache; or an interrupted build left finished
@@ -99,6 +105,7 @@ def build_cache(
             f"the index has no axial CT slice ({len(index.rejects)} rejects); nothing to cache.",
             "Look at the index's rejects for the reasons.",
         )
+    require_few_rejects(index.slices, index.rejects, max_rejects)
     if labels is not None:
         index, _ = join_labels(index, labels)
     lock = out.with_name(f"{out.name}.lock")
@@ -106,7 +113,7 @@ def build_cache(
         # Another build may have finished between the first look and the lock.
         files.require_absent(out)
         settings = Settings(size, compression, shard_bytes)
-        build_folder(index, out, settings, workers, progress, restart)
+        build_folder(index, out, settings, workers, progress, restart, max_rejects)
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
             lock.unlink()
     return CTCache.open(out)
