@@ -243,7 +243,7 @@ class Preparation:
                 self.recipe.inputs.cache_size,
                 workers,
                 progress,
-                self.max_rejects,
+                max_rejects=self.max_rejects,
             )
         return train(self.config, cache, self.out, progress=progress, tell=tell)
 
