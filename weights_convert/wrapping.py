@@ -150,12 +150,8 @@ def _flattened(content: Mapping[Any, Any], place: str) -> tuple[dict[str, Any], 
     found: dict[str, Any] = {}
     odd: list[str] = []
     waiting = deque([("", content, 1)])
-    seen: set[int] = set()
     while waiting:
         before, entries, depth = waiting.popleft()
-        if id(entries) in seen:  # one dictionary under two keys, or inside itself
-            continue
-        seen.add(id(entries))
         for key, value in entries.items():
             if not isinstance(key, str):
                 odd.append(f"<{type(key).__name__}>")
