@@ -171,6 +171,7 @@ def restored(training: Fit, tell: Tell) -> Course:
     state = load_state(run.state_folder, training.model, tell, run.identity())
     best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
     course = Course(state["history"], *best)
+    write_history(run, course)  # as the state knows it, whatever became of the file
     if not _has_best(run, course):
         # The best weights are from an epoch whose state was lost. That epoch is trained again, and
         # may give other weights on another machine: the stored ones would match no record.
@@ -183,6 +184,11 @@ def restored(training: Fit, tell: Tell) -> Course:
             )
             course.best_loss = np.inf
     return course
+
+
+def write_history(run: RunFolder, course: Course) -> None:
+    """Write history.csv: a row per finished epoch."""
+    atomic_write(run.history_file, pd.DataFrame(course.rows).to_csv(index=False))
 
 
 def _has_best(run: RunFolder, course: Course) -> bool:
@@ -313,8 +319,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                     "seconds": round(time.perf_counter() - self.began, 1),
                 }
             )
-            history = pd.DataFrame(course.rows).to_csv(index=False)
-            atomic_write(training.run.history_file, history)
+            write_history(training.run, course)
             state = {
                 "history": course.rows,
                 "best_loss": course.best_loss,

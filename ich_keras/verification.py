@@ -55,6 +55,8 @@ def _verify_folder(path: Path, progress: Progress | None) -> list[str]:
         return _verify_cache(path, progress)
     if (path / "index.json").is_file():
         return _verify_index(path)
+    if (path / "plan.json").is_file():
+        raise StaleError(f"{path} is an unfinished cache.", "Build it again to go on.")
     if any(part.exists() for part in (run.recipe_file, run.best_weights, run.state_folder)):
         return _verify_run(run)
     raise UsageError(

@@ -125,6 +125,12 @@ def finished(ended, tmp_path) -> Path:
     return Path(shutil.copytree(ended, tmp_path / "finished"))
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Trainings end after their last epoch: nothing is evaluated."""
+    monkeypatch.setattr(training, "_finish", lambda *_: None)
+
+
 def flip(path: Path, offset: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1
@@ -267,7 +273,9 @@ def test_states_of_another_run_are_refused_by_name(interrupted, cache, tmp_path)
         verify(interrupted)
 
 
-def test_one_foreign_state_is_skipped_and_the_run_goes_on_before_it(interrupted, cache, tmp_path):
+def test_one_foreign_state_is_skipped_and_the_run_goes_on_before_it(
+    interrupted, cache, tmp_path, quick
+):
     foreign = crashed(cache, tmp_path / "foreign", config_of(seed=1), epoch=2)
     shutil.rmtree(interrupted / "state" / "epoch-0002")
     shutil.copytree(foreign / "state" / "epoch-0002", interrupted / "state" / "epoch-0002")
@@ -287,13 +295,12 @@ def test_states_that_changed_places_are_refused_by_name(interrupted, cache):
 
 
 @pytest.mark.parametrize("name", ["model.weights.h5", "variables.npz"])
-def test_files_of_another_state_are_refused_by_name(interrupted, cache, name):
+def test_files_of_another_state_are_refused_by_name(interrupted, name):
     one, two = (interrupted / "state" / f"epoch-000{epoch}" for epoch in (1, 2))
     shutil.copy(one / name, two / name)
-    told = []
-    resume(interrupted, cache, tell=told.append)
-    assert f"epoch-0002/{name} is lost or does not match its checksum" in told[0]
-    assert any(line.startswith("Resuming after epoch 1 of 3") for line in told)
+    with pytest.raises(StaleError, match=rf"epoch-0002/{name} is lost or does not match its chec"):
+        checkpoints.read_state(two, 2)
+    checkpoints.read_state(one, 1)
 
 
 def test_every_flipped_bit_of_a_state_is_seen(interrupted):
@@ -316,13 +323,29 @@ def test_every_flipped_bit_of_a_state_is_seen(interrupted):
     checkpoints.read_state(folder, 2)
 
 
-def test_states_of_older_versions_load_and_say_what_they_lack(interrupted, cache):
+def test_states_of_older_versions_load_and_say_what_they_lack(interrupted, cache, quick):
     for epoch in (1, 2):
         state_without_checksums(interrupted / "state" / f"epoch-000{epoch}")
     told = []
     resume(interrupted, cache, tell=told.append)
     assert "epoch-0002 has no checksums (an older version saved it)" in told[0]
-    assert RunFolder(interrupted).is_finished
+    assert any(line.startswith("Resuming after epoch 2 of 3") for line in told)
+    checkpoints.read_state(interrupted / "state" / "epoch-0003", 3)
+
+
+def test_a_history_that_was_changed_is_that_of_the_state_again(interrupted, cache, quick):
+    path = interrupted / "history.csv"
+    before = path.read_text().splitlines()
+    path.write_text("epoch,valid_log_loss\n1,0.001\n")
+    resume(interrupted, cache)
+    assert path.read_text().splitlines()[:3] == before
+    state = checkpoints.read_state(interrupted / "state" / "epoch-0003", 3)[0]
+    pd.testing.assert_frame_equal(pd.read_csv(path), pd.DataFrame(state["history"]))
+    # Even where no epoch is left to be trained.
+    whole = path.read_bytes()
+    path.write_text("epoch,valid_log_loss\n1,0.001\n")
+    resume(interrupted, cache)
+    assert path.read_bytes() == whole
 
 
 # --- Best weights ---------------------------------------------------------------------------
@@ -371,31 +394,36 @@ def test_the_weights_of_a_state_are_no_best_weights(finished, cache):
         evaluate(finished, cache)
 
 
-@pytest.mark.parametrize("damage", ["blocks", "others"])
+@pytest.mark.parametrize("best_epoch", [1, 2])
+@pytest.mark.parametrize("damage", ["none", "blocks", "others"])
 def test_best_weights_that_are_not_the_best_are_noticed_when_a_training_goes_on(
-    interrupted, cache, damage
+    interrupted, cache, damage, best_epoch, quick, monkeypatch
 ):
-    best = interrupted / "best.weights.h5"
-    state = files.read_json(interrupted / "state" / "epoch-0002" / "state.json")
-    assert read_weights(best).digest == state["best_weights"]
+    """Those of the last epoch are in its state; those of earlier ones are lost, and told so."""
+    from ich_keras.models.classifier import classifier
+
+    monkeypatch.setattr(training, "fit", lambda *_: None)
+    best, folder = interrupted / "best.weights.h5", interrupted / "state" / "epoch-0002"
+    record = read_record(best) | {"epoch": best_epoch}
+    shutil.copy(folder.with_name(f"epoch-000{best_epoch}") / "model.weights.h5", best)
+    digest = read_weights(best).digest
+    model = classifier(PRESETS[NARROW].spec)
+    model.load_weights(best)
+    assert save_weights(model, best, record) == digest
+    state, _ = checkpoints.read_state(folder, 2)
+    kept = {"best_epoch": best_epoch, "best_weights": digest, "best_loss": 0.1}
+    checkpoints.write_state(folder, state | kept)
     if damage == "blocks":
         lose_blocks(best)
-    else:  # of the same epoch by their record
-        from ich_keras.models.classifier import classifier
-
-        save_weights(classifier(PRESETS[NARROW].spec), best, read_record(best))
+    elif damage == "others":  # of the same epoch by their record
+        save_weights(classifier(PRESETS[NARROW].spec), best, record)
     told = []
     resume(interrupted, cache, tell=told.append)
-    history = pd.read_csv(interrupted / "history.csv")["valid_log_loss"]
-    assert read_weights(best).digest is not None
-    kept = read_record(best)["epoch"]
-    if state["best_epoch"] == 2:  # in the state that was restored
-        assert kept == history.idxmin() + 1
-    else:
-        assert kept == 3
-        assert any("The best weights so far (epoch 1) are lost" in line for line in told)
-    metrics = RunFolder(interrupted).metrics("valid")["slice"]["log_loss"]
-    assert metrics == pytest.approx(history[kept - 1], rel=1e-5)
+    lost = f"The best weights so far (epoch {best_epoch}) are lost"
+    is_lost = damage != "none" and best_epoch == 1
+    assert any(line.startswith(lost) for line in told) == is_lost
+    if not is_lost:
+        assert read_weights(best).digest == digest
 
 
 # --- The files of a finished run ------------------------------------------------------------
@@ -515,6 +543,47 @@ def test_verify_says_what_it_does_not_know(tmp_path):
     (tmp_path / "a.txt").touch()
     code, said = verified(tmp_path / "a.txt")
     assert code == 2 and "is neither a .weights.h5 file nor a .keras file" in said
+
+
+def test_files_exchanged_while_a_folder_is_predicted_are_rejects(
+    ended, dicom, tmp_path, monkeypatch
+):
+    from ich_keras import prediction
+
+    copy = Path(shutil.copytree(dicom / "images", tmp_path / "images"))
+    index_folder = prediction.index_folder
+
+    def then_exchange(*arguments, **options):
+        index = index_folder(*arguments, **options)
+        equal = index.slices["file_size"] == index.slices["file_size"].mode()[0]
+        one, other = map(Path, index.slices.loc[equal, "container"].iloc[[0, -1]])
+        content = one.read_bytes(), other.read_bytes()
+        one.write_bytes(content[1])
+        other.write_bytes(content[0])
+        return index
+
+    monkeypatch.setattr(prediction, "index_folder", then_exchange)
+    result = predict_folder(ended, copy)
+    assert result.rejects["code"].tolist() == ["CHANGED", "CHANGED"]
+    before = index_folder(copy).slices
+    assert len(result.slices) == len(before) - 2
+    exchanged = before.loc[before["container"].isin(result.rejects["path"]), "sop_instance_uid"]
+    assert not set(exchanged) & set(result.slices["sop_instance_uid"])
+
+
+def test_an_index_of_an_older_version_with_other_columns_is_refused(dicom, tmp_path):
+    index = prepare_index(dicom / "images")
+    index.save(tmp_path / "index")
+    content = files.read_json(tmp_path / "index" / "index.json")
+    del content["checksum"]
+    files.write_json(tmp_path / "index" / "index.json", content)
+    assert len(SeriesIndex.load(tmp_path / "index").slices) == len(index.slices)
+    columns = content["tables"]["slices"]["columns"]
+    renamed = {("height" if name == "rows" else name): kind for name, kind in columns.items()}
+    content["tables"]["slices"]["columns"] = renamed
+    files.write_json(tmp_path / "index" / "index.json", content)
+    with pytest.raises(StaleError, match=r"slices\.csv has other columns than its record says"):
+        SeriesIndex.load(tmp_path / "index")
 
 
 def test_an_index_is_verified(dicom, tmp_path):
