@@ -129,8 +129,12 @@ def test_a_cycle_of_renamed_files_within_a_series_is_refused(folder, tmp_path, s
         ({"PixelSpacing": [0.5, 0.6]}, "PixelSpacing is 0.5 x 0.6; 0.5 x 0.5 when"),
         ({"ImagePositionPatient": [-125, -125, 6]}, "the position is 6.00 mm; 5.00 mm when"),
         (
-            {"ImageOrientationPatient": [1, 0, 0, 0, 0.96, -0.28]},
-            "ImageOrientationPatient is (1.0, 0.0, 0.0, 0.0, 0.96, -0.28); (1.0, 0.0, 0.0,",
+            {"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]},
+            "ImageOrientationPatient turns pixels: columns flipped; turns pixels: not at all when",
+        ),
+        (
+            {"ImageOrientationPatient": [1, 0, 0, 0, 0.99, 0.141]},
+            "ImageOrientationPatient is (1.0, 0.0, 0.0, 0.0, 0.99, 0.141); (1.0, 0.0, 0.0,",
         ),
         ({"RescaleSlope": "1.0000"}, "the file's size is"),
     ],

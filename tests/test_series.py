@@ -948,7 +948,21 @@ NASTY = [
 def index_of(texts, floats):
     sizes = (2, 2, 0.1, 0.1, 9, 9)
     rows = [
-        (text, f"u{n}", "s", "t", text, f"/d/{n}", "", n, floats[n % len(floats)], *sizes, "1", 0.0)
+        (
+            text,
+            f"u{n}",
+            "s",
+            "t",
+            text,
+            f"/d/{n}",
+            "",
+            n,
+            floats[n % len(floats)],
+            *sizes,
+            "1",
+            0.0,
+            "",
+        )
         for n, text in enumerate(texts)
     ]
     rejects = [(text, "NOT_CT", text, text, text, text) for text in texts]

@@ -80,6 +80,7 @@ def test_the_same_head_in_every_orientation(tmp_path, orientation, is_upward):
     assert (row["row_spacing_mm"], row["column_spacing_mm"]) == (0.8, 0.5)
     cosines = row[["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]].astype(float)
     assert [f"{part:.1f}" for part in cosines] == ["1.0", "0.0", "0.0", "0.0", "1.0", "0.0"]
+    assert (set(index.slices["turn"]) == {""}) == (orientation == (1, 0, 0, 0, 1, 0))
     header = read_header(index.slices["container"][0])
     np.testing.assert_allclose(header.position, (3, -7, 0), atol=1e-9)
 
@@ -121,6 +122,12 @@ def test_other_planes_stay_as_they_are(orientation):
     values = np.arange(12).reshape(3, 4)
     content = tiny_file(values, ImageOrientationPatient=list(orientation))
     np.testing.assert_array_equal(read_hu(io.BytesIO(content)), values - 1024)
+
+
+def test_a_turn_is_named():
+    assert str(Turn.of((0, -1, 0, 1, 0, 0))) == "transposed, rows flipped"
+    assert str(Turn.of((-1, 0, 0, 0, 1, 0))) == "columns flipped"
+    assert str(Turn()) == ""
 
 
 def test_what_needs_no_turn_is_not_even_copied():

@@ -17,6 +17,7 @@ _SAME = {
     "series_instance_uid": "SeriesInstanceUID",
     "position": "ImagePositionPatient",
     "orientation": "ImageOrientationPatient",
+    "turn": "ImageOrientationPatient",
     "rows": "Rows",
     "columns": "Columns",
     "row_spacing_mm": "PixelSpacing",

@@ -150,6 +150,7 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.file_mtime_ns,
             entry.instance_number,
             float(entry.position[2]),
+            entry.turn,
         )
         for slice_index, (entry, along) in enumerate(zip(volume.slices, volume.along, strict=True))
     ]

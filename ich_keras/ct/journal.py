@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     body_part: str = ""
     facts: tuple[str, ...] = ()
     times: tuple[str, ...] = ()
+    turn: str = ""
 
 
 class Journal:

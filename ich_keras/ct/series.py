@@ -64,7 +64,7 @@ class SeriesIndex:
             SeriesInstanceUID, followed by "#2", "#3" where one UID holds several orientations,
             matrices, pixel spacings or patients, or scans or reconstructions that overlap
             (`volumes`). `container` is the file's absolute path. Rows, columns, spacings and
-            positions are those of the turned slice (`turning`).
+            positions are those of the turned slice; `turn` says how it was turned (`turning`).
         series: one row per series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
             median distance between neighbours. `verdict.verdict` explains `verdict`, and
             `geometry.in_plane_shear` explains `shear_row` and `shear_column`. `num_rejected` counts

@@ -29,6 +29,7 @@ SLICE_COLUMNS = {
     "file_mtime_ns": "int64",
     "instance_number": TEXT,
     "image_position_z_mm": "float64",
+    "turn": TEXT,
 }
 SERIES_COLUMNS = {
     "series_uid": TEXT,

@@ -54,6 +54,15 @@ class Turn:
         """Whether there is anything to turn."""
         return self.transposes or self.flips_rows or self.flips_columns
 
+    def __str__(self) -> str:
+        """Return it as tables hold it; "" where there is nothing to turn."""
+        done = {
+            "transposed": self.transposes,
+            "rows flipped": self.flips_rows,
+            "columns flipped": self.flips_columns,
+        }
+        return ", ".join(name for name, is_done in done.items() if is_done)
+
     def pixels(self, stored: Any) -> Any:
         """Turn an array (rows, columns) of a slice; the same one where there is nothing to turn."""
         if not self:

@@ -149,4 +149,5 @@ def _read_one(entry: Entry) -> Entry:
         body_part=header.body_part,
         facts=header.facts,
         times=header.times,
+        turn=str(header.turn),
     )

@@ -37,6 +37,7 @@ class IndexedSlice(NamedTuple):
     Args:
         container: path of the file.
         file_size: bytes.
+        turn: how its pixels are turned when they are read (`ich_keras.ct.turning`).
         normal: (3,), unit normal of the series; `position_mm` is the position along it.
         orientation: (6,), direction cosines of the series.
     """
@@ -52,6 +53,7 @@ class IndexedSlice(NamedTuple):
     column_spacing_mm: float
     position_mm: float
     file_size: int
+    turn: str
     normal: tuple[float, ...]
     orientation: tuple[float, ...]
 
@@ -147,8 +149,13 @@ def _differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
     ):
         if pair != before_pair:
             found.append(_differs(place, *("{} x {}".format(*two) for two in (pair, before_pair))))
-    turned = zip(header.orientation, indexed.orientation, strict=True)
-    if max(abs(one - other) for one, other in turned) > _ORIENTATION_TOLERANCE:
+    if str(header.turn) != indexed.turn:
+        turns = (f"turns pixels: {turn or 'not at all'}" for turn in (header.turn, indexed.turn))
+        found.append(
+            "{} {}; {} when it was indexed".format(name("ImageOrientationPatient"), *turns)
+        )
+    cosines = zip(header.orientation, indexed.orientation, strict=True)
+    if max(abs(one - other) for one, other in cosines) > _ORIENTATION_TOLERANCE:
         found.append(
             _differs(name("ImageOrientationPatient"), header.orientation, indexed.orientation)
         )
