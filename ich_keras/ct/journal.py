@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ich_keras.errors import UsageError
 
 # Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
-_FIRST_LINE = b"ich-index-journal 4\n"
+_FIRST_LINE = b"ich-index-journal 5\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
 _NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
