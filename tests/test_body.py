@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pydicom.data import get_testdata_file
 from tiny_dicom import tiny_file
 
 from ich_keras.ct.body import body_size
@@ -123,9 +124,7 @@ def test_the_real_heads_are_heads(real_ge_series, real_rsna_slices):
 
 
 def test_a_real_trunk_is_none():
-    data_manager = pytest.importorskip("pydicom.data")
-    pytest.importorskip("data_store")  # pydicom-data: nothing is downloaded
-    path = data_manager.get_testdata_file("explicit_VR-UN.dcm", download=False)
+    path = get_testdata_file("explicit_VR-UN.dcm", download=False)
     header = read_header(path)
     assert header.body_part == "PANCREAS"
     size = body_size(read_slice(path).hu, header.row_spacing_mm, header.column_spacing_mm)

@@ -17,6 +17,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
@@ -159,11 +160,9 @@ def test_compressed_is_the_same(compression):
 
 
 def test_a_real_head_in_jpeg_2000():
-    data_manager = pytest.importorskip("pydicom.data")
-    pytest.importorskip("data_store")  # pydicom-data: nothing is downloaded
     if not get_decoder(JPEG2000Lossless).is_available:
         pytest.skip("the codecs extra is not installed")
-    path = data_manager.get_testdata_file("693_J2KR.dcm", download=False)
+    path = get_testdata_file("693_J2KR.dcm", download=False)
     dataset = pydicom.dcmread(path)
     stored = dataset.pixel_array
     expected = stored * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)

@@ -214,7 +214,7 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_at_any_step_the_same_command_goes_on(dicom, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

@@ -15,7 +15,7 @@ from ich_keras import keras_private
 ROOT = Path(__file__).parents[1]
 OWN_FILE = ROOT / "ich_keras" / "keras_private.py"
 # Attributes with an underscore that belong to neither: of the standard library.
-STANDARD = {"_replace", "_exit", "_fields", "_asdict"}
+STANDARD = {"_replace", "_exit", "_fields", "_asdict", "_make"}
 
 
 def things() -> dict[str, object]:

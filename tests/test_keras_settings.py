@@ -348,7 +348,7 @@ def test_what_makes_another_training_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(not IS_TORCH, reason="nothing of it depends on the backend")
+@pytest.mark.skipif(not IS_TORCH, reason="the same on all backends: torch runs it")
 def test_resuming_looks_at_the_settings_too(narrow, phantom_cache, tmp_path, monkeypatch):
     from ich_keras import fitting
 

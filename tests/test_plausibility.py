@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pydicom
 import pytest
+from pydicom.data import get_testdata_file
 from tiny_dicom import head_hu, tiny_file
 
 from ich_keras import prediction
@@ -91,10 +92,8 @@ def test_no_real_slice_falls(real_ge_series, real_rsna_slices):
 
 
 def test_no_slice_of_pydicom_falls():
-    data_manager = pytest.importorskip("pydicom.data")
-    pytest.importorskip("data_store")  # pydicom-data: nothing is downloaded
     for name in ("CT_small.dcm", "693_UNCR.dcm", "693_UNCI.dcm"):
-        path = data_manager.get_testdata_file(name, download=False)
+        path = get_testdata_file(name, download=False)
         assert read_hu(path).shape == pydicom.dcmread(path).pixel_array.shape, name
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from interrupted import interrupted_training
 from older_files import cache_of_schema_1, state_without_checksums, weights_without_checksums
 
-from ich_keras import checkpoints, files, fitting, training
+from ich_keras import checkpoints, files, training
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import SeriesIndex
@@ -85,29 +86,11 @@ def other(dicom, cache, tmp_path_factory) -> CTCache:
     return changed_cache(dicom, tmp_path_factory.mktemp("other") / "cache", uids)
 
 
-class Crash(Exception):
-    pass
-
-
-def crashed(cache: CTCache, out: Path, config: RunConfig, epoch: int = 2) -> Path:
-    """A training that died after some epochs."""
-    save_state = checkpoints.save_state
-
-    def save_or_die(folder, model, number, state):
-        save_state(folder, model, number, state)
-        if number == epoch:
-            raise Crash
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "save_state", save_or_die)
-        with pytest.raises(Crash):
-            train(config, cache, out)
-    return out
-
-
 @pytest.fixture(scope="module")
 def began(cache, tmp_path_factory) -> Path:
-    return crashed(cache, tmp_path_factory.mktemp("began") / "run", config_of())
+    return interrupted_training(
+        cache, tmp_path_factory.mktemp("began") / "run", config_of(), epoch=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +245,7 @@ def test_training_refuses_equal_pixels_in_two_splits_before_it_trains(twice, tmp
 
 
 def test_states_of_another_run_are_refused_by_name(interrupted, cache, tmp_path):
-    foreign = crashed(cache, tmp_path / "foreign", config_of(seed=1), epoch=1)
+    foreign = interrupted_training(cache, tmp_path / "foreign", config_of(seed=1), epoch=1)
     shutil.rmtree(interrupted / "state")
     shutil.copytree(foreign / "state", interrupted / "state")
     with pytest.raises(
@@ -276,7 +259,7 @@ def test_states_of_another_run_are_refused_by_name(interrupted, cache, tmp_path)
 def test_one_foreign_state_is_skipped_and_the_run_goes_on_before_it(
     interrupted, cache, tmp_path, quick
 ):
-    foreign = crashed(cache, tmp_path / "foreign", config_of(seed=1), epoch=2)
+    foreign = interrupted_training(cache, tmp_path / "foreign", config_of(seed=1), epoch=2)
     shutil.rmtree(interrupted / "state" / "epoch-0002")
     shutil.copytree(foreign / "state" / "epoch-0002", interrupted / "state" / "epoch-0002")
     told = []

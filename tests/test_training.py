@@ -328,7 +328,7 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
     monkeypatch.setattr(prediction, "AHEAD_BYTES", bytes_ahead)
     monkeypatch.setattr(prediction, "process_pool", pool)
     with prediction._reading(40, 20, 30, workers) as read:
-        absent = IndexedSlice("absent", *[None] * 12)
+        absent = IndexedSlice("absent", *[None] * (len(IndexedSlice._fields) - 1))
         found = list(read([[absent]] * 3))
     assert pools == begun
     assert [bad[0][0] for _, _, bad in found] == ["absent"] * 3

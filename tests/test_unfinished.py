@@ -9,6 +9,7 @@ import keras
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from interrupted import interrupted_training
 
 from ich_keras import fitting, training
 from ich_keras.cli import main
@@ -41,17 +42,8 @@ def begun(phantom_cache, tmp_path_factory):
         data=DataConfig(size=48, balance=True),
         fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
     )
-    run, save_state = tmp_path_factory.mktemp("begun") / "run", fitting.save_state
-
-    def interrupted(*state):
-        save_state(*state)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "save_state", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, phantom_cache, run)
-    yield run
+    run = tmp_path_factory.mktemp("begun") / "run"
+    yield interrupted_training(phantom_cache, run, config, epoch=1)
     del PRESETS["narrow"]
 
 

@@ -452,15 +452,20 @@ def test_a_tilted_series_is_a_listed_reject_where_none_is_taken(run, phantom_fol
     assert not set(result.series["series_instance_uid"]) & set(tilted)
 
 
-def test_two_kernels_that_cannot_be_told_apart_are_listed_rejects(run, tmp_path):
-    _, folder, _ = run
-    for number in range(8):
+def write_series(folder, heights, **tags):
+    for number, height in enumerate(heights):
         content = tiny_file(
             tiny_head(number),
             SOPInstanceUID=f"1.2.3.4.{number}",
-            ImagePositionPatient=[-125, -125, 5 * (number // 2)],
+            ImagePositionPatient=[-125, -125, height],
+            **tags,
         )
-        (tmp_path / f"{number}.dcm").write_bytes(content)
+        (folder / f"{number}.dcm").write_bytes(content)
+
+
+def test_two_kernels_that_cannot_be_told_apart_are_listed_rejects(run, tmp_path):
+    _, folder, _ = run
+    write_series(tmp_path, [5 * (number // 2) for number in range(8)])
     with pytest.raises(NothingUsable) as caught:
         predict_folder(folder, tmp_path)
     rejects = caught.value.rejects
@@ -475,14 +480,7 @@ def test_two_kernels_that_cannot_be_told_apart_are_listed_rejects(run, tmp_path)
 
 def test_another_part_of_the_body_is_predicted_only_on_request(run, tmp_path):
     _, folder, _ = run
-    for number in range(5):
-        content = tiny_file(
-            tiny_head(number),
-            SOPInstanceUID=f"1.2.3.4.{number}",
-            ImagePositionPatient=[-125, -125, 5 * number],
-            BodyPartExamined="ABDOMEN",
-        )
-        (tmp_path / f"{number}.dcm").write_bytes(content)
+    write_series(tmp_path, range(0, 25, 5), BodyPartExamined="ABDOMEN")
     with pytest.raises(NothingUsable, match="BodyPartExamined is 'ABDOMEN'") as caught:
         predict_folder(folder, tmp_path)
     assert "--any-body-part" in caught.value.hint

@@ -97,7 +97,7 @@ def index(
 ) -> None:
     """Find, order and check the series in a folder of DICOM files.
 
-    Interrupted, the same command goes on where it was.
+    After an interruption, the same command resumes it.
     """
     from ich_keras.ct.rejects import TooManyRejects, rejects_kept, summary
     from ich_keras.ct.series import LOCK, MANIFEST, SeriesIndex, require_new
