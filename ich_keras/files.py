@@ -6,12 +6,31 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 
 PARTIAL = ".partial"
+# The environment variable with which tests end the process at a named place: see `fail_point`.
+FAIL_AT = "ICH_FAIL_AT"
+_passed: Counter[str] = Counter()
+
+
+def fail_point(name: str) -> None:
+    """End the process here, as a power cut would, if the tests ask for it.
+
+    `ICH_FAIL_AT=NAME` does it at the first pass, `ICH_FAIL_AT=NAME*3` at the third.
+    """
+    asked = os.environ.get(FAIL_AT)
+    if asked is None:
+        return
+    wanted, _, times = asked.partition("*")
+    if name == wanted:
+        _passed[name] += 1
+        if _passed[name] == int(times or 1):
+            os._exit(137)  # no handler, no buffer and no temporary file is cleaned
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,7 +70,9 @@ def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) 
             os.fsync(stream.fileno())
         if verify is not None:
             verify(temporary)
+        fail_point(f"before {path.name}")
         replace(temporary, path)
+        fail_point(f"after {path.name}")
     finally:
         temporary.unlink(missing_ok=True)
 

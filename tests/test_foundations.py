@@ -490,3 +490,23 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
         return number.read_text() == before
 
     wait_until(stands_still, 20)
+
+
+@pytest.mark.parametrize(
+    ("point", "kept"),
+    [("before a.txt", "1"), ("after a.txt", "2"), ("before a.txt*2", "2"), ("after b.txt", "3")],
+)
+def test_a_fail_point_ends_the_process_and_the_file_is_whole(tmp_path, point, kept):
+    path = tmp_path / "a.txt"
+    path.write_text("1")
+    program = (
+        "import sys; from ich_keras.files import atomic_write;"
+        "atomic_write(sys.argv[1], '2'); atomic_write(sys.argv[1], '3')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={**os.environ, "ICH_FAIL_AT": point},
+        check=False,
+    )
+    assert done.returncode == (0 if kept == "3" else 137)
+    assert path.read_text() == kept

@@ -176,9 +176,10 @@ def test_saved_model_loads_without_this_package(tmp_path):
         "assert 'ich_keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tmp_path)
-    # Here on the fast steps, there on Keras' own.
+    # Here on the fast steps, there on Keras' own, which add in another order. A logit of -50 that
+    # differs in its seventh digit moves its probability by 1e-5.
     np.testing.assert_allclose(
-        np.load(tmp_path / "out.npy"), np.asarray(model.predict_on_batch(image)), rtol=1e-5
+        np.load(tmp_path / "out.npy"), np.asarray(model.predict_on_batch(image)), rtol=1e-4
     )
 
 
