@@ -76,8 +76,10 @@ class CommandServer:
         command.kill()
         return command.wait()
 
-    def close(self) -> None:
-        """End the server."""
+    def __enter__(self) -> "CommandServer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._server.stdin.close()
         self._server.wait()
         self._server.stdout.close()

@@ -26,9 +26,8 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = CommandServer(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
+    with CommandServer(tmp_path_factory.mktemp("outputs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def require_same(name: str, home: Path, out: Path, moment: object) -> None:
     assert result_of(name, out) == result_of(name, home / name), moment
     # Nothing is left beside it, nor in it.
     assert [path.name for path in out.parent.iterdir()] == [out.name], moment
-    assert not [path for path in out.rglob(".*")], moment
+    assert not list(out.rglob(".*")), moment
 
 
 # Before the first state all points are alike, as are the two sides of writing one file.
