@@ -31,7 +31,7 @@ ReferringPhysicianName ReferringPhysicianTelephoneNumbers RegionOfResidence
 RequestedProcedureDescription RequestedProcedureID RequestingPhysician RequestingService
 ScheduledPerformingPhysicianName SeriesDescription SpecialNeeds StationName StudyDescription
 StudyID VisitComments
-""".split()
+""".split()  # noqa: SIM905
 DATES = ["PatientBirthDate", "AdmittingDate", "LastMenstrualDate"]
 # From these, splits keep patients apart.
 MAY_NAME_PATIENTS = (
