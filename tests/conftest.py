@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Two processes of tests share the cores.
@@ -15,6 +16,10 @@ import torchvision  # noqa: F401
 import ich_keras  # noqa: F401 (sets torch as the default backend before any test imports keras)
 from ich_keras.environment import choose_device
 from ich_keras.errors import IchError
+
+# The same cases on every machine, so that a failure in CI is one anywhere.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 # The tests run on the CPU even on a machine with a GPU: their expected numbers come from a CPU.
 # Only tests/test_cuda.py uses the GPU.

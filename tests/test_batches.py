@@ -121,7 +121,7 @@ def test_balanced_epochs_hold_one_negative_per_positive(phantom_cache):
     assert set(epochs[0]) != set(epochs[1])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 60), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1)
 )

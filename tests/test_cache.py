@@ -193,7 +193,7 @@ def test_hdf5_alone_reads_the_shard(index, tmp_path):
         assert [zlib.crc32(image.tobytes()) for image in hu[:]] == crc32.tolist()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
 def test_shards_hold_whole_series_in_order_and_within_the_limit(lengths, slices_per_shard):
     uids = [f"s{n}" for n, length in enumerate(lengths) for _ in range(length)]
@@ -207,7 +207,7 @@ def test_shards_hold_whole_series_in_order_and_within_the_limit(lengths, slices_
     assert len({shard.name for shard in shards}) == len(shards)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=4),
     st.integers(1, 6),

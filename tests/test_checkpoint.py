@@ -580,7 +580,7 @@ def damaged_path(tmp_path_factory):
     return tmp_path_factory.mktemp("damaged") / "weights"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(FORMATS),
     edits=st.lists(

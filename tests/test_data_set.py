@@ -263,7 +263,7 @@ bad_values = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(
     changes=st.lists(
         st.tuples(st.sampled_from(sorted(TAGS)), st.sampled_from(VRS), bad_values),

@@ -114,7 +114,7 @@ def test_hu_by_hand(stored, tags, expected):
     np.testing.assert_array_equal(result.hu, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from([8, 10, 12, 13, 16]),
     signed=st.booleans(),

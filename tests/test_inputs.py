@@ -31,7 +31,7 @@ def test_a_slice_that_is_not_square_is_padded_with_air(shape):
     assert (inner == 40).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(5, 40), st.integers(16, 40), st.integers(0, 2**32 - 1))
 def test_resizing_stays_within_the_range(side, size, seed):
     hu = np.random.default_rng(seed).integers(-3024, 3072, (side, side)).astype(np.int16)
@@ -129,7 +129,7 @@ def test_z_score_over_the_head_by_hand():
     np.testing.assert_array_equal(one, 0)  # no spread
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1))
 def test_z_score_has_mean_0_and_spread_1_over_the_head(seed):
     random = np.random.default_rng(seed)

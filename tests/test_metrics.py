@@ -126,7 +126,7 @@ def random_table(seed, samples):
     return truth.astype(np.int8), np.round(1 / (1 + np.exp(1 - 2 * truth + noise)), 2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), samples=st.integers(2, 300))
 def test_agrees_with_scikit_learn(seed, samples):
     truth, probabilities = random_table(seed, samples)

@@ -503,7 +503,7 @@ def test_plan_spreads_subtypes_and_series():
 
 
 @given(st.integers(0, 2**36 - 1), st.integers(0, 2**36 - 1), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_identifiers_never_collide(first, second, seed):
     names = {hex_identifier(number, seed, 9) for number in (first, second)}
     assert len(names) == len({first, second})

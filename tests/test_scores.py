@@ -118,7 +118,7 @@ def test_values_are_those_of_scikit_learn():
         assert found[name]["low"] < found[name]["value"] < found[name]["high"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.integers(0, 999), st.sampled_from([1, 2, 8]))
 def test_weights_count_rows_as_often(n, seed, digits):
     truth, values, _ = table(n, seed, digits)

@@ -194,7 +194,7 @@ def test_a_slice_beside_the_stack_is_irregular():
     assert verdict(AXIAL, positions) == "irregular"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     steps=st.lists(st.sampled_from([5, 5, 5, 5, 5.03, 5.2, 10, 2.5, 0]), min_size=2, max_size=8),
     degrees=st.sampled_from([0, 10, -20]),
@@ -978,7 +978,7 @@ def test_saved_texts_come_back(tmp_path):
     assert not any(f'"{sign}' in content for sign in "=+-@")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=5),
     st.lists(st.floats(allow_infinity=False), min_size=1, max_size=5),

@@ -110,7 +110,7 @@ def test_split_depends_on_the_seed_but_not_on_the_order_of_rows():
     assert split_by_patient(slices, seed=6) != split
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(patients=st.integers(3, 25), seed=st.integers(0, 10**6), rate=st.floats(0.05, 0.9))
 def test_parts_are_never_empty_disjoint_and_complete(patients, seed, rate):
     slices = slice_table(patients, seed, rates=(rate,) * 5)

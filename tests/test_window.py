@@ -44,7 +44,7 @@ def test_input_is_left_alone_and_shape_is_kept():
     assert BRAIN(hu.astype(np.float32)).dtype == np.float32
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.floats(-2000, 2000), st.floats(0.5, 4000), st.lists(st.integers(-32768, 32767), min_size=1)
 )
