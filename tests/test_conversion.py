@@ -219,7 +219,7 @@ def test_plain_torch_equals_torchvision_bit_by_bit(name, size):
 def test_parity_on_this_backend(source_name):
     parity = selfcheck.check(
         source_name,
-        sizes=((33, 48), (64, 64)) if "resnet" in source_name else ((1, 33, 40), (5, 32, 32)),
+        sizes=((33, 48), (64, 64)) if "resnet" in source_name else ((5, 33, 32),),
     )
     rows = {name: relative for name, (_, relative) in parity.rows.items()}
     # In float32 single switched ReLUs move it by per cents; a wrong gradient is off by its length.

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ich_keras.models.cost import preset_table
+from ich_keras.models.presets import PRESETS
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -70,3 +73,9 @@ def test_modules_are_short():
     }
     long = {name: count for name, count in lines.items() if count > MODULE_LINES}
     assert set(long) == set(LONGER), long
+
+
+@pytest.mark.slow
+def test_every_preset_is_in_the_readme_with_its_numbers():
+    page = ROOT / "ich_keras/models/README.md"
+    assert preset_table(tuple(PRESETS)) in page.read_text(encoding="utf-8")

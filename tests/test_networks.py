@@ -17,7 +17,7 @@ from ich_keras.models.classifier import (
     compile_classifier,
     freeze,
 )
-from ich_keras.models.cost import cost, preset_table
+from ich_keras.models.cost import cost
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import feature_model, resnet
 from ich_keras.models.spec import ModelSpec, require_trainable
@@ -135,23 +135,17 @@ def test_activation_memory_by_hand():
     assert cost(model).activation_bytes == 4 * values
 
 
-@pytest.mark.slow
-def test_every_preset_is_in_the_readme_with_its_numbers():
-    from test_documents import ROOT
-
-    page = ROOT / "ich_keras/models/README.md"
-    assert preset_table(tuple(PRESETS)) in page.read_text(encoding="utf-8")
-
-
 def test_features_have_the_sizes_that_the_specification_tells():
     for spec in TINY.values():
         model = resnet(spec)
-        found = feature_model(model, ("stem", "layer1", "layer2", "layer3", "layer4", "avgpool"))
-        outputs = found.predict_on_batch(random_batch(model, 1)[0])
+        # Keras asks the backend for these shapes; computing numbers would show no others.
+        outputs = feature_model(
+            model, ("stem", "layer1", "layer2", "layer3", "layer4", "avgpool")
+        ).output
         shapes = spec.spatial_shapes()
         for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
             assert outputs[name].shape[1:-1] == shapes[name]
-        assert outputs["avgpool"].shape == (1, spec.num_features)
+        assert outputs["avgpool"].shape == (None, spec.num_features)
     with pytest.raises(UsageError, match="no feature called 'layer5'; it has stem, maxpool"):
         feature_model(resnet(NARROW), ("layer5",))
     assert list(feature_model(resnet(NARROW), "layer2").output) == ["layer2"]
@@ -199,7 +193,7 @@ def test_group_normalisation_does_not_look_at_the_batch():
     # Large enough for several positions in the last stage: a group of two values is all rounding.
     wide = replace(NARROW, input_shape=(64, 64, 3))
     model = classifier(replace(wide, norm="group"), output="logits")
-    images, _ = random_batch(model, 4)
+    images, _ = random_batch(model, 2)
     together = keras.ops.convert_to_numpy(model(images, training=True))
     alone = np.concatenate(
         [keras.ops.convert_to_numpy(model(image[None], training=True)) for image in images]
@@ -207,7 +201,7 @@ def test_group_normalisation_does_not_look_at_the_batch():
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
     batch = classifier(wide, output="logits")
     with_mates = keras.ops.convert_to_numpy(batch(images, training=True))[0]
-    one = keras.ops.convert_to_numpy(batch(images[:2], training=True))[0]
+    one = keras.ops.convert_to_numpy(batch(images[:1], training=True))[0]
     assert np.abs(with_mates - one).max() > 1e-3
 
 
