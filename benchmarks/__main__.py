@@ -87,6 +87,25 @@ def model(
     click.echo(f"Results: {path}")
 
 
+@main.command()
+@TINY
+@click.option(
+    "--repeats", type=click.IntRange(min=1), help="Timed passes over all slices; default: 7."
+)
+@click.option("--out", type=PathType(), metavar="DIR", help="Folder of the CSV; as for model.")
+def checks(is_tiny: bool, repeats: int | None, out: Path | None) -> None:
+    """Measure what the checks of files and pixels cost per slice."""
+    from benchmarks.checks import measure
+    from benchmarks.records import RESULTS, TRIALS, describe_place, file_name
+
+    place = describe_place("cpu", 1)
+    bench = "checks-tiny" if is_tiny else "checks"
+    path = (out or (TRIALS if is_tiny else RESULTS)) / file_name(bench, place, "int16")
+    series, matrix = (1, 64) if is_tiny else (2, 512)
+    measure(series, matrix, repeats or (1 if is_tiny else 7), path, place, click.echo)
+    click.echo(f"Results: {path}")
+
+
 @main.command(hidden=True)
 @TINY
 @PRECISION

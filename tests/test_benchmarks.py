@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ich_keras.errors import UsageError
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import harness  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import CASES, Setting, choose_cases, tiny  # noqa: E402
 from benchmarks.records import Place, file_name, slug, table  # noqa: E402
 
@@ -332,3 +334,24 @@ def test_a_step_on_a_whole_series_takes_no_more_than_the_readme_says(case):
     assert done.returncode == 0, done.stderr
     # The activations alone are several hundred MiB: less would not be this step.
     assert 2**30 < int(done.stdout.split()[-1]) < 3 * 2**30
+
+
+def test_the_cost_of_the_checks_is_told_for_each_kind_of_file(tmp_path):
+    command = ["checks", "--tiny", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    works = {
+        kind: {r["work"] for r in rows if r["files"] == kind} for kind in {r["files"] for r in rows}
+    }
+    assert {"uncompressed", "uncompressed, padding declared", "RLE"} <= set(works)
+    assert "check: declared padding" in works["uncompressed, padding declared"]
+    assert "check: code stream" in works["RLE"]
+    for row in rows:
+        beside = next(
+            r for r in rows if r["files"] == row["files"] and r["work"] == "a slice into the cache"
+        )
+        share = 100 * float(row["us_median"]) / float(beside["us_median"])
+        assert float(row["percent"]) == pytest.approx(share, rel=1e-4)
+        assert int(row["slices"]) >= 5

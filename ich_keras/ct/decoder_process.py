@@ -47,15 +47,25 @@ def serve() -> None:
         raw = questions.read(raw_length)
         _set_alarm(ORPHAN_SECONDS)
         decoder = get_decoder(options.pop("transfer_syntax_uid"))
-        content, answer = _decode(decoder, raw, options)
+        content, answer = decode_frame(decoder, raw, options)
         text = json.dumps(answer).encode()
         answers.write(FRAME.pack(len(text), len(content)) + text + content)
         answers.flush()
         _set_alarm(0)
 
 
-def _decode(decoder: Any, raw: bytes, options: dict) -> tuple[bytes, dict]:
-    """Return the stored values, and the error or the complaints."""
+def decode_frame(decoder: Any, raw: bytes, options: dict) -> tuple[bytes, dict]:
+    """Decode one frame.
+
+    Args:
+        decoder: pydicom's.
+        raw: the value of PixelData.
+        options: `decoding.decoder_options`, without the transfer syntax.
+
+    Returns:
+        Stored values as little-endian bytes, b"" if it failed; and {"shape": ..., "complaints":
+        [...]} or {"error": ...}.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

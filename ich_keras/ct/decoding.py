@@ -203,15 +203,8 @@ def decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
         RejectedFile: DECODE_ERROR (the decoder failed, or complained), DECODER_CRASH or TIMEOUT.
         EnvironmentProblem: the decoder process cannot be started.
     """
-    options = {
-        "transfer_syntax_uid": pixels.transfer_syntax_uid,
-        "rows": pixels.rows,
-        "columns": pixels.columns,
-        "bits_stored": pixels.bits_stored,
-        "pixel_representation": int(pixels.is_signed),
-    }
     with _lock:
-        message, content, words = _ask(options, raw)
+        message, content, words = _ask(decoder_options(pixels), raw)
     if "error" in message:
         raise undecodable(f"cannot be decoded: {_one_line(message['error'], words)}")
     said = _one_line(*message["complaints"], words)
@@ -221,6 +214,17 @@ def decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
     if message["shape"] != [pixels.rows, pixels.columns]:
         raise other_size(pixels, *message["shape"][:2])
     return stored.astype(stored.dtype.newbyteorder("="), copy=False).reshape(message["shape"])
+
+
+def decoder_options(pixels: StoredPixels) -> dict:
+    """Return what pydicom's decoders must know of a frame, by their names for it."""
+    return {
+        "transfer_syntax_uid": pixels.transfer_syntax_uid,
+        "rows": pixels.rows,
+        "columns": pixels.columns,
+        "bits_stored": pixels.bits_stored,
+        "pixel_representation": int(pixels.is_signed),
+    }
 
 
 def end_decoder() -> None:

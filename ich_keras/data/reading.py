@@ -119,17 +119,17 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
         RejectedFile: it cannot be read, or it is not the file that was indexed (CHANGED).
     """
     record = read_slice(indexed.container)
-    differences = _differences(record.header, indexed)
-    if not differences:
+    found = differences(record.header, indexed)
+    if not found:
         file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
         if file_size != indexed.file_size:
-            differences = [_differs("the file's size", file_size, indexed.file_size)]
-    if differences:
-        raise RejectedFile("CHANGED", "; ".join(differences))
+            found = [_differs("the file's size", file_size, indexed.file_size)]
+    if found:
+        raise RejectedFile("CHANGED", "; ".join(found))
     return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
 
 
-def _differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
+def differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
     """Say what a header tells otherwise than the index did; a PatientID is not shown."""
     found = []
     for keyword, now, before in (
