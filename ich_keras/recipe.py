@@ -8,19 +8,18 @@ weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.config import DataConfig, FitConfig, RunConfig, kinds_of
 from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View, with_absent_choices
 from ich_keras.environment import choose_backend, choose_device, choose_precision
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
 from ich_keras.models.spec import ModelSpec
 
@@ -326,15 +325,20 @@ def _intensity(config: RunConfig) -> Intensity:
     from ich_keras.models.weights_file import read_record
     from ich_keras.models.weights_lookup import find_weights
 
-    record: dict = {}
-    if config.weights is not None:
-        record = read_record(find_weights(config.weights, config.preset))
+    path = None if config.weights is None else find_weights(config.weights, config.preset)
+    record = {} if path is None else read_record(path)
     if config.data.intensity is not None:
         return intensity_of(config.data.intensity)
     # The channels in the file, which `weights-convert` may have changed.
     network_of_file = record.get("network") or {}
     channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
-    made_for = _recorded_intensity(record)
+    try:
+        made_for = _recorded_intensity(record)
+    except UsageError as error:
+        raise DataError(
+            f"{path}: the recipe in its record is damaged: {error.message}",
+            "Fetch the file again, or choose --intensity yourself.",
+        ) from error
     if made_for is not None and made_for.channels == channels:
         return made_for
     fitting = [known for known in INTENSITIES.values() if known.channels == channels]
@@ -350,7 +354,8 @@ def _recorded_intensity(record: dict) -> Intensity | None:
     """Return the intensity that weights were made for: a run's by value, others' by name."""
     recipe = record.get(RECIPE)
     if isinstance(recipe, dict):
-        return Intensity.from_dict(recipe.get("inputs", {}).get("intensity"))
+        inputs = recipe.get("inputs")
+        return Intensity.from_dict(inputs.get("intensity") if isinstance(inputs, dict) else inputs)
     return INTENSITIES.get(record.get("intensity", ""))
 
 
@@ -378,12 +383,12 @@ def _read(cls: Any, content: object, place: str, source: str) -> Any:
         if dataclasses.is_dataclass(expected):
             values[key] = _read(expected, content[key], inner, source)
             continue
-        options = typing.get_args(expected) if isinstance(expected, types.UnionType) else [expected]
+        options, names = kinds_of(expected)
         value = content[key]
         if float in options and type(value) is int:
             value = float(value)
         if type(value) not in options:
-            raise StaleError(f"{source}: {inner} is {value!r}; expected {expected}.", hint)
+            raise StaleError(f"{source}: {inner} is {value!r}; expected {names}.", hint)
         values[key] = value
     try:
         return cls(**values)
