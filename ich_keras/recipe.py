@@ -299,13 +299,27 @@ class Recipe:
         return recipe
 
 
+def view_kind(preset_name: str, view: str | None) -> str:
+    """Return what a sample is: as configured, or what suits the preset.
+
+    Args:
+        preset_name: a key of `PRESETS`.
+        view: "slice", "slab" or "series"; None suits the preset.
+
+    >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
+    ('slab', 'series')
+    """
+    if view is not None:
+        return view
+    spec = PRESETS[preset_name].spec
+    usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
+    return "slice" if spec.rank == 2 else usual
+
+
 def _view(config: RunConfig) -> View:
     """Return the view: as configured, or to suit the preset."""
     data, spec = config.data, PRESETS[config.preset].spec
-    kind = data.view
-    if kind is None:
-        usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
-        kind = "slice" if spec.rank == 2 else usual
+    kind = view_kind(config.preset, data.view)
     count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
     view = View(kind, count, data.edge, data.long_series, data.tilted, data.duplicate)
     if view.is_volume != (spec.rank == 3):
