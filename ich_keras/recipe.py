@@ -369,7 +369,8 @@ def _recorded_intensity(record: dict) -> Intensity | None:
     recipe = record.get(RECIPE)
     if isinstance(recipe, dict):
         inputs = recipe.get("inputs")
-        return Intensity.from_dict(inputs.get("intensity") if isinstance(inputs, dict) else inputs)
+        made_for: Any = inputs.get("intensity") if isinstance(inputs, dict) else None
+        return Intensity.from_dict(made_for)
     return INTENSITIES.get(record.get("intensity", ""))
 
 
