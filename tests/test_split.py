@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -361,3 +362,17 @@ def test_an_edited_split_file_is_refused(tmp_path, change):
     (tmp_path / "split.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(DataError, match=r"split|fields"):
         Split.load(tmp_path / "split.json")
+
+
+@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("warning", ["", "  "])
+def test_a_split_file_with_the_name_of_a_leaking_one_needs_a_warning(tmp_path, name, warning):
+    """By that name it is not checked for leaks."""
+    slices = slice_table(20)
+    clean = split_by_patient(slices, seed=2)
+    path = tmp_path / "mine.json"
+    dataclasses.replace(clean, name=name, warning=warning).save(path)
+    with pytest.raises(DataError, match=f"mine.json is called '{name}', which leaks, and has no"):
+        make_split(path, slices, seed=0)
+    dataclasses.replace(clean, name=name, warning="torn").save(path)
+    assert make_split(path, slices, seed=0).warning == "torn"
