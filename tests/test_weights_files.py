@@ -808,8 +808,8 @@ def test_converted_weights_are_found_by_name(folder, name, preset_name, source):
     [
         ("torchvision_resnet81", "Did you mean 'torchvision_resnet18'?"),
         ("imagenets", "Did you mean 'imagenet'?"),
-        ("mine", "`weights-convert list` tells the sources."),
-        ("", "`weights-convert list` tells the sources."),
+        ("mine", "`weights-convert list` lists the sources."),
+        ("", "`weights-convert list` lists the sources."),
         ("runs", f"For the weights of that run give runs/best{SUFFIX}."),
     ],
 )
