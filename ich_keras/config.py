@@ -68,7 +68,7 @@ class FitConfig:
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
-        warmup_steps: steps over which the learning rate rises linearly.
+        warmup_steps: batches over which the learning rate rises linearly from zero.
         weight_decay: decoupled; applies to kernels only.
         loss: "bce" or "rsna" (`any` counted twice).
         freeze: freeze the network up to and including "stem", "layer1", ... "layer4"; None trains

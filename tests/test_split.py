@@ -239,9 +239,15 @@ def test_file_of_slices_counts_what_does_not_fit(tmp_path):
 BAD_LISTS = {
     "empty": ("", "is empty"),
     "header only": ("patient_id,split\n", "has a header but no rows"),
-    "no split": ("patient_id,fold\nA,train\n", "the first line is 'patient_id,fold'"),
-    "no ids": ("name,split\nA,train\n", "it does not fit"),
-    "two kinds of ids": ("patient_id,series_uid,split\nA,B,train\n", "it does not fit"),
+    "no split": ("patient_id,fold\nA,train\n", "the header is 'patient_id,fold'; expected"),
+    "no ids": (
+        "name,split\nA,train\n",
+        "header is .name,split.; expected `split` and one of patient_id",
+    ),
+    "two kinds of ids": (
+        "patient_id,series_uid,split\nA,B,train\n",
+        "expected `split` and one of patient_id",
+    ),
     "unknown part": ("patient_id,split\nA,val\n", "line 2: split 'val', expected train, valid"),
     "short row": ("patient_id,split\nA\n", "line 2: 1 fields, expected 2"),
     "empty id": ("patient_id,split\n,train\n", "line 2: patient_id is empty"),
