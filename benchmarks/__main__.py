@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ich_keras.processes import usable_threads
-from ich_keras.terminal import Group, PathType, catch_termination
+from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
 if TYPE_CHECKING:
     from benchmarks.cases import Setting
 
-HELP = {"help_option_names": ["-h", "--help"]}
 PRECISION = click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ich_keras.processes import usable_threads
-from ich_keras.terminal import Group, PathType, catch_termination, open_terminal
+from ich_keras.terminal import HELP, Group, PathType, catch_termination, open_terminal
 
 if TYPE_CHECKING:
     from experiments.scales import Scale
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-HELP = {"help_option_names": ["-h", "--help"]}
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs")  # not part of the repository
 _FOLDER = PathType(file_okay=False)

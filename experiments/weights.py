@@ -3,7 +3,7 @@
 from experiments.place import Place
 from experiments.runs import MEDICALNET_2D, RUNS
 from ich_keras.errors import UsageError
-from ich_keras.models.weights_lookup import find_weights, weights_folder
+from ich_keras.models.weights_lookup import converted_file, find_weights
 from ich_keras.run_folder import RunFolder
 
 
@@ -19,7 +19,7 @@ def absent_weights(key: str) -> str:
         if source == MEDICALNET_2D:
             return (
                 f"weights-convert collapse --weights FILE.weights.h5 --preset {run.preset} --out"
-                f" {weights_folder() / source}.weights.h5"
+                f" {converted_file(source)}"
             )
         return f"weights-convert convert --source {source} --checkpoint FILE.pth"
     return ""

@@ -68,7 +68,7 @@ class FitConfig:
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
-        warmup_steps: steps over which the learning rate rises linearly.
+        warmup_steps: batches over which the learning rate rises linearly from zero.
         weight_decay: decoupled; applies to kernels only.
         loss: "bce" or "rsna" (`any` counted twice).
         freeze: freeze the network up to and including "stem", "layer1", ... "layer4"; None trains
@@ -222,10 +222,20 @@ def _from_dict(cls: Any, content: object, place: str) -> Any:
 
 
 def _checked(expected: Any, value: Any, place: str) -> Any:
-    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    options, names = kinds_of(expected)
     if type(value) in options:
         return value
     if float in options and type(value) is int and abs(value) < 2**53:
         return float(value)
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in options)
     raise UsageError(f"config: {place} is {value!r}; expected {names}.")
+
+
+def kinds_of(annotation: Any) -> tuple[tuple[type, ...], str]:
+    """Return the types that a field may have, and how a message calls them.
+
+    >>> kinds_of(int | None)[1]
+    'int or null'
+    """
+    is_union = isinstance(annotation, types.UnionType)
+    options = typing.get_args(annotation) if is_union else (annotation,)
+    return options, " or ".join("null" if t is type(None) else t.__name__ for t in options)

@@ -18,9 +18,8 @@ _ROUNDING = ("float16", "bfloat16")
 _PLACE = "keras.json (in $KERAS_HOME, else ~/.keras)"
 # What Keras takes from the file; it fails to import with anything else.
 _IN_FILE = {
-    "floatx": "'float16', 'float32' or 'float64'",
-    "epsilon": "a number with a decimal point",
-    "image_data_format": "'channels_last' or 'channels_first'",
+    "floatx": ("float16", "float32", "float64"),
+    "image_data_format": ("channels_last", "channels_first"),
 }
 
 
@@ -62,10 +61,16 @@ def require_settings_file() -> None:
         return
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no settings of Keras.", "Remove it: Keras writes it anew.")
-    for name, expected in _IN_FILE.items():
-        value = content.get(name)
-        fits = isinstance(value, float) if name == "epsilon" else f"{value!r}" in expected
-        if name in content and not fits:
+    for name in ("floatx", "epsilon", "image_data_format"):
+        if name not in content:
+            continue
+        value, known = content[name], _IN_FILE.get(name)
+        if known is None:
+            fits, expected = isinstance(value, float), "a number with a decimal point"
+        else:
+            fits = isinstance(value, str) and value in known
+            expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        if not fits:
             raise UsageError(
                 f"{path}: {name} is {value!r}; Keras expects {expected}.",
                 "Correct the file, or remove it: Keras writes it anew.",

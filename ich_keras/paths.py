@@ -32,7 +32,7 @@ def path_of(text: str, place: str) -> Path:
             "Is a variable of the shell not set? `.` is the current folder.",
         )
     if "\0" in text:
-        raise UsageError(f"{place} is {text!r}; no path holds a NUL character.")
+        raise UsageError(f"{place} is {text!r}; a path cannot contain a NUL character.")
     if not text.startswith("~"):
         return Path(text)
     expanded = os.path.expanduser(text)  # noqa: PTH111 (Path's gives no name to an unknown user)

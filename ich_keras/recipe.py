@@ -8,19 +8,18 @@ weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.config import DataConfig, FitConfig, RunConfig, kinds_of
 from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View, with_absent_choices
 from ich_keras.environment import choose_backend, choose_device, choose_precision
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
 from ich_keras.models.spec import ModelSpec
 
@@ -300,13 +299,27 @@ class Recipe:
         return recipe
 
 
+def view_kind(preset_name: str, view: str | None) -> str:
+    """Return what a sample is: as configured, or what suits the preset.
+
+    Args:
+        preset_name: a key of `PRESETS`.
+        view: "slice", "slab" or "series"; None suits the preset.
+
+    >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
+    ('slab', 'series')
+    """
+    if view is not None:
+        return view
+    spec = PRESETS[preset_name].spec
+    usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
+    return "slice" if spec.rank == 2 else usual
+
+
 def _view(config: RunConfig) -> View:
     """Return the view: as configured, or to suit the preset."""
     data, spec = config.data, PRESETS[config.preset].spec
-    kind = data.view
-    if kind is None:
-        usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
-        kind = "slice" if spec.rank == 2 else usual
+    kind = view_kind(config.preset, data.view)
     count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
     view = View(kind, count, data.edge, data.long_series, data.tilted, data.duplicate)
     if view.is_volume != (spec.rank == 3):
@@ -326,15 +339,20 @@ def _intensity(config: RunConfig) -> Intensity:
     from ich_keras.models.weights_file import read_record
     from ich_keras.models.weights_lookup import find_weights
 
-    record: dict = {}
-    if config.weights is not None:
-        record = read_record(find_weights(config.weights, config.preset))
+    path = None if config.weights is None else find_weights(config.weights, config.preset)
+    record = {} if path is None else read_record(path)
     if config.data.intensity is not None:
         return intensity_of(config.data.intensity)
     # The channels in the file, which `weights-convert` may have changed.
     network_of_file = record.get("network") or {}
     channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
-    made_for = _recorded_intensity(record)
+    try:
+        made_for = _recorded_intensity(record)
+    except UsageError as error:
+        raise DataError(
+            f"{path}: the recipe in its record is damaged: {error.message}",
+            "Fetch the file again, or choose --intensity yourself.",
+        ) from error
     if made_for is not None and made_for.channels == channels:
         return made_for
     fitting = [known for known in INTENSITIES.values() if known.channels == channels]
@@ -350,7 +368,9 @@ def _recorded_intensity(record: dict) -> Intensity | None:
     """Return the intensity that weights were made for: a run's by value, others' by name."""
     recipe = record.get(RECIPE)
     if isinstance(recipe, dict):
-        return Intensity.from_dict(recipe.get("inputs", {}).get("intensity"))
+        inputs = recipe.get("inputs")
+        made_for: Any = inputs.get("intensity") if isinstance(inputs, dict) else None
+        return Intensity.from_dict(made_for)
     return INTENSITIES.get(record.get("intensity", ""))
 
 
@@ -378,12 +398,12 @@ def _read(cls: Any, content: object, place: str, source: str) -> Any:
         if dataclasses.is_dataclass(expected):
             values[key] = _read(expected, content[key], inner, source)
             continue
-        options = typing.get_args(expected) if isinstance(expected, types.UnionType) else [expected]
+        options, names = kinds_of(expected)
         value = content[key]
         if float in options and type(value) is int:
             value = float(value)
         if type(value) not in options:
-            raise StaleError(f"{source}: {inner} is {value!r}; expected {expected}.", hint)
+            raise StaleError(f"{source}: {inner} is {value!r}; expected {names}.", hint)
         values[key] = value
     try:
         return cls(**values)

@@ -193,8 +193,9 @@ def report_text(run: RunFolder) -> str:
         ),
         "",
         f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"
-        f" {best['valid_log_loss']:.4f}). A prediction is positive from 0.5."
-        " Skill is 1 - loss / loss of the constant: 1 perfect, 0 no better than a constant answer.",
+        f" {best['valid_log_loss']:.4f}). A probability of 0.5 or more counts as positive. Skill is"
+        " 1 - loss / (loss of the constant answer): 1 is perfect, 0 is no better than the constant"
+        " answer.",
         "",
     ]
     for name, title in _SPLIT_TITLES.items():

@@ -64,7 +64,7 @@ def write_submission(
     values = predictions[list(LABELS)].apply(pd.to_numeric, errors="coerce")
     outside = ~((values >= 0) & (values <= 1)).all(axis=1)
     if outside.any():
-        raise DataError(f"image {uids[outside].iloc[0]} has values that are no probabilities.")
+        raise DataError(f"image {uids[outside].iloc[0]} has values outside 0 to 1.")
     text = io.StringIO()
     text.write(f"{HEADER}\n")
     for uid, row in zip(uids, values.itertuples(index=False), strict=True):

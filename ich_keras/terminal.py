@@ -5,6 +5,7 @@ Lines and bars share the screen, so all of them go through `open_terminal`.
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
@@ -31,6 +32,8 @@ from ich_keras.paths import path_of
 from ich_keras.progress import Progress, Tell
 
 TRACEBACK = "ICH_TRACEBACK"
+# For every group, and for `ich-train`, which runs without the group.
+HELP = {"help_option_names": ["-h", "--help"]}
 USUAL_WIDTH = 80  # assumed for a file or pipe
 
 
@@ -54,7 +57,9 @@ class Command(click.Command):
                 raise
             _fail(ctx, error.message, error.hint, error.exit_code)
         except OSError as error:
-            if os.environ.get(TRACEBACK) or error.errno is None:
+            # Whoever read the output has enough of it: click ends the command without a word.
+            has_reader = not (isinstance(error, BrokenPipeError) and _is_output_closed())
+            if os.environ.get(TRACEBACK) or error.errno is None or not has_reader:
                 raise
             place = f": {error.filename}" if error.filename else ""
             _fail(ctx, f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT)
@@ -71,6 +76,20 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+def _is_output_closed() -> bool:
+    """Tell whether nobody reads our output any more, as in `ich presets | head -1`."""
+    # Otherwise the pipe that broke is that of a worker process, for instance.
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    waiting = select.poll()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            waiting.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # a stream without a file, or closed
+        return False
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in waiting.poll(0))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -220,7 +239,7 @@ class _Steps:
         step = self._active.get(name)
         is_new = step is None
         if step is None:
-            # Shown in the line at its end, which covers them.
+            # A part's time is covered by the last line of the step around it.
             is_part = bool(self._active)
             step = Step(name, is_part, now, done, done, total, detail, now)
             self._active[name] = step

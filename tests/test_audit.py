@@ -236,9 +236,9 @@ def test_a_submission_is_refused_when_it_would_be_wrong(tmp_path):
         write_submission(table.drop(columns=["sop_instance_uid", "any"]), out)
     with pytest.raises(DataError, match="image ID_000000000 is predicted more than once"):
         write_submission(pd.concat([table, table]), out)
-    with pytest.raises(DataError, match="image ID_000000001 has values that are no probabilities"):
+    with pytest.raises(DataError, match="image ID_000000001 has values outside 0 to 1"):
         write_submission(table.assign(any=[0.1, np.nan, 0.2]), out)
-    with pytest.raises(DataError, match="image ID_000000001 has values that are no probabilities"):
+    with pytest.raises(DataError, match="image ID_000000001 has values outside 0 to 1"):
         write_submission(table.assign(any=["0.1", "abc", "0.2"]), out)
     with pytest.raises(DataError, match=r"1 image.s. of the predictions have no sop_instance_uid"):
         write_submission(table.assign(sop_instance_uid=["ID_1", np.nan, "ID_2"]), out)

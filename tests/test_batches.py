@@ -224,7 +224,7 @@ def test_what_has_no_label_is_not_trained_on(phantom_cache):
 
 
 def test_what_cannot_be_batched_is_refused(phantom_cache):
-    with pytest.raises(DataError, match="no slices"):
+    with pytest.raises(DataError, match="no slices to make batches of: `indices` is empty"):
         slice_batches(phantom_cache, np.array([], int))
     negative = np.flatnonzero(phantom_cache.slices[ANY].to_numpy() == 0)
     with pytest.raises(DataError, match="0 of .* slices are positive; balancing needs both"):

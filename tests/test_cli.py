@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from ich_keras.cli import main, train_main
 from ich_keras.cli.configuration import run_config
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.errors import EXIT_TERMINATED
+from ich_keras.errors import EXIT_TERMINATED, UsageError
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 
@@ -395,6 +395,43 @@ def test_another_view_takes_its_own_defaults_not_those_of_the_file(tmp_path):
     assert reset == "--view, --slices, --intensity, --batch-size, --accumulate"
     assert (flat.data, flat.fit) == (DataConfig(size=64), whole.fit)
     assert run_config(path, nothing | {"preset": "resnet18_3d"})[0].data == slab.data
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reset"),
+    [
+        ("resnet18_3d_slab", "resnet18_3d", "--slices, --batch-size"),
+        ("resnet18_3d_slab", "resnet18_2d", "--slices, --batch-size"),
+        ("resnet18_3d", "resnet18_3d_slab", "--slices, --batch-size"),
+        ("resnet18_3d_slab", "resnet50_3d_slab", ""),
+        ("resnet18_3d", "resnet18_3d_medicalnet", ""),
+    ],
+)
+def test_another_preset_means_another_view_where_the_file_names_none(
+    tmp_path, before, after, reset
+):
+    """The config.json of a run holds what was asked for: no view, unless `--view` was given."""
+    content = RunConfig(
+        preset=before, data=DataConfig(slices=9), fit=FitConfig(batch_size=16, epochs=3)
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content.to_dict()))
+    config, told = run_config(path, {"view": None, "preset": after})
+    assert told == reset
+    kept = (9, 16) if reset == "" else (None, None)
+    assert (config.data.slices, config.fit.batch_size, config.fit.epochs) == (*kept, 3)
+    assert config.preset == after
+
+
+def test_a_view_that_the_preset_means_already_resets_nothing(tmp_path):
+    slab = RunConfig(preset="resnet18_3d_slab", data=DataConfig(slices=9, edge="repeat"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(slab.to_dict()))
+    config, told = run_config(path, {"view": "slab", "preset": None})
+    assert told == ""
+    assert config == replace(slab, data=replace(slab.data, view="slab"))
+    with pytest.raises(UsageError, match="no preset is called 'resnet18_4d'"):
+        run_config(path, {"view": "series", "preset": "resnet18_4d"})
 
 
 def test_a_termination_that_python_drops_is_sent_again():

@@ -1,7 +1,11 @@
 """From checkpoints in the published formats to networks that agree, and back, bit by bit."""
 
 import gc
+import http.client
 import json
+import ssl
+import subprocess
+import sys
 import urllib.error
 from collections import OrderedDict
 from dataclasses import replace
@@ -15,7 +19,7 @@ import torchvision
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from ich_keras.errors import DataError, EnvironmentProblem, UsageError
+from ich_keras.errors import EXIT_TERMINATED, DataError, EnvironmentProblem, UsageError
 from ich_keras.files import sha256_of
 from ich_keras.labels import LABELS
 from ich_keras.models import resnet as resnet_module
@@ -728,6 +732,65 @@ def test_a_download_that_goes_wrong_leaves_nothing(
     with pytest.raises(error, match=message):
         fetching.fetch("medicalnet_resnet10", tmp_path / "new")
     assert not list((tmp_path / "new").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (http.client.IncompleteRead(b"123", 9), "IncompleteRead"),
+        (http.client.BadStatusLine("HELLO"), "HELLO"),
+        (http.client.LineTooLong("header line"), "more than 65536 bytes"),
+        (ssl.SSLError("record layer failure"), "record layer failure"),
+        (TimeoutError(), "could not be downloaded: TimeoutError"),
+        (ConnectionResetError(104, "reset by peer"), "reset by peer"),
+    ],
+)
+def test_a_transfer_that_breaks_off_is_one_line(error, message, tmp_path, monkeypatch):
+    class Broken(Response):
+        def read(self, size):
+            if self.position:
+                raise error
+            return super().read(size)
+
+    monkeypatch.setattr(
+        fetching.urllib.request,
+        "urlopen",
+        lambda request, timeout: Broken(b"12345", "https://example.org/file"),
+    )
+    with pytest.raises(EnvironmentProblem, match=f"{message}.*--checkpoint FILE"):
+        fetching.fetch("medicalnet_resnet10", tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*"))
+
+
+@pytest.mark.parametrize("length", ["", "-5", "many", "5, 5", "9" * 5000])
+def test_a_length_that_is_no_number_is_not_used(length, tmp_path, monkeypatch):
+    serve(monkeypatch, b"12345", length=length)
+    steps = []
+    path = fetching.fetch("medicalnet_resnet10", tmp_path, lambda *step: steps.append(step))
+    assert path.read_bytes() == b"12345"
+    assert steps == [("downloading", 5, 5)]
+
+
+def test_sigterm_leaves_no_temporary_file(tmp_path):
+    """`weights-convert` ends by an exception, so that atomic writing cleans up."""
+    script = f"""
+import os, signal, sys, time
+from pathlib import Path
+from ich_keras.files import atomic_path
+from weights_convert import conversion, cli
+
+def convert(*arguments):
+    with atomic_path(Path({str(tmp_path / "a.weights.h5")!r})) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+conversion.convert = convert
+cli.main(["convert", "--checkpoint", "a.pth", "--preset", "resnet18_2d", "--out", "b"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == EXIT_TERMINATED
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_network_the_hint_is_the_local_file(tmp_path, monkeypatch):

@@ -426,6 +426,9 @@ def test_a_keras_json_of_another_project_changes_nothing(tmp_path):
     ("content", "message"),
     [
         ('{"floatx": "bfloat16"}', "floatx is 'bfloat16'; Keras expects 'float16', 'float32' or"),
+        ('{"floatx": 16}', "floatx is 16; Keras expects 'float16', 'float32' or 'float64'"),
+        ('{"floatx": "float"}', "floatx is 'float'; Keras expects"),
+        ('{"image_data_format": ["channels_last"]}', "Keras expects 'channels_last' or"),
         ('{"floatx": null}', "floatx is None; Keras expects"),
         ('{"epsilon": 1}', "epsilon is 1; Keras expects a number with a decimal point"),
         ('{"image_data_format": "nhwc"}', "image_data_format is 'nhwc'; Keras expects 'channels_"),

@@ -5,6 +5,7 @@ import json
 import shutil
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct import window
 from ich_keras.data.inputs import slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.model_file import read_recipe
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
-from ich_keras.models.weights_file import read_record
+from ich_keras.models.weights_file import RECORD, read_record
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
@@ -105,8 +106,11 @@ def test_what_it_lacks_or_does_not_know_is_refused():
         Recipe.from_dict(damaged)
     with pytest.raises(StaleError, match="it holds unknown epoch"):
         Recipe.from_dict(whole | {"epoch": 3})
-    with pytest.raises(StaleError, match="precision is 16; expected"):
+    with pytest.raises(StaleError, match="precision is 16; expected str."):
         Recipe.from_dict(whole | {"precision": 16})
+    other = whole | {"training": whole["training"] | {"limit_series": "all"}}
+    with pytest.raises(StaleError, match="training.limit_series is 'all'; expected int or null."):
+        Recipe.from_dict(other)
     with pytest.raises(StaleError, match="schema 7; expected 1"):
         Recipe.from_dict(whole | {"schema": 7})
     other = whole | {"inputs": whole["inputs"] | {"resampling": "nearest"}}
@@ -114,6 +118,17 @@ def test_what_it_lacks_or_does_not_know_is_refused():
         Recipe.from_dict(other)
     with pytest.raises(StaleError, match=r"takes \(256, 256, 3\), its input is \(96, 96, 3\)"):
         Recipe.from_dict(whole | {"inputs": whole["inputs"] | {"size": 96}})
+
+
+@pytest.mark.parametrize("recipe", [{"inputs": []}, {"inputs": {"intensity": []}}, {}])
+def test_a_damaged_recipe_in_the_record_of_weights_is_refused_with_the_file(tmp_path, recipe):
+    path = tmp_path / "foreign.weights.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs[RECORD] = json.dumps({"recipe": recipe})
+    with pytest.raises(DataError, match="foreign.weights.h5: the recipe in its record is damaged"):
+        recipe_of(weights=str(path))
+    wide = DataConfig(intensity="wide")
+    assert recipe_of(weights=str(path), data=wide).inputs.intensity == INTENSITIES["wide"]
 
 
 def test_a_recipe_from_before_duplicates_were_skipped_keeps_them():

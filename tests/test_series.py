@@ -565,9 +565,10 @@ def test_one_uid_in_two_different_files_is_used_from_neither(tmp_path, tags, dif
     first, other = str(tmp_path / "a.dcm"), str(tmp_path / "b" / "other.dcm")
     details = index.rejects.set_index("path")["detail"]
     uid = "(0008,0018) SOPInstanceUID 1.2.3.9 is also that of"
-    assert details[first] == f"{uid} {other}, which has another {difference}"
-    assert details[other] == f"{uid} {first}, which has another {difference}"
-    assert str(tmp_path / "copy.dcm") in details
+    assert details[first] == f"{uid} {other}, and the two differ in their {difference}"
+    assert details[other] == f"{uid} {first}, and the two differ in their {difference}"
+    copy = details[str(tmp_path / "copy.dcm")]
+    assert copy == f"{uid} {first} and of {other}, which differ in their {difference}"
     assert "patient-2" not in details[first]
     verdict, num_rejected = index.series[["verdict", "num_rejected"]].iloc[0]
     assert "incomplete" in verdict.split(",")

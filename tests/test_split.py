@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -238,9 +239,15 @@ def test_file_of_slices_counts_what_does_not_fit(tmp_path):
 BAD_LISTS = {
     "empty": ("", "is empty"),
     "header only": ("patient_id,split\n", "has a header but no rows"),
-    "no split": ("patient_id,fold\nA,train\n", "the first line is 'patient_id,fold'"),
-    "no ids": ("name,split\nA,train\n", "it does not fit"),
-    "two kinds of ids": ("patient_id,series_uid,split\nA,B,train\n", "it does not fit"),
+    "no split": ("patient_id,fold\nA,train\n", "the header is 'patient_id,fold'; expected"),
+    "no ids": (
+        "name,split\nA,train\n",
+        "header is .name,split.; expected `split` and one of patient_id",
+    ),
+    "two kinds of ids": (
+        "patient_id,series_uid,split\nA,B,train\n",
+        "expected `split` and one of patient_id",
+    ),
     "unknown part": ("patient_id,split\nA,val\n", "line 2: split 'val', expected train, valid"),
     "short row": ("patient_id,split\nA\n", "line 2: 1 fields, expected 2"),
     "empty id": ("patient_id,split\n,train\n", "line 2: patient_id is empty"),
@@ -361,3 +368,17 @@ def test_an_edited_split_file_is_refused(tmp_path, change):
     (tmp_path / "split.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(DataError, match=r"split|fields"):
         Split.load(tmp_path / "split.json")
+
+
+@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("warning", ["", "  "])
+def test_a_split_file_with_the_name_of_a_leaking_one_needs_a_warning(tmp_path, name, warning):
+    """By that name it is not checked for leaks."""
+    slices = slice_table(20)
+    clean = split_by_patient(slices, seed=2)
+    path = tmp_path / "mine.json"
+    dataclasses.replace(clean, name=name, warning=warning).save(path)
+    with pytest.raises(DataError, match=f"mine.json is called '{name}', which leaks, and has no"):
+        make_split(path, slices, seed=0)
+    dataclasses.replace(clean, name=name, warning="torn").save(path)
+    assert make_split(path, slices, seed=0).warning == "torn"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pyte
 import pytest
+from click.testing import CliRunner
 
 from ich_keras.labels import LABELS
 from ich_keras.summary import (
@@ -19,7 +20,7 @@ from ich_keras.summary import (
     run_summary,
     shorten_middle,
 )
-from ich_keras.terminal import open_terminal
+from ich_keras.terminal import Command, open_terminal
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a matter of Unix")
 fcntl = pytest.importorskip("fcntl")
@@ -458,3 +459,33 @@ def test_experiments_leave_a_line_for_each_run(tmp_path):
             *(f"caching {is_other}: done, 4 in 0 s" for is_other in (False, True)),
             f"Report: {work}/report.md",
         )
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word():
+    """As in `weights-convert list | head -1`."""
+    script = """
+import sys
+from weights_convert.cli import main
+sys.stdin.readline()  # until the reader has gone
+main(["list"])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        child.stdout.close()
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert child.stderr.read() == b""
+        assert child.wait(60) == 1
+
+
+def test_a_broken_pipe_inside_a_command_is_an_error():
+    def callback():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    result = CliRunner().invoke(Command("train", callback=callback), [])
+    assert result.exit_code == 4
+    assert result.output.startswith("Error: Broken pipe\n")

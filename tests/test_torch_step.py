@@ -633,7 +633,9 @@ def test_an_unknown_model_runs_on_keras_steps_with_one_warning(reason):
     model = UNKNOWN[reason]()
     with pytest.raises(UnknownStep, match=reason):
         read_graph(model)
-    with pytest.warns(StockStep, match=f"{reason}.*: Keras' own steps are used") as caught:
+    with pytest.warns(
+        StockStep, match=rf"{reason}.*\. Keras' own steps are used\. They are slower"
+    ) as caught:
         choose_step(model)
     assert num_stock(caught) == 1 and accelerated(model) is None
     if isinstance(model, keras.Sequential):

@@ -278,7 +278,7 @@ def test_a_series_is_never_torn_apart():
     slices, series = tables([3, 4])
     samples = make_samples(slices, series, View("series", 3))
     np.testing.assert_array_equal(samples.of_rows(slices, np.array([3, 4, 5, 6])), [1])
-    with pytest.raises(DataError, match="the split tears 1 series apart, s1 first"):
+    with pytest.raises(DataError, match="the split tears 1 series apart; the first is s1. Some of"):
         samples.of_rows(slices, np.array([0, 1, 2, 3, 4]))
     slices.loc[5:, list(LABELS)] = -1  # what has no label is in no part
     np.testing.assert_array_equal(samples.of_rows(slices, np.array([0, 1, 2, 3, 4])), [0, 1])
@@ -290,7 +290,7 @@ def test_a_series_is_never_torn_apart():
         ({"kind": "cube"}, "view 'cube'; expected one of slice, slab, series"),
         ({"kind": "slab", "num_slices": 4}, "a slab of 4 slices has no middle"),
         ({"kind": "slice", "num_slices": 3}, "view 'slice' with 3 slices"),
-        ({"kind": "series", "num_slices": 0}, "0 slices a sample"),
+        ({"kind": "series", "num_slices": 0}, "0 slices per sample"),
         ({"kind": "slab", "num_slices": 5, "edge": "wrap"}, "edge 'wrap'; expected one of air, re"),
         ({"kind": "series", "num_slices": 5, "long_series": "all"}, "long_series 'all'"),
         ({"kind": "series", "num_slices": 5, "tilted": "no"}, "tilted 'no'; expected one of keep"),

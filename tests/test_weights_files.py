@@ -194,7 +194,8 @@ def test_the_last_bit_of_a_weight_is_seen(good_file, target, tmp_path):
         before = values_of(target)
         for read in (read_weights, lambda path: load_weights(target, path, NARROW)):
             with pytest.raises(
-                DataError, match=f"1 of 41 layers are not as they were saved.*: {layer} first"
+                DataError,
+                match=f"1 of 41 layers are not as they were saved.*; the first is {layer}",
             ):
                 read(path)
         assert is_same(values_of(target), before)
@@ -250,9 +251,9 @@ def test_layers_without_checksum_and_checksums_without_layer(edited):
     def more(file):
         edit_record(file, lambda record: record["checksums"]["layers"].update(conv9="0" * 32))
 
-    with pytest.raises(DataError, match="1 of 40 layers .*: conv1 first"):
+    with pytest.raises(DataError, match="1 of 40 layers .*; the first is conv1"):
         read_weights(edited(less, has_checksums=True))
-    with pytest.raises(DataError, match="1 of 42 layers .*: conv9 first"):
+    with pytest.raises(DataError, match="1 of 42 layers .*; the first is conv9"):
         read_weights(edited(more, has_checksums=True))
 
 
@@ -473,11 +474,23 @@ BAD_RECORDS = {
     "list": ("[1]", "its record is list; expected an object"),
     "null": ("null", "its record is NoneType; expected an object"),
     "too deep": ("[" * 60_000, "its record is not JSON"),
-    "number": (5, "its record is no text; expected JSON"),
-    "texts": (["{}", "{}"], "its record is no text; expected JSON"),
-    "labels": ('{"labels": 6}', "labels of its record is no list"),
-    "no labels": ('{"labels": null}', "labels of its record is no list"),
-    "changes": ('{"changes": "inflated"}', "changes of its record is no list"),
+    "number": (5, "its record is not text; expected JSON"),
+    "texts": (["{}", "{}"], "its record is not text; expected JSON"),
+    "labels": ('{"labels": 6}', "labels of its record is 6; expected a list of texts"),
+    "no labels": ('{"labels": null}', "labels of its record is null; expected a list of texts"),
+    "numbers": ('{"labels": [1, 2]}', "labels of its record is .1, 2.; expected a list of texts"),
+    "changes": ('{"changes": "inflated"}', "changes of its record is .inflated.; expected a list"),
+    "network": ('{"network": [1]}', "network of its record is .1.; expected an object"),
+    "recipe": ('{"recipe": "x"}', "recipe of its record is .x.; expected an object"),
+    "intensity": ('{"intensity": []}', r"intensity of its record is \[\]; expected a text"),
+    "licence": ('{"licence": 3}', "licence of its record is 3; expected a text"),
+    "escape codes": (
+        r'{"source": "\u001b[31m"}',
+        r"source of its record is .*u001b.31m.; expected",
+    ),
+    "half a character": (r'{"source": "\ud800"}', r"source of its record is .*ud800.; expected"),
+    "not a number": ('{"parity": NaN}', "its record is not JSON .*not JSON compliant"),
+    "infinite": ('{"parity": [1e999]}', "its record is not JSON .*not JSON compliant"),
 }
 
 
@@ -492,7 +505,7 @@ def test_bad_records(edited, record, message):
 @pytest.mark.parametrize(
     "network",
     [
-        5,
+        {},
         {"input_shape": 5},
         {"colour": "red"},
         {"input_shape": [32, 32, 3], "depth": 19},
@@ -633,7 +646,7 @@ def test_classifier_into_backbone(trained, good_file):
     assert is_same(values_of(model), values_of(trained)[: len(model.weights)])
 
 
-@pytest.mark.parametrize("labels", [LABELS[::-1], LABELS[:5], [], ["a", 5, None]])
+@pytest.mark.parametrize("labels", [LABELS[::-1], LABELS[:5], [], ["a"]])
 def test_another_label_order(trained, backbone, target, tmp_path, labels):
     path = tmp_path / f"other{SUFFIX}"
     save_weights(trained, path, {**NETWORK, "labels": list(labels)})
@@ -795,8 +808,8 @@ def test_converted_weights_are_found_by_name(folder, name, preset_name, source):
     [
         ("torchvision_resnet81", "Did you mean 'torchvision_resnet18'?"),
         ("imagenets", "Did you mean 'imagenet'?"),
-        ("mine", "`weights-convert list` tells the sources."),
-        ("", "`weights-convert list` tells the sources."),
+        ("mine", "`weights-convert list` lists the sources."),
+        ("", "`weights-convert list` lists the sources."),
         ("runs", f"For the weights of that run give runs/best{SUFFIX}."),
     ],
 )

@@ -281,9 +281,9 @@ def test_a_file_without_a_resnet_is_told_so(name, tmp_path):
     [
         (lambda s: without(s, "layer4"), r"\(2, 2, 2, 0\) basic blocks per stage"),
         (lambda s: without(s, "layer1.0.conv2.weight"), "layer1.0.conv2.weight is absent"),
-        (lambda s: s | {"layer1.0.conv2.weight": torch.ones(3)}, "conv2.weight is no kernel"),
+        (lambda s: s | {"layer1.0.conv2.weight": torch.ones(3)}, "conv2.weight is not a kernel"),
         (lambda s: s | {"fc.weight": torch.tensor(1.0)}, None),
-        (lambda s: s | {"layer1.0.conv1.weight": torch.ones(3)}, "conv1.weight is no kernel"),
+        (lambda s: s | {"layer1.0.conv1.weight": torch.ones(3)}, "conv1.weight is not a kernel"),
         (lambda s: without(s, "layer2.0.bn1.running"), "missing layer2.0.bn1.running_mean"),
         (lambda s: s | {"projector.weight": torch.ones(3)}, "surplus projector.weight"),
         (lambda s: s | {"layer1.0.\x1b[2J": torch.ones(3)}, r"'layer1\.0\.\\x1b\[2J' is not the"),

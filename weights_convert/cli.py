@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ich_keras import __version__
-from ich_keras.terminal import Group, PathType
+from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
 FILE = PathType()
 SOURCE = click.option(
@@ -45,13 +45,15 @@ NEW_WEIGHTS = click.option(
 )
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings=HELP)
 @click.version_option(__version__, prog_name="weights-convert")
 def main() -> None:
     """Carry pretrained torch weights into the networks of ich_keras, exactly.
 
     This command downloads nothing: `list` shows the addresses; `ich-train --download` fetches.
     """
+    # So that no temporary file is left beside the weights.
+    catch_termination()
 
 
 @main.command(name="list")

@@ -15,7 +15,7 @@ from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import HEAD, save_weights
 from ich_keras.models.weights_file import SUFFIX, read_weights
-from ich_keras.models.weights_lookup import weights_folder
+from ich_keras.models.weights_lookup import converted_file
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
 from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
 from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of
@@ -137,7 +137,7 @@ def convert(
     if out is not None:
         path = require_out(out)
     elif known is not None:
-        path = require_out(weights_folder() / f"{known.name}{SUFFIX}")
+        path = require_out(converted_file(known.name))
     else:
         raise UsageError(
             "out is missing; only published weights have a default file name.",

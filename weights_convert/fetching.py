@@ -1,14 +1,20 @@
 """Downloading a published checkpoint, on request only, and checking it."""
 
 import hashlib
+import http.client
+import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.files import atomic_path, sha256_of
-from ich_keras.models.weights_file import SUFFIX
-from ich_keras.models.weights_lookup import find_weights, source_of, weights_folder
+from ich_keras.models.weights_lookup import (
+    converted_file,
+    find_weights,
+    source_of,
+    weights_folder,
+)
 from ich_keras.progress import Progress
 from weights_convert.checkpoint import MAX_BYTES
 from weights_convert.conversion import convert
@@ -17,6 +23,15 @@ from weights_convert.sources import Source, source_named
 CHECKPOINTS = "checkpoints"  # below the weights folder
 TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 2**20
+_MAX_DIGITS = 18  # of a length; Python refuses to read thousands of them
+# A full disk is not among them: it is no fault of the transfer.
+_TRANSFER_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+)
 
 
 def require_published(source: Source, sha256: str, place: str) -> None:
@@ -81,7 +96,8 @@ def fetch(
                 raise DataError(
                     f"{source.url} redirects to {response.geturl()}, which is not https."
                 )
-            total = int(response.headers.get("Content-Length") or 0)
+            length = response.headers.get("Content-Length") or ""
+            total = int(length) if length.isdecimal() and len(length) <= _MAX_DIGITS else 0
             while chunk := response.read(_CHUNK_BYTES):
                 done += len(chunk)
                 if done > MAX_BYTES:
@@ -95,9 +111,9 @@ def fetch(
                     f"{source.url} broke off after {done:,} of {total:,} bytes.", "Try again."
                 )
             require_published(source, digest.hexdigest(), source.url)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except _TRANSFER_ERRORS as error:
         raise EnvironmentProblem(
-            f"{source.url} could not be downloaded: {error}.",
+            f"{source.url} could not be downloaded: {str(error) or type(error).__name__}.",
             "Download it on another machine, then run `weights-convert convert --source"
             f" {source.name} --checkpoint FILE`.",
         ) from error
@@ -117,6 +133,6 @@ def ensure_weights(name: str, preset_name: str, progress: Progress | None = None
         EnvironmentProblem, DataError: as `fetch` and `convert`.
     """
     source = source_named(source_of(name, preset_name))
-    if not (weights_folder() / f"{source.name}{SUFFIX}").is_file():
+    if not converted_file(source.name).is_file():
         convert(fetch(source.name, progress=progress), source.name)
     return find_weights(name, preset_name)

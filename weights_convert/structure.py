@@ -140,10 +140,10 @@ def _shape_of(shapes: _Shapes, name: str) -> tuple[int, ...]:
     """Return the shape of a kernel.
 
     Raises:
-        DataError: it is absent, or no kernel.
+        DataError: it is absent, or not a kernel.
     """
     if len(shapes.get(name, ())) not in (4, 5):
-        state = "is no kernel" if name in shapes else "is absent"
+        state = "is not a kernel" if name in shapes else "is absent"
         raise DataError(f"the tensor {name} {state}.", _INCOMPLETE)
     return shapes[name]
 

@@ -142,10 +142,10 @@ def _asked(prefix: str, prefixes: list[str], place: str) -> str:
 
 
 def _flattened(content: Mapping[Any, Any], place: str) -> tuple[dict[str, Any], list[str]]:
-    """Return (full name -> entry, what to call the keys that are no text).
+    """Return (full name -> entry, what to call the keys that are not text).
 
-    Dictionaries are opened down to `MAX_DEPTH`. Below a key that is no text lies no network: no
-    name of a tensor begins so.
+    Dictionaries are opened down to `MAX_DEPTH`. No network lies below a key that is not text:
+    no name of a tensor begins so.
     """
     found: dict[str, Any] = {}
     odd: list[str] = []

@@ -10,10 +10,9 @@ import click
 from ich_keras import __version__
 from ich_keras.cli.checks import verify
 from ich_keras.cli.data import audit, cache, doctor, index, phantom
-from ich_keras.cli.options import HELP
 from ich_keras.cli.results import evaluate, predict, presets, submission
 from ich_keras.cli.train import train_main
-from ich_keras.terminal import Group, catch_termination
+from ich_keras.terminal import HELP, Group, catch_termination
 
 __all__ = ["main", "train_main"]
 

@@ -37,22 +37,26 @@ def run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunC
 
 
 def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
-    """Where options ask for a different view than the file, restore that view's defaults.
+    """Where options lead to a different view than the file, restore that view's defaults.
+
+    The file of a run names a view only where `--view` was given, so what counts is the view that
+    each of the two means.
 
     Returns:
         The options whose values in the file are not used; "" when there are none.
     """
     from ich_keras.config import DataConfig, FitConfig
     from ich_keras.models.presets import PRESETS
+    from ich_keras.recipe import view_kind
 
-    before = content["data"]["view"]
-    network = PRESETS.get(options["preset"])
-    takes_other = (
-        network is not None
-        and before is not None
-        and ((network.spec.rank == 3) != (before != "slice"))
-    )
-    if options["view"] in (None, before) and not takes_other:
+    in_file = content["data"]["view"]
+    preset = content["preset"] if options["preset"] is None else options["preset"]
+    if preset not in PRESETS:
+        return ""  # refused below, by name
+    is_volume = PRESETS[preset].spec.rank == 3
+    fits = in_file is not None and is_volume == (in_file != "slice")
+    wanted = options["view"] or (in_file if fits else None)
+    if view_kind(preset, wanted) == view_kind(content["preset"], in_file):
         return ""
     reset = {}
     for part, defaults, names in (

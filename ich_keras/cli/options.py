@@ -6,12 +6,10 @@ import click
 
 from ich_keras.errors import UsageError
 from ich_keras.processes import usable_cores
+from ich_keras.terminal import HELP as HELP
 from ich_keras.terminal import NameOrPathType, PathType
 
 T = TypeVar("T")
-
-# For the group, and for `ich-train`, which runs without the group.
-HELP = {"help_option_names": ["-h", "--help"]}
 
 FOLDER = PathType()
 NAME_OR_PATH = NameOrPathType()
@@ -34,13 +32,15 @@ WORKERS = click.option(
 ANY_BODY_PART = click.option(
     "--any-body-part",
     is_flag=True,
-    help="Do not ask whether a series shows a head; otherwise other parts are left out.",
+    help="Use series of any part of the body; without it, series that do not show a head are left"
+    " out.",
 )
 MAX_REJECTS = click.option(
     "--max-rejects",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Fail when a larger share of the files that should be slices is refused; default 0.2.",
+    help="Fail when more than this share of the files that should be slices are refused;"
+    " default 0.2.",
 )
 UNFINISHED_RUN = click.option(
     "--unfinished",

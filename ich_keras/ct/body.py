@@ -1,4 +1,4 @@
-"""How large the body in an axial slice is: a trunk is no head, whatever the header says."""
+"""How large the body in an axial slice is: a trunk is not a head, whatever the header says."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _GRID_MM = 2.0
 # What is thinner belongs to the table or to the head holder, or is a tube or a fold of cloth.
 _THINNEST_MM = 10.0
 # Heads are up to 200 mm wide with their ears, and 35,000 mm2 large in a slice. Trunks of adults
-# have 280 mm and 45,000 mm2, or more. Both must be exceeded: a hand beside a head is no trunk.
+# have 280 mm and 45,000 mm2, or more. Both must be exceeded: a hand beside a head is not a trunk.
 # What is as small as a head, such as a neck, a limb or a small child, cannot be told by its size.
 MAX_HEAD_WIDTH_MM = 260.0
 MAX_HEAD_AREA_MM2 = 40_000.0

@@ -10,7 +10,7 @@ from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.journal import Entry
 from ich_keras.ct.rejects import Reject, RejectedFile
 
-# What must be equal in copies, and how it is called. An export may number the images anew.
+# What must be equal in copies, and how it is called. An export may renumber the images.
 _SAME = {
     "patient_id": "PatientID",
     "study_instance_uid": "StudyInstanceUID",
@@ -69,19 +69,23 @@ def _compared(same: list[Entry]) -> tuple[list[Entry], list[Reject]]:
             kept, more = _compared(readable) if len(readable) > 1 else (readable, [])
             return kept, rejects + more
     other, difference = next(pair for pair in differences if pair[1])
-    return [], [
-        _refused(
-            entry,
-            "UID_CONFLICT",
-            f"{_tag(first)} is also that of {(other if entry is first else first).path},"
-            f" which has another {difference}",
+    details = [f"is also that of {other.path}, and the two differ in their {difference}"]
+    for _, own in differences:
+        # A file may equal the first one and still share its UID with a third.
+        pair = (
+            f"{first.path}, and the two differ in their {own}"
+            if own
+            else f"{first.path} and of {other.path}, which differ in their {difference}"
         )
-        for entry in same
+        details.append(f"is also that of {pair}")
+    return [], [
+        _refused(entry, "UID_CONFLICT", f"{_tag(first)} {detail}")
+        for entry, detail in zip(same, details, strict=True)
     ]
 
 
 def _header_difference(one: Entry, other: Entry) -> str:
-    """Name what the headers of two files have otherwise; "" for nothing."""
+    """Name the first field in which two headers differ; "" where none does."""
     different = (
         what for field, what in _SAME.items() if getattr(one, field) != getattr(other, field)
     )

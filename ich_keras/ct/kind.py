@@ -134,7 +134,7 @@ def values_of(image_type: str) -> list[str]:
 
 @lru_cache(_DIFFERENT)
 def is_acquired(image_type: str) -> bool:
-    """Return whether Image Type allows that an image was acquired as a slice.
+    """Return whether Image Type is compatible with an acquired slice.
 
     All its values count. Absent or unknown ones pass, and so do slices that were compressed,
     filtered or corrected for tilt (DERIVED PRIMARY AXIAL). A secondary image passes only where it

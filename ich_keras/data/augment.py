@@ -6,6 +6,9 @@ worker processes, and a resumed training sees what an uninterrupted one would ha
 (albumentations by itself gives every worker the same random stream.)
 """
 
+import contextlib
+import functools
+import hashlib
 import inspect
 import os
 import pickle
@@ -31,6 +34,8 @@ MAX_ROTATION_DEGREES = 45
 BRIGHTNESS_PROBABILITY = 0.5
 MAX_BRIGHTNESS = 0.2
 MAX_CONTRAST = 0.2
+_LONGEST_NAME = 300
+_CONSTANTS = (bool, int, float, str, bytes, type(None), np.generic)
 REVERSE_PROBABILITY = 0.5  # not the thesis's: upside down along the slices
 
 
@@ -124,10 +129,66 @@ def _function_of(augment: Change | Augmentation) -> Change:
 
 
 def augmentation_name(augment: Change | Augmentation) -> str:
-    """Return the module and name of a user's augmentation, by which a run remembers it."""
-    function = _function_of(augment)
-    named = function if hasattr(function, "__qualname__") else type(function)
+    """Return what a run remembers of a user's augmentation, to recognise it when it is resumed.
+
+    That is the module and name; the arguments of a partial function; the numbers and texts that an
+    object or a function defined in another holds; the source of a lambda; and whether it comes
+    after normalisation. What else a function does is not compared.
+
+    >>> augmentation_name(functools.partial(np.clip, 0.1, a_max=1))
+    'partial(numpy.clip, 0.1, a_max=1)'
+    """
+    name = _described(_function_of(augment))
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}... {_digest(name.encode())}"
+    return f"{name}, after normalisation" if comes_after_normalisation(augment) else name
+
+
+def _described(thing: Any) -> str:
+    if isinstance(thing, functools.partial):
+        parts = [_described(thing.func), *map(_value, thing.args)]
+        parts += [f"{name}={_value(value)}" for name, value in thing.keywords.items()]
+        return f"partial({', '.join(parts)})"
+    if inspect.ismethod(thing) and not inspect.isclass(thing.__self__):
+        return f"{_described(thing.__self__)}.{thing.__name__}"
+    if not hasattr(thing, "__qualname__"):
+        # Without what begins with an underscore: counters and random generators, which change.
+        held = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_")}
+        arguments = ", ".join(f"{name}={_value(value)}" for name, value in held.items())
+        return f"{_full_name(type(thing))}({arguments})"
+    name = _full_name(thing)
+    if thing.__qualname__.endswith("<lambda>"):
+        # Lambdas of one place share their name.
+        with contextlib.suppress(OSError, TypeError):
+            name += f" {_digest(inspect.getsource(thing).strip().encode())}"
+    if inspect.isfunction(thing) and thing.__closure__:
+        outer = inspect.getclosurevars(thing).nonlocals
+        # Lists and the like may grow from call to call.
+        constants = [f"{k}={v!r}" for k, v in outer.items() if isinstance(v, _CONSTANTS)]
+        name += f"({', '.join(constants)})" if constants else ""
+    return name
+
+
+def _full_name(named: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _value(value: Any) -> str:
+    """Return a value that an augmentation holds: numbers and texts as they are, others by type."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"array {value.shape} {_digest(np.ascontiguousarray(value).tobytes())}"
+    entries = [value]
+    if isinstance(value, dict):
+        entries = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple):
+        entries = list(value)
+    if all(isinstance(entry, _CONSTANTS) for entry in entries):
+        return repr(value)
+    return _full_name(value if hasattr(value, "__qualname__") else type(value))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _name_of(function: Change) -> str:

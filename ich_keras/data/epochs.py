@@ -20,9 +20,9 @@ class EpochPlan:
     Args:
         indices: int (n,), numbers of samples.
         positive: bool (n,), whether `any` holds; used to balance.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         seed: of shuffling and balancing; None keeps the order of `indices`.
-        balance: as many negatives as positives, drawn anew each epoch; every sample of
+        balance: as many negatives as positives, redrawn each epoch; every sample of
             the smaller class is in every epoch.
         drop_last: leave out a last batch that is not full (when there is a full one): batch
             statistics of a few samples are noise.
@@ -87,14 +87,16 @@ def epoch_plan(
     labels = samples.labels
     # A seed means training: there every sample needs its label.
     must_be_labelled = seed is not None and labels is not None
+    is_given = indices is not None
     if indices is None:
         is_labelled = labels[:, 0] >= 0 if must_be_labelled and labels is not None else True
         indices = np.flatnonzero(samples.usable & is_labelled)
     indices = np.asarray(indices)
     kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
-        nothing = "no sample of the view has a label" if must_be_labelled else "there is no sample"
-        raise DataError(f"no {kind} to make batches of: {nothing}, or indices are empty.")
+        reason = "no sample of the view has a label" if must_be_labelled else "there is no sample"
+        reason = "`indices` is empty" if is_given else reason
+        raise DataError(f"there are no {kind} to make batches of: {reason}.")
     if indices.dtype.kind not in "iu" or not 0 <= indices.min() <= indices.max() < len(samples):
         raise UsageError(
             f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"

@@ -51,7 +51,7 @@ def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[
 
 
 def require_distinct(cache: CTCache, split: Split, indices: dict[str, np.ndarray]) -> None:
-    """Refuse a split two parts of which hold the same image, be it under another UID or patient.
+    """Refuse a split in which two parts hold the same image, even under another UID or patient.
 
     Args:
         cache: without hashes of its pixels, nothing is checked.

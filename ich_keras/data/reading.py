@@ -140,7 +140,7 @@ def differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
         if now != before:
             found.append(_differs(name(keyword), show(now), show(before)))
     if header.patient_id != indexed.patient_id:
-        found.append(f"{name('PatientID')} is another one than when it was indexed")
+        found.append(f"{name('PatientID')} has changed since it was indexed")
     matrix = header.rows, header.columns
     spacing = header.row_spacing_mm, header.column_spacing_mm
     for place, pair, before_pair in (
@@ -150,9 +150,13 @@ def differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:
         if pair != before_pair:
             found.append(_differs(place, *("{} x {}".format(*two) for two in (pair, before_pair))))
     if str(header.turn) != indexed.turn:
-        turns = (f"turns pixels: {turn or 'not at all'}" for turn in (header.turn, indexed.turn))
+        now, before = (
+            f"turning the pixels ({turn})" if turn else "not turning the pixels"
+            for turn in (str(header.turn), indexed.turn)
+        )
         found.append(
-            "{} {}; {} when it was indexed".format(name("ImageOrientationPatient"), *turns)
+            f"{name('ImageOrientationPatient')} now means {now}; when it was indexed it meant"
+            f" {before}"
         )
     cosines = zip(header.orientation, indexed.orientation, strict=True)
     if max(abs(one - other) for one, other in cosines) > _ORIENTATION_TOLERANCE:

@@ -80,7 +80,7 @@ def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
         guess = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"split {name!r} is neither a known name nor a file.",
-            f"{guess}Known: {', '.join(NAMES)}, or the path of a CSV file.",
+            f"{guess}Known: {', '.join(NAMES)}, or a CSV file, or a split saved as JSON.",
         )
     return split
 

@@ -68,7 +68,8 @@ def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
 
 def _read_lists(path: Path | str) -> tuple[str, dict[str, str], int]:
     """Return the key column, the split of each identifier and the number of repeated rows."""
-    hint = f"Expected a header with the column split and one of {', '.join(FILE_KEYS)}."
+    expected = f"`split` and one of {', '.join(FILE_KEYS)}"
+    hint = f"The first line must name the columns {expected}."
     with open_csv(path) as reader:
         header = next(reader, None)
         if header is None:
@@ -76,7 +77,7 @@ def _read_lists(path: Path | str) -> tuple[str, dict[str, str], int]:
         keys = [name for name in header if name in FILE_KEYS]
         if len(keys) != 1 or header.count("split") != 1:
             shown = excerpt(",".join(header))
-            raise DataError(f"{path}: the first line is {shown}; it does not fit.", hint)
+            raise DataError(f"{path}: the header is {shown}; expected {expected}.")
         key_column, part_column = header.index(keys[0]), header.index("split")
         faults = RowFaults(path)
         part_of: dict[str, str] = {}

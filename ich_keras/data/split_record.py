@@ -91,7 +91,7 @@ class Split:
 
         Raises:
             StaleError: the file is absent or is not JSON.
-            DataError: it is not a split of this version.
+            DataError: it is not a split of this version, or has a name of `LEAKING` and no warning.
         """
         content = files.read_json(path)
         names = {field.name for field in dataclasses.fields(cls)}
@@ -104,6 +104,12 @@ class Split:
         del content["schema"]
         _check_content(content, path)
         content["members"] = {part: tuple(content["members"][part]) for part in SPLITS}
+        if content["name"] in LEAKING and not content["warning"].strip():
+            # By that name it would pass unchecked, and nobody who sees its numbers would know.
+            raise DataError(
+                f"{path} is called {content['name']!r}, which leaks, and has no warning.",
+                "Save the split again, or give it another name.",
+            )
         return cls(**content)
 
 

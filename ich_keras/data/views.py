@@ -75,7 +75,7 @@ class View:
                 raise UsageError(f"{name} {value!r}; expected one of {', '.join(known)}.")
         count = self.num_slices
         if type(count) is not int or count < 1:
-            raise UsageError(f"{count!r} slices a sample; expected a whole number of at least 1.")
+            raise UsageError(f"{count!r} slices per sample; expected a whole number of at least 1.")
         if self.kind == "slice" and count != 1:
             raise UsageError(f"view 'slice' with {count} slices; that is a slab or a series.")
         for name, value, usual, needs in (
@@ -216,8 +216,8 @@ class Samples:
         if len(torn):
             uid = slices["series_uid"].drop_duplicates().iloc[torn[0]]
             raise DataError(
-                f"the split tears {len(torn):,} series apart, {uid} first: some of its slices are"
-                " in one part, some in another; a series is one sample.",
+                f"the split tears {len(torn):,} series apart; the first is {uid}. Some of its"
+                " slices are in one part, some in another, but a series is one sample.",
                 'Take a split by patient or by series ("thesis-series").',
             )
         return touched
@@ -247,8 +247,8 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
     """Find the samples of a view in the tables of an index or a cache.
 
     Args:
-        slices: one row a slice, series after series, each inferior to superior.
-        series: one row a series, in the same order.
+        slices: one row per slice, series after series, each inferior to superior.
+        series: one row per series, in the same order.
         view: what a sample is.
 
     Raises:

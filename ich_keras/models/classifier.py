@@ -79,9 +79,10 @@ def build_classifier(
     """Build a preset with its six-way head.
 
     Keras' global settings (keras.json, `keras.config`) do not change it: every layer names its data
-    format, its types and its epsilon. Channels are last, and what computes in which type says
-    `precision`. Only a floatx other than float32 is refused: by `fit` and `compile`, and float16
-    and bfloat16 by `evaluate` and `predict`, to which Keras would hand rounded arrays.
+    format, its types and its epsilon. Channels come last, and `precision` decides which layers
+    compute in which type. The one exception is floatx: `compile` and `fit` accept only float32,
+    and `evaluate` and `predict` refuse float16 and bfloat16, because Keras would round their
+    inputs.
 
     Args:
         name: a preset, such as "resnet18_2d".

@@ -163,8 +163,9 @@ def learning_rate_schedule(
     Args:
         learning_rate: the rate after the warm-up.
         schedule: "constant" or "cosine" (down to zero at the last step).
-        total_steps: optimiser steps of the whole training; the cosine needs it.
-        warmup_steps: steps of linear rise from zero.
+        total_steps: batches of the whole training, which the cosine needs. Keras' schedules count
+            batches, also where several make one optimiser step.
+        warmup_steps: batches over which the rate rises linearly from zero.
 
     Raises:
         UsageError: unknown schedule, or a cosine without its length.

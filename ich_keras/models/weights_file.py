@@ -27,10 +27,17 @@ RECORD = "ich_keras"
 CHECKSUMS = "checksums"  # entry of the record, which readers do not see
 MAX_RECORD_BYTES = 2**16  # HDF5's own limit of an attribute
 _MAX_NESTING = 8
+_SHOWN_CHARACTERS = 60
 # What h5py raises on damaged files.
 _READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError)
 # Not weights: the optimiser of a compiled model, and the state of random generators.
 _SKIPPED_GROUPS = ("optimizer", "seed_generator")
+# Entries of the record that are used or shown, and what JSON calls their kind.
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("labels", "changes"), (list, "a list of texts")),
+    **dict.fromkeys(("network", "recipe"), (dict, "an object")),
+    **dict.fromkeys(("source", "licence", "intensity"), (str, "a text")),
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,8 @@ class WeightsFile:
     @property
     def spec(self) -> ModelSpec | None:
         """The network the weights belong to, where the record says so."""
-        network = self.record.get("network")
-        try:
-            return None if network is None else ModelSpec.from_dict(network)
-        except UsageError as error:
-            raise DataError(f"{self.path}: its record is damaged: {error.message}") from error
+        network = self.record.get("network")  # sound: `read_weights` has checked it
+        return None if network is None else ModelSpec.from_dict(network)
 
 
 def layer_checksums(layers: dict[str, list[np.ndarray]]) -> dict[str, str]:
@@ -129,8 +133,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     damaged = [n for n in found | checksums if found.get(n) != checksums.get(n)]
     if damaged:
         raise DataError(
-            f"{path}: {len(damaged)} of {len(checksums)} layers are not as they were saved, their"
-            f" checksums differ: {damaged[0]} first.",
+            f"{path}: {len(damaged)} of {len(checksums)} layers are not as they were saved (their"
+            f" checksums differ); the first is {damaged[0]}.",
             "The file is damaged: make or fetch it again.",
         )
     return WeightsFile(path, layers, record, fingerprint(found))
@@ -196,7 +200,10 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _require_first(path: Path, thing: h5py.Group | h5py.Dataset, seen: set[Any]) -> None:
-    """A few bytes of hard links would stand for any number of groups and arrays."""
+    """Refuse a second name for what was read before.
+
+    Otherwise a few bytes of hard links would stand for any number of groups and arrays.
+    """
     if thing.id in seen:
         raise DataError(f"{path}: {thing.name} is a second name of what was read before; refused.")
     seen.add(thing.id)
@@ -283,16 +290,14 @@ def _read_record(path: Path, file: h5py.File) -> tuple[dict[str, Any], dict[str,
         return {}, None
     text = _text(file, RECORD)
     if text is None:
-        raise DataError(f"{path}: its record is no text; expected JSON.", "It is damaged.")
+        raise DataError(f"{path}: its record is not text; expected JSON.", "It is damaged.")
     try:
         record = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: its record is not JSON ({error}).", "It is damaged.") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}: its record is {type(record).__name__}; expected an object.")
-    for name in ("labels", "changes"):
-        if not isinstance(record.get(name, []), list):
-            raise DataError(f"{path}: {name} of its record is no list.", "It is damaged.")
+    _require_sound(path, record)
     if CHECKSUMS not in record:
         return record, None
     checksums = record.pop(CHECKSUMS)
@@ -300,3 +305,33 @@ def _read_record(path: Path, file: h5py.File) -> tuple[dict[str, Any], dict[str,
     if not isinstance(layers, dict) or checksums.get("record") != fingerprint(record):
         raise DataError(f"{path}: its record does not match its checksum.", "It is damaged.")
     return record, layers
+
+
+def _require_sound(path: Path, record: dict[str, Any]) -> None:
+    """Refuse entries of another kind than those that are used, and what no JSON file can hold."""
+    try:
+        # NaN and 1e999, which Python reads as numbers, would stop a run that notes its weights.
+        json.dumps(record, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: its record is not JSON ({error}).", "It is damaged.") from error
+    for name, (kind, words) in _KINDS.items():
+        value = record.get(name)
+        texts = value if isinstance(value, list) else [value]
+        is_sound = isinstance(value, kind) and (kind is dict or _is_plain(texts))
+        if name in record and not is_sound:
+            shown = json.dumps(value)
+            if len(shown) > _SHOWN_CHARACTERS:
+                shown = f"{shown[:_SHOWN_CHARACTERS]}..."
+            raise DataError(
+                f"{path}: {name} of its record is {shown}; expected {words}.", "It is damaged."
+            )
+    if "network" in record:
+        try:
+            ModelSpec.from_dict(record["network"])
+        except UsageError as error:
+            raise DataError(f"{path}: its record is damaged: {error.message}") from error
+
+
+def _is_plain(texts: list[Any]) -> bool:
+    """Tell whether all are texts that a terminal can show: no control characters."""
+    return all(isinstance(text, str) and text.isprintable() for text in texts)

@@ -27,6 +27,11 @@ def weights_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "ich_keras" / "weights"
 
 
+def converted_file(source: str) -> Path:
+    """Return where the converted weights of a source lie; they need not exist."""
+    return weights_folder() / f"{source}{SUFFIX}"
+
+
 def source_of(name: str, preset_name: str) -> str:
     """Return the source that a family name means for a preset.
 
@@ -53,7 +58,7 @@ def source_of(name: str, preset_name: str) -> str:
             f" known: {', '.join(PRESETS[preset_name].sources) or 'none'}."
         )
     # Of several releases the one that is there.
-    return next((source for source in fitting if _place(source).is_file()), fitting[0])
+    return next((source for source in fitting if converted_file(source).is_file()), fitting[0])
 
 
 def find_weights(name: str | Path, preset_name: str) -> Path:
@@ -77,7 +82,7 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
     source, via = source_of(str(name), preset_name), ""
     if source in PRESETS[preset_name].sources:
         via = PRESETS[preset_name].via
-    path = _place(source)
+    path = converted_file(source)
     if path.is_file() and not via:
         return path
     to_convert = (
@@ -93,23 +98,19 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
         )
     raise UsageError(
         f"weights {str(name)!r}: {path} does not exist.",
-        f"{to_convert}; with a network, add --download.",
+        f"{to_convert}; if you are online, `ich-train --download` does both.",
     )
-
-
-def _place(source: str) -> Path:
-    return weights_folder() / f"{source}{SUFFIX}"
 
 
 def _require_known_name(name: str) -> None:
     known = {*FAMILIES, *(s for chosen in PRESETS.values() for s in chosen.sources)}
-    if name in known or (name and _place(name).is_file()):
+    if name in known or (name and converted_file(name).is_file()):
         return
     if (Path(name) / f"best{SUFFIX}").is_file() and name:
         hint = f"For the weights of that run give {Path(name) / f'best{SUFFIX}'}."
     else:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"Did you mean {near[0]!r}?" if near else "`weights-convert list` tells the sources."
+        hint = f"Did you mean {near[0]!r}?" if near else "`weights-convert list` lists the sources."
     raise UsageError(
         f"weights {name!r}; expected a file ending in {SUFFIX}, or the name of a source that was"
         " converted.",

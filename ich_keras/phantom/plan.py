@@ -145,9 +145,10 @@ def plan_phantoms(
 ) -> list[PhantomSpec]:
     """Plan a data set: which patient has which series and which bleeds.
 
-    With the even mix, in a row of patients each fifth bleeder has the same main subtype, and each
-    of the other four with a chance of 1/4, so two subtypes on average. With RSNA's mix, subtypes
-    are drawn independently, as often as in the bleeding series of that data set.
+    With the even mix the bleeding patients take turns: each of the five subtypes is the main one
+    of every fifth. Each other subtype is added with probability 1/4, so a bleeding patient has two
+    subtypes on average. With RSNA's mix, subtypes are drawn independently, as often as in the
+    bleeding series of that data set.
 
     Args:
         num_series: how many series.

@@ -143,7 +143,10 @@ def _maker(kind: str) -> Callable[..., None]:
 
 
 def _warn(reason: str) -> None:
-    message = f"{reason}: Keras' own steps are used, which give the same numbers more slowly."
+    message = (
+        f"{reason}. Keras' own steps are used. They are slower, and in training keep Keras' running"
+        " variance (divided by n, not n - 1)."
+    )
     warnings.warn(message, StockStep, stacklevel=4)
 
 
