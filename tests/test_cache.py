@@ -511,7 +511,7 @@ def die(block):
 
 def test_a_worker_that_dies_is_an_error(index, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build, "fill_block", die)
-    with pytest.raises(EnvironmentProblem, match="a worker process died"):
+    with pytest.raises(EnvironmentProblem, match="a worker process died while reading slices"):
         build(index, tmp_path / "cache", workers=1)
     assert not (tmp_path / "cache").exists()
 
