@@ -41,6 +41,9 @@ pytestmark = [
 ]
 
 
+# The fork server imports this once, if no other test has started it: each worker starts at once.
+multiprocessing.set_forkserver_preload(["ich_keras.data.loader"])
+
 others: set[int] = set()  # processes of other tests
 
 
