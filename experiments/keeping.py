@@ -172,7 +172,9 @@ def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
 
 def _augmented(recipe: Recipe, cache: CTCache, run: RunFolder, table: pd.DataFrame) -> pd.DataFrame:
     """Predict the held-out samples once, each augmented at random as in the thesis."""
-    from ich_keras.data.batches import CTDataset, CTLoader, EpochPlan
+    from ich_keras.data.batches import CTDataset
+    from ich_keras.data.epochs import EpochPlan
+    from ich_keras.data.loader import CTLoader
 
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
     rows = run.split().indices(cache.slices, "test")

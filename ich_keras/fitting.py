@@ -141,18 +141,22 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
     Raises:
         DivergedError: a loss or weight is not finite; the last good state is kept.
         StaleError: Keras ended the training early; its state is kept.
+        EnvironmentProblem: a worker process failed (`CTLoader`); the last good state is kept.
     """
-    training.model.fit(
-        training.loader,
-        epochs=training.recipe.training.epochs,
-        initial_epoch=course.done,
-        shuffle=False,  # the loader shuffles
-        verbose=0,
-        callbacks=[
-            _epochs(training.loader, training.recipe, progress, course.done),
-            _validation(training, course, progress, tell),
-        ],
-    )
+    from ich_keras.data.loader import own_errors
+
+    with own_errors(training.loader):
+        training.model.fit(
+            training.loader,
+            epochs=training.recipe.training.epochs,
+            initial_epoch=course.done,
+            shuffle=False,  # the loader shuffles
+            verbose=0,
+            callbacks=[
+                _epochs(training.loader, training.recipe, progress, course.done),
+                _validation(training, course, progress, tell),
+            ],
+        )
     if course.done != training.recipe.training.epochs:
         raise StaleError(
             f"Keras ended the training in {training.run} after {course.done} of"

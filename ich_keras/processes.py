@@ -76,9 +76,14 @@ def map_ahead(
         yield begun.popleft().result()
 
 
-def _begin(begin: Callable[..., Any] | None, *args: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def begin_worker() -> None:
+    """Prepare this worker process: it leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _begin(begin: Callable[..., Any] | None, *args: Any) -> None:
+    begin_worker()
     if begin is not None:
         begin(*args)
 

@@ -14,15 +14,14 @@ from torch.utils.data import Dataset
 from ich_keras.data.augment import Augmentation, make_augmentation, sample_seed
 from ich_keras.data.batches import (
     CTDataset,
-    CTLoader,
-    EpochPlan,
-    epoch_plan,
     series_batches,
     slab_batches,
     slice_batches,
 )
+from ich_keras.data.epochs import EpochPlan, epoch_plan
 from ich_keras.data.inputs import slice_input, slice_windows
 from ich_keras.data.intensity import intensity_of, normalise
+from ich_keras.data.loader import CTLoader
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS

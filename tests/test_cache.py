@@ -511,9 +511,19 @@ def die(block):
 
 def test_a_worker_that_dies_is_an_error(index, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build, "fill_block", die)
-    with pytest.raises(EnvironmentProblem, match="a worker process died"):
+    with pytest.raises(EnvironmentProblem, match="a worker process died while reading slices"):
         build(index, tmp_path / "cache", workers=1)
     assert not (tmp_path / "cache").exists()
+
+
+def die_comparing(size, sources):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_while_comparing_is_the_same_error(monkeypatch):
+    monkeypatch.setattr(cache_fill, "_hash_block", die_comparing)
+    with pytest.raises(EnvironmentProblem, match="a worker process died while reading slices"):
+        cache_fill.hashes_now(list(range(65)), 16, workers=1)
 
 
 def test_the_second_of_two_builders_is_refused(index, tmp_path):

@@ -807,7 +807,7 @@ def _die(entries):
 def test_a_dead_worker_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(walk, "_read_headers", _die)
     entries = [Entry(str(tmp_path / str(n)), 0, 0) for n in range(4)]
-    with pytest.raises(EnvironmentProblem, match="has died"):
+    with pytest.raises(EnvironmentProblem, match="reading headers has died"):
         read_all(entries, 0, 1, Journal(None), None)
 
 

@@ -23,7 +23,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.errors import UsageError
+from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
 
 if TYPE_CHECKING:
@@ -337,17 +337,20 @@ def _resume(
 
 @contextlib.contextmanager
 def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> Iterator[None]:
-    """When a training is interrupted (Ctrl-C or SIGTERM), say which command resumes it."""
+    """When a training is interrupted, say which command resumes it.
+
+    By Ctrl-C or SIGTERM, or by something of the machine: a worker that died, a full disk.
+    """
     from ich_keras.run_folder import RunFolder
 
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, EnvironmentProblem) as error:
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
             terminal.warn(f"To resume: {shlex.join(words)}")
-        else:
+        elif not isinstance(error, EnvironmentProblem):
             terminal.warn("No epoch was finished: start the training again.")
         raise
 

@@ -121,7 +121,7 @@ def _body_sizes(volumes: list[_Placed], workers: int) -> list[BodySize | None]:
     ]
     starts = range(0, len(tasks), CHUNK_VOLUMES)
     chunks = [tasks[start : start + CHUNK_VOLUMES] for start in starts]
-    with mapping(workers, len(chunks)) as apply:
+    with mapping(workers, len(chunks), "measuring the body") as apply:
         found = [size for part in apply(_measure, chunks) for size in part]
     for number, size in zip(asked, found, strict=True):
         sizes[number] = size

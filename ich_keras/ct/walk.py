@@ -86,7 +86,7 @@ def read_all(
     told = -1
     if progress is not None and unread:
         progress("indexing", done, total)
-    with mapping(workers, len(chunks)) as apply:
+    with mapping(workers, len(chunks), "reading headers") as apply:
         for entries in apply(_read_headers, chunks):
             journal.add(entries)
             found += entries
@@ -100,8 +100,17 @@ def read_all(
 
 
 @contextlib.contextmanager
-def mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
-    """Yield a `map` that works in this process or in several."""
+def mapping(workers: int, num_tasks: int, work: str) -> Iterator[Callable[..., Iterable]]:
+    """Yield a `map` that works in this process or in several.
+
+    Args:
+        workers: processes; 0 works in this one.
+        num_tasks: how many tasks there are.
+        work: what it does, for the message.
+
+    Raises:
+        EnvironmentProblem: a worker process died.
+    """
     if workers == 0 or num_tasks <= 1:
         yield map
         return
@@ -110,7 +119,7 @@ def mapping(workers: int, num_tasks: int) -> Iterator[Callable[..., Iterable]]:
         yield pool.map
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
-            "a process that was reading headers has died (killed, or out of memory).",
+            f"a process that was {work} has died (killed, or out of memory).",
             "Run again with the same journal, or with fewer workers. A script that uses workers "
             "needs an `if __name__ == '__main__':` guard.",
         ) from error

@@ -1,16 +1,12 @@
-"""Batches of slices, slabs and series for `model.fit`: a torch DataLoader, which Keras accepts on
-every backend.
+"""Batches of slices, slabs and series for `model.fit`, on every backend of Keras.
 
 Worker processes import this module: it must not import keras.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ich_keras.data.augment import (
     REVERSE_PROBABILITY,
@@ -23,15 +19,13 @@ from ich_keras.data.augment import (
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
-from ich_keras.data.epochs import EpochPlan, epoch_plan
+from ich_keras.data.epochs import epoch_plan
 from ich_keras.data.inputs import slice_windows, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
+from ich_keras.data.loader import CTLoader
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
-from ich_keras.processes import START_METHOD
-
-WORKER_TIMEOUT_SECONDS = 600
 
 
 class CTDataset(Dataset):
@@ -141,71 +135,6 @@ class CTDataset(Dataset):
             images[row] = changed
 
 
-class _EpochSampler(Sampler):
-    """Yields (epoch, indices) for the epoch it was told."""
-
-    def __init__(self, plan: EpochPlan) -> None:
-        self.plan = plan
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.plan.num_batches
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for indices in self.plan.batches(self.epoch):
-            yield self.epoch, indices
-
-
-def _one_thread(worker: int) -> None:
-    # The processes are the parallelism: OpenCV would start a thread for each core in each of them.
-    cv2.setNumThreads(1)
-
-
-class CTLoader(DataLoader):
-    """A DataLoader that knows its epoch.
-
-    `fit` calls `iter` more often than there are epochs (to build the model, and once ahead), so an
-    epoch counted there is wrong. Here nothing happens before the first batch is asked for, and the
-    epoch moves on when the last batch is handed out. A training that is resumed sets `epoch`
-    itself, at the beginning of each epoch.
-    """
-
-    def __init__(self, dataset: Dataset, plan: EpochPlan, workers: int = 0) -> None:
-        super().__init__(
-            dataset,
-            sampler=_EpochSampler(plan),
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context=START_METHOD if workers > 0 else None,
-            timeout=WORKER_TIMEOUT_SECONDS if workers > 0 else 0,
-            worker_init_fn=_one_thread if workers > 0 else None,
-            # Of its own: torch would draw a number from the global generator on every pass, and
-            # the network's dropout would depend on how often somebody looked.
-            generator=torch.Generator(),
-        )
-        self.plan = plan
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next pass delivers."""
-        return self.sampler.epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.sampler.epoch = value
-
-    def __iter__(self) -> Iterator[Any]:  # as the base class has it: any iterator will do
-        return self._one_pass()
-
-    def _one_pass(self) -> Iterator[Any]:
-        last = len(self)
-        for number, batch in enumerate(super().__iter__(), 1):
-            if number == last:
-                self.sampler.epoch += 1
-            yield batch
-
-
 def view_batches(
     cache: CTCache,
     view: View,
@@ -266,6 +195,7 @@ def view_batches(
             of your own returns anything but what it should.
         DataError: see `epoch_plan`.
         StaleError: the cache lacks what the view needs.
+        EnvironmentProblem: when a batch is asked for: a worker process failed (`CTLoader`).
     """
     require_augmentation(augment, workers)
     if augment is not None and seed is None:

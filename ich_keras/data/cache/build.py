@@ -9,7 +9,6 @@ renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,8 +94,11 @@ def build_folder(
         with rejects_kept(partial, is_in_the_way=False):
             require_few_rejects(tables.slices, tables.rejects, max_rejects)
         _write_manifest(partial, plan, entries, tables, _labels(index, tables))
-    except (BrokenProcessPool, OSError) as error:
-        raise _cannot_build(partial, error) from error
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{partial} could not be written ({error}).",
+            "Finished shards are kept: build again to resume.",
+        ) from error
     finally:
         clean(partial)
     if out.is_dir():
@@ -105,16 +107,6 @@ def build_folder(
     # Only now: a crash between these lines leaves a few small files, never a shard to redo.
     for record in [out / PLAN, *out.glob("shard-*.json")]:
         record.unlink()
-
-
-def _cannot_build(partial: Path, error: Exception) -> EnvironmentProblem:
-    hint = "Finished shards are kept: build again to resume."
-    if isinstance(error, BrokenProcessPool):
-        return EnvironmentProblem(
-            "a worker process died while reading slices (killed, often for lack of memory).",
-            f"Use fewer workers. {hint}",
-        )
-    return EnvironmentProblem(f"{partial} could not be written ({error}).", hint)
 
 
 def _build_shards(

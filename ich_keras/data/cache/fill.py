@@ -7,6 +7,7 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
 from ich_keras.data.reading import IndexedSlice, read_indexed
+from ich_keras.errors import EnvironmentProblem
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -96,13 +98,23 @@ def blocks(
 
 @contextlib.contextmanager
 def mapper(workers: int) -> Iterator[Callable]:
-    """Yield `map`, or its parallel counterpart, which starts at once and keeps the order."""
+    """Yield `map`, or its parallel counterpart, which starts at once and keeps the order.
+
+    Raises:
+        EnvironmentProblem: a worker process died.
+    """
     if workers == 0:
         yield map
         return
     pool = process_pool(workers, cv2.setNumThreads, 1)
     try:
         yield pool.map
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "a worker process died while reading slices (killed, often for lack of memory).",
+            "Use fewer workers, and run the same command again: finished shards are kept. A script"
+            " that uses workers needs an `if __name__ == '__main__':` guard.",
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
