@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 
@@ -145,6 +147,26 @@ def fingerprint(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def checked_line(content: object) -> bytes:
+    """Write an object as one line of JSON behind its checksum, for files that only grow.
+
+    >>> checked_line(["a.dcm", 1])
+    b'a48489d6 ["a.dcm",1]\\n'
+    """
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def read_checked_line(line: bytes) -> Any:
+    """Return the object of a `checked_line`; None if the line is torn or damaged.
+
+    >>> read_checked_line(checked_line(["a.dcm", 1])), read_checked_line(b"a48489d6 [")
+    (['a.dcm', 1], None)
+    """
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
+
+
 def require_absent(path: Path | str) -> Path:
     """Return the path if nothing exists there yet (an empty folder is fine).
 
@@ -163,17 +185,23 @@ def require_absent(path: Path | str) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
+def new_folder(
+    path: Path | str, require: Callable[[Path | str], Path] = require_absent
+) -> Iterator[Path]:
     """Create a folder before the work that fills it, so that a bad path fails at once.
 
     If the block fails before it writes anything, the folder is removed again, together with any
     parents created for it.
 
+    Args:
+        path: the folder.
+        require: returns the path if the folder may be filled, or raises.
+
     Raises:
         UsageError: something exists there already.
         EnvironmentProblem: it cannot be created.
     """
-    path = require_absent(path)
+    path = require(path)
     mine, is_done = [folder for folder in (path, *path.parents) if not folder.is_dir()], False
     try:
         try:
@@ -216,7 +244,7 @@ _KNOWS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def lock(path: Path | str) -> Iterator[None]:
+def lock(path: Path | str, is_kept: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file for the length of a block.
 
     It keeps out other processes and other holders in this process, and does not wait. A crash
@@ -224,6 +252,7 @@ def lock(path: Path | str) -> Iterator[None]:
 
     Args:
         path: the lock file; it is created when absent.
+        is_kept: whether the file stays; otherwise the holder removes it at the end.
 
     Raises:
         StaleError: another process holds the lock.
@@ -252,4 +281,7 @@ def lock(path: Path | str) -> Iterator[None]:
     try:
         yield
     finally:
+        if not is_kept:
+            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                path.unlink(missing_ok=True)
         holder.release()

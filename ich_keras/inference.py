@@ -1,5 +1,6 @@
 """Loading a run's network and computing probabilities, for validation, evaluation, prediction."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,18 @@ def _require_own_weights(run: RunFolder, record: dict) -> None:
 def _settings(recipe: Recipe) -> Recipe:
     """Return a recipe without the place of the training, which may change when it is resumed."""
     return replace(recipe, backend="", device="", precision="")
+
+
+def network_digest(model: Any) -> str:
+    """Return the SHA-256 of all weights of a network as they are in memory, 64 digits."""
+    import keras
+
+    content = hashlib.sha256()
+    for variable in model.weights:
+        values = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+        content.update(f"{values.dtype}{values.shape}".encode())
+        content.update(values.tobytes())
+    return content.hexdigest()
 
 
 def probabilities(

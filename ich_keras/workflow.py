@@ -8,12 +8,12 @@ import dataclasses
 from pathlib import Path
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
 from ich_keras.ct.rejects import MAX_REJECTS, rejects_kept, require_few_rejects, require_share
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
-from ich_keras.files import require_absent
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_of
 from ich_keras.progress import Progress, Tell
@@ -245,6 +245,7 @@ class Preparation:
                 progress,
                 max_rejects=self.max_rejects,
             )
+        remove_rejects(self.out)  # of a try that refused the same data
         return train(self.config, cache, self.out, progress=progress, tell=tell)
 
 
@@ -283,7 +284,7 @@ def prepare_training(
         DataError: as `prepare_index` and `plan_of`.
     """
     config.require_no_own_augment()
-    out = require_absent(out)
+    out = require_absent_or_rejects(out)
     cache_dir = cache_beside(out) if cache_dir is None else Path(cache_dir)
     tables: SeriesIndex | CTCache
     if dicom is not None and labels is None:

@@ -1,7 +1,5 @@
 """Commands on data: phantom, index, cache, audit, doctor."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +100,7 @@ def index(
     from ich_keras.ct.rejects import TooManyRejects, rejects_kept, summary
     from ich_keras.ct.series import LOCK, MANIFEST, SeriesIndex, require_new
     from ich_keras.ct.verdict import shown
+    from ich_keras.files import lock
     from ich_keras.workflow import prepare_index
 
     out = out.absolute()
@@ -111,7 +110,7 @@ def index(
     is_saved = journal.exists() and (out / MANIFEST).is_file()
     if not is_saved:
         require_new(out)
-    with _locked(journal.with_name(f"{journal.name}{LOCK}")):
+    with lock(journal.with_name(f"{journal.name}{LOCK}"), is_kept=False):
         try:
             with open_terminal() as terminal, rejects_kept(out):
                 indexed = prepare_index(
@@ -140,19 +139,6 @@ def index(
     for line in summary(indexed.rejects):
         click.echo(line)
     click.echo(f"Index: {out}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock for the length of a block, and leave no file behind."""
-    from ich_keras.files import lock
-
-    with lock(path):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
-                path.unlink(missing_ok=True)
 
 
 @click.command(cls=Command)

@@ -365,12 +365,12 @@ def require_few_rejects(slices: pd.DataFrame, rejects: pd.DataFrame, max_rejects
 
 
 @contextlib.contextmanager
-def rejects_kept(folder: Path | None, is_in_the_way: bool = True) -> Iterator[None]:
+def rejects_kept(folder: Path | None) -> Iterator[None]:
     """When a block refuses a folder, write its rejects to a folder and say so in the hint.
 
     Args:
-        folder: receives rejects.csv; created when absent. None writes nothing.
-        is_in_the_way: whether the next try expects a new folder.
+        folder: receives rejects.csv; created when absent. None writes nothing. The next try
+            replaces what is left there: see `ich_keras.ct.leftovers`.
     """
     try:
         yield
@@ -380,5 +380,4 @@ def rejects_kept(folder: Path | None, is_in_the_way: bool = True) -> Iterator[No
         path = folder / REJECTS_FILE
         atomic_write(path, csv_text(error.rejects))
         hint = f"{error.hint} Every file and its reason: {path}"
-        hint += " (remove it before you try again)" if is_in_the_way else ""
         raise type(error)(error.message, hint, error.rejects) from error

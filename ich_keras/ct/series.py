@@ -18,6 +18,7 @@ from ich_keras.ct.geometry import TILT_DEGREES, neighbour_distances_mm
 from ich_keras.ct.index_tables import make_tables
 from ich_keras.ct.journal import Journal
 from ich_keras.ct.kind import is_elsewhere
+from ich_keras.ct.leftovers import require_absent_or_rejects
 from ich_keras.ct.rejects import (
     Reject,
     counts,
@@ -43,7 +44,6 @@ from ich_keras.files import (
     fingerprint,
     read_json,
     replace,
-    require_absent,
     write_json,
 )
 from ich_keras.progress import Progress
@@ -211,8 +211,9 @@ class SeriesIndex:
 
 
 def require_new(folder: Path | str) -> Path:
-    """Return the path if an index can be saved there: nothing exists, or half of an index.
+    """Return the path if an index can be saved there.
 
+    Nothing exists there, or the rejects.csv of an indexing that was refused, or half of an index.
     Versions up to 0.1 saved in place: killed, they left some tables and no index.json.
 
     Raises:
@@ -222,9 +223,8 @@ def require_new(folder: Path | str) -> Path:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     tables = {f"{name}.csv" for name in _TABLES}
     strays = {name for name in names if name.startswith(f"{PARTIAL}-")}
-    # rejects.csv alone is what a folder without slices leaves; its reader may want it.
     is_half = names - strays <= tables and names - {"rejects.csv"}
-    return folder if is_half else require_absent(folder)
+    return folder if is_half else require_absent_or_rejects(folder)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -247,6 +247,7 @@ def index_folder(
     journal: Path | str | None = None,
     progress: Progress | None = None,
     any_body_part: bool = False,
+    leave_out: Path | str | None = None,
 ) -> SeriesIndex:
     """Find the CT slices in a folder, group them into series and put them in order.
 
@@ -263,6 +264,7 @@ def index_folder(
         progress: called as progress("indexing", files done, files).
         any_body_part: do not ask whether a series shows a head; otherwise another part of the body
             gets the verdict "not a head".
+        leave_out: a folder that is not searched, though it may lie in the other: that of results.
 
     Raises:
         UsageError: the folder does not exist, or the journal file is not a journal.
@@ -279,7 +281,7 @@ def index_folder(
     known = Journal(journal)
     own = () if journal is None else (str(journal), f"{journal}{LOCK}")
     found, unread = [], []
-    for entry in walk(folder):
+    for entry in walk(folder, leave_out):
         if entry.path in own:
             continue
         before = None if entry.code else known.find(*entry[:3])

@@ -20,13 +20,14 @@ MAX_CHUNK = 512
 _PROGRESS_CALLS = 200
 
 
-def walk(folder: Path) -> Iterator[Entry]:
+def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
     """Yield every file with its size and time; what is not read comes as a reject.
 
     Links to folders are followed, after all folders that are no links; a folder that several paths
     reach is read once, by the first of them. Names that begin with a dot are listed, not read.
+    `leave_out` is neither.
     """
-    seen: set[str] = set()
+    seen = set() if leave_out is None else {os.path.realpath(leave_out)}
     places, links = deque([str(folder)]), deque[str]()
     while places or links:
         # What is a folder of its own keeps its own path.

@@ -91,7 +91,7 @@ def build_folder(
     try:
         records |= _build_shards(index, partial, plan, to_do, settings, workers, progress)
         entries, tables = _collect(index, shards, records)
-        with rejects_kept(partial, is_in_the_way=False):
+        with rejects_kept(partial):
             require_few_rejects(tables.slices, tables.rejects, max_rejects)
         _write_manifest(partial, plan, entries, tables, _labels(index, tables))
     except OSError as error:
