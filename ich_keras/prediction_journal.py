@@ -40,7 +40,6 @@ _TABLES = (PREDICTIONS_FILE, SERIES_FILE, REJECTS_FILE, NOTICE_FILE)
 # Raise the number whenever reading or predicting gives other results, or a line another content.
 _FIRST_LINE = b"ich-prediction-journal 1\n"
 _FAMILY = b"ich-prediction-journal "
-_REJECTS = "the refused files"
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +201,7 @@ class PredictionJournal:
             what = f"series {uids[0]} is {'gone' if uids[0] in before else 'new'}"
         else:
             changed = min(uid for uid in before if before[uid] != content[uid])
-            what = f"{changed if changed == _REJECTS else f'series {changed}'} changed"
+            what = f"series {changed} changed"
         raise StaleError(
             f"the DICOM files are not those of the prediction that {self._path} belongs to:"
             f" {what}.",
@@ -229,20 +228,18 @@ def content_of(index: SeriesIndex, root: Path) -> dict[str, str]:
         root: the absolute path of the indexed folder.
 
     Returns:
-        A digest by series_uid, of the series and its slices, and one of the refused files.
+        A digest by series_uid, of the series and its slices. A refused file counts where it changes
+        a series; a file that belongs to none may come and go.
     """
     slices = index.slices.drop(columns="file_mtime_ns")
     slices = slices.assign(container=[inside(path, root) for path in slices["container"]])
     by_slice = pd.util.hash_pandas_object(slices, index=False).to_numpy()
     by_series = pd.util.hash_pandas_object(index.series, index=False).to_numpy()
     rows = slices.groupby("series_uid", sort=False).indices
-    found = {
+    return {
         uid: _digest(np.append(by_slice[rows[uid]], of_series))
         for uid, of_series in zip(index.series["series_uid"], by_series, strict=True)
     }
-    rejects = index.rejects[["path", "code", "series_instance_uid"]]
-    rejects = rejects.assign(path=[inside(path, root) for path in rejects["path"]])
-    return found | {_REJECTS: _digest(pd.util.hash_pandas_object(rejects, index=False).to_numpy())}
 
 
 def _digest(numbers: np.ndarray) -> str:
