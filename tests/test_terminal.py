@@ -6,12 +6,15 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import click
 import pandas as pd
 import pyte
 import pytest
 
+from ich_keras.errors import IchWarning
 from ich_keras.labels import LABELS
 from ich_keras.summary import (
     evaluation_summary,
@@ -19,7 +22,7 @@ from ich_keras.summary import (
     run_summary,
     shorten_middle,
 )
-from ich_keras.terminal import open_terminal
+from ich_keras.terminal import Command, open_terminal
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a matter of Unix")
 fcntl = pytest.importorskip("fcntl")
@@ -344,6 +347,24 @@ def test_lines_come_at_most_once_a_minute(capsys, monkeypatch):
         "caching: 10/2,000, 7 h 11 min left",
         "caching: done, 2,000 in 2 min 36 s",
     ]
+
+
+@pytest.mark.filterwarnings("default")
+def test_our_own_warnings_are_one_line(capsys):
+    @click.command(cls=Command)
+    def command():
+        warnings.warn("before the console is open.", IchWarning, stacklevel=2)
+        with open_terminal():
+            warnings.warn("while it is open.", IchWarning, stacklevel=2)
+
+    with pytest.raises(SystemExit):
+        command([])
+    assert capsys.readouterr().err.splitlines() == [
+        "Warning: before the console is open.",
+        "Warning: while it is open.",
+    ]
+    with pytest.warns(UserWarning, match="another's"):
+        warnings.warn("another's", UserWarning, stacklevel=2)
 
 
 def test_a_step_that_stops_short_still_ends(capsys):

@@ -111,7 +111,7 @@ def index(
     is_saved = journal.exists() and (out / MANIFEST).is_file()
     if not is_saved:
         require_new(out)
-    with _locked(journal.with_name(f"{journal.name}{LOCK}")):
+    with _locked(journal.with_name(f"{journal.name}{LOCK}")) as is_alone:
         try:
             with open_terminal() as terminal, rejects_kept(out):
                 indexed = prepare_index(
@@ -130,7 +130,7 @@ def index(
             journal.unlink(missing_ok=True)
             raise
         if not (is_saved and SeriesIndex.load(out).equals(indexed)):
-            indexed.save(out)
+            indexed.save(out, is_alone)
     journal.unlink(missing_ok=True)  # the very last: whoever finds it knows that there is more
     if len(indexed.series) <= DESCRIBED_SERIES:
         for series_uid in indexed.series["series_uid"]:
@@ -143,13 +143,13 @@ def index(
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock for the length of a block, and leave no file behind."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock for the length of a block, and leave no file behind; yields as `lock`."""
     from ich_keras.files import lock
 
-    with lock(path):
+    with lock(path) as is_held:
         try:
-            yield
+            yield is_held
         finally:
             with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
                 path.unlink(missing_ok=True)
@@ -260,6 +260,8 @@ def audit(
     if chosen is None:
         return
     click.echo(f"split {chosen.name}:")
+    if chosen.note:
+        click.echo(f"  {chosen.note}")
     for part, counts in result["split"]["parts"].items():
         groups = ", ".join(f"{counts[name]:,} {name}" for name in counts if name != "positive")
         click.echo(f"  {part:5} {groups}")

@@ -23,7 +23,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.errors import UsageError
+from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
 
 if TYPE_CHECKING:
@@ -310,6 +310,7 @@ def _resume(
     device: str | None,
     options: dict[str, Any],
 ) -> None:
+    from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
@@ -321,7 +322,7 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    RunFolder(run_dir).require_interrupted()
+    require_unedited(RunFolder(run_dir).require_interrupted())
     cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(
@@ -337,17 +338,17 @@ def _resume(
 
 @contextlib.contextmanager
 def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> Iterator[None]:
-    """When a training is interrupted (Ctrl-C or SIGTERM), say which command resumes it."""
+    """When a training is interrupted (Ctrl-C, SIGTERM, disk), say which command resumes it."""
     from ich_keras.run_folder import RunFolder
 
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, EnvironmentProblem) as error:
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
             terminal.warn(f"To resume: {shlex.join(words)}")
-        else:
+        elif not isinstance(error, EnvironmentProblem):
             terminal.warn("No epoch was finished: start the training again.")
         raise
 
