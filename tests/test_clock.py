@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -115,3 +116,20 @@ def test_times_that_no_table_holds_stay_different():
     assert all(-(2**63) <= mtime < 2**63 for mtime in folded)
     for mtime in (0, -1, 2**63 - 1, -(2**63)):
         assert _in_int64(mtime) == mtime
+
+
+def test_a_file_of_the_year_2600_is_indexed(tmp_path, monkeypatch):
+    path, real = tmp_path / "a.dcm", os.stat
+    path.write_bytes(tiny_file())
+    year_2600 = 19_880_000_000 * 10**9
+
+    def later(place, **settings):
+        found = real(place, **settings)
+        if not str(place).endswith("a.dcm"):
+            return found
+        return types.SimpleNamespace(
+            st_mode=found.st_mode, st_size=found.st_size, st_mtime_ns=year_2600
+        )
+
+    monkeypatch.setattr(os, "stat", later)  # few file systems hold such a time
+    assert index_folder(tmp_path).slices["file_mtime_ns"].tolist() == [_in_int64(year_2600)]
