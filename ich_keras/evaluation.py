@@ -18,6 +18,7 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, write_json
 from ich_keras.inference import load_run, probabilities, probability_table
 from ich_keras.labels import LABELS
+from ich_keras.leftovers import remove_leftovers
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
@@ -75,6 +76,7 @@ def evaluate(
         raise UsageError(f"split {split!r}; expected one of {', '.join(SPLITS)}.")
     run = RunFolder.at(run_dir).require_finished(unfinished)
     _require_size(run.recipe(), cache)
+    remove_leftovers(run.path)
     notice = run.notice()
     recipe, model = load_run(run, device, unfinished=unfinished)
     metrics = evaluate_network(run, recipe, model, cache, split, progress, notice)

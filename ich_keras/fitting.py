@@ -56,6 +56,8 @@ class Fit:
         model: compiled.
         loader, validation: batches of the two splits.
         valid_labels: int (samples, 6).
+        marks: what each state says of its run (`marks_of`), read once: an edit of the files while
+            the training runs is then noticed when it is resumed.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Fit:
     loader: Any
     validation: Any
     valid_labels: np.ndarray
+    marks: dict[str, Any]
 
 
 def compiled_network(
@@ -172,7 +175,7 @@ def restored(training: Fit, tell: Tell) -> Course:
         LostState: all states are damaged.
     """
     run = training.run
-    state = load_state(run.state_folder, training.model, tell, run.identity())
+    state = load_state(run.state_folder, training.model, tell, training.marks[RUN])
     best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
     course = Course(state["history"], *best)
     write_history(run, course)  # as the state knows it, whatever became of the file
@@ -329,7 +332,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                 "best_loss": course.best_loss,
                 "best_epoch": course.best_epoch,
                 BEST_WEIGHTS: course.best_weights,
-                RUN: training.run.identity(),
+                **training.marks,
             }
             save_state(training.run.state_folder, model, epoch + 1, state)
             tell(

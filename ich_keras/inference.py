@@ -15,6 +15,7 @@ from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import require_unchanged
+from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import CACHE, PIXELS, RunFolder
 
 # Columns that identify the slice of a prediction.
@@ -51,7 +52,10 @@ def load_network(
     run: RunFolder, device: str | None = None, precision: str | None = None
 ) -> tuple[Recipe, Any]:
     """Load the network of a run that need not be finished; see `load_run`."""
-    recipe = run.require_begun().recipe()
+    run.require_begun()
+    if not run.is_finished:
+        require_unedited(run)
+    recipe = run.recipe()
     recipe = recipe.on(choose_backend(), choose_device(device or "auto"))
     from ich_keras.models.classifier import classifier
     from ich_keras.models.weights import load_weights

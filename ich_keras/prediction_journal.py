@@ -21,7 +21,6 @@ from ich_keras.ct.rejects import REJECTS_FILE
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import (
-    PARTIAL,
     atomic_write,
     checked_line,
     fail_point,
@@ -30,6 +29,7 @@ from ich_keras.files import (
     read_checked_line,
 )
 from ich_keras.labels import NUM_LABELS
+from ich_keras.leftovers import remove_leftovers
 
 JOURNAL_FILE = "prediction.journal"
 LOCK_FILE = "prediction.lock"
@@ -264,12 +264,10 @@ def prediction_folder(out: Path | str) -> Iterator[Path]:
     is_begun = (Path(out) / LOCK_FILE).is_file()
     with (
         new_folder(out, Path if is_begun else _require_own) as folder,
-        lock(folder / LOCK_FILE, is_kept=False),
+        lock(folder / LOCK_FILE, is_kept=False) as is_alone,
     ):
         _require_own(folder)  # another may have finished between the first look and the lock
-        for name in (*_TABLES, JOURNAL_FILE):
-            for stray in folder.glob(f"{PARTIAL}-*-{name}"):
-                stray.unlink()
+        remove_leftovers(folder, is_alone=is_alone)
         yield folder
 
 

@@ -69,7 +69,7 @@ def require_unchanged(run: RunFolder, weights: str | None) -> None:
         return
     if record.get(_WEIGHTS) not in (None, weights):
         raise StaleError(f"{run.best_weights} is not what the training ended with.", _COPY)
-    used = [run.recipe_file, run.data_file, run.split_file]
+    used = [run.config_file, run.recipe_file, run.data_file, run.split_file]
     if run.choices_file.is_file():  # without it, a run takes the defaults until it chooses again
         used.append(run.choices_file)
     for path in used:

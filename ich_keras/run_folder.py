@@ -21,6 +21,8 @@ PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
+# Entries of environment.json: when the training began; where it was resumed since.
+START, RESUMED = "started", "resumed"
 
 # In the names of what was computed with the weights of an unfinished training.
 _SO_FAR = ".unfinished"
@@ -263,23 +265,27 @@ class RunFolder:
 
     def environment(self) -> dict:
         """Return versions, backend, device and machine of the training."""
-        return read_json(self.environment_file)
+        return _object(self.environment_file)
 
     def identity(self) -> dict[str, str | None]:
         """Return what tells this run from others, to be stored with its states."""
-        data, recipe = self.data(), dict(read_json(self.recipe_file))
+        data, recipe = self.data(), _object(self.recipe_file)
         # A resumed training may run in another place.
         for place in ("backend", "device", "precision"):
             recipe.pop(place, None)
         return {
             "recipe": fingerprint(recipe),
             **{name: data.get(name) for name in (CACHE, PIXELS, LABELS_DIGEST)},
-            "start": self.environment().get("started"),
+            "start": self.environment().get(START),
         }
 
     def data(self) -> dict:
-        """Return what the run was trained on: see `data_file`."""
-        return read_json(self.data_file)
+        """Return what the run was trained on: see `data_file`.
+
+        Raises:
+            StaleError: the file is absent or damaged.
+        """
+        return _object(self.data_file, CACHE)
 
     def split(self) -> Split:
         """Return the members of each split."""
@@ -310,3 +316,15 @@ class RunFolder:
         """Return the metrics of a split; None if it was not evaluated."""
         path = self.metrics_file(split)
         return read_json(path) if path.is_file() else None
+
+
+def _object(path: Path, *needed: str) -> dict:
+    """Read a file that holds a JSON object with these entries."""
+    content = read_json(path)
+    absent = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if absent or not isinstance(content, dict):
+        raise StaleError(
+            f"{path} is damaged: {' and '.join(absent) or 'its object'} absent.",
+            "Copy the original run folder again, or train again.",
+        )
+    return content

@@ -14,6 +14,7 @@ from ich_keras.model_file import read_recipe
 from ich_keras.models.weights_file import SUFFIX, origin, read_weights
 from ich_keras.progress import Progress
 from ich_keras.run_checksums import changed_files
+from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import RunFolder
 
 _NO_CHECKSUMS = "no checksums (an older version wrote it): damage would not be noticed"
@@ -114,6 +115,8 @@ def _verify_run(run: RunFolder) -> list[str]:
     if run.model_file.is_file():
         read_recipe(run.model_file)
         lines.append(f"{run.model_file.name}: the model's parts match their checksums")
+    if not run.is_finished:
+        require_unedited(run)
     for epoch, folder in states_of(run.state_folder):
         state, has_checksums = read_state(folder, epoch)
         if state.get("run") not in (None, run.identity()):

@@ -18,6 +18,7 @@ from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
+from ich_keras.run_space import require_space_with_cache
 from ich_keras.training import train
 
 _SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
@@ -231,7 +232,15 @@ class Preparation:
 
         Returns:
             The run folder.
+
+        Raises:
+            EnvironmentProblem: the free disk space is too little for the cache and the training.
         """
+        if self.cache is None and self.index is not None:
+            num_slices = len(self.index.usable().slices)
+            require_space_with_cache(
+                self.recipe, num_slices, self.out, self.cache_dir, self.cache_bytes
+            )
         if index_dir is not None and self.index is not None:
             self.index.save(index_dir)
         cache = self.cache

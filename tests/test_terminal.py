@@ -6,13 +6,16 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import click
 import pandas as pd
 import pyte
 import pytest
 from click.testing import CliRunner
 
+from ich_keras.errors import IchWarning
 from ich_keras.labels import LABELS
 from ich_keras.summary import (
     evaluation_summary,
@@ -345,6 +348,24 @@ def test_lines_come_at_most_once_a_minute(capsys, monkeypatch):
         "caching: 10/2,000, 7 h 11 min left",
         "caching: done, 2,000 in 2 min 36 s",
     ]
+
+
+@pytest.mark.filterwarnings("default")
+def test_our_own_warnings_are_one_line(capsys):
+    @click.command(cls=Command)
+    def command():
+        warnings.warn("before the console is open.", IchWarning, stacklevel=2)
+        with open_terminal():
+            warnings.warn("while it is open.", IchWarning, stacklevel=2)
+
+    with pytest.raises(SystemExit):
+        command([])
+    assert capsys.readouterr().err.splitlines() == [
+        "Warning: before the console is open.",
+        "Warning: while it is open.",
+    ]
+    with pytest.warns(UserWarning, match="another's"):
+        warnings.warn("another's", UserWarning, stacklevel=2)
 
 
 def test_a_step_that_stops_short_still_ends(capsys):

@@ -621,6 +621,13 @@ def test_best_weights_of_a_lost_epoch_are_put_right(phantom_cache, tmp_path, cra
     assert read_record(best)["epoch"] == 3
 
 
+def changed_copy(cache, **changes):
+    """Return a cache in which attributes are others."""
+    other = copy.copy(cache)
+    other.__dict__.update(changes)
+    return other
+
+
 def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
     out = tmp_path / "run"
     (out / "state" / ".partial-epoch-0001").mkdir(parents=True)
@@ -635,17 +642,13 @@ def test_what_cannot_go_on_is_refused(phantom_cache, tmp_path, crash_after):
         pytest.raises(StaleError, match="training.lock is locked by another process"),
     ):
         training.resume(out, phantom_cache)
-    data = files.read_json(out / "data.json")
-    for name, message in (
-        ("cache", "is not the cache that the training .* expected 000000000000"),
-        ("labels", "the labels are not those that the training in .* began with"),
-    ):
-        write_json(out / "data.json", data | {name: "0" * 64})
-        with pytest.raises(StaleError, match=message):
-            training.resume(out, phantom_cache)
+    with pytest.raises(StaleError, match=r"is not the cache .* began with: fingerprint "):
+        training.resume(out, changed_copy(phantom_cache, slices=phantom_cache.slices[:-1]))
+    slices = phantom_cache.slices.assign(epidural=1 - phantom_cache.slices["epidural"])
+    with pytest.raises(StaleError, match="the labels are not those that the training in .* began"):
+        training.resume(out, changed_copy(phantom_cache, slices=slices))
     shutil.rmtree(out / "state" / "epoch-0001")
     (out / "state" / "epoch-0001").mkdir()
-    write_json(out / "data.json", data)
     with pytest.raises(LostState, match="state.json"):
         training.resume(out, phantom_cache)
 

@@ -110,7 +110,7 @@ def index(
     is_saved = journal.exists() and (out / MANIFEST).is_file()
     if not is_saved:
         require_new(out)
-    with lock(journal.with_name(f"{journal.name}{LOCK}"), is_kept=False):
+    with lock(journal.with_name(f"{journal.name}{LOCK}"), is_kept=False) as is_alone:
         try:
             with open_terminal() as terminal, rejects_kept(out):
                 indexed = prepare_index(
@@ -129,7 +129,7 @@ def index(
             journal.unlink(missing_ok=True)
             raise
         if not (is_saved and SeriesIndex.load(out).equals(indexed)):
-            indexed.save(out)
+            indexed.save(out, is_alone)
     journal.unlink(missing_ok=True)  # the very last: whoever finds it knows that there is more
     if len(indexed.series) <= DESCRIBED_SERIES:
         for series_uid in indexed.series["series_uid"]:
@@ -246,6 +246,8 @@ def audit(
     if chosen is None:
         return
     click.echo(f"split {chosen.name}:")
+    if chosen.note:
+        click.echo(f"  {chosen.note}")
     for part, counts in result["split"]["parts"].items():
         groups = ", ".join(f"{counts[name]:,} {name}" for name in counts if name != "positive")
         click.echo(f"  {part:5} {groups}")

@@ -310,6 +310,7 @@ def _resume(
     device: str | None,
     options: dict[str, Any],
 ) -> None:
+    from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
@@ -321,7 +322,7 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    RunFolder(run_dir).require_interrupted()
+    require_unedited(RunFolder(run_dir).require_interrupted())
     cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(

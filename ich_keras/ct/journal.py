@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from ich_keras.disk import full_disk_told
 from ich_keras.errors import UsageError
 from ich_keras.files import checked_line, read_checked_line
 
@@ -51,6 +52,7 @@ class Journal:
 
     Raises:
         UsageError: the file is not a journal.
+        EnvironmentProblem: the disk is full; `add` raises it, too.
     """
 
     def __init__(self, path: Path | None):
@@ -66,7 +68,8 @@ class Journal:
                 self._append(b"\n")
         elif content.startswith(_FAMILY) or _FIRST_LINE.startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_FIRST_LINE)
+            with full_disk_told(path, len(_FIRST_LINE)):
+                path.write_bytes(_FIRST_LINE)
         else:
             raise UsageError(
                 f"{path} is not a journal of `ich index`; it was not changed.",
@@ -87,9 +90,12 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         assert self._path is not None  # callers check
-        # One write in append mode: lines of two processes do not mix.
-        with open(self._path, "ab", buffering=0) as stream:
-            stream.write(line)
+        # One write in append mode: lines of two processes do not mix. Only a nearly full disk takes
+        # less than the line; the next write then fails.
+        with full_disk_told(self._path), open(self._path, "ab", buffering=0) as stream:
+            written = stream.write(line)
+            while written < len(line):
+                written += stream.write(line[written:])
 
 
 def _parse(line: bytes) -> list[Entry]:

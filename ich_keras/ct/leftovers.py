@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ich_keras.ct.rejects import REJECTS_FILE
 from ich_keras.ct.tables import REJECT_COLUMNS
-from ich_keras.files import PARTIAL, require_absent
+from ich_keras.files import require_absent
+from ich_keras.leftovers import PARTIAL
 
 # The columns that tables of all versions have, unquoted or as an index quotes them.
 _BEGINNINGS = tuple(

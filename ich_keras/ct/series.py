@@ -1,8 +1,6 @@
 """The index: the slices in a folder, the series they form, and the files that are refused."""
 
-import glob
 import math
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -39,13 +37,8 @@ from ich_keras.ct.turning import require_turned
 from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
 from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import (
-    PARTIAL,
-    fingerprint,
-    read_json,
-    replace,
-    write_json,
-)
+from ich_keras.files import fingerprint, read_json, replace, write_json
+from ich_keras.leftovers import PARTIAL, partial_of, remove_leftovers
 from ich_keras.progress import Progress
 
 SCHEMA = 1
@@ -151,18 +144,23 @@ class SeriesIndex:
             rejects=joined(self.rejects, found),
         )
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, is_alone: bool = False) -> None:
         """Write slices.csv, series.csv, rejects.csv and index.json into a new folder.
 
         They are written beside it; the folder gets its name when all is there. What a crash of an
         older version left under that name is replaced.
 
+        Args:
+            folder: to be made; an empty one is fine.
+            is_alone: whether the caller holds a lock that keeps others from saving here.
+
         Raises:
             UsageError: the folder is not empty.
+            EnvironmentProblem: the disk is full.
         """
         folder = require_new(folder).resolve()
-        _remove_leftovers(folder)
-        partial = folder.with_name(f"{PARTIAL}-{os.getpid()}-{folder.name}")
+        remove_leftovers(folder.parent, folder.name, is_alone)
+        partial = partial_of(folder)
         try:
             tables = {
                 name: write_table(partial / f"{name}.csv", getattr(self, name)) for name in _TABLES
@@ -225,20 +223,6 @@ def require_new(folder: Path | str) -> Path:
     strays = {name for name in names if name.startswith(f"{PARTIAL}-")}
     is_half = names - strays <= tables and names - {"rejects.csv"}
     return folder if is_half else require_absent_or_rejects(folder)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes had written for an index of this name."""
-    for path in folder.parent.glob(f"{PARTIAL}-*-{glob.escape(folder.name)}"):
-        process = path.name.removeprefix(f"{PARTIAL}-").partition("-")[0]
-        if os.name == "nt" or not process.isdecimal():  # there, signal 0 would end a process
-            continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (OverflowError, PermissionError):  # no number of a process, or another user's
-            continue
 
 
 def index_folder(

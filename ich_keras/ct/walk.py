@@ -69,7 +69,12 @@ def _look_at(path: str) -> Entry:
         return Entry(path, 0, 0, "UNREADABLE", error.strerror or type(error).__name__)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
         return Entry(path, 0, 0, "UNREADABLE", "a device or pipe; expected a file")
-    return Entry(path, status.st_size, status.st_mtime_ns)
+    return Entry(path, status.st_size, _in_int64(status.st_mtime_ns))
+
+
+def _in_int64(mtime_ns: int) -> int:
+    """Fold the times that a table's int64 cannot hold (after 2262) back: they still differ."""
+    return (mtime_ns + 2**63) % 2**64 - 2**63
 
 
 def _printable(path: str) -> str:

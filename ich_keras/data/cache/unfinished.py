@@ -14,13 +14,14 @@ from ich_keras.data.cache.plan import PlannedShard, Settings
 from ich_keras.data.cache.shards import Shard, ShardEntry
 from ich_keras.data.reading import indexed_slices
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.leftovers import PARTIAL, remove_leftovers
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
 PLAN = "plan.json"
-TEMPORARY = f"{files.PARTIAL}-"
+TEMPORARY = f"{PARTIAL}-"
 # What else differs with the slices themselves; only the first that differs is said.
 _OF_SLICES = {
     "inputs": "it is of other slices",
@@ -29,13 +30,19 @@ _OF_SLICES = {
 }
 
 
-def make_ready(partial: Path, plan: dict, restart: bool) -> None:
+def working_folder(out: Path) -> Path:
+    """Return the folder in which a cache is built."""
+    return out.with_name(f"{out.name}{PARTIAL}")
+
+
+def make_ready(partial: Path, plan: dict, restart: bool, is_alone: bool) -> None:
     """Make the working folder ready: remove what is unfinished, keep the shards of the same plan.
 
     Args:
         partial: the working folder; it need not exist.
         plan: what will be built.
         restart: remove finished shards, too.
+        is_alone: whether the caller holds the lock of the build.
 
     Raises:
         UsageError: the folder is not that of an unfinished cache.
@@ -43,7 +50,7 @@ def make_ready(partial: Path, plan: dict, restart: bool) -> None:
     """
     if not partial.exists():
         return
-    remove_temporary(partial)
+    remove_leftovers(partial, is_alone=is_alone)
     if not any(partial.iterdir()):
         return
     if not (partial / PLAN).is_file():
@@ -151,16 +158,11 @@ def require_same_pixels(
 
 
 def clean(partial: Path) -> None:
-    """Remove unfinished shards; the whole folder when no shard was finished."""
-    remove_temporary(partial)
-    if not any(partial.glob("shard-*.h5")):
-        shutil.rmtree(partial)
-
-
-def remove_temporary(partial: Path) -> None:
-    """Remove the files that a build had not finished."""
+    """Remove the unfinished shards of this build; the whole folder when no shard was finished."""
     for leftover in partial.glob(f"{TEMPORARY}*"):
         leftover.unlink()
+    if not any(partial.glob("shard-*.h5")):
+        shutil.rmtree(partial)
 
 
 def _read(path: Path, partial: Path) -> dict:
