@@ -44,7 +44,7 @@ _NO_NETWORK = (
     "It holds no ResNet: expected a state dict with torchvision's or MedicalNet's names, whole,"
     " under one common prefix or key of any name."
 )
-_BROKEN_WEIGHTS = "These are no trained weights: save another checkpoint."
+_BROKEN_WEIGHTS = "These are not trained weights: save another checkpoint."
 # Raised on damaged files by torch and by the readers of the formats.
 _READ_ERRORS = (
     RuntimeError,
