@@ -20,7 +20,7 @@ from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View, with_absent_choices
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
+from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
 from ich_keras.models.spec import ModelSpec
 
 SCHEMA = 1
@@ -297,23 +297,6 @@ class Recipe:
                 "The recipe is damaged: train the run again.",
             )
         return recipe
-
-
-def view_kind(preset_name: str, view: str | None) -> str:
-    """Return what a sample is: as configured, or what suits the preset.
-
-    Args:
-        preset_name: a key of `PRESETS`.
-        view: "slice", "slab" or "series"; None suits the preset.
-
-    >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
-    ('slab', 'series')
-    """
-    if view is not None:
-        return view
-    spec = PRESETS[preset_name].spec
-    usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
-    return "slice" if spec.rank == 2 else usual
 
 
 def _view(config: RunConfig) -> View:

@@ -89,13 +89,10 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
     for level in levels:
         of_level = {name: metrics[level] for name, metrics in splits.items() if level in metrics}
         parts.append(_level_table(level, of_level, width))
-    parts.append(
-        textwrap.fill(
-            "constant: always predicting how common each label is. voxel counts: a detector that"
-            " only counts voxels per HU band.",
-            width,
-        )
-    )
+    legend = "constant: always predicting how common each label is."
+    if any("trivial_auroc_any" in part for metrics in splits.values() for part in metrics.values()):
+        legend += " voxel counts: a detector that only counts voxels per HU band."
+    parts.append(textwrap.fill(legend, width))
     parts.append(
         textwrap.fill(
             f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"

@@ -1418,3 +1418,8 @@ def test_the_sheet_of_a_folder(phantom_folder, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
+    before = out.read_bytes()
+    again = CliRunner().invoke(main, ["sheet", str(phantom_folder / "images"), "--out", str(out)])
+    assert again.exit_code == 2
+    assert f"{out} already exists; nothing is overwritten" in again.output
+    assert out.read_bytes() == before

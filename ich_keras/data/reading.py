@@ -19,6 +19,7 @@ from ich_keras.ct.header import SliceHeader
 from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
+from ich_keras.ct.tables import COSINES
 from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HASH_DIGITS = 32
-_COSINES = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
 # Two slices of a volume may each differ that much from a third.
 _ORIENTATION_TOLERANCE = 2 * SAME_VOLUME_TOLERANCE + 1e-9
 
@@ -96,7 +96,7 @@ def pixel_hash(hu: np.ndarray) -> str:
 def indexed_slices(index: SeriesIndex) -> list[IndexedSlice]:
     """Return what an index says of each of its slices, in the order of its table."""
     planes = {}
-    for uid, *cosines in _rows(index.series, ["series_uid", *_COSINES]):
+    for uid, *cosines in _rows(index.series, ["series_uid", *COSINES]):
         planes[uid] = (tuple(slice_normal(cosines).tolist()), tuple(cosines))
     return [
         IndexedSlice._make((*facts, *planes[uid]))

@@ -81,15 +81,15 @@ def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
 def _read_lists(path: Path | str) -> tuple[str, dict[str, str], dict[str, int], int]:
     """Return the key column, split and line of each identifier, the number of repeated rows."""
     expected = f"`split` and one of {', '.join(FILE_KEYS)}"
-    hint = f"The first line must name the columns {expected}."
+    hint = "The first line names the columns."
     with open_csv(path) as reader:
         header = next(reader, None)
         if header is None:
-            raise DataError(f"{path} is empty.", hint)
+            raise DataError(f"{path} is empty; expected the columns {expected}.", hint)
         keys = [name for name in header if name in FILE_KEYS]
         if len(keys) != 1 or header.count("split") != 1:
             shown = excerpt(",".join(header))
-            raise DataError(f"{path}: the header is {shown}; expected {expected}.")
+            raise DataError(f"{path}: the header is {shown}; expected {expected}.", hint)
         key_column, part_column = header.index(keys[0]), header.index("split")
         faults = RowFaults(path)
         part_of: dict[str, str] = {}
@@ -117,5 +117,5 @@ def _read_lists(path: Path | str) -> tuple[str, dict[str, str], dict[str, int], 
                 line_of[uid] = line
     faults.refuse("Correct or remove these rows.")
     if not part_of:
-        raise DataError(f"{path} has a header but no rows.", hint)
+        raise DataError(f"{path} has a header but no rows.", "Add a row per identifier.")
     return keys[0], part_of, line_of, num_duplicates
