@@ -100,6 +100,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
             },
             "date": environment["started"][:10],
             "seconds": round(float(history["seconds"].sum()), 1),
+            "best_epoch": run.best_epoch(),
             "samples_seen": samples,
             "steps": plan["total_steps"] // recipe.training.accumulate,
             "training_operations": 3 * samples * cost.operations_per_sample,

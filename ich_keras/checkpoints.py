@@ -200,7 +200,8 @@ def _read_record(folder: Path) -> tuple[dict, dict[str, str] | None]:
     state = read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
         raise StaleError(f"{folder / STATE} is damaged.", _NEW)
-    if CHECKSUM not in state and FILES not in state:
+    # Those of older versions do not say whose they are, either.
+    if CHECKSUM not in state and FILES not in state and RUN not in state:
         return state, None
     if state.pop(CHECKSUM, None) != fingerprint(state):
         raise StaleError(f"{folder / STATE} does not match its checksum.", _NEW)
@@ -213,11 +214,11 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     if run is not None and of is not None and of != run:
         others = sorted(name for name in of | run if of.get(name) != run.get(name))
         raise StaleError(
-            f"{folder} is a state of another run: {', '.join(others)} differ.",
+            f"{folder} belongs to another run (different: {', '.join(others)}).",
             "Bring back the state of this run, or start a new training.",
         )
     if not has_checksums and tell is not None:
-        tell(f"{folder} has no checksums (an older version saved it): damage is not noticed.")
+        tell(f"{folder} has no checksums (an older version saved it): damage would go unnoticed.")
     arrays = _arrays(folder / VARIABLES)
     load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
@@ -229,7 +230,7 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     if differing:
         raise StaleError(
             f"{folder} belongs to another network or optimiser:"
-            f" {len(differing)} variables differ, {min(differing)} first.",
+            f" {len(differing)} variables differ; the first is {min(differing)}.",
             "Resume with the configuration the run began with.",
         )
     for name, variable in wanted.items():

@@ -221,7 +221,7 @@ def new_folder(
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise EnvironmentProblem(f"the folder {path} cannot be made: {reason}.") from error
+            raise EnvironmentProblem(f"the folder {path} cannot be created: {reason}.") from error
         yield path
         is_done = True
     finally:

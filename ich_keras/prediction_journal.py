@@ -120,7 +120,7 @@ class PredictionJournal:
                 atomic_write(path, _FIRST_LINE + checked_line(first))
         elif raw.startswith(_FAMILY):
             raise StaleError(
-                f"{path} was written by another version of ich_keras.", self._begin_anew()
+                f"{path} was written by another version of ich_keras.", self._start_over()
             )
         else:
             raise UsageError(
@@ -166,11 +166,11 @@ class PredictionJournal:
             raise StaleError(
                 f"the files of series {result.series_uid} were replaced since the prediction that"
                 f" {self._path} belongs to.",
-                self._begin_anew(),
+                self._start_over(),
             )
 
-    def _begin_anew(self) -> str:
-        return f"Give another output folder; or remove {self._path} to begin anew."
+    def _start_over(self) -> str:
+        return f"Give another output folder; or remove {self._path} to start over."
 
     def _read(self, lines: list[bytes], end: int) -> None:
         for number, line in enumerate(lines):
@@ -191,7 +191,7 @@ class PredictionJournal:
                 raise StaleError(
                     f"{self._path} belongs to a prediction with {name} {_short(before)}; this one"
                     f" has {_short(value)}.",
-                    f"Resume it with that. {self._begin_anew()}",
+                    f"Resume it with that. {self._start_over()}",
                 )
         before = first["content"]
         if before == content:
@@ -205,7 +205,7 @@ class PredictionJournal:
         raise StaleError(
             f"the DICOM files are not those of the prediction that {self._path} belongs to:"
             f" {what}.",
-            f"Resume it with the files that it began with. {self._begin_anew()}",
+            f"Resume it with the files that it began with. {self._start_over()}",
         )
 
 

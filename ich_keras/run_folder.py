@@ -23,6 +23,7 @@ SYNTHETIC = "synthetic"
 PLAN = "plan"
 # Entries of environment.json: when the training began; where it was resumed since.
 START, RESUMED = "started", "resumed"
+EPOCH = "epoch"  # entry of the record of the best weights
 
 # In the names of what was computed with the weights of an unfinished training.
 _SO_FAR = ".unfinished"
@@ -173,21 +174,24 @@ class RunFolder:
         """Return the run if it is finished.
 
         Args:
-            unfinished: whether one that has only begun will do; `notice` then belongs into every
+            unfinished: whether one that has only begun will do; `notice` must then appear in every
                 output.
 
         Raises:
             StaleError: there is no run, or it is not finished: interrupted, or still running.
         """
-        so_far = "--unfinished (in Python unfinished=True) takes its best weights so far"
+        so_far = "--unfinished (in Python: unfinished=True)"
         has_weights = self.best_weights.is_file()
         if not self.is_finished and self.is_running and not (unfinished and has_weights):
-            also = f" ({so_far})" if has_weights else ""
-            raise StaleError(f"the training in {self} is still running{also}.", "Wait for its end.")
+            also = f", or use its best weights so far: {so_far}" if has_weights else ""
+            raise StaleError(
+                f"the training in {self} is still running.", f"Wait until it finishes{also}."
+            )
         if self.is_interrupted and not unfinished:
             raise StaleError(
-                f"the training in {self} is not finished ({so_far}).",
-                f"Finish it: ich-train --resume {shlex.quote(str(self))}",
+                f"the training in {self} is not finished.",
+                f"Finish it: ich-train --resume {shlex.quote(str(self))}. Or use its best weights"
+                f" so far: {so_far}.",
             )
         self.require_begun()
         if not self.is_finished and not unfinished:
@@ -311,6 +315,18 @@ class RunFolder:
     def rule(self) -> str:
         """Return the rule for aggregating slices, chosen on the validation split."""
         return self.choices().get("aggregation", {"rule": DEFAULT_RULE})["rule"]
+
+    def best_epoch(self) -> int:
+        """Return the epoch of the best weights, counted from 1."""
+        from ich_keras.models.weights_file import read_record
+
+        # Not from history.csv: where weights were lost, a later epoch took their place.
+        found = read_record(self.best_weights).get(EPOCH)
+        if isinstance(found, int):
+            return found
+        with open(self.history_file, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        return int(min(rows, key=lambda row: float(row["valid_log_loss"]))["epoch"])
 
     def metrics(self, split: str) -> dict | None:
         """Return the metrics of a split; None if it was not evaluated."""

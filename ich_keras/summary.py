@@ -79,7 +79,7 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
     """
     run, width = RunFolder.at(run), max(width, _LEAST_WIDTH)
     history = pd.read_csv(run.history_file)
-    best = history.loc[history["valid_log_loss"].idxmin()]
+    best = history[history["epoch"] == run.best_epoch()].iloc[0]
     found = {name: run.metrics(name) for name in ("valid", "test")}
     splits = {name: metrics for name, metrics in found.items() if metrics is not None}
     parts = []

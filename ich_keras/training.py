@@ -13,11 +13,11 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.pixels import NO_HASHES, part_digests, require_distinct
+from ich_keras.data.pixels import notices_of, part_digests, require_distinct
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.evaluation import evaluate_network
+from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
@@ -45,7 +45,7 @@ from ich_keras.run_folder import (
 )
 from ich_keras.run_space import require_space, training_space
 
-SPLITS_TO_EVALUATE = ("valid", "test")  # in this order: choices are made on the first
+SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
 
 def train(
@@ -123,8 +123,8 @@ def train(
             if loaded is not None:
                 write_json(run.started_from_file, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")
-            if cache.pixels_digest is None:
-                tell(NO_HASHES)
+            for line in notices_of(cache):
+                tell(line)
             tell(_first_line(recipe, plan))
             training = _make_fit(recipe, run, cache, samples, indices, model, augment)
             fit(training, Course(), progress, tell)
@@ -280,9 +280,10 @@ def _require_augmentation(recipe: Recipe, augment: Change | Augmentation | None)
     given = None if augment is None else augmentation_name(augment)
     wanted = recipe.training.own_augment
     if given != wanted:
+        before = f"with the augmentation {wanted}" if wanted else "without one of your own"
         raise UsageError(
-            f"the training began with {wanted or 'no augmentation of its own'} as augmentation;"
-            f" received {given or 'none'}.",
+            f"the augmentation differs: the training began {before}; now {given or 'none'} is"
+            " given.",
             f"Resume it from Python: ich_keras.resume(RUN, CACHE, augment={wanted}).",
         )
 

@@ -24,14 +24,14 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[str]:
     """Check a run, a cache, an index, a `.weights.h5` or a `.keras` file; nothing is changed.
 
     Args:
-        path: a folder or file; what it is, is seen from its content.
+        path: a folder or file; its kind is recognised by its content.
         progress: called as progress("verifying", done, total).
 
     Returns:
         What was checked, one line each.
 
     Raises:
-        UsageError: it is nothing of these.
+        UsageError: it is none of these.
         StaleError: a part is lost, damaged or not the one that was written; names it.
     """
     path = Path(path)
@@ -88,7 +88,7 @@ def _verify_index(path: Path) -> list[str]:
     if moved:
         raise StaleError(
             f"{path}: {len(moved):,} of {len(sizes):,} files are gone or have another size since"
-            f" they were indexed, {moved[0]} first.",
+            f" they were indexed; the first is {moved[0]}.",
             "Index the folder again.",
         )
     return [

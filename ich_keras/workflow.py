@@ -271,7 +271,7 @@ def prepare_training(
     any_body_part: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> Preparation:
-    """Index and plan a training; nothing is written.
+    """Index and plan a training; nothing is written but a refused folder's rejects.csv.
 
     Args:
         config: of the training.
@@ -304,7 +304,8 @@ def prepare_training(
             index = prepare_index(
                 dicom,
                 labels,
-                config.data.limit_series,
+                # Of a cache, the split takes the first series; it holds them all.
+                None if cache_dir.exists() else config.data.limit_series,
                 workers,
                 progress=progress,
                 tell=tell,

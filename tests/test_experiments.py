@@ -590,7 +590,9 @@ def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
     assert reproduce(place, ["2d"], (0,), tell=told.append, train_run=training) == 1
     assert went_on == ([] if problem == "versions" else [folder])
     assert len(training.configs) == (problem is not None)
-    said = [line for line in told if line.startswith("2d seed 0: cannot go on, starts anew: ")]
+    said = [
+        line for line in told if line.startswith("2d seed 0: cannot be resumed, starting over: ")
+    ]
     wanted = {None: "", "lost": "damaged.", "versions": "torch .*, was 1.0"}[problem]
     assert len(said) == (problem is not None)
     assert re.search(wanted, "".join(said))

@@ -316,7 +316,7 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
     with pytest.raises(KeyError), new_folder(tmp_path / "a" / "g" / "h"):
         raise KeyError
     long = tmp_path / "a" / "g" / ("h" * 300)
-    with pytest.raises(EnvironmentProblem, match="cannot be made"), new_folder(long):
+    with pytest.raises(EnvironmentProblem, match="cannot be created"), new_folder(long):
         pytest.fail("not reached")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     with pytest.raises(KeyError), new_folder(tmp_path / "e") as kept:
@@ -324,7 +324,7 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
         raise KeyError
     assert (tmp_path / "e" / "f").exists()
     below = folder / "c" / "g"
-    with pytest.raises(EnvironmentProblem, match="cannot be made: Not a dir"), new_folder(below):
+    with pytest.raises(EnvironmentProblem, match="cannot be created: Not a dir"), new_folder(below):
         pytest.fail("not reached")
 
 

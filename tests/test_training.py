@@ -290,7 +290,7 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     with pytest.raises(UsageError, match="already exists"):
         predict_folder(run, phantom_folder / "images", tmp_path / "out")
     steps = []
-    with pytest.raises(EnvironmentProblem, match="cannot be made"):
+    with pytest.raises(EnvironmentProblem, match="cannot be created"):
         below = tmp_path / "out" / "rejects.csv" / "out"
         predict_folder(run, phantom_folder / "images", below, progress=lambda *a: steps.append(a))
     assert steps == []

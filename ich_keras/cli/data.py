@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ich_keras.cli.configuration import names_of
 from ich_keras.cli.options import (
     ANY_BODY_PART,
     CACHE,
@@ -18,7 +19,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.errors import EXIT_ENVIRONMENT, DataError
+from ich_keras.errors import EXIT_ENVIRONMENT, DataError, UsageError
 from ich_keras.terminal import Command, open_terminal
 
 # Up to this many series, `ich index` describes the spacing and tilt of each.
@@ -153,7 +154,7 @@ def index(
 )
 @click.option("--verify", is_flag=True, help="Only verify the checksums of the cache in --out.")
 @click.option(
-    "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start anew."
+    "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start over."
 )
 @MAX_REJECTS
 @WORKERS
@@ -176,6 +177,12 @@ def cache(
 
     with open_terminal() as terminal:
         if verify:
+            context = click.get_current_context()
+            source = click.core.ParameterSource.COMMANDLINE
+            names = ("index_dir", "size", "restart", "max_rejects", "workers")
+            if given := [n for n in names if context.get_parameter_source(n) == source]:
+                shown = names_of(dict.fromkeys((n.removesuffix("_dir") for n in given), True))
+                raise UsageError(f"{shown} given with --verify.", "It takes --out only.")
             cached = CTCache.open(out)
             cached.verify(progress=terminal.progress)
         else:

@@ -173,7 +173,7 @@ def view_batches(
         batch_size: samples a batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
-        balance: one negative sample for each positive one, drawn anew each epoch.
+        balance: one negative sample for each positive one, drawn again in each epoch.
         augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
             slices of one alike; a function of your own or an `Augmentation` does so in its own
             way. Each needs a seed. None leaves the samples as they are.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.dicom import read_slice, unreadable
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
 from ich_keras.ct.header import SliceHeader
@@ -121,7 +121,10 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
     record = read_slice(indexed.container)
     found = differences(record.header, indexed)
     if not found:
-        file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
+        try:
+            file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
+        except OSError as error:  # removed while it was read
+            raise unreadable(error) from error
         if file_size != indexed.file_size:
             found = [_differs("the file's size", file_size, indexed.file_size)]
     if found:

@@ -96,11 +96,15 @@ class Split:
         content = files.read_json(path)
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-            raise DataError(f"{path} is not a split file of schema {_SCHEMA}.", "Make it anew.")
+            raise DataError(
+                f"{path} is not a split file of schema {_SCHEMA}.", "Save the split again."
+            )
         if set(content) != names | {"schema"} or not (
             isinstance(content["members"], dict) and set(content["members"]) == set(SPLITS)
         ):
-            raise DataError(f"{path} lacks fields of a split, or has others.", "Make it anew.")
+            raise DataError(
+                f"{path} lacks fields of a split, or has others.", "Save the split again."
+            )
         del content["schema"]
         _check_content(content, path)
         content["members"] = {part: tuple(content["members"][part]) for part in SPLITS}
@@ -125,7 +129,9 @@ def _check_content(content: dict, path: Path | str) -> None:
         )
     )
     if not is_ours:
-        raise DataError(f"{path} holds values of the wrong kind for a split.", "Make it anew.")
+        raise DataError(
+            f"{path} holds values of the wrong kind for a split.", "Save the split again."
+        )
 
 
 def known_part(split: Split, slices: pd.DataFrame) -> Split:

@@ -236,6 +236,11 @@ class CTCache:
         return self.manifest.get("pixels")
 
     @property
+    def reading(self) -> str | None:
+        """The rule by which files became HU (`ich_keras.data.cache.fill.READING`)."""
+        return self.manifest["versions"].get("reading")
+
+    @property
     def series_uids(self) -> list[str]:
         """The series, in the order of the table."""
         return list(self._rows)

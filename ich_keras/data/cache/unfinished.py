@@ -69,7 +69,7 @@ def make_ready(partial: Path, plan: dict, restart: bool, is_alone: bool) -> None
         raise StaleError(
             f"{partial} holds {finished} finished shard{'s' if finished > 1 else ''} of another"
             f" build: {'; '.join(_differences(there, plan))}.",
-            _anew(partial),
+            _start_over(partial),
         )
     shutil.rmtree(partial)
 
@@ -99,7 +99,7 @@ def finished_records(
             continue
         record = _read(record_path, partial)
         if record.get("plan") != files.fingerprint(plan):
-            raise StaleError(f"{record_path} belongs to another build.", _anew(partial))
+            raise StaleError(f"{record_path} belongs to another build.", _start_over(partial))
         if record["num_slices"]:
             if not path.is_file():
                 continue
@@ -107,7 +107,7 @@ def finished_records(
             try:
                 Shard(path, entry, settings.size, settings.compression).check()
             except StaleError as error:
-                hint = f"To build this shard alone again, remove it. {_anew(partial)}"
+                hint = f"To build this shard alone again, remove it. {_start_over(partial)}"
                 raise StaleError(error.message, hint) from error
         found[shard.name] = record
     return found
@@ -153,7 +153,7 @@ def require_same_pixels(
         raise StaleError(
             f"{len(differ)} slices of finished shards have other pixels now, or cannot be read:"
             f" {differ[0]} first.",
-            "Start anew: ich cache --restart, or build_cache(..., restart=True).",
+            "Start over: ich cache --restart, or build_cache(..., restart=True).",
         )
 
 
@@ -169,15 +169,15 @@ def _read(path: Path, partial: Path) -> dict:
     try:
         content = files.read_json(path)
     except StaleError as error:
-        raise StaleError(error.message, _anew(partial)) from error
+        raise StaleError(error.message, _start_over(partial)) from error
     if not isinstance(content, dict):
-        raise StaleError(f"{path} is damaged.", _anew(partial))
+        raise StaleError(f"{path} is damaged.", _start_over(partial))
     return content
 
 
-def _anew(partial: Path) -> str:
+def _start_over(partial: Path) -> str:
     return (
-        "To go on, build with the data and settings it began with. To start anew: ich cache"
+        "To go on, build with the data and settings it began with. To start over: ich cache"
         f" --restart, or build_cache(..., restart=True), or remove {partial}."
     )
 
