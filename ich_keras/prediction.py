@@ -252,7 +252,7 @@ def predict_folder(
         The prediction; paths are relative to `dicom_dir`.
 
     Raises:
-        UsageError: `out` exists, `max_rejects` is no share, or `dicom_dir` does not.
+        UsageError: `out` exists, `max_rejects` is not a share, or `dicom_dir` does not.
         StaleError: `run_dir` is not a finished run, another process predicts into `out`, or what
             lies there was begun with another run, other files or other options.
         NothingUsable: no slice is usable; its `rejects` say why.

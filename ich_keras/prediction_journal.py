@@ -19,6 +19,7 @@ from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.leftovers import require_absent_or_rejects
 from ich_keras.ct.rejects import REJECTS_FILE
 from ich_keras.ct.series import SeriesIndex
+from ich_keras.disk import full_disk_told
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import (
     atomic_write,
@@ -284,12 +285,14 @@ def written(path: Path) -> Iterator[None]:
     """Name the file that cannot be written, and say that nothing is lost.
 
     Raises:
-        EnvironmentProblem: the block raised an OSError.
+        EnvironmentProblem: the block raised an OSError, or met a full disk.
     """
+    kept = "Finished series are kept: the same command resumes."
     try:
-        yield
+        with full_disk_told(path):
+            yield
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(error.message, f"{error.hint} {kept}") from error
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "Finished series are kept: give the same command again to resume.",
-        ) from error
+        reason = error.strerror or str(error)
+        raise EnvironmentProblem(f"{path} could not be written: {reason}.", kept) from error

@@ -1,6 +1,6 @@
 """What a training goes by, kept in its states: a file edited since is told with both values.
 
-Formatting is no difference, nor is where the cache lies.
+Formatting does not count, nor does the place of the cache.
 """
 
 import json

@@ -183,15 +183,15 @@ class RunFolder:
         so_far = "--unfinished (in Python: unfinished=True)"
         has_weights = self.best_weights.is_file()
         if not self.is_finished and self.is_running and not (unfinished and has_weights):
-            also = f", or use its best weights so far: {so_far}" if has_weights else ""
+            also = f", or use its best weights so far with {so_far}" if has_weights else ""
             raise StaleError(
                 f"the training in {self} is still running.", f"Wait until it finishes{also}."
             )
         if self.is_interrupted and not unfinished:
             raise StaleError(
                 f"the training in {self} is not finished.",
-                f"Finish it: ich-train --resume {shlex.quote(str(self))}. Or use its best weights"
-                f" so far: {so_far}.",
+                f"Use its best weights so far with {so_far}, or finish it: ich-train --resume"
+                f" {shlex.quote(str(self))}",
             )
         self.require_begun()
         if not self.is_finished and not unfinished:

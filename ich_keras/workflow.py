@@ -49,7 +49,7 @@ def prepare_index(
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
-        UsageError: a path does not exist, or `max_rejects` is no share.
+        UsageError: a path does not exist, or `max_rejects` is not a share.
         TooManyRejects: too many files are refused.
         DataError: no CT slice in the folder, a faulty label file, or labels that match no image.
     """

@@ -315,6 +315,7 @@ def test_caching(phantom_folder, tmp_path):
     assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("cache.partial"))
 
 
+@pytest.mark.slow
 @has_limits
 def test_resuming_and_evaluating(begun, phantom_cache, phantom_cache_folder, tmp_path):
     run = Path(shutil.copytree(begun, tmp_path / "run"))

@@ -203,6 +203,7 @@ def predictions(run, images, orders):
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the predictions are forked")
 def test_killed_at_any_moment_a_prediction_goes_on(run, images, tmp_path):
     points = [
@@ -246,19 +247,19 @@ def largest_file(num_bytes):
 @pytest.mark.parametrize("more", [0, 100])
 def test_a_full_disk_is_named_and_loses_nothing(run, images, whole, out, more):
     path = out / JOURNAL_FILE
-    message = f"{path} cannot be written: File too large"
+    message = f"{path} could not be written: it would exceed"
     with (
         largest_file(path.stat().st_size + more),
         pytest.raises(EnvironmentProblem, match=message) as caught,
     ):
         predict_folder(run, images, out, batch_size=BATCH)
-    assert "give the same command again to resume" in caught.value.hint
+    assert "the same command resumes" in caught.value.hint
     assert names(out) == [JOURNAL_FILE]
     # Full again, when the tables are written.
     with (
         largest_file(len(whole["predictions.csv"]) - 1),
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(EnvironmentProblem, match=r"predictions.csv cannot be written: File too"),
+        pytest.raises(EnvironmentProblem, match=r"predictions.csv could not be written: it would"),
     ):
         # Keep the journal, which is larger than the tables, out of it.
         patch.setattr(PredictionJournal, "add", lambda journal, results: None)
@@ -275,14 +276,14 @@ def test_half_a_record_is_an_error(tmp_path):
     result = SeriesResult("a", (1,), ("ab",), (), np.zeros((1, 6), np.float32))
     with (
         largest_file(path.stat().st_size + 9),
-        pytest.raises(EnvironmentProblem, match=f"{path} cannot be written: File too large"),
+        pytest.raises(EnvironmentProblem, match=f"{path} could not be written: it would exceed"),
     ):
         journal.add([result])
     assert journal.finished() == PredictionJournal(path, {}, {}).finished() == {}
 
 
 def test_a_disk_that_is_full_at_the_start_leaves_nothing(run, images, tmp_path):
-    message = f"{JOURNAL_FILE} cannot be written: File too large"
+    message = f"{JOURNAL_FILE} could not be written: it would exceed"
     with largest_file(100), pytest.raises(EnvironmentProblem, match=message):
         predict_folder(run, images, tmp_path / "new")
     assert names(tmp_path) == []

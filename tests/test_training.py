@@ -580,7 +580,7 @@ def test_what_was_chosen_before_the_end_is_chosen_again(phantom_cache, tmp_path,
     interrupted = RunFolder(tmp_path / "run")
     with pytest.raises(StaleError, match="is not finished") as caught:
         evaluate(interrupted, phantom_cache, "valid")
-    assert caught.value.hint == f"Finish it: ich-train --resume {interrupted}"
+    assert caught.value.hint.endswith(f"finish it: ich-train --resume {interrupted}")
     # As an evaluation that was interrupted leaves it.
     early = "{}"
     interrupted.choices_file.write_text(early)

@@ -178,7 +178,7 @@ def _parse(stream: BinaryIO, force: bool, elements: dict[int, Element]) -> Slice
 
 
 def _require_uid(syntax: str) -> None:
-    """Refuse what is no UID: pydicom would quote it in a warning."""
+    """Refuse what is not a UID: pydicom would quote it in a warning."""
     if not _UID.fullmatch(syntax):
         raise bad_value("TransferSyntaxUID", show(syntax), "a UID")
 

@@ -23,7 +23,7 @@ _PROGRESS_CALLS = 200
 def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
     """Yield every file with its size and time; what is not read comes as a reject.
 
-    Links to folders are followed, after all folders that are no links; a folder that several paths
+    Links to folders are followed, after all folders that are not links; a folder that several paths
     reach is read once, by the first of them. Names that begin with a dot are listed, not read.
     `leave_out` is neither.
     """

@@ -93,8 +93,8 @@ def differing_data(
     others = differing(changed)
     if others:
         return [
-            f"{len(others)} of {len(changed)} files that were written since hold other pixels,"
-            f" {others[0]} first"
+            f"{len(others)} of {len(changed)} files that were written since hold other pixels;"
+            f" the first is {others[0]}"
         ]
     with contextlib.suppress(OSError):  # a cache may lie on a read-only disk
         files.write_json(path / SEEN, seen)
@@ -134,7 +134,10 @@ def _differences_of_a_few(
         for name, version in pixel_versions().items()
         if cached.get(name) != version
     ]
-    return [*changed, f"{len(others)} of {len(rows)} slices read again differ, {others[0]} first"]
+    return [
+        *changed,
+        f"{len(others)} of {len(rows)} slices read again differ; the first is {others[0]}",
+    ]
 
 
 def _readable_now(

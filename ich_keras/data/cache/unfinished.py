@@ -151,8 +151,8 @@ def require_same_pixels(
     ]
     if differ:
         raise StaleError(
-            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read:"
-            f" {differ[0]} first.",
+            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read;"
+            f" the first is {differ[0]}.",
             "Start over: ich cache --restart, or build_cache(..., restart=True).",
         )
 
