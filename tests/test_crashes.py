@@ -182,16 +182,16 @@ def interrupted(server, arguments, moment, *numbers):
 
 
 @pytest.mark.parametrize(
-    ("name", "moment"),
+    ("name", "moment", "number"),
     [
-        ("index", "indexing"),
-        ("index", "before series.csv*1"),
-        ("cache", "caching"),
-        ("cache", "before shard-0000.json*1"),
-        ("cache", "before manifest.json*1"),
+        ("index", "indexing", signal.SIGINT),
+        ("index", "indexing", signal.SIGTERM),
+        ("index", "before series.csv*1", signal.SIGTERM),
+        ("cache", "caching", signal.SIGTERM),
+        ("cache", "before shard-0000.json*1", signal.SIGINT),
+        ("cache", "before manifest.json*1", signal.SIGTERM),
     ],
 )
-@pytest.mark.parametrize("number", ENDS)
 def test_a_signal_leaves_no_process_and_no_half_file(server, home, tmp_path, name, moment, number):
     out = tmp_path / "there" / "out"
     out.parent.mkdir()
@@ -207,17 +207,25 @@ def test_a_signal_leaves_no_process_and_no_half_file(server, home, tmp_path, nam
     require_same(name, home, out, moment)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
-def test_a_training_that_gets_a_signal_says_how_to_go_on_and_does(server, home, tmp_path, numbers):
+@pytest.mark.parametrize(
+    ("numbers", "workers"),
+    [([signal.SIGINT], 1), ([signal.SIGTERM], 0), ([signal.SIGINT] * 2, 0)],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice"],
+)
+def test_a_training_that_gets_a_signal_says_how_to_go_on_and_does(
+    server, home, tmp_path, numbers, workers
+):
     out = tmp_path / "there" / "out"
     out.parent.mkdir()
-    arguments = [*command("train", home, out), "--loader-workers", 1]
+    arguments = [*command("train", home, out), "--loader-workers", workers]
     code, output = interrupted(server, arguments, "before history.csv*2", *numbers)
     assert code == ENDS[numbers[0]], output
     if len(numbers) == 1:
         assert f"To resume: ich-train --resume {out}\n" in output
     assert (out / "state" / "epoch-0001").is_dir()
     assert not list(out.rglob(".partial-*"))
+    if workers:  # which start anew for each split, in seconds
+        return
     try_again(server, "train", home, out)
     require_same("train", home, out, numbers)
 
