@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECORD = "ICH_TEST_RECORD"  # a file that gets the name of each fail point as it is passed
+PAUSE = "ICH_TEST_PAUSE"  # NAME*COUNT: the pass of a fail point at which to wait for a signal
+PAUSED = "paused"  # printed there
 NARROW = "narrow"  # a preset with an eighth of ResNet-18's channels, for 32 x 32 pixels
 HANG_SECONDS = 300
+SECONDS_TO_END = 10
 
 
 @dataclass
@@ -32,11 +36,38 @@ class Command:
         """Send SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
+    def send(self, number: int) -> None:
+        """Send a signal: Ctrl-C to its worker processes, too, as a terminal does."""
+        if number == signal.SIGINT:
+            os.killpg(self.pid, number)
+        else:
+            os.kill(self.pid, number)
+
+    def wait_for(self, text: str) -> None:
+        """Wait until it has printed a text."""
+        deadline = time.monotonic() + HANG_SECONDS
+        while text not in self.printed():
+            assert time.monotonic() < deadline, f"{text!r} was never printed"
+            time.sleep(0.01)
+
+    def printed(self) -> str:
+        """Return what it has printed so far."""
+        if not self.output.exists():
+            return ""
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def left_over(self) -> list[int]:
+        """Return its processes that run on without it, after a moment to end in."""
+        deadline = time.monotonic() + SECONDS_TO_END
+        while (left := _processes_of_group(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
     def wait(self) -> tuple[int, str]:
         """Return (exit code, minus the signal if one ended it; standard output and error)."""
         _ask(self._server, "wait")
         code = json.loads(self._server.stdout.readline())
-        return code, self.output.read_text(encoding="utf-8", errors="replace")
+        return code, self.printed()
 
 
 class CommandServer:
@@ -90,15 +121,31 @@ def _ask(server: subprocess.Popen, line: str) -> None:
     server.stdin.flush()
 
 
+def _processes_of_group(group: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(of_group) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
 def _record_fail_points() -> None:
     from ich_keras import files
 
-    stop_here = files.fail_point
+    stop_here, passes = files.fail_point, Counter()
 
     def record(name: str) -> None:
         if path := os.environ.get(RECORD):
             with open(path, "a", encoding="utf-8") as stream:
                 stream.write(name + "\n")
+        passes[name] += 1
+        if os.environ.get(PAUSE) == f"{name}*{passes[name]}":
+            print(PAUSED, flush=True)
+            time.sleep(HANG_SECONDS)
         stop_here(name)
 
     files.fail_point = record  # before any other module takes it by its name
@@ -107,6 +154,8 @@ def _record_fail_points() -> None:
 def _run(arguments: list[str], environment: dict[str, str], output: str) -> None:
     from ich_keras.cli import main
 
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     signal.alarm(HANG_SECONDS)
     os.environ.update(environment)
     null, sink = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_keras import files
+from ich_keras.ct import window
 from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
@@ -29,6 +30,7 @@ from ich_keras.data.cache import fill as cache_fill
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.cache.plan import inputs_fingerprint, plan_shards
 from ich_keras.data.inputs import resize_hu
+from ich_keras.data.intensity import INTENSITIES
 from ich_keras.data.labels import LabelTable
 from ich_keras.errors import (
     DataError,
@@ -601,23 +603,33 @@ def test_only_blosc2_needs_hdf5plugin(index, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_flipped_byte_of_the_header_is_refused_or_harmless(index, tmp_path):
-    cache = build(index, tmp_path / "cache")
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_every_flipped_byte_of_the_header_is_refused_or_harmless(index, tmp_path, compression):
+    """With compression, the header has an index of the chunks."""
+    cache = build(index, tmp_path / "cache", compression=compression)
     expected = cache.slices_hu(range(16))
     shard = cache.path / "shard-0000.h5"
-    with h5py.File(shard) as file:
-        header = file["hu"].id.get_offset()
     whole = shard.read_bytes()
+    is_pixel = np.zeros(len(whole), bool)
+    (tmp_path / "copy.h5").write_bytes(whole)
+    with h5py.File(tmp_path / "copy.h5") as file:
+        hu = file["hu"].id
+        if compression is None:
+            is_pixel[hu.get_offset() :] = True
+        else:
+            for chunk in map(hu.get_chunk_info, range(hu.get_num_chunks())):
+                is_pixel[chunk.byte_offset : chunk.byte_offset + chunk.size] = True
     refused = 0
-    for offset in range(0, header):
+    for offset in np.flatnonzero(~is_pixel).tolist():
         if whole[offset] == 0 and offset % 64:
             continue
+        shard.unlink()  # HDF5 would share what it knows of a file that it has open
+        shard.write_bytes(whole)
         flip_bit(shard, offset)
         try:
             np.testing.assert_array_equal(CTCache.open(cache.path).slices_hu(range(16)), expected)
         except StaleError:
             refused += 1
-        shard.write_bytes(whole)
     assert refused > 50
 
 
@@ -748,7 +760,7 @@ def test_stale_names_each_differing_field(index, tmp_path, monkeypatch):
         cache.require()
 
 
-def test_a_moved_data_set_and_other_labels_are_not_stale(own_index, tmp_path):
+def test_a_moved_data_set_other_labels_and_windows_are_not_stale(own_index, tmp_path, monkeypatch):
     cache = build(own_index, tmp_path / "cache")
     (tmp_path / "dicom").rename(tmp_path / "moved")
     moved = index_folder(tmp_path / "moved")
@@ -756,6 +768,14 @@ def test_a_moved_data_set_and_other_labels_are_not_stale(own_index, tmp_path):
     uids = own_index.slices["sop_instance_uid"].tolist()
     labelled = CTCache.open(cache.path, labels=label_table(uids, uids[:1]))
     labelled.require(size=SIZE, index=moved)
+    # Nor are other windows: a cache holds Hounsfield units.
+    brain = window.Window(400, 800)
+    monkeypatch.setattr(window, "BRAIN", brain)
+    windows = (brain, *window.WINDOWS[1:])
+    monkeypatch.setattr(window, "WINDOWS", windows)
+    other = dataclasses.replace(INTENSITIES["windows"], windows=windows)
+    monkeypatch.setitem(INTENSITIES, "windows", other)
+    CTCache.open(cache.path).require(size=SIZE, index=moved)
     assert labelled.fingerprint == cache.fingerprint
 
 

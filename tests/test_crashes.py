@@ -5,11 +5,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from command_server import NARROW, RECORD, CommandServer
+from command_server import NARROW, PAUSE, PAUSED, RECORD, CommandServer
 
 pytestmark = [
     pytest.mark.slow,
@@ -159,3 +160,85 @@ def test_killed_at_random_the_next_try_ends_as_if_nothing_had_been(
         if not is_finished(name, out):
             try_again(server, name, home, out)
         require_same(name, home, out, moment)
+
+
+# --- Signals --------------------------------------------------------------------------------
+
+ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def interrupted(server, arguments, moment, *numbers):
+    """Send signals to a command at a fail point, or when it has printed a text.
+
+    Returns:
+        (its exit code, what it printed); none of its processes is left.
+    """
+    command = server.start(*arguments, **({PAUSE: moment} if "*" in moment else {}))
+    command.wait_for(PAUSED if "*" in moment else moment)
+    for number in numbers:
+        command.send(number)
+    began = time.monotonic()
+    code, output = command.wait()
+    assert time.monotonic() - began < 30, output
+    assert command.left_over() == [], output
+    assert "Traceback" not in output
+    return code, output
+
+
+@pytest.mark.parametrize(
+    ("name", "moment", "number"),
+    [
+        ("index", "indexing", signal.SIGINT),
+        ("index", "indexing", signal.SIGTERM),
+        ("index", "before series.csv*1", signal.SIGTERM),
+        ("cache", "caching", signal.SIGTERM),
+        ("cache", "before shard-0000.json*1", signal.SIGINT),
+        ("cache", "before manifest.json*1", signal.SIGTERM),
+    ],
+)
+def test_a_signal_leaves_no_process_and_no_half_file(server, home, tmp_path, name, moment, number):
+    out = tmp_path / "there" / "out"
+    out.parent.mkdir()
+    arguments = [*command(name, home, out), "--workers", 2]  # the last one counts
+    code, output = interrupted(server, arguments, moment, number)
+    assert code == ENDS[number], output
+    assert not out.exists()
+    kept = {path.name for path in out.parent.rglob("*")}
+    assert not [part for part in kept if part.startswith(".partial-")], kept
+    if moment == "before manifest.json*1":
+        assert "shard-0000.h5" in kept  # a finished shard
+    try_again(server, name, home, out)
+    require_same(name, home, out, moment)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "workers"),
+    [([signal.SIGINT], 1), ([signal.SIGTERM], 0), ([signal.SIGINT] * 2, 0)],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice"],
+)
+def test_a_training_that_gets_a_signal_says_how_to_go_on_and_does(
+    server, home, tmp_path, numbers, workers
+):
+    out = tmp_path / "there" / "out"
+    out.parent.mkdir()
+    arguments = [*command("train", home, out), "--loader-workers", workers]
+    code, output = interrupted(server, arguments, "before history.csv*2", *numbers)
+    assert code == ENDS[numbers[0]], output
+    if len(numbers) == 1:
+        assert f"To resume: ich-train --resume {out}\n" in output
+    assert (out / "state" / "epoch-0001").is_dir()
+    assert not list(out.rglob(".partial-*"))
+    if workers:  # which start anew for each split, in seconds
+        return
+    try_again(server, "train", home, out)
+    require_same("train", home, out, numbers)
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_in_the_first_epoch_leaves_no_run_folder(server, home, tmp_path, number):
+    out = tmp_path / "there" / "out"
+    out.parent.mkdir()
+    code, output = interrupted(server, command("train", home, out), "training", number)
+    assert code == ENDS[number], output
+    assert "No epoch was finished: start the training again." in output
+    assert list(out.parent.iterdir()) == []

@@ -3,14 +3,16 @@
 import contextlib
 import io
 import struct
+import tempfile
 import time
 import tracemalloc
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydicom.filereader import data_element_generator
 from tiny_dicom import tiny_dataset, tiny_file, to_bytes
@@ -20,7 +22,7 @@ from ich_keras.ct.data_set import has_explicit_vr, read_elements, read_meta
 from ich_keras.ct.dicom import read_header, read_hu
 from ich_keras.ct.elements import TAGS, Element, text_of
 from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
-from ich_keras.ct.series import index_folder
+from ich_keras.ct.series import SeriesIndex, index_folder
 
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 FIRST_PIXELS, LAST_PIXELS = TAGS["FloatPixelData"], TAGS["PixelData"]
@@ -257,6 +259,7 @@ bad_values = st.one_of(
                 b"idna",
                 b"UTF8\\\xff",
             ),
+            *(b"1.2.3.4#2", b"=1+1|cmd", b'"\r\n;'),
             *(b"9" * 5000, b"\x1b$)C\xff\xff", "مريض".encode(), b"1.2.840.10008.1.2.4.90"),
         )
     ),
@@ -284,6 +287,63 @@ def test_whatever_a_tag_holds_the_file_is_read_or_refused(changes, odd_length, p
             length = odd_length if number == 0 else None
             elements[tag] = encoded(tag, vr, value, length)
     read_or_refused(file_of(elements))
+
+
+META_TAGS = {
+    "FileMetaInformationGroupLength": 0x00020000,
+    "FileMetaInformationVersion": 0x00020001,
+    "MediaStorageSOPClassUID": 0x00020002,
+    "MediaStorageSOPInstanceUID": 0x00020003,
+    "TransferSyntaxUID": 0x00020010,
+    "ImplementationClassUID": 0x00020012,
+}
+ALL_TAGS = TAGS | META_TAGS
+
+
+@settings(
+    max_examples=10,
+    suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
+    phases=[Phase.generate],  # making a failing folder smaller would take minutes
+)
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(sorted(ALL_TAGS)),
+            st.sampled_from(VRS),
+            bad_values,
+            st.none() | st.integers(0, 2**32 - 1),
+        ),
+        min_size=40,
+        max_size=40,
+    )
+)
+def test_an_index_holds_the_good_files_whatever_the_bad_ones_hold(changes):
+    """A folder of forty files with a bad value each, among the slices of a good series."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        for number in range(4):
+            position = {"ImagePositionPatient": [-125, -125, 5 * number]}
+            content = tiny_file(SOPInstanceUID=f"1.2.3.{number}", PatientID="SECRET", **position)
+            (images / f"good-{number}.dcm").write_bytes(content)
+        for number, (keyword, vr, value, length) in enumerate(changes):
+            elements = dict(ELEMENTS)
+            uid = TAGS["SOPInstanceUID"]
+            elements[uid] = encoded(uid, b"UI", b"1.2.9.%04d\0" % number)
+            patient = (b"SECRET", b"SECRET\xfc")[number % 2]
+            elements[TAGS["PatientID"]] = encoded(TAGS["PatientID"], b"LO", patient)
+            if not is_pixels(tag := ALL_TAGS[keyword]):
+                elements[tag] = encoded(tag, vr, value, length)
+            (images / f"bad-{number}.dcm").write_bytes(file_of(elements))
+        index = index_folder(images)
+        index.save(Path(folder, "index"))
+        again = SeriesIndex.load(Path(folder, "index"))
+    assert {f"1.2.3.{number}" for number in range(4)} <= set(index.slices["sop_instance_uid"])
+    assert len(index.slices) + len(index.rejects) == 44
+    assert set(index.rejects["code"]) <= set(REJECT_CODES)
+    for name in ("slices", "series", "rejects"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(index, name))
+    assert "SECRET" not in index.rejects.to_csv() + index.series.drop(columns="patient_id").to_csv()
 
 
 @pytest.mark.parametrize(

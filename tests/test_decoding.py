@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, get_encoder
@@ -278,12 +279,13 @@ def compressed(name):
     """Return the codestream of a noisy head of 256 x 256, and its stored values."""
     syntax = SYNTAXES[name]
     # highdicom and Matplotlib, of the test extra, bring decoders without encoders.
-    needed = get_decoder(syntax) if name == "JPEG lossless" else get_encoder(syntax)
+    writes = {"JPEG lossless": jpeg_lossless, "JPEG 2000": jpeg_2000}.get(name)
+    needed = get_encoder(syntax) if writes is None else get_decoder(syntax)
     if not needed.is_available:
         pytest.skip("the codecs extra is not installed; CI runs this file with it, too")
     stored = head_hu(SIDE) + 1024
-    if name == "JPEG lossless":
-        return jpeg_lossless(stored), stored
+    if writes is not None:
+        return writes(stored), stored
     dataset = tiny_dataset(stored, PixelRepresentation=0, BitsStored=12)
     to_bytes(dataset, compress=syntax)
     return next(generate_frames(dataset.PixelData, number_of_frames=1)), stored
@@ -313,6 +315,13 @@ def jpeg_lossless(stored):
     return b"\xff\xd8" + frame + table + scan + coded + b"\xff\xd9"
 
 
+def jpeg_2000(stored, boxed=False):
+    """Code an image without loss, by OpenJPEG inside of Pillow; boxed as in a .jp2 file."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(stored.astype(np.uint16)).save(buffer, "JPEG2000", no_jp2=not boxed)
+    return buffer.getvalue()
+
+
 def file_of(name, stream, fragments=1):
     tags = {"PixelRepresentation": 0, "BitsStored": 12}
     return encapsulated_file(stream, SYNTAXES[name], SIDE, fragments, **tags)
@@ -333,6 +342,23 @@ def test_padding_behind_the_end_marker_is_no_damage(name):
     for padding in (b"\0", bytes(10), b"\xff\xff", b"\x20"):
         hu = read_hu(io.BytesIO(file_of(name, stream + padding)))
         np.testing.assert_array_equal(hu, stored - 1024)
+
+
+@pytest.mark.parametrize("name", ["JPEG lossless", "JPEG-LS", "JPEG 2000", "JPEG 2000 in a box"])
+def test_the_end_marker_alone_is_missed(name):
+    """Two bytes: the decoders give a whole image without them."""
+    name, is_boxed = name.removesuffix(" in a box"), name.endswith("in a box")
+    stream, stored = compressed(name)
+    stream = jpeg_2000(stored, boxed=True) if is_boxed else stream.rstrip(b"\0")
+    assert stream.endswith(b"\xff\xd9")
+    hu = read_hu(io.BytesIO(file_of(name, stream)))
+    np.testing.assert_array_equal(hu, stored - 1024)
+    ends = (b"\0\0", b"\xff\0", b"\0\xd9", b"\xff\xff", bytes(100))
+    short = [stream[:-count] for count in (1, 2, 3, 100)]
+    for damaged in [*short, *(stream[:-2] + end for end in ends)]:
+        error = refused(file_of(name, damaged))
+        assert error.code == "DECODE_ERROR"
+        assert "end marker (ff d9)" in error.detail, damaged[-4:]
 
 
 @pytest.mark.parametrize("name", SYNTAXES)

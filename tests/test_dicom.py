@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     JPEG2000Lossless,
@@ -550,9 +552,10 @@ def test_localizer_is_said():
     assert read_header(io.BytesIO(content)).is_localizer
 
 
-def test_float_pixels():
+@pytest.mark.parametrize(("keyword", "num_bytes"), [("Float", 4), ("DoubleFloat", 8)])
+def test_float_pixels(keyword, num_bytes):
     dataset = tiny_dataset(PixelData=None)
-    dataset.FloatPixelData = bytes(16 * 16 * 4)
+    setattr(dataset, f"{keyword}PixelData", bytes(16 * 16 * num_bytes))
     error = refused(to_bytes(dataset))
     assert (error.code, "floating-point" in error.detail) == ("UNSUPPORTED_PIXELS", True)
 
@@ -570,6 +573,17 @@ def test_uids_with_odd_characters():
 def test_patient_ids_of_other_alphabets(text):
     content = tiny_file(SpecificCharacterSet="ISO_IR 192", PatientID=text)
     assert read_header(io.BytesIO(content)).patient_id == text
+
+
+@pytest.mark.filterwarnings("ignore:.*exceeds the maximum")
+def test_a_name_of_a_megabyte():
+    long = "CANARY " * 150_000
+    dataset = tiny_dataset(PatientName=long, PatientComments=long)
+    header = read_header(io.BytesIO(to_bytes(dataset, IMPLICIT)))  # explicit lengths have 16 bits
+    assert "CANARY" not in repr(header)
+    error = refused(to_bytes(tiny_dataset(PatientID=long), IMPLICIT))
+    assert error.code == "BAD_VALUE"
+    assert len(str(error)) < 500 and "CANARY" not in str(error)
 
 
 def test_no_message_holds_the_patient():
@@ -683,6 +697,30 @@ def test_a_bomb_inside_the_codestream_is_not_decoded(codestream, syntax, monkeyp
 def test_rle_bomb_by_the_header():
     content = encapsulated_file(bytes(100), RLELossless, Rows=8000, Columns=8000)
     assert refused(content).code == "TOO_LARGE"
+
+
+@pytest.mark.parametrize("rows", [17, 4096])
+def test_an_rle_stream_that_unpacks_to_more_than_its_matrix(rows):
+    stored = np.zeros((rows, 16), int)
+    stored[::2] = 1064
+    dataset = tiny_dataset(stored)
+    to_bytes(dataset, compress=RLELossless)
+    stream = next(generate_frames(dataset.PixelData, number_of_frames=1))
+    error = refused(encapsulated_file(stream, RLELossless))
+    assert error.code == "DECODE_ERROR"
+    assert f"padding - {rows * 16} vs. 256 bytes expected" in error.detail
+
+
+def test_a_huge_matrix_is_refused_by_its_header_alone(tmp_path):
+    path = tmp_path / "a.dcm"
+    path.write_bytes(tiny_file(Rows=65535, Columns=65535, PixelData=bytes(8192)))
+    began = time.perf_counter()
+    tracemalloc.start()
+    assert refused(path).code == "TOO_LARGE"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert time.perf_counter() - began < 2  # a millisecond on an idle core
 
 
 def test_more_compressed_bytes_than_pixels():

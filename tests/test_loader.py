@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ich_keras import fitting
 from ich_keras.cli import train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.data import loader
 from ich_keras.data.batches import slice_batches
 from ich_keras.data.epochs import EpochPlan
 from ich_keras.data.loader import WORKER_TIMEOUT_SECONDS, CTLoader, own_errors
@@ -135,6 +136,27 @@ def children():
     """The worker processes that this test has, in the order in which they started."""
     found = [child for child in multiprocessing.active_children() if child.pid not in others]
     return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 and later
+@pytest.mark.parametrize(
+    ("method", "workers"), [("fork", 2), ("spawn", 2), ("forkserver", 2), ("forkserver", 4)]
+)
+def test_however_workers_start_the_batches_are_the_same(
+    phantom_cache, monkeypatch, method, workers
+):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    settings = {"batch_size": 4, "seed": 5, "balance": True, "augment": "thesis"}
+    wanted = slice_batches(phantom_cache, np.arange(40), **settings)
+    monkeypatch.setattr(loader, "START_METHOD", method)
+    found = slice_batches(phantom_cache, np.arange(40), workers=workers, **settings)
+    for _ in range(2):  # epochs
+        pairs = list(zip(wanted, found, strict=True))
+        assert len(pairs) > workers
+        for (x, y), (other_x, other_y) in pairs:
+            np.testing.assert_array_equal(x.numpy(), other_x.numpy())
+            np.testing.assert_array_equal(y.numpy(), other_y.numpy())
 
 
 BATCH = r"batch 2 of 4 in epoch 1 \(samples 2, 3\)"

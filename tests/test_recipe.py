@@ -4,12 +4,16 @@ import dataclasses
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
+from ich_keras import model_file
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct import window
 from ich_keras.data.inputs import slice_input, volume_input
@@ -25,6 +29,7 @@ from ich_keras.models.weights_file import RECORD, read_record
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
+from ich_keras.verification import verify
 
 CPU = {"device": "cpu", "precision": "float32"}
 
@@ -182,6 +187,56 @@ def test_a_keras_file_without_a_recipe_is_refused(tmp_path):
         read_recipe(tmp_path / "list.keras")
     with pytest.raises(UsageError, match="does not exist"):
         read_recipe(tmp_path / "none.keras")
+
+
+MARKER: list[str] = []
+
+
+class Armed(torch.nn.Linear):
+    """A layer of torch that notices when it is unpickled."""
+
+    def __setstate__(self, state):
+        MARKER.append("unpickled")
+        super().__setstate__(state)
+
+
+def armed_model(kind):
+    """A model that runs code of its own: when it is called, or when it is loaded."""
+    layer = (  # a lambda travels as code, a function by its name alone
+        keras.layers.Lambda(
+            lambda x: (__import__("test_recipe").MARKER.append("called"), x)[1], output_shape=(2,)
+        )
+        if kind == "Lambda"
+        else keras.layers.TorchModuleWrapper(Armed(2, 2), output_shape=(2,))
+    )
+    return keras.Sequential([keras.Input((2,)), layer])
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="wraps a module of torch")
+@pytest.mark.parametrize("kind", ["Lambda", "TorchModuleWrapper"])
+def test_no_code_inside_of_a_keras_file_is_run(run, phantom_cache, tmp_path, kind):
+    """At no door: read_recipe, ich verify, weights to begin from, weights-convert, a run folder."""
+    from weights_convert.cli import main as convert
+
+    armed = tmp_path / "armed.keras"
+    model_file.save_model(armed_model(kind), armed, run.recipe())
+    own = Path(shutil.copytree(run.path, tmp_path / "run"))
+    shutil.copy(armed, own / "model.keras")
+    MARKER.clear()
+    assert read_recipe(armed) == run.recipe()  # the record alone is read
+    assert verify(armed)
+    with pytest.raises(StaleError, match=r"model\.keras changed or lost"):
+        verify(own)
+    evaluate(own, phantom_cache)  # by its weights file
+    config = RunConfig(weights=str(armed), data=DataConfig(size=40), **CPU)
+    with pytest.raises((UsageError, DataError), match=r"armed\.keras"):
+        train(config, phantom_cache, tmp_path / "new")
+    done = CliRunner().invoke(convert, ["inspect", "--checkpoint", str(armed)])
+    assert done.exit_code == 3 and "armed.keras" in done.output.replace("\n", ""), done.output
+    assert MARKER == []
+    # The test can see what it looks for.
+    keras.saving.load_model(armed, safe_mode=False)(np.zeros((1, 2), np.float32))
+    assert MARKER
 
 
 def test_prepare_refuses_what_does_not_fit():

@@ -1,6 +1,7 @@
 """Which data, states and weights a run is made of: others are refused by name, the same go on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -242,6 +243,29 @@ def test_training_refuses_equal_pixels_in_two_splits_before_it_trains(twice, tmp
     )
     assert done.exit_code == 3
     assert "images of equal pixels" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("column", ["patient_id", "series_instance_uid", "sop_instance_uid"])
+def test_equal_pixels_in_a_split_of_ones_own_are_refused_by_the_command(twice, tmp_path, column):
+    """The list itself keeps patients, series and slices apart."""
+    cache, one, other = twice
+    slices = cache.slices.set_index("sop_instance_uid", drop=False)
+    parts = {slices["patient_id"][one]: "train", slices["patient_id"][other]: "valid"}
+    patients = slices["patient_id"].unique().tolist()
+    parts |= {
+        name: ("train", "test")[n % 2] for n, name in enumerate(patients) if name not in parts
+    }
+    names = {"series_instance_uid": "series_uid"}.get(column, column)
+    table = pd.DataFrame({column: slices[names], "split": slices["patient_id"].map(parts)})
+    table.drop_duplicates().to_csv(tmp_path / "split.csv", index=False)
+    options = ["--split", str(tmp_path / "split.csv"), "--preset", NARROW, "--size", str(SIZE)]
+    done = CliRunner().invoke(
+        main, ["train", "--cache", str(cache.path), "--out", str(tmp_path / "run"), *options]
+    )
+    said = " ".join(done.output.split())
+    assert done.exit_code == 3, said
+    assert f"train and valid share 1 images of equal pixels: {one} (train) and {other}" in said
+    assert not (tmp_path / "run").exists()
 
 
 # --- States ---------------------------------------------------------------------------------
@@ -527,6 +551,26 @@ def test_a_damaged_model_file_is_refused(finished):
     assert code == 6 and "model.keras" in said
     path.write_bytes(whole)
     assert verified(path)[0] == 0
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999, "random", "random with a head"])
+def test_a_cut_or_random_model_file_is_refused_with_the_true_reason(finished, cache, share):
+    from ich_keras.model_file import read_recipe
+
+    path = finished / "model.keras"
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0).bytes(10_000)
+    contents = {"random": noise, "random with a head": b"PK\3\4" + noise}
+    path.write_bytes(contents.get(share) or whole[: int(len(whole) * share)])
+    with pytest.raises(StaleError, match=r"model\.keras is (damaged|not a \.keras file)") as caught:
+        read_recipe(path)
+    code, said = verified(path)
+    assert code == 6 and "model.keras is" in said
+    for words in (caught.value.message, said):
+        assert not re.search("not found|No such file|does not exist", words)
+    named = shutil.copy(path, finished / "x.weights.h5")
+    with pytest.raises(DataError, match=r"x\.weights\.h5 is not"):
+        train(config_of(1, weights=str(named)), cache, finished / "new")
 
 
 def test_runs_of_older_versions_are_used_and_say_what_they_lack(finished, cache):

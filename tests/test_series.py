@@ -575,6 +575,32 @@ def test_one_uid_in_two_different_files_is_used_from_neither(tmp_path, tags, dif
     assert num_rejected == (2 if difference == "SeriesInstanceUID" else 3)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_conflict_is_found_with_workers_and_beside_a_journal(tmp_path, workers):
+    folder, journal = tmp_path / "dicom", tmp_path / "journal"
+    write_series(folder, [0, 5, 10, 20], prefix="good")
+    one = write(folder, "a.dcm", SOPInstanceUID="1.2.3.9", ImagePositionPatient=[-125, -125, 15])
+
+    def codes():
+        index = index_folder(folder, workers=workers, journal=journal)
+        assert_equal(index, index_folder(folder))
+        uses = "1.2.3.9" in index.slices["sop_instance_uid"].tolist()
+        return uses, index.rejects["code"].tolist()
+
+    assert codes() == (True, [])
+    other = write(folder, "b/a.dcm", SOPInstanceUID="1.2.3.9", stored=tiny_values(seed=1))
+    assert codes() == (False, ["UID_CONFLICT"] * 2)
+    # The other becomes a copy of the first; then a damaged one; then it goes.
+    other.write_bytes(one.read_bytes())
+    assert codes() == (True, ["DUPLICATE_UID"])
+    third = write(folder, "c.dcm", SOPInstanceUID="1.2.3.9", stored=tiny_values(seed=2))
+    third.write_bytes(third.read_bytes()[:-100])
+    assert codes() == (True, ["DUPLICATE_UID", "TRUNCATED"])
+    other.unlink()
+    third.unlink()
+    assert codes() == (True, [])
+
+
 def test_a_damaged_copy_is_no_conflict(tmp_path):
     """The first file has zeros in place of pixels; its copies are whole."""
     values = np.full((16, 16), 1064)
