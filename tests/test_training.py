@@ -783,7 +783,7 @@ def test_a_state_of_another_network_is_refused(tmp_path):
     with open(tmp_path / "epoch-0001" / "variables.npz", "wb") as stream:
         np.savez(stream, **arrays)
     checkpoints.write_state(tmp_path / "epoch-0001", {"epoch": 1})
-    with pytest.raises(LostState, match="1 variables differ, generator/0 first"):
+    with pytest.raises(LostState, match="1 variables differ; the first is generator/0"):
         checkpoints.load_state(tmp_path, narrow_model(1)[0])
 
 
