@@ -256,6 +256,7 @@ def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
 
     Raises:
         StaleError: another process holds the lock.
+        UsageError: something that is not a lock file has its name.
         OSError: the file cannot be opened or locked for another reason.
 
     >>> import tempfile
@@ -267,6 +268,12 @@ def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # filelock would empty it, and whoever does not keep the lock would remove it.
+    if path.is_symlink() or (path.is_file() and path.stat().st_size):
+        raise UsageError(
+            f"{path} is in the way: a lock file is needed there, which is an empty file.",
+            "Move it, or choose another name.",
+        )
     # filelock's fallback for file systems without locks is a file that stays locked after a crash.
     holder = filelock.FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:

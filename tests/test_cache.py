@@ -530,8 +530,8 @@ def test_a_worker_that_dies_while_comparing_is_the_same_error(monkeypatch):
 
 def test_the_second_of_two_builders_is_refused(index, tmp_path):
     with (
-        files.lock(tmp_path / "cache.lock"),
-        pytest.raises(StaleError, match=r"cache\.lock is locked by another process"),
+        files.lock(tmp_path / "cache.partial.lock"),
+        pytest.raises(StaleError, match=r"cache\.partial\.lock is locked by another process"),
     ):
         build(index, tmp_path / "cache")
     assert not (tmp_path / "cache.partial").exists()
@@ -928,3 +928,15 @@ def test_importing_the_cache_imports_no_framework():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_a_link_to_an_empty_folder_is_filled_and_no_file_beside_it_is_touched(index, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("real.lock", "link.lock"):
+        (tmp_path / name).write_text("mine")
+    assert len(build(index, tmp_path / "link")) == 16
+    assert len(CTCache.open(tmp_path / "real")) == 16
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "link.lock", "real", "real.lock"]
+    assert (tmp_path / "real.lock").read_text() == "mine"

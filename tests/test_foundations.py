@@ -518,3 +518,16 @@ def test_a_fail_point_ends_the_process_and_the_file_is_whole(tmp_path, point, ke
     )
     assert done.returncode == (0 if kept == "3" else 137)
     assert path.read_text() == kept
+
+
+def test_a_file_of_the_users_is_never_taken_for_a_lock(tmp_path):
+    path = tmp_path / "poetry.lock"
+    path.write_text("mine")
+    (tmp_path / "linked.lock").symlink_to(path)
+    for name in ("poetry.lock", "linked.lock"):
+        with (
+            pytest.raises(UsageError, match=f"{name} is in the way"),
+            files.lock(tmp_path / name, is_kept=False),
+        ):
+            pytest.fail("not reached")
+    assert path.read_text() == "mine"

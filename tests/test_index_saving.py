@@ -65,30 +65,17 @@ def test_nothing_stands_under_the_name_until_all_is_written(dicom, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "left", [["slices"], ["slices", "series"], ["slices", "series", "rejects"], []]
-)
-def test_half_an_index_of_an_older_version_is_replaced(dicom, tmp_path, left):
-    out = tmp_path / "index"
-    out.mkdir()
-    for name in left:
-        (out / f"{name}.csv").write_text("half of a tab")
-    (out / ".partial-17-series.csv").write_text("ha")
-    result = ich("index", "--dicom", dicom, "--out", out, "--workers", 0)
-    assert result.exit_code == 0, result.output
-    assert_equal(SeriesIndex.load(out), index_folder(dicom))
-    assert names(tmp_path) == ["dicom", "index"]
-
-
-@pytest.mark.parametrize(
     "kept",
     [
         ["slices.csv", "mine.txt"],
+        ["slices.csv"],
+        ["slices.csv", "series.csv", "rejects.csv"],
         ["index.json"],
         ["rejects.csv"],
         ["rejects.csv", "slices.csv.bak"],
     ],
 )
-def test_what_is_no_half_index_is_never_replaced(dicom, tmp_path, kept):
+def test_what_lies_under_the_name_is_never_replaced(dicom, tmp_path, kept):
     out = tmp_path / "index"
     out.mkdir()
     for name in kept:

@@ -16,7 +16,7 @@ from ich_keras.ct.geometry import TILT_DEGREES, neighbour_distances_mm
 from ich_keras.ct.index_tables import make_tables
 from ich_keras.ct.journal import Journal
 from ich_keras.ct.kind import is_elsewhere
-from ich_keras.ct.leftovers import require_absent_or_rejects
+from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
 from ich_keras.ct.rejects import (
     Reject,
     counts,
@@ -38,7 +38,7 @@ from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
 from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, replace, write_json
-from ich_keras.leftovers import PARTIAL, partial_of, remove_leftovers
+from ich_keras.leftovers import partial_of, remove_leftovers
 from ich_keras.progress import Progress
 
 SCHEMA = 1
@@ -147,8 +147,7 @@ class SeriesIndex:
     def save(self, folder: Path | str, is_alone: bool = False) -> None:
         """Write slices.csv, series.csv, rejects.csv and index.json into a new folder.
 
-        They are written beside it; the folder gets its name when all is there. What a crash of an
-        older version left under that name is replaced.
+        They are written beside it; the folder gets its name when all is there.
 
         Args:
             folder: to be made; an empty one is fine.
@@ -168,7 +167,8 @@ class SeriesIndex:
             content = {"schema": SCHEMA, "tables": tables}
             write_json(partial / MANIFEST, {**content, "checksum": fingerprint(content)})
             if folder.is_dir():
-                shutil.rmtree(folder)  # empty or half saved; Windows renames onto nothing
+                remove_rejects(folder)
+                folder.rmdir()  # empty; Windows renames onto nothing
             replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -211,18 +211,12 @@ class SeriesIndex:
 def require_new(folder: Path | str) -> Path:
     """Return the path if an index can be saved there.
 
-    Nothing exists there, or the rejects.csv of an indexing that was refused, or half of an index.
-    Versions up to 0.1 saved in place: killed, they left some tables and no index.json.
+    Nothing exists there, or only the rejects.csv of an indexing that was refused.
 
     Raises:
         UsageError: something else exists there.
     """
-    folder = Path(folder)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    tables = {f"{name}.csv" for name in _TABLES}
-    strays = {name for name in names if name.startswith(f"{PARTIAL}-")}
-    is_half = names - strays <= tables and names - {"rejects.csv"}
-    return folder if is_half else require_absent_or_rejects(folder)
+    return require_absent_or_rejects(folder)
 
 
 def index_folder(

@@ -204,7 +204,7 @@ def write_phantoms(
         UsageError: the folder is not empty, or an argument is out of range.
         EnvironmentProblem: the disk is too full, or a worker process died.
     """
-    out = require_absent(out).absolute()
+    out = require_absent(out).resolve()
     if workers < 0:
         raise UsageError(f"{workers} workers asked for; expected 0 or more.")
     specs = plan_phantoms(

@@ -13,7 +13,6 @@ Windows and labels are applied at load: changing them needs no new cache. A fold
 is not a cache: the manifest is written last, and the folder gets its name after that.
 """
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -99,7 +98,8 @@ def build_cache(
     if workers < 0 or shard_bytes < 1:
         raise UsageError(f"{workers} workers, {shard_bytes} bytes a shard; expected 0 or more, 1.")
     require_compression(compression)
-    out = files.require_absent(Path(out).absolute())
+    # A link to an empty folder stays a link.
+    out = files.require_absent(out).resolve()
     index = index.usable()
     if len(index.slices) == 0:
         raise DataError(
@@ -109,14 +109,12 @@ def build_cache(
     require_few_rejects(index.slices, index.rejects, max_rejects)
     if labels is not None:
         index, _ = join_labels(index, labels)
-    lock = out.with_name(f"{out.name}.lock")
-    with files.lock(lock) as is_alone:
+    # Not OUT.lock, which may be a file of the user's: poetry.lock, for a cache called poetry.
+    with files.lock(out.with_name(f"{out.name}.partial.lock"), is_kept=False) as is_alone:
         # Another build may have finished between the first look and the lock.
         files.require_absent(out)
         settings = Settings(size, compression, shard_bytes)
         build_folder(index, out, settings, workers, progress, restart, max_rejects, is_alone)
-        with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
-            lock.unlink()
     return CTCache.open(out)
 
 
