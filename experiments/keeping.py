@@ -1,7 +1,6 @@
 """Storing a finished run: the small files that `results.py` describes, made from its run folder."""
 
 import gzip
-import hashlib
 import io
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from experiments.place import Place
 from experiments.results import AUGMENTED, HISTORY, PREDICTIONS, RESULT
 from experiments.runs import RUNS
 from experiments.settle import RunCost
+from ich_keras.ct.tables import patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
 from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
-from ich_keras.files import atomic_write, read_json, write_json
+from ich_keras.files import atomic_write, read_json, sha256_of, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
@@ -38,8 +38,7 @@ def patient_numbers(cache: CTCache) -> pd.Series:
         series_uid -> 0, 1, ...; a series without a PatientID counts as a patient of its own.
     """
     slices = cache.slices.drop_duplicates("series_uid")
-    names = slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
-    numbers, _ = pd.factorize(names, sort=True)
+    numbers, _ = pd.factorize(patient_or_series(slices), sort=True)
     return pd.Series(numbers, index=slices["series_uid"])
 
 
@@ -83,7 +82,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
             "seed": seed,
             "declaration": declaration(key, place.scale, seed, place.source),
             "files": {
-                name: hashlib.sha256((out / name).read_bytes()).hexdigest()
+                name: sha256_of(out / name)
                 for name in (PREDICTIONS, HISTORY, AUGMENTED)
                 if (out / name).is_file()
             },
@@ -101,6 +100,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
             },
             "date": environment["started"][:10],
             "seconds": round(float(history["seconds"].sum()), 1),
+            "best_epoch": run.best_epoch(),
             "samples_seen": samples,
             "steps": plan["total_steps"] // recipe.training.accumulate,
             "training_operations": 3 * samples * cost.operations_per_sample,

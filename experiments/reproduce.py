@@ -131,12 +131,12 @@ def _resumed(
     versions, of which the kept result would name the last ones only."""
     changes = changed_environment(folder, device)
     if changes:
-        tell(f"cannot go on, starts anew: {'; '.join(changes)}")
+        tell(f"cannot be resumed, starting over: {'; '.join(changes)}")
         return False
     try:
         resume(folder, cache, tell=tell, augment=augment)
     except LostState as error:
-        tell(f"cannot go on, starts anew: {error}")
+        tell(f"cannot be resumed, starting over: {error}")
         return False
     return True
 

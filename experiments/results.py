@@ -11,7 +11,6 @@ Patients are numbered over the data set; no PatientID is stored.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from experiments.runs import RUNS
 from experiments.scales import SCALES
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError
-from ich_keras.files import read_json
+from ich_keras.files import read_json, sha256_of
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import TRUTH_COLUMNS
 
@@ -134,7 +133,7 @@ def _read_info(folder: Path) -> dict:
         )
     for name, checksum in checksums.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+        if not path.is_file() or sha256_of(path) != checksum:
             raise _damaged(folder, name)
     return info
 

@@ -84,12 +84,7 @@ def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, RunCos
 
 def _run_cost(config: RunConfig, cache: CTCache) -> RunCost:
     plan = plan_training(cache, config)
-    # Training leaves out a last batch that is not full.
-    full_batches = plan.steps_per_epoch * Recipe.of(config).training.batch_size
-    return RunCost(
-        min(plan.samples_per_epoch, full_batches),
-        _network_cost(Recipe.of(config).network).multiply_adds,
-    )
+    return RunCost(plan.samples_per_epoch, _network_cost(Recipe.of(config).network).multiply_adds)
 
 
 def _like(

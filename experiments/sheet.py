@@ -10,7 +10,7 @@ from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.series import index_folder
 from ich_keras.ct.window import BRAIN, Window
 from ich_keras.errors import UsageError
-from ich_keras.files import atomic_write
+from ich_keras.files import atomic_write, require_absent
 from ich_keras.phantom.plan import make_phantom, plan_phantoms
 
 BONE = Window(600, 2800)
@@ -87,16 +87,17 @@ def write_sheet(folders: Sequence[Path | str], out: Path, count: int = 8, seed: 
 
     Args:
         folders: of DICOM files; one row each.
-        out: the file.
+        out: a new file.
         count: slices per row.
         seed: of the phantoms.
 
     Raises:
-        UsageError: `out` is not a .png file.
+        UsageError: `out` is not a .png file, or exists.
         DataError: a folder has no CT slice.
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out} is not a picture name; expected one that ends in .png.")
+    require_absent(out)
     rows = [(Path(folder).name, slices_of(folder, count)) for folder in folders]
     phantoms = phantom_slices(2 * count, seed)
     rows.append(("phantoms (synthetic), healthy", phantoms[:count]))

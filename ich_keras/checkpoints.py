@@ -5,9 +5,11 @@
 is swapped last, so the state it names is complete. The previous state is kept as a backup.
 """
 
+import contextlib
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from ich_keras.files import (
     sha256_of,
     write_json,
 )
-from ich_keras.models.weights import load_weights, save_weights
+from ich_keras.leftovers import partial_of
+from ich_keras.models.weights import BYTES_PER_VALUE, load_weights, save_weights
 from ich_keras.progress import Tell
 
 POINTER = "latest.json"
@@ -32,7 +35,7 @@ STATE = "state.json"
 # Entries of the JSON: whose state it is; checksums of the other files, and of the JSON itself.
 RUN, FILES, CHECKSUM = "run", "files", "checksum"
 KEPT = 2
-_PARTIAL = ".partial-"
+_BYTES_PER_MEMBER = 1024  # two headers in the archive, and that of NumPy
 _NEW = "Start a new training."
 _NAME = re.compile(r"epoch-(\d{4,})")
 
@@ -54,24 +57,42 @@ def save_state(folder: Path, model: Any, epoch: int, state: dict) -> None:
         epoch: epochs finished so far, from 1.
         state: JSON-able; everything else the training must remember, and under `RUN` what tells
             the run from others.
+
+    Raises:
+        EnvironmentProblem: the disk is full; earlier states stay.
     """
     import keras
 
     name = f"epoch-{epoch:04d}"
-    temporary = folder / f"{_PARTIAL}{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_weights(model, temporary / WEIGHTS)
-    arrays = {k: keras.ops.convert_to_numpy(v) for k, v in _other_variables(model).items()}
-    with atomic_path(temporary / VARIABLES) as path, open(path, "wb") as stream:
-        np.savez(stream, **arrays)
-    write_state(temporary, {**state, "epoch": epoch})
-    # Left by a run that crashed between this rename and the pointer's: no longer needed.
-    shutil.rmtree(folder / name, ignore_errors=True)
-    replace(temporary, folder / name)
+    temporary = partial_of(folder / name)
+    try:
+        temporary.mkdir(parents=True)
+        save_weights(model, temporary / WEIGHTS)
+        arrays = {k: keras.ops.convert_to_numpy(v) for k, v in _other_variables(model).items()}
+        needed = slots_bytes(array.size for array in arrays.values())
+        with (
+            atomic_path(temporary / VARIABLES, needed=needed) as path,
+            open(path, "wb") as stream,
+        ):
+            np.savez(stream, **arrays)
+        write_state(temporary, {**state, "epoch": epoch})
+        # Left by a run that crashed between this rename and the pointer's: no longer needed.
+        shutil.rmtree(folder / name, ignore_errors=True)
+        replace(temporary, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / POINTER, {"state": name})
     for old in _epochs(folder)[KEPT:]:
         shutil.rmtree(folder / f"epoch-{old:04d}")
+
+
+def slots_bytes(sizes: Iterable[int]) -> int:
+    """Return the size of the file of optimiser slots and generator states, bytes.
+
+    Args:
+        sizes: of each array, in values.
+    """
+    return sum(size * BYTES_PER_VALUE + _BYTES_PER_MEMBER for size in sizes)
 
 
 def write_state(folder: Path, state: dict) -> None:
@@ -88,8 +109,6 @@ def has_state(folder: Path) -> bool:
 def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | None = None) -> dict:
     """Restore the latest complete state into a compiled model of the same network.
 
-    States that a crash left unfinished are removed.
-
     Args:
         folder: the run's `state` folder.
         model: compiled.
@@ -103,8 +122,6 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | N
     Raises:
         LostState: there is no state, or all are damaged or belong to another run or network.
     """
-    for partial in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(partial, ignore_errors=True)
     epochs, latest = _epochs(folder), _latest(folder / POINTER)
     if latest is not None:
         epochs = [epoch for epoch in epochs if epoch <= latest]
@@ -160,19 +177,35 @@ def read_state(folder: Path, epoch: int) -> tuple[dict, bool]:
     Raises:
         StaleError: a file is absent or damaged, or the state is of another epoch.
     """
+    state, checksums = _read_record(folder)
+    for name, checksum in (checksums or {}).items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
+            raise StaleError(f"{folder / name} is lost or does not match its checksum.", _NEW)
+    if state["epoch"] != epoch:
+        raise StaleError(f"{folder} holds the state of epoch {state['epoch']}.", _NEW)
+    return state, checksums is not None
+
+
+def recorded_states(folder: Path) -> list[dict]:
+    """Return the JSON of every state that is whole, latest first; other files are not looked at."""
+    found = []
+    for _, state in states_of(folder):
+        with contextlib.suppress(StaleError):
+            found.append(_read_record(state)[0])
+    return found
+
+
+def _read_record(folder: Path) -> tuple[dict, dict[str, str] | None]:
+    """Return the JSON of a state, and the checksums of its files (None: it has none)."""
     state = read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
         raise StaleError(f"{folder / STATE} is damaged.", _NEW)
-    has_checksums = CHECKSUM in state or FILES in state
-    if has_checksums:
-        if state.pop(CHECKSUM, None) != fingerprint(state):
-            raise StaleError(f"{folder / STATE} does not match its checksum.", _NEW)
-        for name, checksum in state.pop(FILES).items():
-            if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
-                raise StaleError(f"{folder / name} is lost or does not match its checksum.", _NEW)
-    if state["epoch"] != epoch:
-        raise StaleError(f"{folder} holds the state of epoch {state['epoch']}.", _NEW)
-    return state, has_checksums
+    # Those of older versions do not say whose they are, either.
+    if CHECKSUM not in state and FILES not in state and RUN not in state:
+        return state, None
+    if state.pop(CHECKSUM, None) != fingerprint(state):
+        raise StaleError(f"{folder / STATE} does not match its checksum.", _NEW)
+    return state, state.pop(FILES)
 
 
 def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | None) -> dict:
@@ -181,11 +214,11 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     if run is not None and of is not None and of != run:
         others = sorted(name for name in of | run if of.get(name) != run.get(name))
         raise StaleError(
-            f"{folder} is a state of another run: {', '.join(others)} differ.",
+            f"{folder} belongs to another run (different: {', '.join(others)}).",
             "Bring back the state of this run, or start a new training.",
         )
     if not has_checksums and tell is not None:
-        tell(f"{folder} has no checksums (an older version saved it): damage is not noticed.")
+        tell(f"{folder} has no checksums (an older version saved it): damage would go unnoticed.")
     arrays = _arrays(folder / VARIABLES)
     load_weights(model, folder / WEIGHTS, needs_head=True)
     if not model.optimizer.built:
@@ -197,7 +230,7 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     if differing:
         raise StaleError(
             f"{folder} belongs to another network or optimiser:"
-            f" {len(differing)} variables differ, {min(differing)} first.",
+            f" {len(differing)} variables differ; the first is {min(differing)}.",
             "Resume with the configuration the run began with.",
         )
     for name, variable in wanted.items():

@@ -66,3 +66,7 @@ class StaleError(IchError):
 
 class LostState(StaleError):
     """The state of an interrupted training is absent, damaged or of another network."""
+
+
+class IchWarning(UserWarning):
+    """Something that a user should know; the command line prints it as one line."""

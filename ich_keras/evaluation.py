@@ -15,9 +15,10 @@ from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import make_samples, series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.files import atomic_write, write_json
+from ich_keras.files import atomic_write, lock, write_json
 from ich_keras.inference import load_run, probabilities, probability_table
 from ich_keras.labels import LABELS
+from ich_keras.leftovers import remove_leftovers
 from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
@@ -30,6 +31,7 @@ from ich_keras.recipe import Recipe
 from ich_keras.run_checksums import update_checksums
 from ich_keras.run_folder import PIXELS_OF, RunFolder
 
+_KEYS = {"sop_instance_uid": "slices"}  # by the column that a split names its members with
 CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen
 
 
@@ -67,21 +69,42 @@ def evaluate(
 
     Raises:
         UsageError: the split is unknown, or the cache's size is not the one the run was trained on.
-        StaleError: the run is not finished or was changed since, or the cache lacks slices of the
-            split, or has other pixels than they had in training.
+        StaleError: the run is not finished, was changed since or is being evaluated by another
+            process; or the cache lacks slices of the split, or has other pixels or labels than
+            they had in training.
         DataError: the cache has no labels.
     """
     if split not in SPLITS:
         raise UsageError(f"split {split!r}; expected one of {', '.join(SPLITS)}.")
     run = RunFolder.at(run_dir).require_finished(unfinished)
     _require_size(run.recipe(), cache)
+    remove_leftovers(run.path)
     notice = run.notice()
     recipe, model = load_run(run, device, unfinished=unfinished)
-    metrics = evaluate_network(run, recipe, model, cache, split, progress, notice)
-    if not notice:
+    if notice:
+        return evaluate_network(run, recipe, model, cache, split, progress, notice)
+    # Two evaluations at once would lose one of two updates of the checksums.
+    with lock(run.lock_file, is_kept=False):
+        metrics = evaluate_network(run, recipe, model, cache, split, progress)
         written = (run.predictions_file(split), run.metrics_file(split), run.choices_file)
         update_checksums(run, [path.name for path in written])
     return metrics
+
+
+def _require_same_truth(path: Path, table: pd.DataFrame) -> None:
+    """Refuse other labels than a finished run was scored with: its report would contradict it."""
+    if not path.is_file():
+        return
+    key = "sop_instance_uid" if "sop_instance_uid" in table else "series_instance_uid"
+    before = pd.read_csv(path, dtype={key: str}).set_index(key)[list(TRUTH_COLUMNS)]
+    now = table.set_index(key)[list(TRUTH_COLUMNS)].reindex(before.index)
+    count = int((before.to_numpy() != now.to_numpy()).any(axis=1).sum())
+    if count:
+        raise StaleError(
+            f"{count:,} of {len(before):,} rows of {path} have other labels than the run was scored"
+            " with.",
+            "Give the labels of the training. For others, predict with `ich predict`.",
+        )
 
 
 def evaluate_network(
@@ -152,6 +175,8 @@ def evaluate_network(
     metrics = _metrics(
         run, split, view.kind, is_whole, scored, truth, values, prevalence, keeps=not notice
     )
+    if run.is_finished:
+        _require_same_truth(run.predictions_file(split), table)
     if is_synthetic(cache.slices):
         trivial = trivial_auroc(cache, train_rows, scored_rows)
         for level in metrics:
@@ -274,8 +299,8 @@ def _require_members(members: Split, split: str, cache: CTCache) -> None:
     absent = wanted.difference(known)
     if len(absent):
         raise StaleError(
-            f"{len(absent)} of {len(wanted)} {members.key} of the {split} split are not in the"
-            f" cache {cache.path}, {absent[0]} first.",
+            f"{len(absent)} of the {split} split's {len(wanted)} {_KEYS.get(members.key, 'series')}"
+            f" are missing from the cache {cache.path}; the first is {absent[0]}.",
             "Evaluate with the cache the run was trained on.",
         )
 

@@ -5,14 +5,17 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+from ich_keras.disk import full_disk_told, reserve
+from ich_keras.errors import EnvironmentProblem, IchWarning, StaleError, UsageError
+from ich_keras.leftovers import partial_of, remove_leftovers
 
-PARTIAL = ".partial"
 # The environment variable with which tests end the process at a named place: see `fail_point`.
 FAIL_AT = "ICH_FAIL_AT"
 _passed: Counter[str] = Counter()
@@ -51,7 +54,9 @@ def replace(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_path(
+    path: Path | str, verify: Callable[[Path], None] | None = None, needed: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary path; if the block succeeds, sync, verify and move the file into place.
 
     For writers that need a path (h5py, Keras, pandas). An old file stays intact until the move.
@@ -59,20 +64,27 @@ def atomic_path(path: Path | str, verify: Callable[[Path], None] | None = None) 
     Args:
         path: where the finished file goes.
         verify: called with the temporary path after the sync; raises to refuse the file.
+        needed: bytes of the file, at least; where they are not free, the block is not begun.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Keras insists on its suffixes (.keras, .weights.h5), so the mark is a prefix.
-    temporary = path.with_name(f"{PARTIAL}-{os.getpid()}-{path.name}")
+    remove_leftovers(path.parent, path.name)
+    temporary = partial_of(path)
     try:
-        yield temporary
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        if verify is not None:
-            verify(temporary)
-        fail_point(f"before {path.name}")
-        replace(temporary, path)
-        fail_point(f"after {path.name}")
+        with full_disk_told(temporary, needed):
+            if needed is not None:
+                reserve(temporary, needed)
+            yield temporary
+            with open(temporary, "rb+") as stream:
+                os.fsync(stream.fileno())
+            if verify is not None:
+                verify(temporary)
+            fail_point(f"before {path.name}")
+            replace(temporary, path)
+            fail_point(f"after {path.name}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,14 +96,17 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
         path: the file; its folder is created when absent.
         content: bytes, or text, which is written as UTF-8.
 
+    Raises:
+        EnvironmentProblem: the disk is full.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     atomic_write(Path(folder) / "notes" / "a.txt", "new")
     ...     (Path(folder) / "notes" / "a.txt").read_text()
     'new'
     """
-    with atomic_path(path) as temporary:
-        raw = content.encode("utf-8") if isinstance(content, str) else content
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    with atomic_path(path) as temporary, full_disk_told(temporary, len(raw)):
         temporary.write_bytes(raw)
 
 
@@ -145,6 +160,26 @@ def fingerprint(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def checked_line(content: object) -> bytes:
+    """Write an object as one line of JSON behind its checksum, for files that only grow.
+
+    >>> checked_line(["a.dcm", 1])
+    b'a48489d6 ["a.dcm",1]\\n'
+    """
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def read_checked_line(line: bytes) -> Any:
+    """Return the object of a `checked_line`; None if the line is torn or damaged.
+
+    >>> read_checked_line(checked_line(["a.dcm", 1])), read_checked_line(b"a48489d6 [")
+    (['a.dcm', 1], None)
+    """
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
+
+
 def require_absent(path: Path | str) -> Path:
     """Return the path if nothing exists there yet (an empty folder is fine).
 
@@ -163,24 +198,30 @@ def require_absent(path: Path | str) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
+def new_folder(
+    path: Path | str, require: Callable[[Path | str], Path] = require_absent
+) -> Iterator[Path]:
     """Create a folder before the work that fills it, so that a bad path fails at once.
 
     If the block fails before it writes anything, the folder is removed again, together with any
     parents created for it.
 
+    Args:
+        path: the folder.
+        require: returns the path if the folder may be filled, or raises.
+
     Raises:
         UsageError: something exists there already.
         EnvironmentProblem: it cannot be created.
     """
-    path = require_absent(path)
+    path = require(path)
     mine, is_done = [folder for folder in (path, *path.parents) if not folder.is_dir()], False
     try:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise EnvironmentProblem(f"the folder {path} cannot be made: {reason}.") from error
+            raise EnvironmentProblem(f"the folder {path} cannot be created: {reason}.") from error
         yield path
         is_done = True
     finally:
@@ -190,40 +231,28 @@ def new_folder(path: Path | str) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def require_free(folder: Path | str, needed: int) -> None:
-    """Check the free disk space before a long write.
-
-    Args:
-        folder: where the files will go; it need not exist yet.
-        needed: bytes.
-
-    Raises:
-        EnvironmentProblem: fewer bytes are free.
-    """
-    folder = Path(folder).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{folder} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are needed.",
-            "Free some space, choose another folder or a smaller size.",
-        )
-
-
 # What `flock` answers on a file system without locks (some NFS and FUSE mounts).
 _KNOWS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_told_of_no_locks: list[Path] = []  # folders; the first is the only one that was told
 
 
 @contextlib.contextmanager
-def lock(path: Path | str) -> Iterator[None]:
+def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on a file for the length of a block.
 
     It keeps out other processes and other holders in this process, and does not wait. A crash
-    releases it. On a file system without locks it does nothing, so work there remains possible.
+    releases it. On a file system without locks it does nothing but warn, once in a process, so
+    work there remains possible.
 
     Args:
         path: the lock file; it is created when absent.
+        is_kept: whether the file stays; otherwise the holder removes it at the end.
+
+    Yields:
+        Whether the lock is held: False on a file system without locks.
+
+    Warns:
+        IchWarning: the file system has no locks.
 
     Raises:
         StaleError: another process holds the lock.
@@ -249,7 +278,21 @@ def lock(path: Path | str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _KNOWS_NO_LOCKS:
             raise
+        _warn_of_no_locks(path.parent)
     try:
-        yield
+        yield holder.is_locked
     finally:
+        if not is_kept:
+            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                path.unlink(missing_ok=True)
         holder.release()
+
+
+def _warn_of_no_locks(folder: Path) -> None:
+    if not _told_of_no_locks:
+        _told_of_no_locks.append(folder)
+        warnings.warn(
+            f"the file system of {folder} has no locks: make sure that nothing else writes there.",
+            IchWarning,
+            stacklevel=4,
+        )

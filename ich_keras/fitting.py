@@ -9,7 +9,7 @@ import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.data.augment import sample_seed
-from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
+from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities
 from ich_keras.keras_settings import require_trainable_settings
@@ -17,9 +17,8 @@ from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import RECIPE, Recipe
-from ich_keras.run_folder import CACHE, PIXELS, RunFolder
+from ich_keras.run_folder import CACHE, EPOCH, PIXELS, RunFolder
 
-EPOCH = "epoch"  # key in the record of the best weights
 BEST_WEIGHTS = "best_weights"  # key in a state
 SECONDS_BETWEEN_LOSSES = 1.0
 
@@ -56,6 +55,8 @@ class Fit:
         model: compiled.
         loader, validation: batches of the two splits.
         valid_labels: int (samples, 6).
+        marks: what each state says of its run (`marks_of`), read once: an edit of the files while
+            the training runs is then noticed when it is resumed.
     """
 
     recipe: Recipe
@@ -64,6 +65,7 @@ class Fit:
     loader: Any
     validation: Any
     valid_labels: np.ndarray
+    marks: dict[str, Any]
 
 
 def compiled_network(
@@ -169,10 +171,10 @@ def restored(training: Fit, tell: Tell) -> Course:
     """Restore the last complete state into the network, and check the best weights.
 
     Raises:
-        LostState: all states are damaged.
+        LostState: all states are damaged, or the best weights are lost after the last epoch.
     """
     run = training.run
-    state = load_state(run.state_folder, training.model, tell, run.identity())
+    state = load_state(run.state_folder, training.model, tell, training.marks[RUN])
     best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
     course = Course(state["history"], *best)
     write_history(run, course)  # as the state knows it, whatever became of the file
@@ -181,6 +183,12 @@ def restored(training: Fit, tell: Tell) -> Course:
         # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
             _keep_best(training, course)
+        elif course.done == training.recipe.training.epochs:
+            raise LostState(
+                f"{run.best_weights} is lost, or not that of the best epoch ({course.best_epoch}),"
+                " and no epoch is left to train.",
+                "Copy the file back, or start a new training.",
+            )
         else:
             tell(
                 f"The best weights so far (epoch {course.best_epoch}) are lost; the next epoch"
@@ -329,7 +337,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                 "best_loss": course.best_loss,
                 "best_epoch": course.best_epoch,
                 BEST_WEIGHTS: course.best_weights,
-                RUN: training.run.identity(),
+                **training.marks,
             }
             save_state(training.run.state_folder, model, epoch + 1, state)
             tell(

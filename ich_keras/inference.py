@@ -1,5 +1,6 @@
 """Loading a run's network and computing probabilities, for validation, evaluation, prediction."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ich_keras.labels import LABELS, NUM_LABELS
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import require_unchanged
+from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import CACHE, PIXELS, RunFolder
 
 # Columns that identify the slice of a prediction.
@@ -50,7 +52,10 @@ def load_network(
     run: RunFolder, device: str | None = None, precision: str | None = None
 ) -> tuple[Recipe, Any]:
     """Load the network of a run that need not be finished; see `load_run`."""
-    recipe = run.require_begun().recipe()
+    run.require_begun()
+    if not run.is_finished:
+        require_unedited(run)
+    recipe = run.recipe()
     recipe = recipe.on(choose_backend(), choose_device(device or "auto"))
     from ich_keras.models.classifier import classifier
     from ich_keras.models.weights import load_weights
@@ -83,6 +88,18 @@ def _require_own_weights(run: RunFolder, record: dict) -> None:
 def _settings(recipe: Recipe) -> Recipe:
     """Return a recipe without the place of the training, which may change when it is resumed."""
     return replace(recipe, backend="", device="", precision="")
+
+
+def network_digest(model: Any) -> str:
+    """Return the SHA-256 of all weights of a network as they are in memory, 64 digits."""
+    import keras
+
+    content = hashlib.sha256()
+    for variable in model.weights:
+        values = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+        content.update(f"{values.dtype}{values.shape}".encode())
+        content.update(values.tobytes())
+    return content.hexdigest()
 
 
 def probabilities(

@@ -60,7 +60,9 @@ def require_settings_file() -> None:
     except ValueError:
         return
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no settings of Keras.", "Remove it: Keras writes it anew.")
+        raise UsageError(
+            f"{path} holds no settings of Keras.", "Remove it: Keras writes a new one."
+        )
     for name in ("floatx", "epsilon", "image_data_format"):
         if name not in content:
             continue
@@ -73,7 +75,7 @@ def require_settings_file() -> None:
         if not fits:
             raise UsageError(
                 f"{path}: {name} is {value!r}; Keras expects {expected}.",
-                "Correct the file, or remove it: Keras writes it anew.",
+                "Correct the file, or remove it: Keras writes a new one.",
             )
 
 

@@ -1,36 +1,56 @@
 """model.keras: a network with its recipe, so that the file alone says what its input is."""
 
 import json
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+from ich_keras.disk import full_disk_told, reserve
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import atomic_path
+from ich_keras.leftovers import partial_of
+from ich_keras.models.weights import weights_bytes
 from ich_keras.recipe import RECIPE, Recipe
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error)
 _KERAS_METADATA = "metadata.json"  # inside the archive that a `.keras` file is
+_COPIED_BYTES = 2**20
 
 
 def save_model(model: Any, path: Path, recipe: Recipe) -> None:
-    """Write a whole model as `.keras` atomically, with the recipe in its metadata."""
-    with atomic_path(path) as temporary:
-        model.save(temporary, overwrite=True)
-        _write_recipe(temporary, recipe)
+    """Write a whole model as `.keras` atomically, with the recipe in its metadata.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
+    """
+    weights = weights_bytes(model)
+    parts = partial_of(path.with_name(f"{path.name}.parts"))
+    try:
+        # Keras' own archive holds the time of day, and ZIP knows none before 1980 or after 2107.
+        with full_disk_told(parts, weights):
+            reserve(parts, weights)
+            parts.unlink(missing_ok=True)
+            model.save(parts, zipped=False)
+        with atomic_path(path, needed=weights) as temporary:
+            _write_archive(temporary, parts, recipe)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
 
 
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    """Put a recipe into the metadata of a `.keras` file, which is rewritten."""
-    with zipfile.ZipFile(path) as archive:
-        members = [(info, archive.read(info)) for info in archive.infolist()]
+def _write_archive(path: Path, parts: Path, recipe: Recipe) -> None:
+    """Put what Keras wrote into an archive as Keras would, and the recipe into the metadata."""
     with zipfile.ZipFile(path, "w") as archive:
-        for info, content in members:
+        for part in sorted(file for file in parts.rglob("*") if file.is_file()):
+            info = zipfile.ZipInfo(part.relative_to(parts).as_posix())  # of 1 January 1980
             if info.filename == _KERAS_METADATA:
-                metadata = json.loads(content) | {RECIPE: recipe.to_dict()}
-                content = json.dumps(metadata).encode("utf-8")
-            archive.writestr(info, content)
+                metadata = json.loads(part.read_bytes()) | {RECIPE: recipe.to_dict()}
+                archive.writestr(info, json.dumps(metadata))
+                continue
+            info.file_size = part.stat().st_size  # without it, 4 GiB are the limit
+            with open(part, "rb") as source, archive.open(info, "w") as target:
+                shutil.copyfileobj(source, target, _COPIED_BYTES)
 
 
 def read_recipe(path: Path | str) -> Recipe:

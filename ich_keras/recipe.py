@@ -8,20 +8,20 @@ weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
-import typing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ich_keras.config import DataConfig, FitConfig, RunConfig, kinds_of
+from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
 from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
-from ich_keras.data.views import View, with_absent_choices
+from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset
+from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
 from ich_keras.models.spec import ModelSpec
+from ich_keras.recipe_json import read_strictly
 
 SCHEMA = 1
 # Key in the metadata of `model.keras` and in the record of a weights file.
@@ -283,7 +283,7 @@ class Recipe:
             raise StaleError(
                 f"{source} has schema {found!r}; expected {SCHEMA}.", "Train the run again."
             )
-        recipe = _read(cls, {k: v for k, v in content.items() if k != "schema"}, "", source)
+        recipe = read_strictly(cls, {k: v for k, v in content.items() if k != "schema"}, "", source)
         if recipe.inputs.resampling != RESAMPLING:
             raise StaleError(
                 f"{source}: its slices were resized by {recipe.inputs.resampling!r}; this version"
@@ -297,23 +297,6 @@ class Recipe:
                 "The recipe is damaged: train the run again.",
             )
         return recipe
-
-
-def view_kind(preset_name: str, view: str | None) -> str:
-    """Return what a sample is: as configured, or what suits the preset.
-
-    Args:
-        preset_name: a key of `PRESETS`.
-        view: "slice", "slab" or "series"; None suits the preset.
-
-    >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
-    ('slab', 'series')
-    """
-    if view is not None:
-        return view
-    spec = PRESETS[preset_name].spec
-    usual = "slab" if spec.input_shape[0] == DEFAULT_SLICES["slab"] else "series"
-    return "slice" if spec.rank == 2 else usual
 
 
 def _view(config: RunConfig) -> View:
@@ -372,40 +355,3 @@ def _recorded_intensity(record: dict) -> Intensity | None:
         made_for: Any = inputs.get("intensity") if isinstance(inputs, dict) else None
         return Intensity.from_dict(made_for)
     return INTENSITIES.get(record.get("intensity", ""))
-
-
-def _read(cls: Any, content: object, place: str, source: str) -> Any:
-    """Build a dataclass from JSON, strictly."""
-    hint = "The recipe is damaged or from another version: train the run again."
-    name = place or "it"
-    if not isinstance(content, dict):
-        raise StaleError(f"{source}: {name} is {content!r}; expected an object.", hint)
-    if cls in (ModelSpec, Intensity):
-        try:
-            return cls.from_dict(content)
-        except UsageError as error:
-            raise StaleError(f"{source}: {place}: {error.message}", hint) from error
-    content = with_absent_choices(content) if cls is View else content
-    hints = typing.get_type_hints(cls)
-    lacking, unknown = sorted(set(hints) - set(content)), sorted(set(content) - set(hints))
-    if lacking or unknown:
-        problems = [f"lacks {', '.join(lacking)}"] if lacking else []
-        problems += [f"holds unknown {', '.join(unknown)}"] if unknown else []
-        raise StaleError(f"{source}: {name} {' and '.join(problems)}.", hint)
-    values = {}
-    for key, expected in hints.items():
-        inner = f"{place}.{key}".lstrip(".")
-        if dataclasses.is_dataclass(expected):
-            values[key] = _read(expected, content[key], inner, source)
-            continue
-        options, names = kinds_of(expected)
-        value = content[key]
-        if float in options and type(value) is int:
-            value = float(value)
-        if type(value) not in options:
-            raise StaleError(f"{source}: {inner} is {value!r}; expected {names}.", hint)
-        values[key] = value
-    try:
-        return cls(**values)
-    except UsageError as error:
-        raise StaleError(f"{source}: {place}: {error.message}", hint) from error

@@ -175,7 +175,7 @@ def report_text(run: RunFolder) -> str:
         lines += [plan["note"], ""]
     if training.own_augment:
         lines += [f"Augmented by a function of the user's: `{training.own_augment}`.", ""]
-    best = history.loc[history["valid_log_loss"].idxmin()]
+    best = history[history["epoch"] == run.best_epoch()].iloc[0]
     size = recipe.inputs.size
     lines += [
         f"{recipe.preset}, {size}x{size} pixels,"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ich_keras.errors import StaleError
 from ich_keras.files import read_json, sha256_of, write_json
-from ich_keras.run_folder import RunFolder
+from ich_keras.run_folder import PIXELS_OF, RunFolder
 
 _FILES, _WEIGHTS = "files", "weights"
 _COPY = "Copy the original run folder again."
@@ -69,7 +69,7 @@ def require_unchanged(run: RunFolder, weights: str | None) -> None:
         return
     if record.get(_WEIGHTS) not in (None, weights):
         raise StaleError(f"{run.best_weights} is not what the training ended with.", _COPY)
-    used = [run.recipe_file, run.data_file, run.split_file]
+    used = [run.config_file, run.recipe_file, run.data_file, run.split_file]
     if run.choices_file.is_file():  # without it, a run takes the defaults until it chooses again
         used.append(run.choices_file)
     for path in used:
@@ -85,6 +85,10 @@ def _is_same(run: RunFolder, name: str, checksum: str) -> bool:
 
 def _read(run: RunFolder) -> dict | None:
     if not run.checksums_file.is_file():
+        if run.is_finished and PIXELS_OF in run.data():  # recorded since runs have checksums
+            raise StaleError(
+                f"{run} has lost its {run.checksums_file.name}: changes would go unnoticed.", _COPY
+            )
         return None
     record = read_json(run.checksums_file)
     if not isinstance(record, dict) or not isinstance(record.get(_FILES), dict):

@@ -21,6 +21,9 @@ PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
+# Entries of environment.json: when the training began; where it was resumed since.
+START, RESUMED = "started", "resumed"
+EPOCH = "epoch"  # entry of the record of the best weights
 
 # In the names of what was computed with the weights of an unfinished training.
 _SO_FAR = ".unfinished"
@@ -171,21 +174,24 @@ class RunFolder:
         """Return the run if it is finished.
 
         Args:
-            unfinished: whether one that has only begun will do; `notice` then belongs into every
+            unfinished: whether one that has only begun will do; `notice` must then appear in every
                 output.
 
         Raises:
             StaleError: there is no run, or it is not finished: interrupted, or still running.
         """
-        so_far = "--unfinished (in Python unfinished=True) takes its best weights so far"
+        so_far = "--unfinished (in Python: unfinished=True)"
         has_weights = self.best_weights.is_file()
         if not self.is_finished and self.is_running and not (unfinished and has_weights):
-            also = f" ({so_far})" if has_weights else ""
-            raise StaleError(f"the training in {self} is still running{also}.", "Wait for its end.")
+            also = f", or use its best weights so far with {so_far}" if has_weights else ""
+            raise StaleError(
+                f"the training in {self} is still running.", f"Wait until it finishes{also}."
+            )
         if self.is_interrupted and not unfinished:
             raise StaleError(
-                f"the training in {self} is not finished ({so_far}).",
-                f"Finish it: ich-train --resume {shlex.quote(str(self))}",
+                f"the training in {self} is not finished.",
+                f"Use its best weights so far with {so_far}, or finish it: ich-train --resume"
+                f" {shlex.quote(str(self))}",
             )
         self.require_begun()
         if not self.is_finished and not unfinished:
@@ -263,23 +269,27 @@ class RunFolder:
 
     def environment(self) -> dict:
         """Return versions, backend, device and machine of the training."""
-        return read_json(self.environment_file)
+        return _object(self.environment_file)
 
     def identity(self) -> dict[str, str | None]:
         """Return what tells this run from others, to be stored with its states."""
-        data, recipe = self.data(), dict(read_json(self.recipe_file))
+        data, recipe = self.data(), _object(self.recipe_file)
         # A resumed training may run in another place.
         for place in ("backend", "device", "precision"):
             recipe.pop(place, None)
         return {
             "recipe": fingerprint(recipe),
             **{name: data.get(name) for name in (CACHE, PIXELS, LABELS_DIGEST)},
-            "start": self.environment().get("started"),
+            "start": self.environment().get(START),
         }
 
     def data(self) -> dict:
-        """Return what the run was trained on: see `data_file`."""
-        return read_json(self.data_file)
+        """Return what the run was trained on: see `data_file`.
+
+        Raises:
+            StaleError: the file is absent or damaged.
+        """
+        return _object(self.data_file, CACHE)
 
     def split(self) -> Split:
         """Return the members of each split."""
@@ -306,7 +316,31 @@ class RunFolder:
         """Return the rule for aggregating slices, chosen on the validation split."""
         return self.choices().get("aggregation", {"rule": DEFAULT_RULE})["rule"]
 
+    def best_epoch(self) -> int:
+        """Return the epoch of the best weights, counted from 1."""
+        from ich_keras.models.weights_file import read_record
+
+        # Not from history.csv: where weights were lost, a later epoch took their place.
+        found = read_record(self.best_weights).get(EPOCH)
+        if isinstance(found, int):
+            return found
+        with open(self.history_file, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        return int(min(rows, key=lambda row: float(row["valid_log_loss"]))["epoch"])
+
     def metrics(self, split: str) -> dict | None:
         """Return the metrics of a split; None if it was not evaluated."""
         path = self.metrics_file(split)
         return read_json(path) if path.is_file() else None
+
+
+def _object(path: Path, *needed: str) -> dict:
+    """Read a file that holds a JSON object with these entries."""
+    content = read_json(path)
+    absent = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if absent or not isinstance(content, dict):
+        raise StaleError(
+            f"{path} is damaged: {' and '.join(absent) or 'its object'} absent.",
+            "Copy the original run folder again, or train again.",
+        )
+    return content

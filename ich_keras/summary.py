@@ -79,7 +79,7 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
     """
     run, width = RunFolder.at(run), max(width, _LEAST_WIDTH)
     history = pd.read_csv(run.history_file)
-    best = history.loc[history["valid_log_loss"].idxmin()]
+    best = history[history["epoch"] == run.best_epoch()].iloc[0]
     found = {name: run.metrics(name) for name in ("valid", "test")}
     splits = {name: metrics for name, metrics in found.items() if metrics is not None}
     parts = []
@@ -89,13 +89,10 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
     for level in levels:
         of_level = {name: metrics[level] for name, metrics in splits.items() if level in metrics}
         parts.append(_level_table(level, of_level, width))
-    parts.append(
-        textwrap.fill(
-            "constant: always predicting how common each label is. voxel counts: a detector that"
-            " only counts voxels per HU band.",
-            width,
-        )
-    )
+    legend = "constant: always predicting how common each label is."
+    if any("trivial_auroc_any" in part for metrics in splits.values() for part in metrics.values()):
+        legend += " voxel counts: a detector that only counts voxels per HU band."
+    parts.append(textwrap.fill(legend, width))
     parts.append(
         textwrap.fill(
             f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"

@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -25,6 +26,7 @@ from ich_keras.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
     IchError,
+    IchWarning,
     UsageError,
 )
 from ich_keras.keras_private import CPU_OUT_OF_MEMORY
@@ -51,7 +53,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; on one of our errors, exit with its code."""
         try:
-            return super().invoke(ctx)
+            with _warnings_shown(lambda line: click.echo(line, err=True)):
+                return super().invoke(ctx)
         except IchError as error:
             if os.environ.get(TRACEBACK):
                 raise
@@ -90,6 +93,31 @@ def _is_output_closed() -> bool:
     except (OSError, ValueError):  # a stream without a file, or closed
         return False
     return any(state & (select.POLLERR | select.POLLHUP) for _, state in waiting.poll(0))
+
+
+@contextlib.contextmanager
+def _warnings_shown(warn: Tell) -> Iterator[None]:
+    """Print our own warnings as one line each; others stay as they are."""
+    show_others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, IchWarning):
+            warn(f"Warning: {message}")
+        else:
+            show_others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = show_others
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -211,7 +239,8 @@ def open_terminal() -> Iterator[Terminal]:
     display = new_display()
     steps = _Steps(display)
     try:
-        yield Terminal(steps.progress, display.tell, display.warn)
+        with _warnings_shown(display.warn):
+            yield Terminal(steps.progress, display.tell, display.warn)
         steps.close()
     finally:
         display.close()

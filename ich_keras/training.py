@@ -13,15 +13,16 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.pixels import NO_HASHES, part_digests, require_distinct
+from ich_keras.data.pixels import notices_of, part_digests, require_distinct
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.evaluation import evaluate_network
+from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
 from ich_keras.labels import LABELS
+from ich_keras.leftovers import remove_leftovers
 from ich_keras.model_file import save_model
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import TrainingPlan, count_plan, split_indices
@@ -29,6 +30,7 @@ from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
 from ich_keras.report import report_text
 from ich_keras.run_checksums import write_checksums
+from ich_keras.run_edits import marks_of, require_unedited
 from ich_keras.run_folder import (
     CACHE,
     CACHE_PATH,
@@ -36,11 +38,14 @@ from ich_keras.run_folder import (
     PIXELS,
     PIXELS_OF,
     PLAN,
+    RESUMED,
+    START,
     SYNTHETIC,
     RunFolder,
 )
+from ich_keras.run_space import require_space, training_space
 
-SPLITS_TO_EVALUATE = ("valid", "test")  # in this order: choices are made on the first
+SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
 
 def train(
@@ -70,6 +75,7 @@ def train(
             needs an augmentation of your own, or Keras already runs on another backend.
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
         DivergedError: a loss or weight is not finite; the last good state is kept.
+        EnvironmentProblem: the free disk space is too little, or runs out.
     """
     _require_cache(cache)
     run = RunFolder(require_absent(out))
@@ -87,6 +93,7 @@ def train(
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
     model, loaded = compiled_network(recipe, plan.total_steps)
+    require_space(run, training_space(recipe, len(cache.slices), model))
     with lock(run.lock_file):
         if any(path != run.lock_file for path in run.path.iterdir()):
             require_absent(out)  # another training was faster
@@ -97,7 +104,7 @@ def train(
             started = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(
                 run.environment_file,
-                {**environment, "seed": recipe.training.seed, "started": started},
+                {**environment, "seed": recipe.training.seed, START: started},
             )
             write_json(
                 run.data_file,
@@ -116,8 +123,8 @@ def train(
             if loaded is not None:
                 write_json(run.started_from_file, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")
-            if cache.pixels_digest is None:
-                tell(NO_HASHES)
+            for line in notices_of(cache):
+                tell(line)
             tell(_first_line(recipe, plan))
             training = _make_fit(recipe, run, cache, samples, indices, model, augment)
             fit(training, Course(), progress, tell)
@@ -159,15 +166,18 @@ def resume(
             runs on another backend.
         LostState: all states are damaged.
         StaleError: there is no interrupted training, the cache or the labels are not those it
-            began with, its recipe is damaged, or it is still running.
-        EnvironmentProblem: the run's device is not available.
+            began with, one of its files was edited or is damaged, or it is still running.
+        EnvironmentProblem: the run's device is not available, or the disk is too full.
         DivergedError: as in `train`.
     """
     _require_cache(cache)
     tell = tell or (lambda line: None)
     run = RunFolder.at(run_dir).require_interrupted()
-    with lock(run.lock_file):
+    with lock(run.lock_file) as is_alone:
         run.require_interrupted()
+        for folder in (run.path, run.state_folder):
+            remove_leftovers(folder, is_alone=is_alone)
+        require_unedited(run)
         _require_same_data(run, cache)
         asked = run.recipe()
         _require_augmentation(asked, augment)
@@ -182,12 +192,13 @@ def resume(
         samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
+        require_space(run, training_space(recipe, len(cache.slices), model))
         training = _make_fit(recipe, run, cache, samples, indices, model, augment)
         course = restored(training, tell)
         if changes:
             record = run.environment()
-            resumed = [*record.get("resumed", []), {"epoch": course.done, "changed": changes}]
-            write_json(run.environment_file, record | {"resumed": resumed})
+            resumed = [*record.get(RESUMED, []), {"epoch": course.done, "changed": changes}]
+            write_json(run.environment_file, record | {RESUMED: resumed})
         epochs = recipe.training.epochs
         tell(
             f"Resuming after epoch {course.done} of {epochs}, {recipe.backend}, {recipe.device},"
@@ -269,9 +280,10 @@ def _require_augmentation(recipe: Recipe, augment: Change | Augmentation | None)
     given = None if augment is None else augmentation_name(augment)
     wanted = recipe.training.own_augment
     if given != wanted:
+        before = f"with the augmentation {wanted}" if wanted else "without one of your own"
         raise UsageError(
-            f"the training began with {wanted or 'no augmentation of its own'} as augmentation;"
-            f" received {given or 'none'}.",
+            f"the augmentation differs: the training began {before}; now {given or 'none'} is"
+            " given.",
             f"Resume it from Python: ich_keras.resume(RUN, CACHE, augment={wanted}).",
         )
 
@@ -312,7 +324,7 @@ def _make_fit(
     )
     assert samples.labels is not None  # `split_indices` refuses data without labels
     labels = samples.labels[chosen["valid"]]
-    return Fit(recipe, run, model, loader, batches("valid"), labels)
+    return Fit(recipe, run, model, loader, batches("valid"), labels, marks_of(run))
 
 
 def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:

@@ -14,6 +14,7 @@ from ich_keras.model_file import read_recipe
 from ich_keras.models.weights_file import SUFFIX, origin, read_weights
 from ich_keras.progress import Progress
 from ich_keras.run_checksums import changed_files
+from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import RunFolder
 
 _NO_CHECKSUMS = "no checksums (an older version wrote it): damage would not be noticed"
@@ -23,14 +24,14 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[str]:
     """Check a run, a cache, an index, a `.weights.h5` or a `.keras` file; nothing is changed.
 
     Args:
-        path: a folder or file; what it is, is seen from its content.
+        path: a folder or file; its kind is recognised by its content.
         progress: called as progress("verifying", done, total).
 
     Returns:
         What was checked, one line each.
 
     Raises:
-        UsageError: it is nothing of these.
+        UsageError: it is none of these.
         StaleError: a part is lost, damaged or not the one that was written; names it.
     """
     path = Path(path)
@@ -87,7 +88,7 @@ def _verify_index(path: Path) -> list[str]:
     if moved:
         raise StaleError(
             f"{path}: {len(moved):,} of {len(sizes):,} files are gone or have another size since"
-            f" they were indexed, {moved[0]} first.",
+            f" they were indexed; the first is {moved[0]}.",
             "Index the folder again.",
         )
     return [
@@ -114,6 +115,8 @@ def _verify_run(run: RunFolder) -> list[str]:
     if run.model_file.is_file():
         read_recipe(run.model_file)
         lines.append(f"{run.model_file.name}: the model's parts match their checksums")
+    if not run.is_finished:
+        require_unedited(run)
     for epoch, folder in states_of(run.state_folder):
         state, has_checksums = read_state(folder, epoch)
         if state.get("run") not in (None, run.identity()):

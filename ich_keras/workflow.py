@@ -8,16 +8,17 @@ import dataclasses
 from pathlib import Path
 
 from ich_keras.config import RunConfig
+from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
 from ich_keras.ct.rejects import MAX_REJECTS, rejects_kept, require_few_rejects, require_share
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
-from ich_keras.files import require_absent
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
+from ich_keras.run_space import require_space_with_cache
 from ich_keras.training import train
 
 _SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
@@ -48,7 +49,7 @@ def prepare_index(
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
-        UsageError: a path does not exist, or `max_rejects` is no share.
+        UsageError: a path does not exist, or `max_rejects` is not a share.
         TooManyRejects: too many files are refused.
         DataError: no CT slice in the folder, a faulty label file, or labels that match no image.
     """
@@ -231,7 +232,15 @@ class Preparation:
 
         Returns:
             The run folder.
+
+        Raises:
+            EnvironmentProblem: the free disk space is too little for the cache and the training.
         """
+        if self.cache is None and self.index is not None:
+            num_slices = len(self.index.usable().slices)
+            require_space_with_cache(
+                self.recipe, num_slices, self.out, self.cache_dir, self.cache_bytes
+            )
         if index_dir is not None and self.index is not None:
             self.index.save(index_dir)
         cache = self.cache
@@ -245,6 +254,7 @@ class Preparation:
                 progress,
                 max_rejects=self.max_rejects,
             )
+        remove_rejects(self.out)  # of a try that refused the same data
         return train(self.config, cache, self.out, progress=progress, tell=tell)
 
 
@@ -261,7 +271,7 @@ def prepare_training(
     any_body_part: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> Preparation:
-    """Index and plan a training; nothing is written.
+    """Index and plan a training; nothing is written but a refused folder's rejects.csv.
 
     Args:
         config: of the training.
@@ -283,7 +293,7 @@ def prepare_training(
         DataError: as `prepare_index` and `plan_of`.
     """
     config.require_no_own_augment()
-    out = require_absent(out)
+    out = require_absent_or_rejects(out)
     cache_dir = cache_beside(out) if cache_dir is None else Path(cache_dir)
     tables: SeriesIndex | CTCache
     if dicom is not None and labels is None:
@@ -294,7 +304,8 @@ def prepare_training(
             index = prepare_index(
                 dicom,
                 labels,
-                config.data.limit_series,
+                # Of a cache, the split takes the first series; it holds them all.
+                None if cache_dir.exists() else config.data.limit_series,
                 workers,
                 progress=progress,
                 tell=tell,

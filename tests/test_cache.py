@@ -443,11 +443,11 @@ def test_a_folder_that_is_no_partial_cache_is_left_alone(index, tmp_path):
 def test_a_full_disk_is_refused_before_anything_is_written(index, tmp_path, monkeypatch):
     needed = []
 
-    def full(folder, num_bytes):
+    def full(folder, num_bytes, what):
         needed.append(num_bytes)
         raise EnvironmentProblem("disk full")
 
-    monkeypatch.setattr(files, "require_free", full)
+    monkeypatch.setattr(cache_build, "require_free", full)
     with pytest.raises(EnvironmentProblem, match="disk full"):
         build(index, tmp_path / "cache")
     assert not list(tmp_path.glob("cache*/*"))

@@ -22,6 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from ich_keras.errors import DataError, IchError, UsageError
 from weights_convert import checkpoint as module
+from weights_convert import wrapping
 from weights_convert.checkpoint import read_checkpoint
 
 TORCH_FORMATS = ("zip", "legacy")
@@ -428,8 +429,9 @@ def test_transposed_tensors_are_no_views(path, kind):
 
 def test_limits(path, monkeypatch):
     content = to_bytes({f"a{n}": torch.ones(2) for n in range(4)}, "zip")
-    monkeypatch.setattr(module, "MAX_TENSORS", 3)
-    refused(path, content, "holds 4 entries; expected at most 3")
+    monkeypatch.setattr(wrapping, "MAX_ENTRIES", 3)
+    refused(path, content, "holds more than 3 entries")
+    monkeypatch.undo()
     monkeypatch.setattr(module, "MAX_BYTES", 999)
     refused(path, content, r"has 2,\d\d\d bytes; expected at most 999")
 

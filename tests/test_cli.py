@@ -1,6 +1,7 @@
 """The command line as users meet it: help, the whole road, one clear line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -524,3 +525,28 @@ def test_out_of_memory_is_one_line_with_a_way_out(error):
 
 def raise_(error):
     raise error
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path, phantom_cache_folder):
+    cache = ("--cache", phantom_cache_folder, "--out", tmp_path / "run")
+    for options in (["--any-body-part"], ["--max-rejects", "0.5"]):
+        refused = ich("train", *cache, *options)
+        assert refused.exit_code == 2
+        assert f"{options[0]} given without --dicom." in refused.output
+    verify = ("cache", "--out", phantom_cache_folder, "--verify")
+    for options in (["--restart"], ["--size", 64], ["--index", tmp_path / "index"]):
+        refused = ich(*verify, *options)
+        assert refused.exit_code == 2
+        assert f"{options[0]} given with --verify." in refused.output
+    assert ich(*verify).exit_code == 0
+
+
+def test_the_first_series_of_a_whole_cache_are_trained_on(phantom_folder, phantom_cache_folder):
+    images, csv = phantom_folder / "images", phantom_folder / "stage_2_train.csv"
+    planned = ich(
+        *("train", "--dicom", images, "--labels", csv, "--cache", phantom_cache_folder),
+        *("--limit-series", 12, "--plan", "--workers", 0),
+    )
+    assert planned.exit_code == 0, planned.output
+    counts = re.findall(r"(?:train|valid|test) +\d+ patients, +(\d+) series", planned.output)
+    assert sum(map(int, counts)) == 12

@@ -219,7 +219,10 @@ def test_plain_torch_equals_torchvision_bit_by_bit(name, size):
             np.testing.assert_array_equal(found[feature], expected[feature], err_msg=feature)
 
 
-@pytest.mark.parametrize("source_name", ["torchvision_resnet18", "torchvision_mc3_18"])
+@pytest.mark.parametrize(
+    "source_name",
+    ["torchvision_resnet18", pytest.param("torchvision_mc3_18", marks=pytest.mark.slow)],
+)
 def test_parity_on_this_backend(source_name):
     parity = selfcheck.check(
         source_name,

@@ -590,7 +590,9 @@ def test_an_interrupted_run_goes_on_where_it_can(place, monkeypatch, problem):
     assert reproduce(place, ["2d"], (0,), tell=told.append, train_run=training) == 1
     assert went_on == ([] if problem == "versions" else [folder])
     assert len(training.configs) == (problem is not None)
-    said = [line for line in told if line.startswith("2d seed 0: cannot go on, starts anew: ")]
+    said = [
+        line for line in told if line.startswith("2d seed 0: cannot be resumed, starting over: ")
+    ]
     wanted = {None: "", "lost": "damaged.", "versions": "torch .*, was 1.0"}[problem]
     assert len(said) == (problem is not None)
     assert re.search(wanted, "".join(said))
@@ -1418,3 +1420,8 @@ def test_the_sheet_of_a_folder(phantom_folder, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
+    before = out.read_bytes()
+    again = CliRunner().invoke(main, ["sheet", str(phantom_folder / "images"), "--out", str(out)])
+    assert again.exit_code == 2
+    assert f"{out} already exists; nothing is overwritten" in again.output
+    assert out.read_bytes() == before

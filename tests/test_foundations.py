@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ich_keras import errors, files
+from ich_keras import disk, errors, files
 from ich_keras.config import RunConfig
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.environment import choose_backend, choose_device, decoders, versions
@@ -90,9 +91,9 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_free_disk_is_checked(tmp_path):
-    files.require_free(tmp_path / "not" / "yet", 1)
+    disk.require_free(tmp_path / "not" / "yet", 1)
     with pytest.raises(EnvironmentProblem, match="are needed"):
-        files.require_free(tmp_path, 2**60)
+        disk.require_free(tmp_path, 2**60)
 
 
 def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
@@ -315,7 +316,7 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
     with pytest.raises(KeyError), new_folder(tmp_path / "a" / "g" / "h"):
         raise KeyError
     long = tmp_path / "a" / "g" / ("h" * 300)
-    with pytest.raises(EnvironmentProblem, match="cannot be made"), new_folder(long):
+    with pytest.raises(EnvironmentProblem, match="cannot be created"), new_folder(long):
         pytest.fail("not reached")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     with pytest.raises(KeyError), new_folder(tmp_path / "e") as kept:
@@ -323,7 +324,7 @@ def test_a_new_folder_is_made_before_the_work(tmp_path):
         raise KeyError
     assert (tmp_path / "e" / "f").exists()
     below = folder / "c" / "g"
-    with pytest.raises(EnvironmentProblem, match="cannot be made: Not a dir"), new_folder(below):
+    with pytest.raises(EnvironmentProblem, match="cannot be created: Not a dir"), new_folder(below):
         pytest.fail("not reached")
 
 
@@ -379,8 +380,15 @@ def test_a_file_system_without_locks_holds_none(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with files.lock(tmp_path / "lock"), files.lock(tmp_path / "lock"):
-        pass
+    monkeypatch.setattr(files, "_told_of_no_locks", [])
+    no_locks = re.escape(f"the file system of {tmp_path} has no locks: make sure that nothing else")
+    with pytest.warns(errors.IchWarning, match=no_locks) as told:
+        with files.lock(tmp_path / "lock") as one, files.lock(tmp_path / "lock") as other:
+            assert (one, other) == (False, False)
+        with files.lock(tmp_path / "elsewhere"):
+            pass
+    assert len(told) == 1  # once in a process
+    (tmp_path / "elsewhere").unlink(missing_ok=True)
     # Not the marker of a lock in its place: a crash would leave that behind.
     assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
     number = errno.EWOULDBLOCK

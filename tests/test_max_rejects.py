@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from ich_keras import workflow
 from ich_keras.cli import main
 from ich_keras.cli.options import share_of_rejects
 from ich_keras.config import DataConfig, RunConfig
+from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
 from ich_keras.ct.rejects import (
     MAX_REJECTS,
     REJECT_CODES,
@@ -20,6 +22,7 @@ from ich_keras.ct.rejects import (
     reject_table,
     require_few_rejects,
 )
+from ich_keras.ct.tables import csv_text
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import UsageError
 from ich_keras.workflow import make_cache, prepare_index, prepare_training
@@ -152,7 +155,6 @@ def test_the_index_fails_and_goes_on_when_told_to(images, tmp_path):
     assert f"Every file and its reason: {out / 'rejects.csv'}" in refused.output
     assert [path.name for path in out.iterdir()] == ["rejects.csv"]
     assert len(pd.read_csv(out / "rejects.csv")) == 4
-    shutil.rmtree(out)
     done = ich(*words, "--max-rejects", 0.3)
     assert done.exit_code == 0, done.output
     assert len(pd.read_csv(out / "rejects.csv")) == 4
@@ -194,6 +196,53 @@ def test_training_asks_before_it_caches(images, phantom_folder, tmp_path):
     for words in (("train", "--max-rejects", 0.5), ("train", "--resume", "x", "--max-rejects", 1)):
         refused = ich(*words)
         assert refused.exit_code == 2 and "--max-rejects given" in refused.output
+
+
+def test_training_takes_the_folder_that_it_refused_before(
+    images, phantom_folder, phantom_cache_folder, tmp_path, monkeypatch
+):
+    harm(images, 3)
+    config, out = RunConfig(data=DataConfig(size=32)), tmp_path / "run"
+    with pytest.raises(TooManyRejects):
+        prepare_training(config, out, images, phantom_folder / "stage_2_train.csv")
+    assert [path.name for path in out.iterdir()] == ["rejects.csv"]
+    preparation = prepare_training(config, out, cache_dir=phantom_cache_folder)
+    assert [path.name for path in out.iterdir()] == ["rejects.csv"]  # as yet nothing is written
+    begun = []
+    monkeypatch.setattr(workflow, "train", lambda config, cache, out, **_: begun.append(out))
+    preparation.train()
+    assert begun == [out] and not any(out.iterdir())
+
+
+def test_only_tables_of_rejects_are_taken_for_leftovers(tmp_path):
+    table = csv_text(rejected(1))
+    for number, (content, others, is_left) in enumerate(
+        [
+            (table, [], True),
+            ("path,code,detail\na,NOT_CT,\n", [], True),  # of an older version
+            (table, [".partial-17-rejects.csv"], True),
+            (table, ["mine.txt"], False),
+            (table, [".partial-17-mine.csv"], False),
+            ("path,reason\n", [], False),
+            ("", [], False),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "rejects.csv").write_text(content)
+        for name in others:
+            (folder / name).write_text("")
+        if is_left:
+            assert require_absent_or_rejects(folder) == folder
+            remove_rejects(folder)
+            assert not any(folder.iterdir())
+            continue
+        for refuse in (require_absent_or_rejects, remove_rejects):
+            with pytest.raises(UsageError, match="already exists; nothing is overwritten"):
+                refuse(folder)
+        assert len(list(folder.iterdir())) == 1 + len(others)
+    remove_rejects(tmp_path / "none")
+    assert require_absent_or_rejects(tmp_path / "none") == tmp_path / "none"
 
 
 def test_every_command_has_the_same_default():

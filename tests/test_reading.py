@@ -14,6 +14,7 @@ from tiny_dicom import tiny_file, tiny_values
 
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
+from ich_keras.data import reading
 from ich_keras.data.cache.cache import build_cache
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.reading import indexed_slices, pixel_hash, read_indexed
@@ -219,3 +220,18 @@ def test_real_slices_are_what_they_were(real_ge_series, real_rsna_slices, tmp_pa
         assert len(index.slices) > 2
         assert refused(index) == {}
         assert isinstance(index.slices, pd.DataFrame)
+
+
+def test_a_file_removed_while_it_is_read_is_a_reject(folder, monkeypatch):
+    source = indexed_slices(index_folder(folder))[0]
+    read = reading.read_slice
+
+    def read_and_remove(container):
+        record = read(container)
+        Path(container).unlink()
+        return record
+
+    monkeypatch.setattr(reading, "read_slice", read_and_remove)
+    with pytest.raises(RejectedFile, match="No such file") as caught:
+        read_indexed(source, SIZE)
+    assert caught.value.code == "UNREADABLE"

@@ -23,13 +23,16 @@ from ich_keras.data.pixels import NO_HASHES
 from ich_keras.errors import DataError, LostState, StaleError
 from ich_keras.evaluation import evaluate
 from ich_keras.inference import load_run
+from ich_keras.models.classifier import classifier
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import save_weights
 from ich_keras.models.weights_file import read_record, read_weights
 from ich_keras.planning import plan_training
 from ich_keras.prediction import predict_folder
+from ich_keras.report import report_text
 from ich_keras.run_folder import RunFolder
+from ich_keras.summary import run_summary
 from ich_keras.training import resume, train
 from ich_keras.verification import verify
 from ich_keras.workflow import make_cache, prepare_index
@@ -273,10 +276,10 @@ def test_states_of_another_run_are_refused_by_name(interrupted, cache, tmp_path)
     shutil.rmtree(interrupted / "state")
     shutil.copytree(foreign / "state", interrupted / "state")
     with pytest.raises(
-        LostState, match=r"state/epoch-0001 is a state of another run: recipe, start differ"
+        LostState, match=r"state/epoch-0001 belongs to another run \(different: recipe, start\)"
     ):
         resume(interrupted, cache)
-    with pytest.raises(StaleError, match="epoch-0001 is a state of another run"):
+    with pytest.raises(StaleError, match="epoch-0001 (is a state of|belongs to) another run"):
         verify(interrupted)
 
 
@@ -288,7 +291,7 @@ def test_one_foreign_state_is_skipped_and_the_run_goes_on_before_it(
     shutil.copytree(foreign / "state" / "epoch-0002", interrupted / "state" / "epoch-0002")
     told = []
     resume(interrupted, cache, tell=told.append)
-    assert "Skipping a damaged state: " in told[0] and "of another run" in told[0]
+    assert "Skipping a damaged state: " in told[0] and "to another run" in told[0]
     assert any(line.startswith("Resuming after epoch 1 of 3") for line in told)
 
 
@@ -433,6 +436,40 @@ def test_best_weights_that_are_not_the_best_are_noticed_when_a_training_goes_on(
         assert read_weights(best).digest == digest
 
 
+def test_best_weights_lost_after_the_last_epoch_end_the_training(ended, cache, tmp_path):
+    """All epochs are done, only the evaluation is not: no later epoch can take over."""
+    run = RunFolder(shutil.copytree(ended, tmp_path / "run"))
+    run.report_file.unlink()
+    best, epoch = run.best_weights, run.best_epoch()
+    state, _ = checkpoints.read_state(run.state_folder / "epoch-0002", 2)
+    if epoch == 2:  # of an epoch before the last
+        record = read_record(best) | {"epoch": 1}
+        model = classifier(PRESETS[NARROW].spec)
+        model.load_weights(best)
+        save_weights(model, best, record)
+        checkpoints.write_state(run.state_folder / "epoch-0002", state | {"best_epoch": 1})
+    other = shutil.copy(run.state_folder / "epoch-0001" / "model.weights.h5", tmp_path)
+    shutil.copy(other, best)
+    for _ in range(2):  # another file, and none
+        with pytest.raises(LostState, match="no epoch is left to train"):
+            resume(run, cache)
+        assert not run.is_finished
+        best.unlink(missing_ok=True)
+
+
+def test_the_report_names_the_epoch_of_the_weights_not_of_the_lowest_loss(finished):
+    run = RunFolder(finished)
+    history = pd.read_csv(run.history_file)
+    worst = int(history.loc[history["valid_log_loss"].idxmax(), "epoch"])
+    model = classifier(PRESETS[NARROW].spec)
+    model.load_weights(run.best_weights)
+    save_weights(model, run.best_weights, read_record(run.best_weights) | {"epoch": worst})
+    loss = history["valid_log_loss"].max()
+    said = f"Best epoch: {worst} of 2 (validation log loss {loss:.4f})."
+    assert said in report_text(run)
+    assert said in run_summary(run, 200)
+
+
 # --- The files of a finished run ------------------------------------------------------------
 
 
@@ -555,6 +592,43 @@ def test_runs_of_older_versions_are_used_and_say_what_they_lack(finished, cache)
     assert not (finished / "checksums.json").exists()
 
 
+def test_checksums_that_are_lost_are_missed(finished, interrupted, cache):
+    (finished / "checksums.json").unlink()
+    for use in (verify, load_run, lambda run: evaluate(run, cache)):
+        with pytest.raises(StaleError, match=r"has lost its checksums\.json"):
+            use(finished)
+    state = interrupted / "state" / "epoch-0002" / "state.json"
+    content = files.read_json(state)
+    files.write_json(state, {k: v for k, v in content.items() if k not in ("checksum", "files")})
+    with pytest.raises(StaleError, match="does not match its checksum"):
+        verify(interrupted)
+
+
+def test_other_labels_do_not_overwrite_what_a_run_was_scored_with(finished, cache, dicom):
+    labels = cache.slices.set_index("sop_instance_uid")
+    test_rows = pd.read_csv(finished / "predictions-test.csv")["sop_instance_uid"]
+    lines = (dicom / "stage_2_train.csv").read_text().splitlines()
+    wrong = dicom.with_name("wrong.csv")
+    changed = f"{test_rows[0]}_any,{1 - labels.loc[test_rows[0], 'any']}"
+    kept = [line for line in lines if not line.startswith(f"{test_rows[0]}_any,")]
+    subtypes = [k if not k.startswith(test_rows[0]) else k[:-1] + "0" for k in kept]
+    wrong.write_text("\n".join([*subtypes, changed]) + "\n")
+    before = (finished / "metrics-test.json").read_bytes()
+    other = CTCache.open(cache.path, labels=read_rsna_labels(wrong))
+    with pytest.raises(StaleError, match=r"1 of \d+ rows of .*-test\.csv have other labels"):
+        evaluate(finished, other)
+    assert (finished / "metrics-test.json").read_bytes() == before
+    evaluate(finished, cache)
+    verify(finished)
+
+
+def test_two_evaluations_at_once_are_refused(finished, cache):
+    with files.lock(RunFolder(finished).lock_file), pytest.raises(StaleError, match="is locked"):
+        evaluate(finished, cache)
+    evaluate(finished, cache)
+    assert not RunFolder(finished).lock_file.exists()
+
+
 def test_an_unfinished_run_is_verified_as_far_as_it_goes(interrupted):
     code, said = verified(interrupted)
     assert code == 0
@@ -669,4 +743,5 @@ def test_labels_given_anew_do_not_change_the_digest(finished, cache, dicom):
     rows = np.flatnonzero(slices["series_uid"].isin(RunFolder(finished).split().members["valid"]))
     slices.loc[rows[:3], ["any"]] = -1
     again.slices = slices
-    evaluate(finished, again, "valid")
+    with pytest.raises(StaleError, match=r"3 of \d+ rows .* have other labels"):
+        evaluate(finished, again, "valid")

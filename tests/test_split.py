@@ -230,10 +230,51 @@ def test_file_of_slices_counts_what_does_not_fit(tmp_path):
         range(5, len(slices))
     )
     assert split.note == (
-        "1 identifiers in lists.csv that belong to no labelled slice; 1 repeated rows in "
+        f"{len(slices) - 5} of {len(slices) - 4} values of sop_instance_uid in lists.csv belong to "
+        f"labelled slices, the others do not (line {len(slices) - 2}); 1 repeated rows in "
         "lists.csv; 5 labelled slices that it does not name, left out"
     )
     assert audit(split, slices)["left_out"] == 5
+
+
+def test_unknown_and_unnamed_patients_are_counted_and_not_named(tmp_path):
+    slices = slice_table(12)
+    path = write_lists(tmp_path / "lists.csv", slices, "patient_id", by_patient_number)
+    lines = path.read_text().splitlines()
+    strangers = [f"{SECRET}-{number},x,train" for number in range(7)]
+    path.write_text("\n".join([*lines[:3], *strangers, *lines[4:], ""]))  # without patient 2
+    split = make_split(path, slices, seed=0)
+    left_out = int((slices["patient_id"] == f"{SECRET}002").sum())
+    assert split.note == (
+        "11 of 18 values of patient_id in lists.csv belong to labelled slices, the others do not "
+        "(line 4; line 5; line 6; line 7; line 8; and 2 more); "
+        f"{left_out} labelled slices that it does not name, left out; "
+        "1 patients of whom it names no slice"
+    )
+    path.write_text("\n".join([lines[0], *strangers, ""]))
+    with pytest.raises(DataError, match="none of its 7 values of patient_id belongs to") as caught:
+        make_split(path, slices, seed=0)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_split_of_other_data_says_what_does_not_fit(tmp_path):
+    slices = slice_table(30)
+    path = tmp_path / "split.json"
+    split_by_patient(slices, seed=0).save(path)
+    assert make_split(path, slices, seed=0).note == ""
+    series = slices["series_uid"].unique()
+    lost = slices[slices["series_uid"] != series[0]]
+    assert make_split(path, lost, seed=0).note == (
+        f"1 of {len(series)} values of series_uid belong to no labelled slice"
+    )
+    more = pd.concat([slices, slices[-4:].assign(series_uid="new", patient_id="new")])
+    assert make_split(path, more, seed=0).note == (
+        "4 labelled slices that the split does not name, left out"
+    )
+    others = slices.assign(series_uid="other-" + slices["series_uid"])
+    message = f"none of its {len(series)} values of series_uid belongs to a labelled slice"
+    with pytest.raises(DataError, match=message):
+        make_split(path, others, seed=0)
 
 
 BAD_LISTS = {
@@ -255,7 +296,10 @@ BAD_LISTS = {
         "patient_id,split\nA,train\nB,test\nA,valid\n",
         "line 4: valid here, but the same patient_id is in train on line 2",
     ),
-    "nothing known": ("series_uid,split\n1.2,train\n1.3,test\n", "none of its 2 values .*'1.2'"),
+    "nothing known": (
+        "series_uid,split\n1.2,train\n1.3,test\n",
+        "none of its 2 values of series_uid belongs to a labelled slice",
+    ),
     "an empty part": (
         "series_uid,split\nser.000.0,train\nser.001.0,test\n",
         "valid would hold no labelled slice",

@@ -1,19 +1,29 @@
 """What is left on a real terminal: every line that matters, whole and once, at any width."""
 
+import json
 import os
 import re
 import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import click
+import h5py
+import numpy as np
 import pandas as pd
 import pyte
 import pytest
 from click.testing import CliRunner
 
+from ich_keras.errors import IchWarning
+from ich_keras.files import write_json
 from ich_keras.labels import LABELS
+from ich_keras.metrics.binary import binary_metrics
+from ich_keras.models.weights_file import RECORD
+from ich_keras.run_folder import SYNTHETIC
 from ich_keras.summary import (
     evaluation_summary,
     prediction_table,
@@ -240,6 +250,25 @@ def test_tables_fit(shown, work, width):
     assert "voxel counts" in summary
 
 
+@pytest.mark.parametrize("is_phantom", [True, False])
+def test_the_summary_explains_the_rows_that_it_shows(tmp_path, is_phantom):
+    """Voxels are counted on phantoms only."""
+    labels = np.tile([[0], [1]], (2, len(LABELS)))
+    part = binary_metrics(labels, np.full(labels.shape, 0.25))
+    if is_phantom:
+        part["trivial_auroc_any"] = 0.75
+    write_json(tmp_path / "metrics-test.json", {"slice": part})
+    write_json(tmp_path / "data.json", {SYNTHETIC: is_phantom})
+    (tmp_path / "history.csv").write_text("epoch,valid_log_loss\n1,0.5\n")
+    with h5py.File(tmp_path / "best.weights.h5", "w") as file:
+        file.attrs[RECORD] = json.dumps({"epoch": 1})
+    summary = run_summary(tmp_path, 80)
+    assert "Best epoch: 1 of 1" in summary
+    assert "constant: always predicting how common each label is." in summary
+    assert ("any, voxel counts" in summary) == is_phantom
+    assert ("voxel counts: a detector" in summary) == is_phantom
+
+
 # What a long training shows: 30 epochs, each validated, more steps than a terminal has rows.
 RECORDED = """
 import sys, time
@@ -345,6 +374,24 @@ def test_lines_come_at_most_once_a_minute(capsys, monkeypatch):
         "caching: 10/2,000, 7 h 11 min left",
         "caching: done, 2,000 in 2 min 36 s",
     ]
+
+
+@pytest.mark.filterwarnings("default")
+def test_our_own_warnings_are_one_line(capsys):
+    @click.command(cls=Command)
+    def command():
+        warnings.warn("before the console is open.", IchWarning, stacklevel=2)
+        with open_terminal():
+            warnings.warn("while it is open.", IchWarning, stacklevel=2)
+
+    with pytest.raises(SystemExit):
+        command([])
+    assert capsys.readouterr().err.splitlines() == [
+        "Warning: before the console is open.",
+        "Warning: while it is open.",
+    ]
+    with pytest.warns(UserWarning, match="another's"):
+        warnings.warn("another's", UserWarning, stacklevel=2)
 
 
 def test_a_step_that_stops_short_still_ends(capsys):

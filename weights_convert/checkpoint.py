@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 MAX_BYTES = 4 * 2**30  # the largest published file has 0.2 GiB
-MAX_TENSORS = 10_000
 MAX_AXES = 5
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIX = "module."  # added by torch's DataParallel
@@ -45,7 +44,7 @@ _NO_NETWORK = (
     "It holds no ResNet: expected a state dict with torchvision's or MedicalNet's names, whole,"
     " under one common prefix or key of any name."
 )
-_BROKEN_WEIGHTS = "These are no trained weights: save another checkpoint."
+_BROKEN_WEIGHTS = "These are not trained weights: save another checkpoint."
 # Raised on damaged files by torch and by the readers of the formats.
 _READ_ERRORS = (
     RuntimeError,
@@ -295,10 +294,6 @@ def _state_dict(path: Path, content: dict[Any, Any]) -> tuple[dict[str, Any], tu
             ignored = tuple(_shown(key) for key in content if key != wrapper)
             content = content[wrapper]
             break
-    if len(content) > MAX_TENSORS:
-        raise DataError(
-            f"{path} holds {len(content):,} entries; expected at most {MAX_TENSORS:,}.", _NO_NETWORK
-        )
     _require_names(path, content)
     prefixed = [key for key in content if key.startswith(PREFIX)]
     if prefixed and len(prefixed) != len(content):

@@ -109,7 +109,7 @@ def find_network(content: Mapping[Any, Any], place: str, prefix: str | None) -> 
     if len(entries) < sum(_is_under(name, chosen, prefixes) for name in found):
         raise DataError(f"{place} holds two entries for one tensor of its network.", _SAVE_ALONE)
     others = [*odd, *_others(found, chosen, prefixes)]
-    # A number or a text beside the weights is no weight; a tensor may be, and is kept.
+    # A number or a text beside the weights is not a weight; a tensor may be, and is kept.
     beside = [n for n, v in entries.items() if not is_part(n) and _shape_of(v) is None]
     entries = {name: value for name, value in entries.items() if name not in beside}
     others += [shown_place(name) for name in beside]

@@ -133,7 +133,9 @@ def _is_before(one: dict, other: dict) -> bool:
 
 
 def kept_epoch(result: Result) -> int:
-    """Return the epoch whose weights were kept: that of the lowest validation log loss, from 1."""
+    """Return the epoch whose weights were kept, from 1; older results do not record it."""
+    if "best_epoch" in result.info:
+        return int(result.info["best_epoch"])
     row = result.history["valid_log_loss"].idxmin()
     return int(result.history["epoch"][row])
 

@@ -46,8 +46,7 @@ def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
         The options whose values in the file are not used; "" when there are none.
     """
     from ich_keras.config import DataConfig, FitConfig
-    from ich_keras.models.presets import PRESETS
-    from ich_keras.recipe import view_kind
+    from ich_keras.models.presets import PRESETS, view_kind
 
     in_file = content["data"]["view"]
     preset = content["preset"] if options["preset"] is None else options["preset"]

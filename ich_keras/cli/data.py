@@ -1,12 +1,11 @@
 """Commands on data: phantom, index, cache, audit, doctor."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ich_keras.cli.configuration import names_of
 from ich_keras.cli.options import (
     ANY_BODY_PART,
     CACHE,
@@ -20,7 +19,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.errors import EXIT_ENVIRONMENT, DataError
+from ich_keras.errors import EXIT_ENVIRONMENT, DataError, UsageError
 from ich_keras.terminal import Command, open_terminal
 
 # Up to this many series, `ich index` describes the spacing and tilt of each.
@@ -102,6 +101,7 @@ def index(
     from ich_keras.ct.rejects import TooManyRejects, rejects_kept, summary
     from ich_keras.ct.series import LOCK, MANIFEST, SeriesIndex, require_new
     from ich_keras.ct.verdict import shown
+    from ich_keras.files import lock
     from ich_keras.workflow import prepare_index
 
     out = out.absolute()
@@ -111,7 +111,7 @@ def index(
     is_saved = journal.exists() and (out / MANIFEST).is_file()
     if not is_saved:
         require_new(out)
-    with _locked(journal.with_name(f"{journal.name}{LOCK}")):
+    with lock(journal.with_name(f"{journal.name}{LOCK}"), is_kept=False) as is_alone:
         try:
             with open_terminal() as terminal, rejects_kept(out):
                 indexed = prepare_index(
@@ -130,7 +130,7 @@ def index(
             journal.unlink(missing_ok=True)
             raise
         if not (is_saved and SeriesIndex.load(out).equals(indexed)):
-            indexed.save(out)
+            indexed.save(out, is_alone)
     journal.unlink(missing_ok=True)  # the very last: whoever finds it knows that there is more
     if len(indexed.series) <= DESCRIBED_SERIES:
         for series_uid in indexed.series["series_uid"]:
@@ -140,19 +140,6 @@ def index(
     for line in summary(indexed.rejects):
         click.echo(line)
     click.echo(f"Index: {out}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock for the length of a block, and leave no file behind."""
-    from ich_keras.files import lock
-
-    with lock(path):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
-                path.unlink(missing_ok=True)
 
 
 @click.command(cls=Command)
@@ -167,7 +154,7 @@ def _locked(path: Path) -> Iterator[None]:
 )
 @click.option("--verify", is_flag=True, help="Only verify the checksums of the cache in --out.")
 @click.option(
-    "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start anew."
+    "--restart", is_flag=True, help="Remove what an interrupted build of --out left; start over."
 )
 @MAX_REJECTS
 @WORKERS
@@ -190,6 +177,12 @@ def cache(
 
     with open_terminal() as terminal:
         if verify:
+            context = click.get_current_context()
+            source = click.core.ParameterSource.COMMANDLINE
+            names = ("index_dir", "size", "restart", "max_rejects", "workers")
+            if given := [n for n in names if context.get_parameter_source(n) == source]:
+                shown = names_of(dict.fromkeys((n.removesuffix("_dir") for n in given), True))
+                raise UsageError(f"{shown} given with --verify.", "It takes --out only.")
             cached = CTCache.open(out)
             cached.verify(progress=terminal.progress)
         else:
@@ -260,6 +253,8 @@ def audit(
     if chosen is None:
         return
     click.echo(f"split {chosen.name}:")
+    if chosen.note:
+        click.echo(f"  {chosen.note}")
     for part, counts in result["split"]["parts"].items():
         groups = ", ".join(f"{counts[name]:,} {name}" for name in counts if name != "positive")
         click.echo(f"  {part:5} {groups}")

@@ -71,7 +71,9 @@ def evaluate(
 @click.command(cls=Command)
 @RUN
 @DICOM
-@click.option("--out", type=FOLDER, required=True, metavar="OUT", help="New folder.")
+@click.option(
+    "--out", type=FOLDER, required=True, metavar="OUT", help="New folder, or one to resume."
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
@@ -95,7 +97,8 @@ def predict(
 ) -> None:
     """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
 
-    A run trained on whole series predicts series only.
+    A run trained on whole series predicts series only. After an interruption, the same command
+    resumes it.
 
     Not a medical device; not for clinical use.
     """
@@ -117,6 +120,7 @@ def predict(
             any_body_part=any_body_part,
             unfinished=unfinished,
             max_rejects=share_of_rejects(max_rejects),
+            tell=terminal.tell,
         )
     click.echo(prediction_table(result.series, terminal_width()))
     click.echo(textwrap.fill(result.notice, terminal_width()))

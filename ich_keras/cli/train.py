@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 )
 @click.option("--epochs", type=int, help="Default 6.")
 @click.option(
-    "--batch-size", type=int, help="Samples per step; default 32 slices, 16 slabs or 1 series."
+    "--batch-size", type=int, help="Samples per batch; default 32 slices, 16 slabs or 1 series."
 )
 @click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
 @click.option(
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
 )
 @click.option("--loss", help="bce (default) or rsna (any counted twice).")
 @click.option(
-    "--balance/--no-balance", default=None, help="Train on one negative slice per positive one."
+    "--balance/--no-balance", default=None, help="Train on one negative sample per positive one."
 )
 @click.option("--augment", help="thesis (default), flip (left-right only) or none.")
 @click.option(
@@ -200,6 +200,11 @@ def train_main(
         return
     if demo_plan is not None:
         raise UsageError("--demo-plan given with data.", "It is only for the demo: leave it out.")
+    of_files = {"any_body_part": any_body_part or None, "max_rejects": max_rejects}
+    if dicom is None and (given := names_of(of_files)):
+        raise UsageError(
+            f"{given} given without --dicom.", "A cache is used as it is: leave it out."
+        )
     _train(
         config,
         out,
@@ -210,7 +215,7 @@ def train_main(
         workers=num_workers(workers),
         is_plan=plan,
         downloads=download,
-        note=f"Defaults instead of the file's settings for its own view: {reset}." if reset else "",
+        note=reset and f"The file is for another view, so these keep their defaults: {reset}.",
         any_body_part=any_body_part,
         max_rejects=share_of_rejects(max_rejects),
     )
@@ -310,6 +315,7 @@ def _resume(
     device: str | None,
     options: dict[str, Any],
 ) -> None:
+    from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
@@ -321,7 +327,7 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    RunFolder(run_dir).require_interrupted()
+    require_unedited(RunFolder(run_dir).require_interrupted())
     cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(

@@ -62,7 +62,7 @@ def measure_fragments(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
     if pixels.num_bytes != UNDEFINED_LENGTH:
         detail = f"is not in fragments; its syntax is {pixels.transfer_syntax_uid}"
         raise undecodable(detail, EXPORT_AGAIN)
-    # Lossless coding may enlarge noise a little. Data far larger than the raw pixels are no slice.
+    # Lossless coding may enlarge noise a little. Data far larger than the pixels are not.
     limit = 4 * pixels.rows * pixels.columns + (1 << 20)
     offset = pixels.offset
     for _ in range(MAX_FRAGMENTS):

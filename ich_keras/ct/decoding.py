@@ -122,7 +122,7 @@ class _DecoderProcess:
 
     def abandon(self) -> None:
         """Let go of a process that belongs to the process from which this one was forked."""
-        self._process.returncode = 0  # it is no child of this process: nothing to wait for
+        self._process.returncode = 0  # it is not a child of this process: nothing to wait for
         self._close()
 
     def _close(self) -> None:

@@ -92,6 +92,13 @@ def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarra
     return read_slice(source, force).hu
 
 
+def unreadable(error: OSError) -> RejectedFile:
+    """Make the error for a file that the system does not give."""
+    reason = error.strerror or type(error).__name__
+    hint = "Check that it exists and that you may read it."
+    return RejectedFile("UNREADABLE", f"{reason}; expected a readable file", hint)
+
+
 @contextlib.contextmanager
 def _opened(source: str | PathLike | BinaryIO) -> Iterator[BinaryIO]:
     try:
@@ -101,6 +108,4 @@ def _opened(source: str | PathLike | BinaryIO) -> Iterator[BinaryIO]:
         else:
             yield source
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        hint = "Check that it exists and that you may read it."
-        raise RejectedFile("UNREADABLE", f"{reason}; expected a readable file", hint) from error
+        raise unreadable(error) from error

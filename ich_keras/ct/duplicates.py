@@ -65,7 +65,7 @@ def _compared(same: list[Entry]) -> tuple[list[Entry], list[Reject]]:
             return [first], [_copy_of(first, other) for other in others]
         readable, rejects = _readable(same)
         if len(readable) < len(same):
-            # A damaged copy is no conflict.
+            # A damaged copy is not a conflict.
             kept, more = _compared(readable) if len(readable) > 1 else (readable, [])
             return kept, rejects + more
     other, difference = next(pair for pair in differences if pair[1])

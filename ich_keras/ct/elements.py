@@ -151,7 +151,7 @@ def patient_id_of(elements: dict[int, Element]) -> str:
 
 def _decoded(raw: bytes, character_sets: str) -> str:
     """Decode an identifier. Bytes that do not fit their character set are taken one by one."""
-    # What holds no letter at all is no term either.
+    # What holds no letter at all is not a term either.
     codecs = [_CODECS.get(_plain(term) or term.strip()) for term in character_sets.split("\\")]
     known = [codec for codec in codecs if codec is not None]
     if len(known) < len(codecs):

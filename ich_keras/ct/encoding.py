@@ -6,7 +6,7 @@ from typing import Any
 from pydicom.pixels import get_decoder
 
 from ich_keras.ct.elements import name, show
-from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
+from ich_keras.ct.rejects import CODECS, COPY_AGAIN, EXPORT_AGAIN, RejectedFile
 
 IMPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
@@ -16,7 +16,7 @@ RLE = "1.2.840.10008.1.2.5"
 NATIVE = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
 
 _CONVERT = "Convert it to Explicit VR Little Endian first, for instance with dcmtk's dcmconv."
-_INSTALL = "Install the decoders: pip install 'ich_keras[codecs]'"
+_INSTALL = f"Install the decoders: {CODECS}"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class SliceHeader:
         times: the values of TIME_TAGS, of the day; "" where absent.
         slope, intercept: HU = slope * stored value + intercept.
         pixels: the pixels' matrix size, encoding and place in the file, as stored.
-        padding: the stored values that are no measurement; None if the header declares none.
+        padding: the stored values that are not measurements; None if the header declares none.
 
     Source:
         DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
@@ -178,7 +178,7 @@ def _parse(stream: BinaryIO, force: bool, elements: dict[int, Element]) -> Slice
 
 
 def _require_uid(syntax: str) -> None:
-    """Refuse what is no UID: pydicom would quote it in a warning."""
+    """Refuse what is not a UID: pydicom would quote it in a warning."""
     if not _UID.fullmatch(syntax):
         raise bad_value("TransferSyntaxUID", show(syntax), "a UID")
 

@@ -1,17 +1,17 @@
 """A journal of the files whose headers were read: an interrupted indexing resumes from it."""
 
-import json
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from ich_keras.disk import full_disk_told
 from ich_keras.errors import UsageError
+from ich_keras.files import checked_line, read_checked_line
 
 # Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
 _FIRST_LINE = b"ich-index-journal 5\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
-_NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
+NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
 
 
 class Entry(NamedTuple):
@@ -52,6 +52,7 @@ class Journal:
 
     Raises:
         UsageError: the file is not a journal.
+        EnvironmentProblem: the disk is full; `add` raises it, too.
     """
 
     def __init__(self, path: Path | None):
@@ -67,7 +68,8 @@ class Journal:
                 self._append(b"\n")
         elif content.startswith(_FAMILY) or _FIRST_LINE.startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_FIRST_LINE)
+            with full_disk_told(path, len(_FIRST_LINE)):
+                path.write_bytes(_FIRST_LINE)
         else:
             raise UsageError(
                 f"{path} is not a journal of `ich index`; it was not changed.",
@@ -77,28 +79,27 @@ class Journal:
     def find(self, path: str, file_size: int, file_mtime_ns: int) -> Entry | None:
         """Return a file's entry; None when it has none or the file has changed since."""
         entry = self._known.get(path)
-        if entry is None or entry[1:3] != (file_size, file_mtime_ns) or entry.code in _NEVER_KEPT:
+        if entry is None or entry[1:3] != (file_size, file_mtime_ns) or entry.code in NEVER_KEPT:
             return None
         return entry
 
     def add(self, entries: list[Entry]) -> None:
         """Write entries; once this returns, a crash of this process cannot lose them."""
         if self._path is not None and entries:
-            text = json.dumps(entries, separators=(",", ":")).encode()
-            self._append(b"%08x %s\n" % (zlib.crc32(text), text))
+            self._append(checked_line(entries))
 
     def _append(self, line: bytes) -> None:
         assert self._path is not None  # callers check
-        # One write in append mode: lines of two processes do not mix.
-        with open(self._path, "ab", buffering=0) as stream:
-            stream.write(line)
+        # One write in append mode: lines of two processes do not mix. Only a nearly full disk takes
+        # less than the line; the next write then fails.
+        with full_disk_told(self._path), open(self._path, "ab", buffering=0) as stream:
+            written = stream.write(line)
+            while written < len(line):
+                written += stream.write(line[written:])
 
 
 def _parse(line: bytes) -> list[Entry]:
-    checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
-        return []
     return [
         Entry._make(tuple(field) if isinstance(field, list) else field for field in fields)
-        for fields in json.loads(text)
+        for fields in read_checked_line(line) or []
     ]

@@ -1,4 +1,4 @@
-"""Declared padding: pixels that the header says are no measurement become air.
+"""Declared padding: pixels that the header says are not measurements become air.
 
 Scanners fill the corners outside their circle of reconstruction, and programs that turn or shift
 slices fill what they uncover.

@@ -53,7 +53,7 @@ def hounsfield_units(
     Args:
         raw: the value of PixelData, `pixels.num_bytes` bytes.
         pixels: as returned by `locate`.
-        padding: the stored values that are no measurement, and become air.
+        padding: the stored values that are not measurements, and become air.
         slope, intercept: HU = slope * stored + intercept.
 
     Returns:

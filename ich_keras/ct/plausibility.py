@@ -33,7 +33,7 @@ MAX_HIGH = 0.2  # in one window above 300 HU [.04; .33 with the intercept lost]
 # The same above 850 HU in a slice without air; dense bone is spread over 1000 HU.
 MAX_DENSE_WITHOUT_AIR = 0.08
 MAX_BETWEEN = 0.2  # in one window between air and fat [.1; .4 with half the slope]
-MIN_OBJECT = 0.05  # above -500 HU: less is no object
+MIN_OBJECT = 0.05  # above -500 HU: less is not an object
 MIN_SOFT_OF_OBJECT = 0.02  # in one window of soft tissue [.17; .006 with twice the slope]
 MIN_NEAR_SOFT_OF_OBJECT = 0.05  # between -150 and 150 HU [.36; .013]
 MIN_POSITIVE = 0.001  # above 0 HU

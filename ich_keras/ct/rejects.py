@@ -304,8 +304,8 @@ def nothing_usable(message: str, table: pd.DataFrame, hint: str = "") -> Nothing
 def lost(table: pd.DataFrame) -> pd.Series:
     """Tell for each reject whether data are lost without the file; see `Explanation.is_loss`.
 
-    A file that is no DICOM file, but is called one, is lost: an empty `1.dcm` is a slice that was
-    not copied. The shadow files of macOS (`._1.dcm`) are none.
+    A file named like a DICOM file that is not one counts as lost: an empty `1.dcm` is a slice that
+    was not copied. The shadow files of macOS (`._1.dcm`) are none.
 
     Returns:
         bool, by row of the table.
@@ -321,7 +321,7 @@ def lost(table: pd.DataFrame) -> pd.Series:
 
 
 def require_share(max_rejects: float) -> None:
-    """Refuse a limit that is no share; NaN would never be exceeded.
+    """Refuse a limit that is not a share; NaN would never be exceeded.
 
     Raises:
         UsageError: it is not from 0 to 1.
@@ -345,7 +345,7 @@ def require_few_rejects(slices: pd.DataFrame, rejects: pd.DataFrame, max_rejects
 
     Raises:
         TooManyRejects: naming the share, the codes, the first file and what to do.
-        UsageError: `max_rejects` is no share.
+        UsageError: `max_rejects` is not a share.
     """
     require_share(max_rejects)
     missing = rejects[lost(rejects)]
@@ -365,12 +365,12 @@ def require_few_rejects(slices: pd.DataFrame, rejects: pd.DataFrame, max_rejects
 
 
 @contextlib.contextmanager
-def rejects_kept(folder: Path | None, is_in_the_way: bool = True) -> Iterator[None]:
+def rejects_kept(folder: Path | None) -> Iterator[None]:
     """When a block refuses a folder, write its rejects to a folder and say so in the hint.
 
     Args:
-        folder: receives rejects.csv; created when absent. None writes nothing.
-        is_in_the_way: whether the next try expects a new folder.
+        folder: receives rejects.csv; created when absent. None writes nothing. The next try
+            replaces what is left there: see `ich_keras.ct.leftovers`.
     """
     try:
         yield
@@ -380,5 +380,4 @@ def rejects_kept(folder: Path | None, is_in_the_way: bool = True) -> Iterator[No
         path = folder / REJECTS_FILE
         atomic_write(path, csv_text(error.rejects))
         hint = f"{error.hint} Every file and its reason: {path}"
-        hint += " (remove it before you try again)" if is_in_the_way else ""
         raise type(error)(error.message, hint, error.rejects) from error

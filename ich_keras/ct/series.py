@@ -1,8 +1,6 @@
 """The index: the slices in a folder, the series they form, and the files that are refused."""
 
-import glob
 import math
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from ich_keras.ct.geometry import TILT_DEGREES, neighbour_distances_mm
 from ich_keras.ct.index_tables import make_tables
 from ich_keras.ct.journal import Journal
 from ich_keras.ct.kind import is_elsewhere
+from ich_keras.ct.leftovers import require_absent_or_rejects
 from ich_keras.ct.rejects import (
     Reject,
     counts,
@@ -38,14 +37,8 @@ from ich_keras.ct.turning import require_turned
 from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
 from ich_keras.ct.walk import read_all, walk
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import (
-    PARTIAL,
-    fingerprint,
-    read_json,
-    replace,
-    require_absent,
-    write_json,
-)
+from ich_keras.files import fingerprint, read_json, replace, write_json
+from ich_keras.leftovers import PARTIAL, partial_of, remove_leftovers
 from ich_keras.progress import Progress
 
 SCHEMA = 1
@@ -151,18 +144,23 @@ class SeriesIndex:
             rejects=joined(self.rejects, found),
         )
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, is_alone: bool = False) -> None:
         """Write slices.csv, series.csv, rejects.csv and index.json into a new folder.
 
         They are written beside it; the folder gets its name when all is there. What a crash of an
         older version left under that name is replaced.
 
+        Args:
+            folder: to be made; an empty one is fine.
+            is_alone: whether the caller holds a lock that keeps others from saving here.
+
         Raises:
             UsageError: the folder is not empty.
+            EnvironmentProblem: the disk is full.
         """
         folder = require_new(folder).resolve()
-        _remove_leftovers(folder)
-        partial = folder.with_name(f"{PARTIAL}-{os.getpid()}-{folder.name}")
+        remove_leftovers(folder.parent, folder.name, is_alone)
+        partial = partial_of(folder)
         try:
             tables = {
                 name: write_table(partial / f"{name}.csv", getattr(self, name)) for name in _TABLES
@@ -211,8 +209,9 @@ class SeriesIndex:
 
 
 def require_new(folder: Path | str) -> Path:
-    """Return the path if an index can be saved there: nothing exists, or half of an index.
+    """Return the path if an index can be saved there.
 
+    Nothing exists there, or the rejects.csv of an indexing that was refused, or half of an index.
     Versions up to 0.1 saved in place: killed, they left some tables and no index.json.
 
     Raises:
@@ -222,23 +221,8 @@ def require_new(folder: Path | str) -> Path:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     tables = {f"{name}.csv" for name in _TABLES}
     strays = {name for name in names if name.startswith(f"{PARTIAL}-")}
-    # rejects.csv alone is what a folder without slices leaves; its reader may want it.
     is_half = names - strays <= tables and names - {"rejects.csv"}
-    return folder if is_half else require_absent(folder)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes had written for an index of this name."""
-    for path in folder.parent.glob(f"{PARTIAL}-*-{glob.escape(folder.name)}"):
-        process = path.name.removeprefix(f"{PARTIAL}-").partition("-")[0]
-        if os.name == "nt" or not process.isdecimal():  # there, signal 0 would end a process
-            continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (OverflowError, PermissionError):  # no number of a process, or another user's
-            continue
+    return folder if is_half else require_absent_or_rejects(folder)
 
 
 def index_folder(
@@ -247,6 +231,7 @@ def index_folder(
     journal: Path | str | None = None,
     progress: Progress | None = None,
     any_body_part: bool = False,
+    leave_out: Path | str | None = None,
 ) -> SeriesIndex:
     """Find the CT slices in a folder, group them into series and put them in order.
 
@@ -263,6 +248,7 @@ def index_folder(
         progress: called as progress("indexing", files done, files).
         any_body_part: do not ask whether a series shows a head; otherwise another part of the body
             gets the verdict "not a head".
+        leave_out: a folder that is not searched, though it may lie in the other: that of results.
 
     Raises:
         UsageError: the folder does not exist, or the journal file is not a journal.
@@ -279,7 +265,7 @@ def index_folder(
     known = Journal(journal)
     own = () if journal is None else (str(journal), f"{journal}{LOCK}")
     found, unread = [], []
-    for entry in walk(folder):
+    for entry in walk(folder, leave_out):
         if entry.path in own:
             continue
         before = None if entry.code else known.find(*entry[:3])

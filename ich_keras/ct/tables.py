@@ -11,6 +11,8 @@ from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write, fingerprint
 
 TEXT = "str"
+# Direction cosines of a series, along a row and along a column.
+COSINES = ("row_x", "row_y", "row_z", "column_x", "column_y", "column_z")
 SLICE_COLUMNS = {
     "sop_instance_uid": TEXT,
     "series_uid": TEXT,
@@ -46,7 +48,7 @@ SERIES_COLUMNS = {
     "shear_degrees": "float64",
     "shear_row": "float64",
     "shear_column": "float64",
-    **dict.fromkeys(("row_x", "row_y", "row_z", "column_x", "column_y", "column_z"), "float64"),
+    **dict.fromkeys(COSINES, "float64"),
     "verdict": TEXT,
     "num_rejected": "int64",
     "kernel": TEXT,

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ich_keras.ct.geometry import is_axial
+from ich_keras.ct.tables import COSINES
 from ich_keras.errors import StaleError
 
-_COSINES = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
 # A picture turned by half a right angle could go either way; rounding must not decide it.
 _TIE = 1e-2
 
@@ -124,9 +124,9 @@ def require_turned(series: pd.DataFrame, place: Path) -> None:
     Raises:
         StaleError: a series in it would be turned now.
     """
-    if not set(_COSINES) <= set(series):
+    if not set(COSINES) <= set(series):
         return
-    for uid, *cosines in series[["series_uid", *_COSINES]].itertuples(index=False):
+    for uid, *cosines in series[["series_uid", *COSINES]].itertuples(index=False):
         if Turn.of(tuple(cosines)):
             raise StaleError(
                 f"{place} holds series {uid} as it was stored, not with rows to the patient's left"

@@ -151,7 +151,7 @@ class _Stack:
     def _is_woven(self, ones: Volume, others: Volume) -> bool:
         """Return whether two regular stacks lie in one another, as thin slices between thick ones.
 
-        A few slices, or a stack with holes that the other one fills, are no volumes of their own.
+        A few slices, or a stack with holes that the other one fills, are not volumes of their own.
         """
         stacks = self._along(ones), self._along(others)
         least = min(map(len, stacks))

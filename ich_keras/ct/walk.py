@@ -20,13 +20,14 @@ MAX_CHUNK = 512
 _PROGRESS_CALLS = 200
 
 
-def walk(folder: Path) -> Iterator[Entry]:
+def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
     """Yield every file with its size and time; what is not read comes as a reject.
 
-    Links to folders are followed, after all folders that are no links; a folder that several paths
+    Links to folders are followed, after all folders that are not links; a folder that several paths
     reach is read once, by the first of them. Names that begin with a dot are listed, not read.
+    `leave_out` is neither.
     """
-    seen: set[str] = set()
+    seen = set() if leave_out is None else {os.path.realpath(leave_out)}
     places, links = deque([str(folder)]), deque[str]()
     while places or links:
         # What is a folder of its own keeps its own path.
@@ -68,7 +69,12 @@ def _look_at(path: str) -> Entry:
         return Entry(path, 0, 0, "UNREADABLE", error.strerror or type(error).__name__)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
         return Entry(path, 0, 0, "UNREADABLE", "a device or pipe; expected a file")
-    return Entry(path, status.st_size, status.st_mtime_ns)
+    return Entry(path, status.st_size, _in_int64(status.st_mtime_ns))
+
+
+def _in_int64(mtime_ns: int) -> int:
+    """Fold the times that a table's int64 cannot hold (after 2262) back: they still differ."""
+    return (mtime_ns + 2**63) % 2**64 - 2**63
 
 
 def _printable(path: str) -> str:

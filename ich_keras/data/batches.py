@@ -170,10 +170,10 @@ def view_batches(
         indices: int (n,), numbers of samples: rows of `cache.slices` for slices and slabs, of
             `cache.series` for series; None takes all that the view uses, with a seed (training)
             those of them that have labels.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
-        balance: one negative sample for each positive one, drawn anew each epoch.
+        balance: one negative sample for each positive one, drawn again in each epoch.
         augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
             slices of one alike; a function of your own or an `Augmentation` does so in its own
             way. Each needs a seed. None leaves the samples as they are.

@@ -86,14 +86,11 @@ class LabelJoin:
         num_labelled: slices with labels.
         num_unlabelled: slices without labels; they stay in the table, and out of every split.
         num_labels_unused: rows of the label table without an image.
-        unlabelled_examples, unused_examples: the first few SOPInstanceUIDs of either kind.
     """
 
     num_labelled: int
     num_unlabelled: int
     num_labels_unused: int
-    unlabelled_examples: tuple[str, ...] = ()
-    unused_examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -320,8 +317,6 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         num_labelled=int(matched.sum()),
         num_unlabelled=int((~matched).sum()),
         num_labels_unused=int((~used).sum()),
-        unlabelled_examples=tuple(uids[~matched][:FAULTS_SHOWN]),
-        unused_examples=tuple(labels.table.index[~used][:FAULTS_SHOWN]),
     )
     return slices.assign(**dict(zip(LABELS, values.T, strict=True))), join
 

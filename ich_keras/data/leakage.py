@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pandas as pd
 
+from ich_keras.ct.geometry import SAME_POSITION_MM
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.pixels import equal_slices
@@ -11,8 +12,6 @@ from ich_keras.data.split_audit import count_split
 from ich_keras.data.split_record import SPLITS, Split
 from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.progress import Progress
-
-SAME_PLACE_MM = 0.01
 
 
 def audit_data(
@@ -101,5 +100,5 @@ def label_faults(slices: pd.DataFrame) -> dict:
         "subtype_without_any": int((subtype & ~positive).sum()),
         "unlabelled": int((~labelled).sum()),
         "partly_labelled_series": int((by_series.any() & ~by_series.all()).sum()),
-        "same_place_other_labels": int(((step.abs() < SAME_PLACE_MM) & changes).sum()),
+        "same_place_other_labels": int(((step.abs() < SAME_POSITION_MM) & changes).sum()),
     }

@@ -7,6 +7,7 @@ import numpy as np
 
 from ich_keras import files
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.cache.fill import READING
 from ich_keras.data.cache.tables import PIXEL_HASH, UID
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
 from ich_keras.data.intensity import HEAD_ABOVE_HU
@@ -18,8 +19,18 @@ NO_HASHES = (
     "The cache was built by an older version and has no hashes of its pixels: equal pixels in two"
     " splits were not looked for (`ich audit` does), and changed ones will not be noticed."
 )
+OTHER_READING = (
+    "The cache was built by a version that reads some files differently. Build it again to train on"
+    " the pixels that `ich predict` reads."
+)
 _AT_ONCE = 256  # slices in memory
 _HEAD_PIXELS = 0.02  # of a slice: with fewer it shows no head
+
+
+def notices_of(cache: CTCache) -> list[str]:
+    """Return sentences on what a cache of another version lacks."""
+    found = [] if cache.pixels_digest else [NO_HASHES]
+    return found if cache.reading == READING else [*found, OTHER_READING]
 
 
 def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[int]]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.dicom import read_slice, unreadable
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
 from ich_keras.ct.header import SliceHeader
 from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
+from ich_keras.ct.tables import COSINES
 from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HASH_DIGITS = 32
-_COSINES = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
 # Two slices of a volume may each differ that much from a third.
 _ORIENTATION_TOLERANCE = 2 * SAME_VOLUME_TOLERANCE + 1e-9
 
@@ -96,7 +96,7 @@ def pixel_hash(hu: np.ndarray) -> str:
 def indexed_slices(index: SeriesIndex) -> list[IndexedSlice]:
     """Return what an index says of each of its slices, in the order of its table."""
     planes = {}
-    for uid, *cosines in _rows(index.series, ["series_uid", *_COSINES]):
+    for uid, *cosines in _rows(index.series, ["series_uid", *COSINES]):
         planes[uid] = (tuple(slice_normal(cosines).tolist()), tuple(cosines))
     return [
         IndexedSlice._make((*facts, *planes[uid]))
@@ -121,7 +121,10 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
     record = read_slice(indexed.container)
     found = differences(record.header, indexed)
     if not found:
-        file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
+        try:
+            file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
+        except OSError as error:  # removed while it was read
+            raise unreadable(error) from error
         if file_size != indexed.file_size:
             found = [_differs("the file's size", file_size, indexed.file_size)]
     if found:

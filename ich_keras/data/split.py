@@ -19,6 +19,7 @@ from ich_keras.data.split_record import (
     NAMES,
     SPLITS,
     Split,
+    known_part,
     require_members,
     require_patient_ids,
     require_two_classes,
@@ -74,7 +75,7 @@ def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
         split = thesis_series_split(slices)
     elif Path(name).is_file():
         is_ours = Path(name).suffix == ".json"
-        split = Split.load(name) if is_ours else split_from_file(name, slices)
+        split = known_part(Split.load(name), slices) if is_ours else split_from_file(name, slices)
     else:
         near = difflib.get_close_matches(name, NAMES, n=1)
         guess = f"Did you mean {near[0]!r}? " if near else ""

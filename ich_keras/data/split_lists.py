@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich_keras.data.csv_rows import RowFaults, excerpt, open_csv
+from ich_keras.data.csv_rows import FAULTS_SHOWN, RowFaults, excerpt, first_few, open_csv
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.split_record import (
     SPLITS,
@@ -30,32 +30,44 @@ def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
     """Read the user's own lists: a CSV with a column `split` and one column of identifiers.
 
     `split` holds train, valid or test. The identifiers are patient_id, study_instance_uid,
-    series_instance_uid, series_uid or sop_instance_uid; other columns are ignored. Identifiers
-    that are not in the index, repeated rows and slices that no row names are counted in `note`.
+    series_instance_uid, series_uid or sop_instance_uid; other columns are ignored. `note` counts
+    the identifiers that are not in the index, with their lines, the repeated rows, and the slices
+    and patients that no row names.
 
     Raises:
         UsageError: the file cannot be opened.
         DataError: its content is refused: header, a value of `split`, one identifier in two
             splits, nothing that is in the index, or an empty split.
     """
-    key, part_of, num_duplicates = _read_lists(path)
+    key, part_of, line_of, num_duplicates = _read_lists(path)
     labelled = slices[is_labelled(slices)]
     require_two_classes(labelled)
     parts = labelled[key].map(part_of)
     listed = labelled[parts.notna()]
-    num_unknown = len(part_of) - listed[key].nunique()
     if listed.empty:
+        # Without the identifiers: they may be PatientIDs, and messages end up in logs.
         raise DataError(
-            f"{path}: none of its {len(part_of):,} values of {key} belongs to a labelled slice, "
-            f"e.g. {excerpt(next(iter(part_of)))}.",
-            "Give the list that belongs to these DICOM files.",
+            f"{path}: none of its {len(part_of):,} values of {key} belongs to a labelled slice.",
+            f"Give the list that belongs to these DICOM files, with {key} as they have it.",
         )
+    file = Path(path).name
+    found = set(listed[key])
+    unknown = [line for uid, line in line_of.items() if uid not in found]
+    shown = first_few([f"line {line}" for line in unknown[:FAULTS_SHOWN]], len(unknown))
+    num_patients = labelled["patient_id"].nunique() - listed["patient_id"].nunique()
     notes = [
-        (num_unknown, f"identifiers in {Path(path).name} that belong to no labelled slice"),
-        (num_duplicates, f"repeated rows in {Path(path).name}"),
+        (
+            len(found),
+            f"of {len(part_of):,} values of {key} in {file} belong to labelled slices, the others"
+            f" do not ({shown})"
+            if unknown
+            else "",
+        ),
+        (num_duplicates, f"repeated rows in {file}"),
         (len(labelled) - len(listed), "labelled slices that it does not name, left out"),
+        (num_patients, "patients of whom it names no slice"),
     ]
-    note = "; ".join(f"{count:,} {what}" for count, what in notes if count)
+    note = "; ".join(f"{count:,} {what}" for count, what in notes if count and what)
     name = f"file:{Path(path).name}"
     if key == "sop_instance_uid":
         members = members_of(listed[key], parts[parts.notna()])
@@ -66,18 +78,18 @@ def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
     return dataclasses.replace(split, note=note)
 
 
-def _read_lists(path: Path | str) -> tuple[str, dict[str, str], int]:
-    """Return the key column, the split of each identifier and the number of repeated rows."""
+def _read_lists(path: Path | str) -> tuple[str, dict[str, str], dict[str, int], int]:
+    """Return the key column, split and line of each identifier, the number of repeated rows."""
     expected = f"`split` and one of {', '.join(FILE_KEYS)}"
-    hint = f"The first line must name the columns {expected}."
+    hint = "The first line names the columns."
     with open_csv(path) as reader:
         header = next(reader, None)
         if header is None:
-            raise DataError(f"{path} is empty.", hint)
+            raise DataError(f"{path} is empty; expected the columns {expected}.", hint)
         keys = [name for name in header if name in FILE_KEYS]
         if len(keys) != 1 or header.count("split") != 1:
             shown = excerpt(",".join(header))
-            raise DataError(f"{path}: the header is {shown}; expected {expected}.")
+            raise DataError(f"{path}: the header is {shown}; expected {expected}.", hint)
         key_column, part_column = header.index(keys[0]), header.index("split")
         faults = RowFaults(path)
         part_of: dict[str, str] = {}
@@ -105,5 +117,5 @@ def _read_lists(path: Path | str) -> tuple[str, dict[str, str], int]:
                 line_of[uid] = line
     faults.refuse("Correct or remove these rows.")
     if not part_of:
-        raise DataError(f"{path} has a header but no rows.", hint)
-    return keys[0], part_of, num_duplicates
+        raise DataError(f"{path} has a header but no rows.", "Add a row per identifier.")
+    return keys[0], part_of, line_of, num_duplicates

@@ -96,11 +96,15 @@ class Split:
         content = files.read_json(path)
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-            raise DataError(f"{path} is not a split file of schema {_SCHEMA}.", "Make it anew.")
+            raise DataError(
+                f"{path} is not a split file of schema {_SCHEMA}.", "Save the split again."
+            )
         if set(content) != names | {"schema"} or not (
             isinstance(content["members"], dict) and set(content["members"]) == set(SPLITS)
         ):
-            raise DataError(f"{path} lacks fields of a split, or has others.", "Make it anew.")
+            raise DataError(
+                f"{path} lacks fields of a split, or has others.", "Save the split again."
+            )
         del content["schema"]
         _check_content(content, path)
         content["members"] = {part: tuple(content["members"][part]) for part in SPLITS}
@@ -125,7 +129,37 @@ def _check_content(content: dict, path: Path | str) -> None:
         )
     )
     if not is_ours:
-        raise DataError(f"{path} holds values of the wrong kind for a split.", "Make it anew.")
+        raise DataError(
+            f"{path} holds values of the wrong kind for a split.", "Save the split again."
+        )
+
+
+def known_part(split: Split, slices: pd.DataFrame) -> Split:
+    """Return a split that was read from a file, with what does not fit the slices in its note.
+
+    Raises:
+        DataError: none of its UIDs is that of a labelled slice.
+    """
+    labelled = slices.loc[is_labelled(slices), split.key]
+    members = set().union(*split.members.values())
+    unknown, unnamed = len(members - set(labelled)), int((~labelled.isin(members)).sum())
+    if unknown == len(members):
+        raise DataError(
+            f"split {split.name!r}: none of its {len(members):,} values of {split.key} belongs to a"
+            " labelled slice.",
+            "Give the split that belongs to these DICOM files.",
+        )
+    notes = [
+        (unknown, f"of {len(members):,} values of {split.key} belong to no labelled slice"),
+        (unnamed, "labelled slices that the split does not name, left out"),
+    ]
+    # A split that left slices out when it was made says so already.
+    new = [
+        f"{count:,} {what}"
+        for count, what in notes
+        if count and f"{count:,} labelled slices" not in split.note
+    ]
+    return dataclasses.replace(split, note="; ".join([split.note, *new]).removeprefix("; "))
 
 
 def series_split(name: str, seed: int | None, series: pd.Series, parts: pd.Series) -> Split:

@@ -209,7 +209,7 @@ class WorkerPool:
 def _death(worker: _Worker, awaited: Task) -> EnvironmentProblem:
     """Return the error for a worker that has died."""
     worker.process.join(_SECONDS_TO_END)
-    # What it has finished is no cause.
+    # What it has finished cannot be the cause.
     with contextlib.suppress(EOFError, OSError):
         while worker.connection.poll():
             worker.receive()

@@ -9,8 +9,8 @@ import keras
 from ich_keras.keras_private import maker_of
 from ich_keras.models.classifier import build_classifier
 from ich_keras.models.presets import PRESETS, preset
+from ich_keras.models.weights import BYTES_PER_VALUE
 
-BYTES_PER_VALUE = 4  # float32
 _COLUMNS = (
     "preset",
     "what",

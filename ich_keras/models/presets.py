@@ -172,3 +172,21 @@ def preset(
             f" received {tuple(input_shape)}."
         )
     return replace(spec, input_shape=tuple(input_shape))
+
+
+def view_kind(preset_name: str, view: str | None) -> str:
+    """Return what a sample is: as configured, or what suits the preset.
+
+    Args:
+        preset_name: a key of `PRESETS`.
+        view: "slice", "slab" or "series"; None suits the preset.
+
+    >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
+    ('slab', 'series')
+    """
+    if view is not None:
+        return view
+    spec = PRESETS[preset_name].spec
+    if spec.rank == 2:
+        return "slice"
+    return "slab" if spec.input_shape[0] == SLAB_SHAPE[0] else "series"

@@ -1,6 +1,7 @@
 """Weights files loaded into models by layer name, and written with their history."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ich_keras.files import atomic_path
 from ich_keras.labels import LABELS
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import (
+    MAX_RECORD_BYTES,
     SUFFIX,
     WeightsFile,
     origin,
@@ -22,6 +24,8 @@ from ich_keras.models.weights_file import (
 )
 
 HEAD = "fc"
+BYTES_PER_VALUE = 4  # float32
+_BYTES_PER_DATASET = 4096  # its header, groups and name in HDF5
 _SHOWN_NAMES = 12
 _SHOWN_DIFFERENCES = 4
 
@@ -186,6 +190,9 @@ def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = N
 
     Returns:
         The digest of the weights; see `WeightsFile`.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
     """
     import keras
 
@@ -194,9 +201,19 @@ def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = N
     twin = keras.Model(model.input, model.output)
     # As JSON gives it back: lists for tuples, which the checksum of the record must not tell apart.
     record = json.loads(json.dumps({"labels": list(LABELS), **(record or {})}, allow_nan=False))
-    with atomic_path(path, verify=require_record) as temporary:
+    with atomic_path(path, verify=require_record, needed=weights_bytes(model)) as temporary:
         twin.save_weights(temporary, overwrite=True)
         return write_record(temporary, record)
+
+
+def weights_bytes(model: Any) -> int:
+    """Return the size of a model's weights file, bytes; it is a little smaller.
+
+    Args:
+        model: a `keras.Model`.
+    """
+    values = sum(math.prod(variable.shape) for variable in model.weights)
+    return values * BYTES_PER_VALUE + len(model.weights) * _BYTES_PER_DATASET + MAX_RECORD_BYTES
 
 
 def require_finite(model: Any, source: str) -> None:

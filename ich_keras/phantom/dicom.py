@@ -13,7 +13,6 @@ InstanceNumber, SliceThickness, GantryDetectorTilt or PixelPaddingValue.
 """
 
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -29,9 +28,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, CTImageStorage, ExplicitVRLittleEndian
 
+from ich_keras.disk import full_disk_told, require_free
 from ich_keras.errors import EnvironmentProblem, UsageError
-from ich_keras.files import PARTIAL, replace, require_absent, require_free, write_json
+from ich_keras.files import replace, require_absent, write_json
 from ich_keras.labels import LABELS
+from ich_keras.leftovers import partial_of, remove_leftovers
 from ich_keras.phantom.plan import (
     ENCODINGS,
     MASK_BITS,
@@ -212,7 +213,8 @@ def write_phantoms(
     slices_at_most = 160 / slice_spacing_mm[0] + 1
     require_free(out.parent, int(num_series * slices_at_most * (2.1 * matrix**2 + 2000)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = out.with_name(f"{PARTIAL}-{os.getpid()}-{out.name}")
+    remove_leftovers(out.parent, out.name)
+    partial_out = partial_of(out)
     try:
         (partial_out / IMAGES).mkdir(parents=True)
         (partial_out / MASKS).mkdir()
@@ -220,7 +222,11 @@ def write_phantoms(
         every = -(-num_series // 200)
         if progress is not None:
             progress("drawing phantoms", 0, num_series)
-        with open(partial_out / LABELS_CSV, "w", encoding="utf-8", newline="\n") as stream:
+        table = partial_out / LABELS_CSV
+        with (
+            full_disk_told(table),
+            open(table, "w", encoding="utf-8", newline="\n") as stream,
+        ):
             stream.write("ID,Label\n")
             for done, (record, rows) in enumerate(_write_all(partial_out, specs, workers), 1):
                 records.append(record)
@@ -262,14 +268,16 @@ def _write_series(folder: Path, spec: PhantomSpec) -> tuple[dict, list[str]]:
     rows = []
     for index, uid in enumerate(uids):
         path = folder / IMAGES / f"{uid}.dcm"
-        path.write_bytes(dicom_bytes(phantom_dataset(phantom, index, uid)))
+        content = dicom_bytes(phantom_dataset(phantom, index, uid))
+        with full_disk_told(path, len(content)):
+            path.write_bytes(content)
         rows += [
             f"{uid}_{name},{label}\n" for name, label in zip(LABELS, labels[index], strict=True)
         ]
     series_uid = hex_identifier(spec.series, spec.seed, 10)
-    np.savez_compressed(
-        folder / MASKS / f"{series_uid}.npz", sop_instance_uid=np.array(uids), masks=phantom.masks
-    )
+    path = folder / MASKS / f"{series_uid}.npz"
+    with full_disk_told(path):
+        np.savez_compressed(path, sop_instance_uid=np.array(uids), masks=phantom.masks)
     return _record(phantom, series_uid, labels), rows
 
 

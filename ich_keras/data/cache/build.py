@@ -32,10 +32,12 @@ from ich_keras.data.cache.unfinished import (
     finished_records,
     make_ready,
     require_same_pixels,
+    working_folder,
     write_record,
 )
 from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
 from ich_keras.data.reading import indexed_slices
+from ich_keras.disk import full_disk_told, require_free
 from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
@@ -47,6 +49,7 @@ MANIFEST = "manifest.json"
 TABLES = ("slices", "series", "rejects")
 LABEL_TABLE = "labels"
 PROGRESS_CALLS = 200
+_KEPT = "Finished shards are kept: build again to resume."
 OF_THE_PLAN = ("schema", "size", "resampling", "compression", "inputs", "versions")
 
 
@@ -73,32 +76,33 @@ def build_folder(
     progress: Progress | None,
     restart: bool = False,
     max_rejects: float = 1.0,
+    is_alone: bool = False,
 ) -> None:
     """Build a cache's folder, resuming an earlier build of the same plan.
 
-    The arguments are those of `ich_keras.data.cache.cache.build_cache`. The caller holds the lock.
+    The arguments are those of `ich_keras.data.cache.cache.build_cache`, and whether the caller
+    holds the lock, which it does wherever there are locks.
     """
-    partial = out.with_name(out.name + files.PARTIAL)
+    partial = working_folder(out)
     shards, plan = plan_build(index, settings)
-    make_ready(partial, plan, restart)
+    make_ready(partial, plan, restart, is_alone)
     records = finished_records(partial, plan, shards, settings)
     require_same_pixels(index, shards, records, settings, workers, progress)
     to_do = [shard for shard in shards if shard.name not in records]
     raw = [raw_shard_bytes(shard.stop - shard.start, settings.size) for shard in to_do]
     # One shard more: a shard that lost slices, or is compressed, is written a second time.
-    files.require_free(out.parent, sum(raw) + max(raw, default=0))
+    require_free(out.parent, sum(raw) + max(raw, default=0), f"{len(raw)} shards of the cache")
     files.write_json(partial / PLAN, plan)
     try:
         records |= _build_shards(index, partial, plan, to_do, settings, workers, progress)
         entries, tables = _collect(index, shards, records)
-        with rejects_kept(partial, is_in_the_way=False):
+        with rejects_kept(partial):
             require_few_rejects(tables.slices, tables.rejects, max_rejects)
         _write_manifest(partial, plan, entries, tables, _labels(index, tables))
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(error.message, f"{error.hint} {_KEPT}".strip()) from error
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{partial} could not be written ({error}).",
-            "Finished shards are kept: build again to resume.",
-        ) from error
+        raise EnvironmentProblem(f"{partial} could not be written ({error}).", _KEPT) from error
     finally:
         clean(partial)
     if out.is_dir():
@@ -215,7 +219,7 @@ def _write_final(
         offset = copy_shard(
             started.path, started.offset, path, kept, crc32, settings.size, settings.compression
         )
-    with open(path, "rb+") as stream:
+    with full_disk_told(path), open(path, "rb+") as stream:
         os.fsync(stream.fileno())
     entry = ShardEntry(name, path.stat().st_size, 0, len(crc32), offset, digest_of(crc32))
     Shard(path, entry, settings.size, settings.compression).verify(crc32)

@@ -37,6 +37,7 @@ from ich_keras.data.cache.shards import (
 )
 from ich_keras.data.cache.staleness import differing_data, differing_settings
 from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, with_labels
+from ich_keras.data.cache.unfinished import working_folder
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
 from ich_keras.data.reading import pixel_hash
 from ich_keras.errors import DataError, StaleError, UsageError
@@ -109,14 +110,28 @@ def build_cache(
     if labels is not None:
         index, _ = join_labels(index, labels)
     lock = out.with_name(f"{out.name}.lock")
-    with files.lock(lock):
+    with files.lock(lock) as is_alone:
         # Another build may have finished between the first look and the lock.
         files.require_absent(out)
         settings = Settings(size, compression, shard_bytes)
-        build_folder(index, out, settings, workers, progress, restart, max_rejects)
+        build_folder(index, out, settings, workers, progress, restart, max_rejects, is_alone)
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
             lock.unlink()
     return CTCache.open(out)
+
+
+def missing_bytes(out: Path | str, num_bytes: int) -> int:
+    """Return how many bytes a build still has to write.
+
+    Args:
+        out: the cache's folder, which does not exist yet.
+        num_bytes: of all its pixels.
+    """
+    shards = working_folder(Path(out).absolute()).glob("shard-*.h5")
+    # One shard is written twice where it loses slices.
+    return max(0, num_bytes - sum(shard.stat().st_size for shard in shards)) + min(
+        num_bytes, SHARD_BYTES
+    )
 
 
 class CTCache:
@@ -219,6 +234,11 @@ class CTCache:
         between processors, and then this differs, too.
         """
         return self.manifest.get("pixels")
+
+    @property
+    def reading(self) -> str | None:
+        """The rule by which files became HU (`ich_keras.data.cache.fill.READING`)."""
+        return self.manifest["versions"].get("reading")
 
     @property
     def series_uids(self) -> list[str]:

@@ -112,8 +112,8 @@ def mapper(workers: int) -> Iterator[Callable]:
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
             "a worker process died while reading slices (killed, often for lack of memory).",
-            "Use fewer workers, and run the same command again: finished shards are kept. A script"
-            " that uses workers needs an `if __name__ == '__main__':` guard.",
+            "Use fewer workers. A script that uses workers needs an `if __name__ == '__main__':`"
+            " guard.",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ich_keras import files
+from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.fill import a_few, hashes_now, pixel_versions
 from ich_keras.data.cache.plan import inputs_fingerprint
 from ich_keras.data.cache.shards import CachedSlices
 from ich_keras.data.cache.tables import PIXEL_HASH, UID
 from ich_keras.data.inputs import RESAMPLING
-from ich_keras.data.reading import IndexedSlice, indexed_slices, pixel_hash
+from ich_keras.data.reading import IndexedSlice, indexed_slices, pixel_hash, read_indexed
 from ich_keras.errors import StaleError
 from ich_keras.progress import Progress
 
@@ -67,8 +69,7 @@ def differing_data(
     if found:
         return found
     sources = {source.sop_instance_uid: source for source in indexed_slices(index)}
-    held = [sources.pop(uid) for uid in slices[UID]]
-    lost = list(sources.values())
+    held = [sources[uid] for uid in slices[UID]]
 
     def differing(rows: list[int]) -> list[str]:
         """Return the files of those of the rows that have other pixels now."""
@@ -80,7 +81,7 @@ def differing_data(
         ]
 
     found = _differences_of_a_few(manifest["versions"], len(held), differing)
-    found += _readable_now(lost, pixels.size)
+    found += _readable_now(sources, index, set(slices[UID]), pixels.size)
     if found:
         return found
     times = dict(zip(index.slices[UID], index.slices[_TIME].tolist(), strict=True))
@@ -92,8 +93,8 @@ def differing_data(
     others = differing(changed)
     if others:
         return [
-            f"{len(others)} of {len(changed)} files that were written since hold other pixels,"
-            f" {others[0]} first"
+            f"{len(others)} of {len(changed)} files that were written since hold other pixels;"
+            f" the first is {others[0]}"
         ]
     with contextlib.suppress(OSError):  # a cache may lie on a read-only disk
         files.write_json(path / SEEN, seen)
@@ -133,16 +134,41 @@ def _differences_of_a_few(
         for name, version in pixel_versions().items()
         if cached.get(name) != version
     ]
-    return [*changed, f"{len(others)} of {len(rows)} slices read again differ, {others[0]} first"]
+    return [
+        *changed,
+        f"{len(others)} of {len(rows)} slices read again differ; the first is {others[0]}",
+    ]
 
 
-def _readable_now(lost: list[IndexedSlice], size: int) -> list[str]:
+def _readable_now(
+    sources: dict[str, IndexedSlice], index: "SeriesIndex", held: set[str], size: int
+) -> list[str]:
     """Try again some slices that the cache lists as rejects."""
+    lost = [uid for uid in sources if uid not in held]
     chosen = [lost[number] for number in a_few(len(lost))]
-    count = sum(hashed != "" for hashed in hashes_now(chosen, size))
+    hashes = hashes_now([sources[uid] for uid in chosen], size)
+    readable = [uid for uid, hashed in zip(chosen, hashes, strict=True) if hashed]
+    # Some can be read, and are refused with the rest of their series.
+    series = index.slices.set_index(UID)["series_uid"]
+    refused = {
+        name: _is_refused([sources[uid] for uid in series.index[series == name]], size)
+        for name in set(series[readable])
+    }
+    count = sum(not refused[series[uid]] for uid in readable)
     if not count:
         return []
     return [
         f"{count} of {len(chosen)} slices tried again, of {len(lost)} that could not be read,"
         " can be read now"
     ]
+
+
+def _is_refused(sources: list[IndexedSlice], size: int) -> bool:
+    """Return whether the values of a series cannot be HU."""
+    contents: list[Content | None] = []
+    for source in sources:
+        try:
+            contents.append(read_indexed(source, size).content)
+        except RejectedFile as reject:
+            contents.append(content_of_reject(reject))
+    return bool(implausible_rows([""] * len(contents), contents))

@@ -14,13 +14,14 @@ from ich_keras.data.cache.plan import PlannedShard, Settings
 from ich_keras.data.cache.shards import Shard, ShardEntry
 from ich_keras.data.reading import indexed_slices
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.leftovers import PARTIAL, remove_leftovers
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
 PLAN = "plan.json"
-TEMPORARY = f"{files.PARTIAL}-"
+TEMPORARY = f"{PARTIAL}-"
 # What else differs with the slices themselves; only the first that differs is said.
 _OF_SLICES = {
     "inputs": "it is of other slices",
@@ -29,13 +30,19 @@ _OF_SLICES = {
 }
 
 
-def make_ready(partial: Path, plan: dict, restart: bool) -> None:
+def working_folder(out: Path) -> Path:
+    """Return the folder in which a cache is built."""
+    return out.with_name(f"{out.name}{PARTIAL}")
+
+
+def make_ready(partial: Path, plan: dict, restart: bool, is_alone: bool) -> None:
     """Make the working folder ready: remove what is unfinished, keep the shards of the same plan.
 
     Args:
         partial: the working folder; it need not exist.
         plan: what will be built.
         restart: remove finished shards, too.
+        is_alone: whether the caller holds the lock of the build.
 
     Raises:
         UsageError: the folder is not that of an unfinished cache.
@@ -43,7 +50,7 @@ def make_ready(partial: Path, plan: dict, restart: bool) -> None:
     """
     if not partial.exists():
         return
-    remove_temporary(partial)
+    remove_leftovers(partial, is_alone=is_alone)
     if not any(partial.iterdir()):
         return
     if not (partial / PLAN).is_file():
@@ -62,7 +69,7 @@ def make_ready(partial: Path, plan: dict, restart: bool) -> None:
         raise StaleError(
             f"{partial} holds {finished} finished shard{'s' if finished > 1 else ''} of another"
             f" build: {'; '.join(_differences(there, plan))}.",
-            _anew(partial),
+            _start_over(partial),
         )
     shutil.rmtree(partial)
 
@@ -92,7 +99,7 @@ def finished_records(
             continue
         record = _read(record_path, partial)
         if record.get("plan") != files.fingerprint(plan):
-            raise StaleError(f"{record_path} belongs to another build.", _anew(partial))
+            raise StaleError(f"{record_path} belongs to another build.", _start_over(partial))
         if record["num_slices"]:
             if not path.is_file():
                 continue
@@ -100,7 +107,7 @@ def finished_records(
             try:
                 Shard(path, entry, settings.size, settings.compression).check()
             except StaleError as error:
-                hint = f"To build this shard alone again, remove it. {_anew(partial)}"
+                hint = f"To build this shard alone again, remove it. {_start_over(partial)}"
                 raise StaleError(error.message, hint) from error
         found[shard.name] = record
     return found
@@ -144,38 +151,33 @@ def require_same_pixels(
     ]
     if differ:
         raise StaleError(
-            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read:"
-            f" {differ[0]} first.",
-            "Start anew: ich cache --restart, or build_cache(..., restart=True).",
+            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read;"
+            f" the first is {differ[0]}.",
+            "Start over: ich cache --restart, or build_cache(..., restart=True).",
         )
 
 
 def clean(partial: Path) -> None:
-    """Remove unfinished shards; the whole folder when no shard was finished."""
-    remove_temporary(partial)
-    if not any(partial.glob("shard-*.h5")):
-        shutil.rmtree(partial)
-
-
-def remove_temporary(partial: Path) -> None:
-    """Remove the files that a build had not finished."""
+    """Remove the unfinished shards of this build; the whole folder when no shard was finished."""
     for leftover in partial.glob(f"{TEMPORARY}*"):
         leftover.unlink()
+    if not any(partial.glob("shard-*.h5")):
+        shutil.rmtree(partial)
 
 
 def _read(path: Path, partial: Path) -> dict:
     try:
         content = files.read_json(path)
     except StaleError as error:
-        raise StaleError(error.message, _anew(partial)) from error
+        raise StaleError(error.message, _start_over(partial)) from error
     if not isinstance(content, dict):
-        raise StaleError(f"{path} is damaged.", _anew(partial))
+        raise StaleError(f"{path} is damaged.", _start_over(partial))
     return content
 
 
-def _anew(partial: Path) -> str:
+def _start_over(partial: Path) -> str:
     return (
-        "To go on, build with the data and settings it began with. To start anew: ich cache"
+        "To go on, build with the data and settings it began with. To start over: ich cache"
         f" --restart, or build_cache(..., restart=True), or remove {partial}."
     )
 

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from ich_keras.data.cache.shards import CRC32, CRC_DTYPE, HU, HU_DTYPE, layout, require_blosc2
+from ich_keras.disk import full_disk_told
 from ich_keras.errors import EnvironmentProblem
 
 # Datasets start on pages of their own: a slice of 256x256 is then exactly 32 pages of the map.
@@ -36,8 +37,7 @@ def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
         The byte offsets of `crc32` and `hu` in the file.
 
     Raises:
-        EnvironmentProblem: HDF5 could not write the file (no space, a limit on file sizes).
-        OSError: there is no space for it.
+        EnvironmentProblem: there is no space for it, or HDF5 could not write it.
     """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
@@ -46,7 +46,10 @@ def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
     properties.set_obj_track_times(False)  # the same slices must give the same bytes
     offsets = []
     try:
-        with h5py.File(path, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
+        with (
+            full_disk_told(path, raw_shard_bytes(num_slices, size)),
+            h5py.File(path, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file,
+        ):
             for name, shape, dtype in layout(num_slices, size):
                 dataset = h5py.h5d.create(
                     file.id,
@@ -58,13 +61,18 @@ def create_raw_shard(path: Path, num_slices: int, size: int) -> tuple[int, int]:
                 offsets.append(dataset.get_offset())
     except (OSError, RuntimeError) as error:  # h5py reports a failed close as RuntimeError
         raise _cannot_write(path, error) from error
-    _reserve(path)
+    with full_disk_told(path, raw_shard_bytes(num_slices, size)):
+        _reserve(path)
     return offsets[0], offsets[1]
 
 
 def write_at(path: Path, offset: int, array: np.ndarray) -> None:
-    """Write an array's bytes into an existing file at an offset."""
-    with open(path, "r+b", buffering=0) as stream:
+    """Write an array's bytes into an existing file at an offset.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
+    """
+    with full_disk_told(path), open(path, "r+b", buffering=0) as stream:
         stream.seek(offset)
         view = np.ascontiguousarray(array).data.cast("B")
         while view:  # one write may take only a part (2 GiB limit, signals, a nearly full disk)
@@ -106,7 +114,7 @@ def copy_shard(
         write_at(target, crc_offset, crc32)
         return offset
     try:
-        with h5py.File(target, "w") as file:
+        with full_disk_told(target), h5py.File(target, "w") as file:
             file.create_dataset(CRC32, data=crc32.astype(CRC_DTYPE))
             dataset = file.create_dataset(
                 HU,

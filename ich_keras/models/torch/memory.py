@@ -19,7 +19,7 @@ def activation_bytes(
     Args:
         function: in training.
         input_shape: (rows, columns, channels) or (slices, rows, columns, channels).
-        batch_size: samples a step.
+        batch_size: samples per step.
     """
     own = function.tensors()
     # Fake tensors know device and memory order, which decide what is copied, and hold no memory.

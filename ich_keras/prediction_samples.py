@@ -1,0 +1,119 @@
+"""What of a series is predicted, and in which batches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.inputs import slice_input, stack_slices, volume_input
+from ich_keras.data.views import Samples, View, make_samples
+from ich_keras.labels import NUM_LABELS
+from ich_keras.prediction_journal import SeriesResult
+from ich_keras.recipe import InputRecipe
+
+# Why a view skips a series, by the word of its verdict: the reject code, and what is told.
+SKIPPED = {
+    "tilted": ("TILTED", "is tilted"),
+    "duplicate": ("DUPLICATE", "has two slices at one place"),
+}
+
+
+def series_groups(samples: Sequence[int], batch_size: int) -> list[range]:
+    """Divide series into groups, each of as many as it takes to fill a batch.
+
+    What a network computes for a sample depends, in the last digits, on the size of its batch. So
+    no batch goes from one group into the next: wherever a prediction is interrupted, it resumes
+    with the batches it would have had. One group per series would do, but would let a network on
+    whole series, or a folder of short ones, never have a full batch.
+
+    Args:
+        samples: of each series, as the index has them, whatever can be read.
+        batch_size: samples per step.
+
+    Returns:
+        The numbers of the series in each group; only the last may have less than a batch.
+
+    >>> series_groups([40, 3, 5, 20, 1], batch_size=8)
+    [range(0, 1), range(1, 3), range(3, 4), range(4, 5)]
+    """
+    groups, start, count = [], 0, 0
+    for number, more in enumerate(samples, 1):
+        count += more
+        if count >= batch_size or number == len(samples):
+            groups.append(range(start, number))
+            start, count = number, 0
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesReading:
+    """One series that was read.
+
+    Args:
+        hu: int16 (slices, size, size), what could be read.
+        samples: of these slices.
+        usable: int (n,), the samples to predict.
+        result: as yet without probabilities.
+    """
+
+    hu: Any
+    samples: Any
+    usable: np.ndarray
+    result: SeriesResult
+
+
+def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> SeriesReading:
+    """Say which samples of a series can be predicted.
+
+    Args:
+        series: its row in the index.
+        table: its slices in the index.
+        content: its files, as they were read: (HU, int16 (n, size, size); the hashes of all slices'
+            pixels, "" for those without HU; the rejects).
+        view: what a sample is.
+    """
+    hu, hashes, bad = content
+    place = {path: row for row, path in enumerate(table["container"])}
+    rejects = [(place[path], code, detail, hint) for path, code, detail, hint, _ in bad]
+    found = [row for row, is_read in enumerate(hashes) if is_read]
+    samples, usable = None, np.zeros(0, np.int64)
+    if found:
+        alone = pd.DataFrame([series]).assign(num_slices=len(found))
+        samples = make_samples(table.iloc[found], alone, view)
+        usable = np.flatnonzero(samples.usable)
+        if not len(usable):
+            code, what = SKIPPED[view.why_skipped(series.verdict)]
+            # The remaining files are rejects already.
+            rejects += [(row, code, f"series {series.series_uid} {what}", "") for row in found]
+    times = tuple(table["file_mtime_ns"].tolist())
+    nothing = np.zeros((0, NUM_LABELS), np.float32)
+    result = SeriesResult(series.series_uid, times, tuple(hashes), tuple(rejects), nothing)
+    return SeriesReading(hu, samples, usable, result)
+
+
+def inputs_of(
+    hu: np.ndarray, samples: Samples, chosen: np.ndarray, inputs: InputRecipe
+) -> np.ndarray:
+    """Make the network's input of some samples of a series, float32."""
+    if not samples.view.is_volume:
+        return slice_input(hu[chosen], inputs.size, inputs.intensity)
+    stacks = [
+        stack_slices(hu, samples.rows[i], None if samples.shifts is None else samples.shifts[i])
+        for i in chosen
+    ]
+    return volume_input(np.stack(stacks), inputs.size, inputs.intensity)
+
+
+def full_batches(parts: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """Join parts of at most `batch_size` samples into full batches; the last may be smaller."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= batch_size:
+            joined = np.concatenate(waiting)
+            yield joined[:batch_size]
+            waiting = [joined[batch_size:]] if len(joined) > batch_size else []
+    if waiting:
+        yield np.concatenate(waiting)

@@ -1,0 +1,170 @@
+"""The tables of a prediction: one row per slice, per series and per refused file."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.ct.rejects import REJECTS_FILE, Reject, joined, nothing_usable
+from ich_keras.ct.series import SeriesIndex
+from ich_keras.ct.tables import csv_text
+from ich_keras.data.cache.tables import verdicts_after_reading
+from ich_keras.data.views import View
+from ich_keras.files import atomic_write
+from ich_keras.inference import SLICE_COLUMNS, probability_table
+from ich_keras.labels import LABELS
+from ich_keras.metrics.aggregation import aggregate
+from ich_keras.notices import NOT_CLINICAL
+from ich_keras.prediction_journal import (
+    NOTICE_FILE,
+    PREDICTIONS_FILE,
+    SERIES_FILE,
+    SeriesResult,
+    inside,
+    written,
+)
+
+# Columns to find it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
+PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
+
+
+@dataclass(frozen=True)
+class FolderPrediction:
+    """The result of `predict_folder`.
+
+    Args:
+        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and six probabilities; None for
+            a run on whole series, which does not predict single slices.
+        series: one row per series: its UID, number of slices, verdict, number of refused files and
+            six probabilities, aggregated from its slices by the run's rule, or from a run on whole
+            series.
+        rejects: one row per file that could not be used.
+        notice: for every reader of the probabilities: they are not for clinical use, and, if so,
+            the network was trained only on phantoms.
+    """
+
+    slices: pd.DataFrame | None
+    series: pd.DataFrame
+    rejects: pd.DataFrame
+    notice: str = NOT_CLINICAL
+
+    def __repr__(self) -> str:
+        slices = "" if self.slices is None else f"{len(self.slices)} slices, "
+        return f"FolderPrediction({slices}{len(self.series)} series, {len(self.rejects)} rejects)"
+
+
+def tables_of(
+    index: SeriesIndex, results: Sequence[SeriesResult], view: View, rule: str
+) -> FolderPrediction:
+    """Make the tables of a prediction.
+
+    Args:
+        index: what was predicted.
+        results: one for each of its series, in order.
+        view: what a sample of the network is.
+        rule: for aggregating slices.
+
+    Returns:
+        The prediction, with absolute paths.
+
+    Raises:
+        NothingUsable: nothing was predicted; its `rejects` say why.
+    """
+    rows = index.slices.groupby("series_uid", sort=False).indices
+    paths = index.slices["container"].to_numpy()
+    uids = index.slices["series_instance_uid"].to_numpy()
+    kept, rejects = [], []
+    for result in results:
+        own = rows[result.series_uid]
+        if len(result.values):
+            kept.append(own[result.rows])
+        for row, code, detail, hint in result.rejects:
+            rejects.append(Reject(paths[own[row]], code, detail, hint, uids[own[row]]))
+    rejected = joined(index.rejects, rejects)
+    if not kept:
+        raise nothing_usable(
+            f"no slice of {len(rejected):,} files could be predicted",
+            rejected,
+            "There is no usable slice.",
+        )
+    chosen = np.concatenate(kept)
+    slices, values = index.slices.iloc[chosen], np.concatenate([r.values for r in results])
+    if view.kind == "series":
+        table = None
+        series = _series_predictions(slices, values)
+    else:
+        table = _with_places(probability_table(slices, values), slices)
+        series = _aggregated(table, rule)
+    is_kept = np.zeros(len(index.slices), bool)
+    is_kept[chosen] = True
+    return FolderPrediction(table, _with_verdicts(series, index, is_kept), rejected)
+
+
+def _aggregated(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+    uids = table["series_instance_uid"]
+    series = aggregate(table[list(LABELS)].to_numpy(), uids, rule)
+    series.insert(0, "num_slices", uids.value_counts().reindex(series.index))
+    return series.rename_axis("series_instance_uid")
+
+
+def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+    counts = slices.groupby("series_uid", sort=False).size()
+    series = pd.DataFrame(values, index=counts.index, columns=list(LABELS))
+    series.insert(0, "num_slices", counts)
+    return series.rename_axis("series_instance_uid")
+
+
+def _with_places(table: pd.DataFrame, slices: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns a person needs to find a slice in a viewer."""
+    for place, name in enumerate(PLACE_COLUMNS, len(SLICE_COLUMNS)):
+        column = slices["container" if name == "path" else name].to_numpy()
+        table.insert(place, name, column)
+    return table
+
+
+def _with_verdicts(series: pd.DataFrame, index: SeriesIndex, kept: np.ndarray) -> pd.DataFrame:
+    verdicts = index.series.set_index("series_uid")["verdict"]
+    verdicts[:] = verdicts_after_reading(verdicts, index.slices, kept)
+    series.insert(1, "verdict", verdicts.reindex(series.index))
+    lost = index.slices.loc[~kept, "series_uid"].value_counts()
+    rejected = index.series.set_index("series_uid")["num_rejected"].add(lost, fill_value=0)
+    series.insert(2, "num_rejected", rejected.reindex(series.index).astype(int))
+    return series.reset_index()
+
+
+def with_paths_inside(prediction: FolderPrediction, root: Path) -> FolderPrediction:
+    """Return a prediction whose paths are relative to the predicted folder."""
+    slices = prediction.slices
+    if slices is not None:
+        slices = slices.assign(path=[inside(path, root) for path in slices["path"]])
+    rejects = rejects_inside(prediction.rejects, root)
+    return dataclasses.replace(prediction, slices=slices, rejects=rejects)
+
+
+def rejects_inside(rejects: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """Return a table of rejects whose paths are relative to the predicted folder."""
+    # The details of copies and conflicts name the other file.
+    details = rejects["detail"].str.replace(f"{root}{os.sep}", "", regex=False)
+    return rejects.assign(path=[inside(path, root) for path in rejects["path"]], detail=details)
+
+
+def write_tables(folder: Path, prediction: FolderPrediction) -> None:
+    """Write predictions.csv (not for a run on whole series), series.csv, rejects.csv, notice.txt.
+
+    Raises:
+        EnvironmentProblem: a file cannot be written.
+    """
+    texts = {
+        SERIES_FILE: csv_text(prediction.series),
+        REJECTS_FILE: csv_text(prediction.rejects),
+        NOTICE_FILE: f"{prediction.notice}\n",
+    }
+    if prediction.slices is not None:
+        texts = {PREDICTIONS_FILE: csv_text(prediction.slices), **texts}
+    for name, text in texts.items():
+        with written(folder / name):
+            atomic_write(folder / name, text)
