@@ -48,6 +48,14 @@ def test_an_interrupted_training_goes_on_by_command(phantom_cache_folder, tmp_pa
     for wrong, message in [
         (("--epochs", 3, "--no-balance"), "--epochs, --balance given with --resume"),
         (("--plan",), "--plan given with --resume"),
+        *(
+            ((f"--{name}", value), f"--{name} given with --resume: the run's own configuration")
+            for name, value in {
+                **{"seed": 1, "preset": "resnet18_2d", "batch-size": 16, "learning-rate": 1e-3},
+                **{"precision": "float32", "size": 48, "split": "patient", "weights": "imagenet"},
+                **{"config": run / "config.json", "augment": "none", "max-rejects": 0.5},
+            }.items()
+        ),
         (("--cache", tmp_path / "none"), f"the cache {tmp_path / 'none'} does not exist"),
     ]:
         refused = ich("train", "--resume", run, *wrong)
@@ -325,6 +333,43 @@ def test_mistakes_are_one_clear_line_and_write_nothing(name, phantom_folder, tmp
         assert set(pd.read_csv(rejects)["code"]) == {"NOT_DICOM"}
     else:
         assert written == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe{}", ""),
+        (b"[" * 100_000, ""),
+        (b"[]", ""),
+        (b"null", ""),
+        (b'{"sede": 1}', "Did you mean 'seed'?"),
+        (b'{"fit": {"epocs": 1}}', "Did you mean 'epochs'?"),
+        (b'{"fit": 3}', "fit"),
+        (b'{"seed": "1"}', "seed"),
+        (b'{"seed": NaN}', "NaN is not a number"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"fit": {"batch_size": -3}}', "fit.batch_size is -3"),
+        (b'{"fit": {"learning_rate": NaN}}', "NaN is not a number"),
+        (b'{"fit": {"learning_rate": 1e999}}', "fit.learning_rate is inf"),
+        (b'{"fit": {"batch_size": true}}', "fit.batch_size"),
+        (b'{"data": {"size": 2.5}}', "data.size"),
+        (b'{"preset": "resnet18_2D"}', "resnet18_2d"),
+    ],
+)
+def test_a_config_file_that_cannot_be_is_a_usage_error(
+    phantom_cache_folder, tmp_path, content, message
+):
+    path = tmp_path / "own.json"
+    path.write_bytes(content)
+    train = ["train", "--cache", phantom_cache_folder, "--out", tmp_path / "run"]
+    result = ich(*train, "--config", path)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.output.count("Error: ") == 1 and "Traceback" not in result.output
+    assert message in " ".join(result.output.split())
+    assert len(result.output) < 1500
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_doctor_looks_around(tmp_path):

@@ -163,6 +163,13 @@ def test_agrees_with_scikit_learn(seed, samples):
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.3, 1.0])
+def test_a_constant_prediction_orders_nothing(constant):
+    truth = np.arange(60).reshape(10, 6) % 7 % 2
+    metrics = binary_metrics(truth, np.full(truth.shape, constant))
+    assert set(metrics["auroc"].values()) == {0.5}
+
+
 def test_undefined_is_none_never_a_number():
     healthy = np.zeros((4, 6), int)
     result = binary_metrics(healthy, np.full(healthy.shape, 0.01))

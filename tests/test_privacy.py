@@ -125,6 +125,45 @@ def test_what_the_headers_say_of_people_is_in_no_output(server, tmp_path):
         assert IDENTITY.encode() in found[name], name
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_traceback_shows_no_patient(server, tmp_path):
+    """On request: of refusals, of an interruption, and of what a crash leaves behind."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    out.mkdir()
+    server.run("phantom", "--out", data, "--series", 4, "--matrix", 32, "--workers", 0)
+    files = sorted(data.rglob("*.dcm"))
+    for path in files:
+        with_canaries(path)
+    shutil.copytree(data / "images", data / "bad")
+    for path in (data / "bad").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    labels, asked = data / "stage_2_train.csv", {"ICH_TRACEBACK": "1"}
+    index = ["index", "--dicom", data / "images", "--labels", labels, "--workers", 0]
+    cache = ["cache", "--index", out / "index", "--size", 32, "--workers", 0]
+    training = ["--preset", NARROW, "--epochs", 1, "--device", "cpu"]
+    said = [
+        server.run("index", "--dicom", data / "bad", "--out", out / "none", **asked),
+        server.run(*index, "--out", out / "killed", ICH_FAIL_AT="before series.csv"),
+        server.run(*index, "--out", out / "index"),
+        server.run(*index, "--out", out / "index", **asked),
+        server.run(*cache, "--out", out / "half", ICH_FAIL_AT="before slices.csv"),
+        server.run(*cache, "--out", out / "cache"),
+        # Too few patients for three splits, and a list that leaks.
+        server.run("train", "--cache", out / "cache", "--out", out / "run", *training, **asked),
+    ]
+    assert [code for code, _ in said[:6]] == [1, 137, 0, 1, 137, 0], said
+    assert said[6][0] in (0, 1)
+    assert sum("Traceback" in text for _, text in said) >= 2
+    for code, text in said:
+        assert NAME not in text and IDENTITY not in text and DATE not in text, (code, text)
+    for name, content in contents(out).items():
+        assert NAME.encode() not in content and DATE.encode() not in content, name
+        # What an interrupted index or cache goes on with names patients, as its tables do.
+        if "slices.csv" not in name and "series.csv" not in name and "journal" not in name:
+            assert IDENTITY.encode() not in content, name
+
+
 # Python imports this file when a process starts, worker processes included.
 NO_NETWORK = """
 import os, socket, sys

@@ -481,6 +481,17 @@ def test_two_kernels_that_cannot_be_told_apart_are_listed_rejects(run, tmp_path)
     assert result.series["verdict"].tolist() == ["duplicate"]
 
 
+def test_a_single_slice_is_predicted_by_every_view_with_its_verdict(run, tmp_path):
+    """The neighbours of a slab and the rest of a series are air; the verdict says so."""
+    kind, folder, _ = run
+    write_series(tmp_path, [0])
+    result = predict_folder(folder, tmp_path)
+    assert result.series[["num_slices", "verdict"]].values.tolist() == [[1, "too few"]]
+    assert (result.slices is None) == (kind == "series")
+    assert np.isfinite(result.series[list(LABELS)].to_numpy()).all()
+    assert len(result.rejects) == 0
+
+
 def test_another_part_of_the_body_is_predicted_only_on_request(run, tmp_path):
     _, folder, _ = run
     write_series(tmp_path, range(0, 25, 5), BodyPartExamined="ABDOMEN")
