@@ -85,7 +85,7 @@ def evaluate(
         return evaluate_network(run, recipe, model, cache, split, progress, notice)
     # Two evaluations at once would lose one of two updates of the checksums.
     with lock(run.lock_file, is_kept=False):
-        metrics = evaluate_network(run, recipe, model, cache, split, progress)
+        metrics = evaluate_network(run, recipe, model, cache, split, progress, is_again=True)
         written = (run.predictions_file(split), run.metrics_file(split), run.choices_file)
         update_checksums(run, [path.name for path in written])
     return metrics
@@ -115,12 +115,14 @@ def evaluate_network(
     split: str,
     progress: Progress | None = None,
     notice: str = "",
+    is_again: bool = False,
 ) -> dict:
     """Evaluate a network that is already loaded on one split; see `evaluate`.
 
     Args:
         run, recipe, model, cache, split, progress: as there and from `load_run`.
         notice: of weights that are not a training's final ones; "" writes final results.
+        is_again: refuse other labels than the split was scored with before.
     """
     _require_size(recipe, cache)
     members = run.split()
@@ -175,7 +177,7 @@ def evaluate_network(
     metrics = _metrics(
         run, split, view.kind, is_whole, scored, truth, values, prevalence, keeps=not notice
     )
-    if run.is_finished:
+    if is_again:
         _require_same_truth(run.predictions_file(split), table)
     if is_synthetic(cache.slices):
         trivial = trivial_auroc(cache, train_rows, scored_rows)

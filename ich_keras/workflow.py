@@ -9,7 +9,13 @@ from pathlib import Path
 
 from ich_keras.config import RunConfig
 from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
-from ich_keras.ct.rejects import MAX_REJECTS, rejects_kept, require_few_rejects, require_share
+from ich_keras.ct.rejects import (
+    MAX_REJECTS,
+    nothing_usable,
+    rejects_kept,
+    require_few_rejects,
+    require_share,
+)
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
@@ -59,7 +65,12 @@ def prepare_index(
     index = index_folder(dicom, workers, journal, progress, any_body_part)
     if tell is not None:
         tell(f"Found {index}.")
-    require_few_rejects(index.usable().slices, index.rejects, max_rejects)
+    usable = index.usable()
+    if table is not None and usable.slices.empty:
+        raise nothing_usable(
+            f"no series in {dicom} can be trained on", usable.rejects, "There is no usable slice."
+        )
+    require_few_rejects(usable.slices, index.rejects, max_rejects)
     if table is not None:
         index, join = join_labels(index, table)
         if tell is not None:

@@ -375,13 +375,26 @@ def test_zero_tail(stored, tags, accepted):
         return
     error = refused(content)
     assert error.code == "ZERO_TAIL"
-    assert "all 2048 values of the second half are 0" in error.detail
+    assert re.search(r"the last \d+ of 4096 values are 0", error.detail)
 
 
-def test_zeros_in_less_than_the_second_half_are_read():
-    image = tiny_values(low=1)
-    image[9:] = 0
-    assert read_hu(io.BytesIO(tiny_file(image))).shape == (16, 16)
+@pytest.mark.parametrize("intercept", [-1024, 0])
+@pytest.mark.parametrize("share", [0.08, 0.2, 0.45])
+def test_zeros_from_anywhere_in_a_head_are_noticed(share, intercept):
+    side = 64
+    rows, columns = np.mgrid[:side, :side] - side / 2
+    head = np.where(np.hypot(rows, columns) < 0.45 * side, 1064, 0)
+    if intercept == 0:
+        head = head + np.where(head == 0, -1000, -1024)  # as signed HU
+    tags = {"RescaleIntercept": intercept, "PixelRepresentation": 1}
+    band = side - round(share * side)
+    whole, banded, cut = head.copy(), head.copy(), head.copy()
+    banded[band:] = 0
+    cut.reshape(-1)[band * side + side // 2 :] = 0
+    assert read_hu(io.BytesIO(tiny_file(whole, **tags))).shape == (side, side)
+    assert refused(tiny_file(cut, **tags)).code == "ZERO_TAIL"
+    # A band at the border, as of an image that was made square.
+    assert read_hu(io.BytesIO(tiny_file(banded, **tags))).shape == (side, side)
 
 
 # --- Tags -----------------------------------------------------------------------------------

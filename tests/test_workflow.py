@@ -1,8 +1,10 @@
 """The one road from DICOM files to a run: what is used again, what is refused."""
 
 import pytest
+from tiny_dicom import tiny_file
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.ct.rejects import NothingUsable
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
@@ -76,3 +78,21 @@ def test_what_does_not_fit_is_refused(phantom_folder, phantom_cache_folder, tmp_
         (others / path.name).hardlink_to(path)
     with pytest.raises(StaleError):
         prepare_training(TINY, tmp_path / "run", others, labels, phantom_cache_folder)
+
+
+def test_a_folder_without_heads_says_so(tmp_path):
+    """An export of another part of the body: the way out is named, not that data are few."""
+    for number in range(4):
+        content = tiny_file(
+            SOPInstanceUID=f"1.2.{number}",
+            BodyPartExamined="ABDOMEN",
+            ImagePositionPatient=[-125, -125, 5 * number],
+        )
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    labels = tmp_path / "labels.csv"
+    rows = [f"1.2.{number}_{label},0" for number in range(4) for label in LABELS]
+    labels.write_text("\n".join(["ID,Label", *rows]))
+    with pytest.raises(NothingUsable, match=r"can be trained on .NOT_HEAD 4.") as caught:
+        prepare_index(tmp_path, labels)
+    assert "--any-body-part" in caught.value.hint
+    assert len(prepare_index(tmp_path, labels, any_body_part=True).usable().slices) == 4

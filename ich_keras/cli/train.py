@@ -345,18 +345,18 @@ def _resume(
 def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> Iterator[None]:
     """When a training is interrupted, say which command resumes it.
 
-    By Ctrl-C or SIGTERM, or by something of the machine: a worker that died, a full disk.
+    By Ctrl-C or SIGTERM, or by something of the machine: a worker that died, a full disk, memory.
     """
     from ich_keras.run_folder import RunFolder
 
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, EnvironmentProblem) as error:
+    except (KeyboardInterrupt, SystemExit, EnvironmentProblem, MemoryError, RuntimeError) as error:
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
             terminal.warn(f"To resume: {shlex.join(words)}")
-        elif not isinstance(error, EnvironmentProblem):
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
             terminal.warn("No epoch was finished: start the training again.")
         raise
 

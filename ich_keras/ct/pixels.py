@@ -20,6 +20,8 @@ from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
 
 # Share of a slice's pixels that must be wrapped air before the 12-bit repair is applied.
 WRAPPED_AIR_SHARE = 0.05
+# Shares of a slice that is filled with zeros, and of a row that is cut off.
+MIN_ZERO_TAIL, MIN_CUT_BODY = 1 / 16, 0.1
 
 _HU = np.iinfo(np.int16)
 
@@ -150,9 +152,11 @@ def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:
 def reject_zero_tail(
     stored: np.ndarray, slope: float, intercept: float, zero_is_padding: bool = False
 ) -> None:
-    """Refuse a slice whose second half was filled with zeros by a broken copy.
+    """Refuse a slice whose end was filled with zeros by a broken copy.
 
-    All values of the second half are zero, and one of these holds:
+    At least MIN_ZERO_TAIL of its values are zeros at the end. The zeros begin in the middle of a
+    row, though body goes on there in the row before: bands of padding begin with a row, a broken
+    copy ends anywhere. Or the zeros fill the second half, and one of these holds:
     - a stored 0 is not air (above AIR_BELOW_HU): no half of an image is exactly one tissue value;
     - the first half has almost no zeros (under 1 %): zero is not this scanner's background;
     - body fills a quarter of the last row before the zeros: heads, tables and head holders end in
@@ -166,26 +170,30 @@ def reject_zero_tail(
     """
     if stored[-1].any():
         return
-    flat = stored.reshape(-1)
-    half = flat.size // 2
-    if flat[half:].any():
+    flat, columns = stored.reshape(-1), stored.shape[1]
+    filled = np.flatnonzero(flat)
+    end = int(filled[-1]) + 1 if filled.size else 0
+    tail = flat.size - end
+    if tail < MIN_ZERO_TAIL * flat.size:
         return
-    filled = np.flatnonzero(flat[:half])
-    if intercept <= AIR_BELOW_HU or zero_is_padding:
-        if filled.size == 0:
-            return
-        end = int(filled[-1]) + 1
-        last_row = flat[max(0, end - stored.shape[1]) : end]
-        is_body = last_row * slope + intercept > AIR_BELOW_HU
-        if zero_is_padding:
-            is_body &= last_row != 0
+    zero_is_air = intercept <= AIR_BELOW_HU or zero_is_padding
+    if zero_is_air and filled.size == 0:
+        return
+    last_row = flat[max(0, end - columns) : end]
+    is_body = (last_row * slope + intercept > AIR_BELOW_HU) & (last_row != 0)
+    # The last value is body, and so is what the row before has to the right of it. Edges of real
+    # things fade into air over some pixels.
+    goes_on = np.count_nonzero(is_body[: -end % columns]) >= MIN_CUT_BODY * columns
+    is_cut = bool(filled.size) and bool(is_body[-1]) and goes_on
+    if not is_cut and tail >= flat.size // 2:
         has_background = end - filled.size >= 0.01 * end
-        if has_background and np.mean(is_body) < 0.25:
-            return
+        is_cut = not (zero_is_air and has_background and np.mean(is_body) < 0.25)
+    if not is_cut:
+        return
     raise RejectedFile(
         "ZERO_TAIL",
-        f"{name('PixelData')}: all {flat.size - half} values of the second half are 0 "
-        f"({intercept:g} HU); expected an image",
+        f"{name('PixelData')}: the last {tail} of {flat.size} values are 0 ({intercept:g} HU); "
+        "expected an image",
         COPY_AGAIN,
     )
 

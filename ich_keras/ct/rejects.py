@@ -57,7 +57,7 @@ REJECT_CODES = {
         "Check that it exists and that you may read it.",
     ),
     "TRUNCATED": Explanation("the file ends too early", COPY_AGAIN),
-    "ZERO_TAIL": Explanation("the second half of the pixel data is filled with zeros", COPY_AGAIN),
+    "ZERO_TAIL": Explanation("the end of the pixel data is filled with zeros", COPY_AGAIN),
     "MISSING_TAG": Explanation("a tag that a CT slice must have is absent or empty", EXPORT_AGAIN),
     "BAD_VALUE": Explanation("a tag holds a value that cannot be right", EXPORT_AGAIN),
     "BAD_RESCALE": Explanation("rescale slope or intercept is absent or unusable", EXPORT_AGAIN),
