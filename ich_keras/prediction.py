@@ -183,7 +183,7 @@ def _reading(
 def _read_series(
     size: int, slices: list[IndexedSlice]
 ) -> tuple[np.ndarray, list[str], list[Reject]]:
-    """Read the readable files of one series; none of them if its values cannot be HU.
+    """Read the files of one series, without those whose values cannot be HU.
 
     Returns:
         (HU, int16 (n, size, size); the hashes of all slices' pixels, "" for those without HU; the
@@ -203,11 +203,11 @@ def _read_series(
             contents.append(read.content)
             hashes[number] = read.pixel_hash
     implausible = implausible_rows([""] * len(slices), contents)
-    if implausible:
-        hu = []
-        found = [row for row, is_read in enumerate(hashes) if is_read]
-        rejects += [Reject(slices[row].container, *implausible[row]) for row in found]
-        hashes = [""] * len(slices)
+    rows = [row for row, pixels in enumerate(hashes) if pixels]
+    hu = [one for row, one in zip(rows, hu, strict=True) if row not in implausible]
+    for row in sorted(implausible.keys() & set(rows)):
+        rejects.append(Reject(slices[row].container, *implausible[row]))
+        hashes[row] = ""
     return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), hashes, rejects
 
 

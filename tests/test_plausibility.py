@@ -279,3 +279,37 @@ def test_no_slice_of_a_wrong_series_is_predicted(folder_with_a_wrong_series):
         sources[row].container for row in rows[wrong]
     )
     assert {reject.code for reject in rejects} == {"IMPLAUSIBLE_HU"}
+
+
+def test_a_zoomed_slice_of_a_wrapped_series_is_refused_if_it_cannot_be_repaired(tmp_path):
+    """Air of 3096, in too small a part of the slice to be told from metal."""
+    head = np.maximum(head_hu(64), -1000)
+    tags = {"BitsStored": 12, "PixelRepresentation": 0, "RescaleIntercept": 0}
+    for number in range(6):
+        hu = head.copy()
+        if number in (2, 3):  # zoomed: nothing that wraps
+            hu = np.where((hu < 0) | (hu > 300), 40, hu)
+        if number == 2:  # but a little air in a corner
+            hu[:6, :6] = -1000
+        content = tiny_file(
+            hu % 4096,
+            SOPInstanceUID=f"1.2.3.{number}",
+            ImagePositionPatient=[-125, -125, 5 * number],
+            **tags,
+        )
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    index = index_folder(tmp_path)
+    assert len(index.slices) == 6
+    cache = build_cache(index, tmp_path / "cache", size=64)
+    assert cache.rejects["path"].str[-5:].tolist() == ["2.dcm"]
+    assert "written modulo 4096" in cache.rejects["detail"].iloc[0]
+    assert cache.slices["repaired"].tolist() == [True, True, False, True, True]
+    assert cache.slices_hu(range(5)).max() < 3000
+    cache.require(index=index)
+    sources = indexed_slices(index)
+    hu, hashes, rejects = prediction._read_series(64, sources)
+    assert [reject.path[-5:] for reject in rejects] == ["2.dcm"]
+    assert [bool(pixels) for pixels in hashes] == [True, True, False, True, True, True]
+    np.testing.assert_array_equal(hu, cache.slices_hu(range(5)))
+    # Alone, such a slice may hold metal.
+    assert read_hu(tmp_path / "2.dcm").max() == 3096

@@ -476,9 +476,10 @@ def test_what_is_no_prediction_is_never_touched(kept, run, images, tmp_path):
     out.mkdir()
     for name in kept:
         (out / name).write_text("mine")
-    with pytest.raises(UsageError, match="already exists; nothing is overwritten"):
+    with pytest.raises(UsageError, match="already exists; nothing is overwr|lock is in the way"):
         predict_folder(run, images, out)
-    assert names(out) == sorted(name for name in kept if name != LOCK_FILE)
+    assert names(out) == sorted(kept)
+    assert {(out / name).read_text() for name in kept} == {"mine"}
 
 
 def test_leftovers_of_killed_processes_are_cleared(run, images, whole, tmp_path):

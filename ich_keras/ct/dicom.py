@@ -4,6 +4,7 @@ This is the only reader. A file becomes a slice, or a `RejectedFile` that names 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ich_keras.ct.header import SliceHeader, parse_header
-from ich_keras.ct.pixels import hounsfield_units
+from ich_keras.ct.pixels import hounsfield_units, may_be_wrapped
 from ich_keras.ct.plausibility import Content, judge_slice
 from ich_keras.ct.rejects import RejectedFile
 
@@ -73,7 +74,11 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
     hu, repaired = hounsfield_units(
         raw, header.pixels, header.padding, header.slope, header.intercept
     )
-    return CTSlice(header.turn.pixels(hu), repaired, header, judge_slice(hu))
+    content = judge_slice(hu)
+    doubtful = not repaired and may_be_wrapped(hu, header.pixels, header.intercept)
+    if repaired or doubtful:
+        content = dataclasses.replace(content, is_repaired=repaired, may_be_wrapped=doubtful)
+    return CTSlice(header.turn.pixels(hu), repaired, header, content)
 
 
 def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarray:

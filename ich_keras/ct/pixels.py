@@ -126,10 +126,25 @@ def is_wrapped(stored: np.ndarray, pixels: StoredPixels, intercept: float) -> bo
         pixels: how they were stored.
         intercept: HU.
     """
-    if pixels.bits_stored != 12 or pixels.is_signed or intercept <= -100:
+    if not _is_wrappable(pixels, intercept):
         return False
     air = np.count_nonzero((stored >= 4096 - 1000) & (stored < 4096 + AIR_BELOW_HU))
     return bool(air >= WRAPPED_AIR_SHARE * stored.size)
+
+
+def may_be_wrapped(hu: np.ndarray, pixels: StoredPixels, intercept: float) -> bool:
+    """Return whether a slice that was not unwrapped has values that wrapped air has.
+
+    Args:
+        hu: int16 (rows, columns), HU.
+        pixels: how they were stored.
+        intercept: HU.
+    """
+    return _is_wrappable(pixels, intercept) and bool((hu >= 4096 - 1000 + intercept).any())
+
+
+def _is_wrappable(pixels: StoredPixels, intercept: float) -> bool:
+    return pixels.bits_stored == 12 and not pixels.is_signed and intercept > -100
 
 
 def unwrap(stored: np.ndarray) -> tuple[np.ndarray, float]:

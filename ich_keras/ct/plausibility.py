@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.rejects import EXPORT_AGAIN, RejectedFile
 
 CODE = "IMPLAUSIBLE_HU"
 # Smaller slices have too few pixels for shares of them to mean much.
@@ -51,6 +51,12 @@ _HALF_WINDOW_HU = _WINDOW_BINS * _BIN_HU // 2
 _NUM_BINS = (_HIGHEST - _LOWEST) // _BIN_HU
 
 
+_WRAPPED = (
+    "values from 3096 are air in other slices of the series, written modulo 4096; this slice has"
+    " too few of them to tell air from metal"
+)
+
+
 @dataclass(frozen=True)
 class Content:
     """What a slice shows, in shares of the disc that fits into it.
@@ -60,12 +66,16 @@ class Content:
         air: below -300 HU.
         bone: above 300 HU.
         is_plain: whether nearly all pixels have one value, or the slice is too small to judge.
+        is_repaired: whether wrapped 12-bit values were unwrapped (`pixels.is_wrapped`).
+        may_be_wrapped: whether it was not, though it has values that wrapped air has.
     """
 
     soft: float
     air: float
     bone: float
     is_plain: bool
+    is_repaired: bool = False
+    may_be_wrapped: bool = False
 
 
 # Of a slice that was not read.
@@ -136,24 +146,37 @@ def content_of_reject(reject: RejectedFile) -> Content | None:
 def implausible_rows(
     series: Sequence[str], contents: Sequence[Content | None]
 ) -> dict[int, tuple[str, str, str]]:
-    """Find the series of a table whose values cannot be HU.
+    """Find the slices of a table whose values cannot be HU, as their series shows.
+
+    They are all slices of a series that shows no head; and those with a little of what is wrapped
+    air in other slices of their series (a zoomed slice may lack the air that tells it from metal).
 
     Args:
         series: of each slice; the slices of a series lie together.
         contents: of each slice, or `content_of_reject`.
 
     Returns:
-        Row of each slice of such a series -> reject code, detail and hint.
+        Row of each such slice -> reject code, detail and hint.
     """
     found: dict[int, tuple[str, str, str]] = {}
     first = 0
     for _, group in itertools.groupby(series):
         rows = range(first, first + sum(1 for _ in group))
-        first = rows.stop
         said = judge_series([contents[row] for row in rows])
         if said:
             found |= dict.fromkeys(rows, (CODE, said, ""))
+        else:
+            found |= dict.fromkeys(_doubtful(rows, contents), (CODE, _WRAPPED, EXPORT_AGAIN))
+        first = rows.stop
     return found
+
+
+def _doubtful(rows: range, contents: Sequence[Content | None]) -> list[int]:
+    """Return the rows of a series that may be wrapped, if others of it were."""
+    read = {row: content for row in rows if (content := contents[row]) is not None}
+    if not any(content.is_repaired for content in read.values()):
+        return []
+    return [row for row, content in read.items() if content.may_be_wrapped]
 
 
 def _sample(hu: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
 # Names the way from a file's bytes to HU (`ich_keras.ct.pixels`): change it when that changes.
-READING = "declared-padding-is-air/3, rows-to-the-left/1"
+READING = "declared-padding-is-air/3, rows-to-the-left/1, zero-tails/2, wrapped/2"
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_SLICES = 64

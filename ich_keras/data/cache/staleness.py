@@ -151,10 +151,11 @@ def _readable_now(
     # Some can be read, and are refused with the rest of their series.
     series = index.slices.set_index(UID)["series_uid"]
     refused = {
-        name: _is_refused([sources[uid] for uid in series.index[series == name]], size)
+        uid
         for name in set(series[readable])
+        for uid in _refused([sources[uid] for uid in series.index[series == name]], size)
     }
-    count = sum(not refused[series[uid]] for uid in readable)
+    count = sum(uid not in refused for uid in readable)
     if not count:
         return []
     return [
@@ -163,12 +164,13 @@ def _readable_now(
     ]
 
 
-def _is_refused(sources: list[IndexedSlice], size: int) -> bool:
-    """Return whether the values of a series cannot be HU."""
+def _refused(sources: list[IndexedSlice], size: int) -> list[str]:
+    """Return the slices of a series that are refused for what the series shows."""
     contents: list[Content | None] = []
     for source in sources:
         try:
             contents.append(read_indexed(source, size).content)
         except RejectedFile as reject:
             contents.append(content_of_reject(reject))
-    return bool(implausible_rows([""] * len(contents), contents))
+    rows = implausible_rows([""] * len(contents), contents)
+    return [sources[row].sop_instance_uid for row in rows]
