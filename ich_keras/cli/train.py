@@ -351,7 +351,7 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
 
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, EnvironmentProblem, MemoryError, RuntimeError) as error:
+    except _ENDINGS as error:
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
@@ -361,6 +361,11 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
         raise
 
 
+# Of a training, though nothing is wrong with it: its state is whole.
+_ENDINGS = (
+    *(KeyboardInterrupt, SystemExit, BrokenPipeError),
+    *(EnvironmentProblem, MemoryError, RuntimeError),
+)
 _DEMO_OPTIONS = ("seed", "backend", "device")
 
 
