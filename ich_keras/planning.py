@@ -15,6 +15,8 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
 from ich_keras.recipe import Recipe
 
+_SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -153,6 +155,28 @@ def count_plan(
         note=split.note,
         weights=_weights_line(recipe),
     )
+
+
+def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
+    """Say what a training will do, one line each."""
+    training = recipe.training
+    lines = [
+        f"  {name:5} {plan.num_patients[name]:,} patients, {plan.num_series[name]:,} series,"
+        f" {plan.num_slices[name]:,} slices"
+        for name in plan.num_slices
+    ]
+    lines.append(
+        f"  {training.epochs} epoch{'' if training.epochs == 1 else 's'} of"
+        f" {plan.steps_per_epoch:,} steps,"
+        f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[recipe.inputs.view.kind]} each"
+    )
+    if training.accumulate > 1:
+        lines.append(f"  {training.accumulate} batches of {training.batch_size} per optimiser step")
+    if plan.weights:
+        lines.append(f"  weights: {plan.weights}")
+    if plan.note:
+        lines.append(f"  {plan.note}")
+    return lines
 
 
 def _weights_line(recipe: Recipe) -> str:

@@ -21,13 +21,11 @@ from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
 from ich_keras.errors import UsageError
 from ich_keras.keras_settings import require_trainable_settings
-from ich_keras.planning import TrainingPlan, plan_of
+from ich_keras.planning import TrainingPlan, plan_lines, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
 from ich_keras.run_space import require_space_with_cache
 from ich_keras.training import train
-
-_SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
 
 
 def prepare_index(
@@ -203,29 +201,6 @@ class Preparation:
             return 0
         return len(self.index.usable().slices) * self.recipe.inputs.cache_size**2 * 2
 
-    def lines(self) -> list[str]:
-        """Return what the training will do, one line each."""
-        plan, training = self.plan, self.recipe.training
-        lines = [
-            f"  {name:5} {plan.num_patients[name]:,} patients, {plan.num_series[name]:,} series,"
-            f" {plan.num_slices[name]:,} slices"
-            for name in plan.num_slices
-        ]
-        lines.append(
-            f"  {training.epochs} epoch{'' if training.epochs == 1 else 's'} of"
-            f" {plan.steps_per_epoch:,} steps,"
-            f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[self.recipe.inputs.view.kind]} each"
-        )
-        if training.accumulate > 1:
-            lines.append(
-                f"  {training.accumulate} batches of {training.batch_size} per optimiser step"
-            )
-        if plan.weights:
-            lines.append(f"  weights: {plan.weights}")
-        if plan.note:
-            lines.append(f"  {plan.note}")
-        return lines
-
     def train(
         self,
         index_dir: Path | str | None = None,
@@ -389,7 +364,7 @@ def train_dicom(
         max_rejects=max_rejects,
     )
     if tell is not None:
-        for line in preparation.lines():
+        for line in plan_lines(preparation.plan, preparation.recipe):
             tell(line)
         if preparation.plan.warning:
             tell(f"Warning: {preparation.plan.warning}")

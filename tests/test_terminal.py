@@ -23,7 +23,7 @@ from ich_keras.files import write_json
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics
 from ich_keras.models.weights_file import RECORD
-from ich_keras.run_folder import SYNTHETIC
+from ich_keras.run_folder import CACHE, SYNTHETIC
 from ich_keras.summary import (
     evaluation_summary,
     prediction_table,
@@ -258,7 +258,7 @@ def test_the_summary_explains_the_rows_that_it_shows(tmp_path, is_phantom):
     if is_phantom:
         part["trivial_auroc_any"] = 0.75
     write_json(tmp_path / "metrics-test.json", {"slice": part})
-    write_json(tmp_path / "data.json", {SYNTHETIC: is_phantom})
+    write_json(tmp_path / "data.json", {CACHE: "", SYNTHETIC: is_phantom})
     (tmp_path / "history.csv").write_text("epoch,valid_log_loss\n1,0.5\n")
     with h5py.File(tmp_path / "best.weights.h5", "w") as file:
         file.attrs[RECORD] = json.dumps({"epoch": 1})

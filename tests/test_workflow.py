@@ -9,6 +9,7 @@ from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.labels import LABELS
+from ich_keras.planning import plan_lines
 from ich_keras.workflow import (
     cache_beside,
     cache_dicom,
@@ -53,7 +54,12 @@ def test_a_preparation_writes_nothing_and_knows_what_there_is_to_do(
     assert new.cache is None and new.index is not None
     assert new.cache_dir == cache_beside(tmp_path / "run") == tmp_path / "run-cache"
     assert new.cache_bytes == len(new.index.slices) * 32 * 32 * 2
-    assert [line.split()[0] for line in new.lines()] == ["train", "valid", "test", "1"]
+    assert [line.split()[0] for line in plan_lines(new.plan, new.recipe)] == [
+        "train",
+        "valid",
+        "test",
+        "1",
+    ]
     assert list(tmp_path.iterdir()) == []
 
     old = prepare_training(TINY, tmp_path / "run", **data, cache_dir=phantom_cache_folder)

@@ -237,6 +237,7 @@ def _train(
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.environment import choose_backend, choose_device
+    from ich_keras.planning import plan_lines
     from ich_keras.summary import run_summary
     from ich_keras.workflow import prepare_training
 
@@ -263,7 +264,7 @@ def _train(
             any_body_part=any_body_part,
             max_rejects=max_rejects,
         )
-        for line in preparation.lines():
+        for line in plan_lines(preparation.plan, preparation.recipe):
             terminal.tell(line)
         if preparation.plan.warning:
             terminal.warn(f"Warning: {preparation.plan.warning}")
