@@ -61,6 +61,22 @@ def read_recipe(path: Path | str) -> Recipe:
         StaleError: not a model of this library, one without a recipe, or a damaged one: the
             checksums of all its parts are checked.
     """
+    content = read_metadata(path).get(RECIPE)
+    if content is None:
+        raise StaleError(
+            f"{path} carries no recipe: nothing says what its input is.",
+            "Give the model.keras of a run that ich_keras 0.2 or newer trained.",
+        )
+    return Recipe.from_dict(content, str(path))
+
+
+def read_metadata(path: Path | str) -> dict:
+    """Read the metadata of a `.keras` file, and check the checksums of all its parts.
+
+    Raises:
+        UsageError: no such file.
+        StaleError: not a .keras file, or a damaged one.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             metadata = json.loads(archive.read(_KERAS_METADATA))
@@ -76,10 +92,4 @@ def read_recipe(path: Path | str) -> Recipe:
         raise StaleError(
             f"{path} is damaged: {damaged} does not match its checksum.", "Copy the file again."
         )
-    content = metadata.get(RECIPE) if isinstance(metadata, dict) else None
-    if content is None:
-        raise StaleError(
-            f"{path} carries no recipe: nothing says what its input is.",
-            "Give the model.keras of a run that ich_keras 0.2 or newer trained.",
-        )
-    return Recipe.from_dict(content, str(path))
+    return metadata if isinstance(metadata, dict) else {}

@@ -22,6 +22,7 @@ from ich_keras.ct.rejects import (
     require_share,
 )
 from ich_keras.ct.series import SeriesIndex, index_folder
+from ich_keras.data.cache.fill import a_few
 from ich_keras.data.reading import IndexedSlice, indexed_slices, read_indexed
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.files import fail_point, fingerprint
@@ -51,6 +52,7 @@ from ich_keras.prediction_tables import (
 from ich_keras.processes import map_ahead, process_pool
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
+from ich_keras.run_checksums import require_choices
 from ich_keras.run_folder import SYNTHETIC, RunFolder
 
 AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
@@ -139,6 +141,16 @@ def predict_index(
         for one, content in zip(touched, read(files_of(touched)), strict=True):
             assert journal is not None  # there are results
             journal.require_same_pixels(reading_of(one, content).result)
+        if journal is not None:
+            used = [
+                (uid, sources[row], pixels)
+                for uid, result in results.items()
+                for row, pixels in zip(rows[uid], result.hashes, strict=True)
+                if pixels
+            ]
+            # Archives give all their files one time: a few are read whatever it says.
+            for number in a_few(len(used)):
+                journal.require_same_slice(*used[number], inputs.cache_size)
         contents = iter(read(files_of(one for group in to_do for one in group)))
         for group in to_do:
             found: list[SeriesReading] = []
@@ -261,6 +273,8 @@ def predict_folder(
     """
     require_share(max_rejects)
     run = RunFolder.at(run_dir).require_finished(unfinished)
+    if run.is_finished:
+        require_choices(run)
     unfinished_notice = run.notice()
     is_synthetic = bool(run.data().get(SYNTHETIC))
     root = Path(dicom_dir).absolute()

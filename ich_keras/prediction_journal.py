@@ -17,8 +17,9 @@ import pandas as pd
 
 from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.leftovers import require_absent_or_rejects
-from ich_keras.ct.rejects import REJECTS_FILE
+from ich_keras.ct.rejects import REJECTS_FILE, RejectedFile
 from ich_keras.ct.series import SeriesIndex
+from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.disk import full_disk_told
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import (
@@ -164,11 +165,29 @@ class PredictionJournal:
             StaleError: its files hold other pixels.
         """
         if not result.has_same_pixels(self._results[result.series_uid]):
-            raise StaleError(
-                f"the files of series {result.series_uid} were replaced since the prediction that"
-                f" {self._path} belongs to.",
-                self._start_over(),
-            )
+            raise self._replaced(result.series_uid)
+
+    def require_same_slice(
+        self, series_uid: str, source: IndexedSlice, pixels: str, size: int
+    ) -> None:
+        """Read one slice of a finished series again, and refuse to go on if it is another one.
+
+        Raises:
+            StaleError: its file holds other pixels.
+        """
+        try:
+            is_same = read_indexed(source, size).pixel_hash == pixels
+        except RejectedFile:
+            is_same = False
+        if not is_same:
+            raise self._replaced(series_uid)
+
+    def _replaced(self, series_uid: str) -> StaleError:
+        return StaleError(
+            f"the files of series {series_uid} were replaced since the prediction that"
+            f" {self._path} belongs to.",
+            self._start_over(),
+        )
 
     def _start_over(self) -> str:
         return f"Give another output folder; or remove {self._path} to start over."

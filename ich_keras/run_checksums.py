@@ -4,6 +4,7 @@ It is written just before report.md, which finishes a run. Runs of older version
 """
 
 import hashlib
+import shlex
 from collections.abc import Iterable
 
 from ich_keras.errors import StaleError
@@ -76,6 +77,23 @@ def require_unchanged(run: RunFolder, weights: str | None) -> None:
         checksum = record[_FILES].get(path.name)
         if checksum is not None and not _is_same(run, path.name, checksum):
             raise StaleError(f"{path} was changed after the training.", _COPY)
+
+
+def require_choices(run: RunFolder) -> None:
+    """Refuse a finished run that made choices and has lost them: the defaults would stand in.
+
+    Raises:
+        StaleError: choices.json is lost.
+    """
+    record = _read(run)
+    if record is None or run.choices_file.is_file():
+        return
+    if run.choices_file.name in record[_FILES]:
+        raise StaleError(
+            f"{run} has lost its {run.choices_file.name}.",
+            f"{_COPY} Or choose again: ich evaluate --run {shlex.quote(str(run))} --cache CACHE"
+            " --split valid",
+        )
 
 
 def _is_same(run: RunFolder, name: str, checksum: str) -> bool:

@@ -1,5 +1,6 @@
 """The submission file of RSNA's 2019 competition: `ID_<image>_<label>,<probability>`."""
 
+import csv
 import io
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def write_submission(
             predictions = pd.read_csv(predictions, dtype={"sop_instance_uid": "str"})
         except FileNotFoundError:
             raise UsageError(f"{predictions} does not exist.") from None
+        except IsADirectoryError:
+            raise UsageError(
+                f"{predictions} is a folder.", "Give the predictions.csv in it."
+            ) from None
         except (OSError, ValueError) as error:
             raise UsageError(f"{predictions} cannot be read as predictions: {error}.") from error
     absent = [name for name in ("sop_instance_uid", *LABELS) if name not in predictions]
@@ -65,11 +70,12 @@ def write_submission(
     outside = ~((values >= 0) & (values <= 1)).all(axis=1)
     if outside.any():
         raise DataError(f"image {uids[outside].iloc[0]} has values outside 0 to 1.")
-    text = io.StringIO()
+    text = io.StringIO(newline="")
     text.write(f"{HEADER}\n")
+    writer = csv.writer(text, lineterminator="\n")  # a name may hold a comma or a quote
     for uid, row in zip(uids, values.itertuples(index=False), strict=True):
-        text.writelines(
-            f"{uid}_{label},{value!r}\n"
+        writer.writerows(
+            (f"{uid}_{label}", repr(value))
             for label, value in zip(LABELS, map(float, row), strict=True)
         )
     atomic_write(out, text.getvalue())

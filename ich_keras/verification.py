@@ -10,9 +10,10 @@ from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import read_json
-from ich_keras.model_file import read_recipe
+from ich_keras.model_file import read_metadata, read_recipe
 from ich_keras.models.weights_file import SUFFIX, origin, read_weights
 from ich_keras.progress import Progress
+from ich_keras.recipe import RECIPE
 from ich_keras.run_checksums import changed_files
 from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import RunFolder
@@ -40,8 +41,11 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path} does not exist.")
     if path.suffix == ".keras":
-        read_recipe(path)
-        return [f"{path}: the model's parts match their checksums"]
+        said = "; it carries no recipe, which says how its input is made"
+        if RECIPE in read_metadata(path):
+            read_recipe(path)
+            said = ""
+        return [f"{path}: the model's parts match their checksums{said}"]
     if path.name.endswith(SUFFIX):
         return [_verify_weights(path)]
     raise UsageError(

@@ -261,3 +261,12 @@ def test_the_command_writes_what_predict_wrote(tmp_path):
     done = invoke("submission", "--predictions", tmp_path / "predictions.csv", "--out", out)
     assert done.exit_code == 0, done.output
     assert len(out.read_text().splitlines()) == 19
+
+
+def test_a_submission_quotes_names_and_names_a_folder(tmp_path):
+    table = pd.DataFrame([{"sop_instance_uid": 'a,"b', **dict.fromkeys(LABELS, 0.5)}])
+    out = write_submission(table, tmp_path / "s.csv")
+    found = pd.read_csv(out)
+    assert found["ID"].tolist() == [f'a,"b_{label}' for label in LABELS]
+    with pytest.raises(UsageError, match="is a folder"):
+        write_submission(tmp_path, tmp_path / "t.csv")

@@ -378,7 +378,7 @@ def slice_paths(images):
     return sorted(images.glob("*.dcm"))
 
 
-@pytest.mark.parametrize("what", ["added", "removed", "shorter", "replaced"])
+@pytest.mark.parametrize("what", ["added", "removed", "shorter", "replaced", "replaced, same time"])
 def test_other_files_are_refused(what, run, phantom_folder, images, out, tmp_path):
     copy = shutil.copytree(images, tmp_path / "images")
     slices = index_folder(copy).slices
@@ -399,7 +399,10 @@ def test_other_files_are_refused(what, run, phantom_folder, images, out, tmp_pat
     else:  # the header and the size remain
         content = bytearray(chosen.read_bytes())
         content[-4400:-4000] = b"\x10\x04" * 200
+        before = chosen.stat()
         chosen.write_bytes(content)
+        if what == "replaced, same time":
+            os.utime(chosen, ns=(before.st_atime_ns, before.st_mtime_ns))
         message = f"the files of series {uid} were replaced since"
     before = tables(out)
     with pytest.raises(StaleError, match=message):

@@ -745,3 +745,26 @@ def test_labels_given_anew_do_not_change_the_digest(finished, cache, dicom):
     again.slices = slices
     with pytest.raises(StaleError, match=r"3 of \d+ rows .* have other labels"):
         evaluate(finished, again, "valid")
+
+
+def test_choices_that_are_lost_are_missed_and_can_be_made_again(
+    finished, cache, phantom_folder, tmp_path
+):
+    choices = finished / "choices.json"
+    before = choices.read_bytes()
+    choices.unlink()
+    with pytest.raises(StaleError, match=r"has lost its choices\.json") as caught:
+        predict_folder(finished, phantom_folder / "images", tmp_path / "out")
+    assert "ich evaluate" in caught.value.hint
+    evaluate(finished, cache, "valid")
+    assert choices.read_bytes() == before
+    verify(finished)
+
+
+def test_a_model_of_keras_alone_is_verified_and_said_to_lack_a_recipe(tmp_path):
+    classifier(PRESETS[NARROW].spec).save(tmp_path / "mine.keras")
+    code, said = verified(tmp_path / "mine.keras")
+    assert code == 0
+    assert "parts match their checksums; it carries no recipe" in said
+    lose_blocks(tmp_path / "mine.keras")
+    assert verified(tmp_path / "mine.keras")[0] == 6
