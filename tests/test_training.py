@@ -404,7 +404,7 @@ def test_an_augmentation_of_your_own_is_recorded_and_asked_for_again(
     with pytest.raises(UsageError, match="data.augment is 'own'"):
         train(asked, phantom_cache, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    with pytest.raises(UsageError, match="the training began with .*noted as augmentation"):
+    with pytest.raises(UsageError, match="began with the augmentation .*noted; now none is given"):
         training.resume(out, phantom_cache)
 
 
