@@ -235,6 +235,7 @@ def predict_folder(
     unfinished: bool = False,
     max_rejects: float = MAX_REJECTS,
     tell: Tell | None = None,
+    any_image_type: bool = False,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run.
 
@@ -253,7 +254,7 @@ def predict_folder(
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
-        any_body_part: as for `index_folder`.
+        any_body_part, any_image_type: as for `index_folder`.
         unfinished: take the best weights so far of a training that was interrupted or still runs;
             the notice and the column "unfinished" of both tables say so.
         max_rejects: the largest share of refused files; see `require_few_rejects`. Above it only
@@ -281,7 +282,7 @@ def predict_folder(
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
         with rejects_kept(folder), _rejects_inside(root):
             index = index_folder(
-                dicom_dir, workers, None, progress, any_body_part, leave_out=folder
+                dicom_dir, workers, None, progress, any_body_part, folder, any_image_type
             ).usable()
             require_few_rejects(index.slices, index.rejects, max_rejects)
             recipe, model = load_run(run, device, unfinished=unfinished)
@@ -295,6 +296,7 @@ def predict_folder(
                 "rule": rule,
                 "batch_size": batch_size,
                 "any_body_part": any_body_part,
+                "any_image_type": any_image_type,
             }
             with _journal_in(folder, settings, index, root) as journal:
                 result = predict_index(

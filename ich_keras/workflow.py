@@ -37,6 +37,7 @@ def prepare_index(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    any_image_type: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> SeriesIndex:
     """Index a folder and join its labels.
@@ -49,7 +50,7 @@ def prepare_index(
         journal: a file from which an interrupted indexing continues.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
-        any_body_part: as for `index_folder`.
+        any_body_part, any_image_type: as for `index_folder`.
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
@@ -60,7 +61,9 @@ def prepare_index(
     require_share(max_rejects)
     # Labels first: a fault in them shows before the long walk through the folder.
     table = None if labels is None else read_rsna_labels(labels)
-    index = index_folder(dicom, workers, journal, progress, any_body_part)
+    index = index_folder(
+        dicom, workers, journal, progress, any_body_part, any_image_type=any_image_type
+    )
     if tell is not None:
         tell(f"Found {index}.")
     usable = index.usable()
@@ -137,12 +140,14 @@ def cache_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    any_image_type: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> CTCache:
     """Index a folder, join its labels and cache it: the first half of the workflow.
 
     Args:
-        dicom, labels, workers, journal, progress, tell, any_body_part, max_rejects: as for
+        dicom, labels, workers, journal, progress, tell, any_body_part, any_image_type, max_rejects:
+            as for
             `prepare_index`.
         cache_dir: a new folder.
         size: rows and columns of a cached slice.
@@ -161,6 +166,7 @@ def cache_dicom(
         progress,
         tell,
         any_body_part=any_body_part,
+        any_image_type=any_image_type,
         max_rejects=max_rejects,
     )
     if index_dir is not None:
@@ -255,6 +261,7 @@ def prepare_training(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    any_image_type: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> Preparation:
     """Index and plan a training; nothing is written but a refused folder's rejects.csv.
@@ -269,7 +276,7 @@ def prepare_training(
         workers: processes that read headers; 0 reads them in this one.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
-        any_body_part: as for `index_folder`.
+        any_body_part, any_image_type: as for `index_folder`.
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
@@ -296,6 +303,7 @@ def prepare_training(
                 progress=progress,
                 tell=tell,
                 any_body_part=any_body_part,
+                any_image_type=any_image_type,
                 max_rejects=max_rejects,
             )
     if cache_dir.exists():
@@ -327,6 +335,7 @@ def train_dicom(
     progress: Progress | None = None,
     tell: Tell | None = None,
     any_body_part: bool = False,
+    any_image_type: bool = False,
     max_rejects: float = MAX_REJECTS,
 ) -> Path:
     """Run the whole workflow: from DICOM files and labels to index, cache and trained run.
@@ -341,7 +350,7 @@ def train_dicom(
         workers: processes that read and cache; 0 works in this one.
         progress: called as progress(step, done, total).
         tell: called with single lines of text.
-        any_body_part: as for `index_folder`.
+        any_body_part, any_image_type: as for `index_folder`.
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Returns:
@@ -361,6 +370,7 @@ def train_dicom(
         progress=progress,
         tell=tell,
         any_body_part=any_body_part,
+        any_image_type=any_image_type,
         max_rejects=max_rejects,
     )
     if tell is not None:

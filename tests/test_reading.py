@@ -226,8 +226,8 @@ def test_a_file_removed_while_it_is_read_is_a_reject(folder, monkeypatch):
     source = indexed_slices(index_folder(folder))[0]
     read = reading.read_slice
 
-    def read_and_remove(container):
-        record = read(container)
+    def read_and_remove(container, **settings):
+        record = read(container, **settings)
         Path(container).unlink()
         return record
 

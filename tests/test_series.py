@@ -503,7 +503,7 @@ def test_an_index_of_an_older_version_is_read_with_its_rejects_explained(tmp_pat
 
 
 def test_the_hint_of_a_missing_decoder_reaches_the_table(tmp_path, monkeypatch):
-    def refused(path):
+    def refused(path, **settings):
         raise RejectedFile("NO_DECODER", "a kind of JPEG", "pip install 'ich_keras[codecs]'")
 
     monkeypatch.setattr(walk, "read_header", refused)
@@ -630,7 +630,7 @@ def test_a_copy_that_has_gone_meanwhile_is_listed(tmp_path, monkeypatch):
 
 def test_files_are_compared_only_where_a_uid_comes_twice(tmp_path, monkeypatch):
     write_series(tmp_path, range(5))
-    monkeypatch.setattr(duplicates, "read_slice", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(duplicates, "read_slice", lambda path, **_: pytest.fail(f"{path} was read"))
     assert len(index_folder(tmp_path).slices) == 5
 
 
@@ -826,7 +826,7 @@ def test_workers_find_the_same(tmp_path):
     assert_equal(index_folder(tmp_path, workers=2), index_folder(tmp_path))
 
 
-def _die(entries):
+def _die(any_image_type, entries):
     os._exit(1)
 
 
@@ -852,9 +852,9 @@ def reads(monkeypatch):
     names = []
     real = walk.read_header
 
-    def counted(path):
+    def counted(path, **settings):
         names.append(Path(path).name)
-        return real(path)
+        return real(path, **settings)
 
     monkeypatch.setattr(walk, "read_header", counted)
     return names

@@ -17,6 +17,7 @@ from tiny_dicom import tiny_file, tiny_head
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import SeriesIndex, index_folder
+from ich_keras.data.cache.cache import build_cache
 from ich_keras.inference import load_run
 from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS, Preset
@@ -255,3 +256,31 @@ def test_a_turned_copy_of_a_data_set_is_predicted_equally(run, phantom_folder, t
     pd.testing.assert_series_equal(one["verdict"], other["verdict"])
     turns = index_folder(tmp_path).slices["turn"]
     assert turns.nunique() == 4 and "" not in set(turns)
+
+
+def test_images_of_any_type_are_used_on_request(run, tmp_path):
+    """A clinic has reformatted slices only: named as the way out, and taken the same road."""
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    reformatted = ["DERIVED", "SECONDARY", "AXIAL", "CSA MPR"]
+    for number in range(4):
+        content = tiny_file(
+            tiny_head(number),
+            SOPInstanceUID=f"1.2.{number}",
+            ImageType=reformatted if number != 1 else ["ORIGINAL", "PRIMARY", "AXIAL"],
+            ImagePositionPatient=[-125, -125, 5 * number],
+        )
+        (folder / f"{number}.dcm").write_bytes(content)
+    journal = tmp_path / "journal"
+    strict = index_folder(folder, journal=journal)
+    assert strict.rejects["code"].tolist() == ["NOT_ORIGINAL"] * 3
+    assert strict.rejects["hint"].str.contains("--any-image-type").all()
+    index = index_folder(folder, journal=journal, any_image_type=True)
+    assert (len(index.slices), len(index.rejects)) == (4, 0)
+    assert len(index_folder(folder, journal=journal).slices) == 1
+    assert len(build_cache(index, tmp_path / "cache", size=32)) == 4
+    out = tmp_path / "out"
+    command = ["predict", "--run", run, "--dicom", folder, "--out", out, "--workers", 0]
+    code, said = ich(*command, "--any-image-type")
+    assert code == 0, said
+    assert len(pd.read_csv(out / "predictions.csv")) == 4

@@ -8,6 +8,7 @@ import click
 from ich_keras.cli.configuration import names_of
 from ich_keras.cli.options import (
     ANY_BODY_PART,
+    ANY_IMAGE_TYPE,
     CACHE,
     DICOM,
     FOLDER,
@@ -84,6 +85,7 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
 @ANY_BODY_PART
+@ANY_IMAGE_TYPE
 @MAX_REJECTS
 @WORKERS
 def index(
@@ -91,6 +93,7 @@ def index(
     labels: Path | None,
     out: Path,
     any_body_part: bool,
+    any_image_type: bool,
     max_rejects: float | None,
     workers: int | None,
 ) -> None:
@@ -122,6 +125,7 @@ def index(
                     progress=terminal.progress,
                     tell=terminal.tell,
                     any_body_part=any_body_part,
+                    any_image_type=any_image_type,
                     max_rejects=share_of_rejects(max_rejects),
                 )
         except TooManyRejects:

@@ -35,6 +35,12 @@ ANY_BODY_PART = click.option(
     help="Use series of any part of the body; without it, series that do not show a head are left"
     " out.",
 )
+ANY_IMAGE_TYPE = click.option(
+    "--any-image-type",
+    is_flag=True,
+    help="Use images whatever their Image Type; without it, those that are not acquired slices"
+    " (reformatted, maps, pages) are left out.",
+)
 MAX_REJECTS = click.option(
     "--max-rejects",
     type=click.FloatRange(0, 1),

@@ -7,6 +7,7 @@ import click
 
 from ich_keras.cli.options import (
     ANY_BODY_PART,
+    ANY_IMAGE_TYPE,
     BACKEND,
     CACHE,
     DEVICE,
@@ -78,6 +79,7 @@ def evaluate(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
 @ANY_BODY_PART
+@ANY_IMAGE_TYPE
 @UNFINISHED_RUN
 @MAX_REJECTS
 @WORKERS
@@ -89,6 +91,7 @@ def predict(
     out: Path,
     batch_size: int | None,
     any_body_part: bool,
+    any_image_type: bool,
     unfinished: bool,
     max_rejects: float | None,
     workers: int | None,
@@ -118,6 +121,7 @@ def predict(
             device=device,
             progress=terminal.progress,
             any_body_part=any_body_part,
+            any_image_type=any_image_type,
             unfinished=unfinished,
             max_rejects=share_of_rejects(max_rejects),
             tell=terminal.tell,

@@ -12,6 +12,7 @@ import click
 from ich_keras.cli.configuration import names_of, run_config
 from ich_keras.cli.options import (
     ANY_BODY_PART,
+    ANY_IMAGE_TYPE,
     BACKEND,
     DICOM,
     FOLDER,
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     help="Resume an interrupted training; takes --cache, --labels and --device only.",
 )
 @ANY_BODY_PART
+@ANY_IMAGE_TYPE
 @BACKEND
 @click.option("--device", help="auto (default), cpu or cuda; cuda fails without a usable GPU.")
 @MAX_REJECTS
@@ -165,6 +167,7 @@ def train_main(
     download: bool,
     resume: Path | None,
     any_body_part: bool,
+    any_image_type: bool,
     **options: Any,
 ) -> None:
     """Train a classifier, keep its best weights and evaluate them.
@@ -179,6 +182,7 @@ def train_main(
         "config": config_file,
         "download": download or None,
         "any_body_part": any_body_part or None,
+        "any_image_type": any_image_type or None,
         "demo_plan": demo_plan,
         "max_rejects": max_rejects,
     }
@@ -200,7 +204,7 @@ def train_main(
         return
     if demo_plan is not None:
         raise UsageError("--demo-plan given with data.", "It is only for the demo: leave it out.")
-    of_files = {"any_body_part": any_body_part or None, "max_rejects": max_rejects}
+    of_files = {name: others[name] for name in ("any_body_part", "any_image_type", "max_rejects")}
     if dicom is None and (given := names_of(of_files)):
         raise UsageError(
             f"{given} given without --dicom.", "A cache is used as it is: leave it out."
@@ -217,6 +221,7 @@ def train_main(
         downloads=download,
         note=reset and f"The file is for another view, so these keep their defaults: {reset}.",
         any_body_part=any_body_part,
+        any_image_type=any_image_type,
         max_rejects=share_of_rejects(max_rejects),
     )
 
@@ -233,6 +238,7 @@ def _train(
     downloads: bool,
     note: str,
     any_body_part: bool,
+    any_image_type: bool,
     max_rejects: float,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
@@ -262,6 +268,7 @@ def _train(
             progress=terminal.progress,
             tell=terminal.tell,
             any_body_part=any_body_part,
+            any_image_type=any_image_type,
             max_rejects=max_rejects,
         )
         for line in plan_lines(preparation.plan, preparation.recipe):

@@ -105,7 +105,7 @@ def volume_body_size(slices: Sequence[SlicePlace]) -> BodySize | None:
     for place in dict.fromkeys((last // 2, last // 4, last - last // 4)):
         path, row_spacing_mm, column_spacing_mm = slices[place]
         try:
-            hu = read_slice(path).hu
+            hu = read_slice(path, any_image_type=True).hu
         except RejectedFile:
             continue
         size = body_size(hu, row_spacing_mm, column_spacing_mm)

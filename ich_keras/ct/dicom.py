@@ -35,21 +35,26 @@ class CTSlice:
     content: Content
 
 
-def read_header(source: str | PathLike | BinaryIO, force: bool = False) -> SliceHeader:
+def read_header(
+    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
+) -> SliceHeader:
     """Read and check the header of one CT slice, without its pixels.
 
     Args:
         source: path, or a seekable binary file that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
+        any_image_type: also read what Image Type says is not an acquired slice.
 
     Raises:
         RejectedFile: the file cannot be used; its `code` says why.
     """
     with _opened(source) as stream:
-        return parse_header(stream, force)
+        return parse_header(stream, force, any_image_type)
 
 
-def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlice:
+def read_slice(
+    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
+) -> CTSlice:
     """Read one CT slice as Hounsfield units, and report whether it was repaired.
 
     HU = slope * stored value + intercept, rounded to the nearest integer. What the header declares
@@ -60,6 +65,7 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
     Args:
         source: path, or a seekable binary file that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
+        any_image_type: also read what Image Type says is not an acquired slice.
 
     Raises:
         RejectedFile: the file cannot be used; its `code` says why.
@@ -68,7 +74,7 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
         DICOM PS3.3 C.11.1.1.2, PS3.5 8.1.1.
     """
     with _opened(source) as stream:
-        header = parse_header(stream, force)
+        header = parse_header(stream, force, any_image_type)
         stream.seek(header.pixels.offset)
         raw = stream.read(header.pixels.num_bytes)
     hu, repaired = hounsfield_units(
@@ -81,12 +87,15 @@ def read_slice(source: str | PathLike | BinaryIO, force: bool = False) -> CTSlic
     return CTSlice(header.turn.pixels(hu), repaired, header, content)
 
 
-def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarray:
+def read_hu(
+    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
+) -> np.ndarray:
     """Read one CT slice as Hounsfield units; see `read_slice`.
 
     Args:
         source: path, or a seekable binary file that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
+        any_image_type: also read what Image Type says is not an acquired slice.
 
     Returns:
         int16 (rows, columns), HU.
@@ -94,7 +103,7 @@ def read_hu(source: str | PathLike | BinaryIO, force: bool = False) -> np.ndarra
     Raises:
         RejectedFile: the file cannot be used; its `code` says why.
     """
-    return read_slice(source, force).hu
+    return read_slice(source, force, any_image_type).hu
 
 
 def unreadable(error: OSError) -> RejectedFile:

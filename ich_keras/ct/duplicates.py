@@ -106,7 +106,7 @@ def _pixel_difference(one: Entry, other: Entry) -> str:
 
 def _pixels(entry: Entry) -> np.ndarray | None:
     try:
-        return read_slice(entry.path).hu
+        return read_slice(entry.path, any_image_type=True).hu
     except RejectedFile:
         return None
 
@@ -115,7 +115,7 @@ def _readable(same: list[Entry]) -> tuple[list[Entry], list[Reject]]:
     kept, rejects = [], []
     for entry in same:
         try:
-            read_slice(entry.path)
+            read_slice(entry.path, any_image_type=True)
         except RejectedFile as error:
             rejects.append(
                 Reject.of(entry.path, error)._replace(series_instance_uid=entry.series_instance_uid)

@@ -37,7 +37,14 @@ from ich_keras.ct.encoding import (
 from ich_keras.ct.kind import is_acquired, is_localizer
 from ich_keras.ct.padding import Padding, padding_of
 from ich_keras.ct.pixels import locate
-from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, LEAVE_OUT, SINGLE_FRAME, RejectedFile
+from ich_keras.ct.rejects import (
+    COPY_AGAIN,
+    EXPORT_AGAIN,
+    LEAVE_OR_ASK,
+    LEAVE_OUT,
+    SINGLE_FRAME,
+    RejectedFile,
+)
 from ich_keras.ct.turning import Plane, Turn
 
 # Checked before anything is decoded. CT matrices have 512 rows, on some scanners 2048.
@@ -120,12 +127,13 @@ class SliceHeader:
     padding: Padding | None = None
 
 
-def parse_header(stream: BinaryIO, force: bool) -> SliceHeader:
+def parse_header(stream: BinaryIO, force: bool, any_image_type: bool = False) -> SliceHeader:
     """Read and check the header at the beginning of a file.
 
     Args:
         stream: seekable, opened to read bytes.
         force: also read a file without the 128-byte preamble, guessing its encoding.
+        any_image_type: also read what Image Type says is not an acquired slice.
 
     Raises:
         RejectedFile: the file cannot be used. It carries the series that it was read from, if the
@@ -133,7 +141,7 @@ def parse_header(stream: BinaryIO, force: bool) -> SliceHeader:
     """
     elements: dict[int, Element] = {}
     try:
-        return _parse(stream, force, elements)
+        return _parse(stream, force, any_image_type, elements)
     except RejectedFile as error:
         error.series_instance_uid = _series_of(elements)
         raise
@@ -146,7 +154,9 @@ def _series_of(elements: dict[int, Element]) -> str:
         return ""
 
 
-def _parse(stream: BinaryIO, force: bool, elements: dict[int, Element]) -> SliceHeader:
+def _parse(
+    stream: BinaryIO, force: bool, any_image_type: bool, elements: dict[int, Element]
+) -> SliceHeader:
     size = stream.seek(0, 2)
     stream.seek(0)
     meta = read_meta(stream, size, force)
@@ -170,7 +180,7 @@ def _parse(stream: BinaryIO, force: bool, elements: dict[int, Element]) -> Slice
         elements,
         "header",
     )
-    _check_kind(elements, meta)
+    _check_kind(elements, meta, any_image_type)
     if syntax not in NATIVE:
         _require_uid(syntax)
         require_decoder(syntax)
@@ -183,7 +193,9 @@ def _require_uid(syntax: str) -> None:
         raise bad_value("TransferSyntaxUID", show(syntax), "a UID")
 
 
-def _check_kind(elements: dict[int, Element], meta: dict[int, Element]) -> None:
+def _check_kind(
+    elements: dict[int, Element], meta: dict[int, Element], any_image_type: bool
+) -> None:
     """Refuse anything but a single acquired CT image, before its tags are required."""
     sop_class = text_of(elements, "SOPClassUID") or text_of(meta, "MediaStorageSOPClassUID")
     if sop_class in _MULTIFRAME_CT:
@@ -203,9 +215,9 @@ def _check_kind(elements: dict[int, Element], meta: dict[int, Element]) -> None:
         detail = f"{name('NumberOfFrames')} is {show(frames)}; expected 1 or none"
         raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
     image_type = text_of(elements, "ImageType")
-    if not is_acquired(image_type):
+    if not any_image_type and not is_acquired(image_type):
         detail = f"{name('ImageType')} is {show(image_type)}; expected an acquired slice"
-        raise RejectedFile("NOT_ORIGINAL", detail, LEAVE_OUT)
+        raise RejectedFile("NOT_ORIGINAL", detail, LEAVE_OR_ASK)
 
 
 def _check_slice(

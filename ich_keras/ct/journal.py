@@ -9,6 +9,7 @@ from ich_keras.files import checked_line, read_checked_line
 
 # Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
 _FIRST_LINE = b"ich-index-journal 5\n"
+_FIRST_LINE_ANY = b"ich-index-journal 5, any image type\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
 NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
@@ -49,27 +50,30 @@ class Journal:
 
     Args:
         path: of the file, which need not exist; None keeps no journal.
+        any_image_type: whether files were read whatever their Image Type; a journal of the other
+            kind is begun again.
 
     Raises:
         UsageError: the file is not a journal.
         EnvironmentProblem: the disk is full; `add` raises it, too.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, any_image_type: bool = False):
+        first_line = _FIRST_LINE_ANY if any_image_type else _FIRST_LINE
         self._path = path
         self._known: dict[str, Entry] = {}
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""
-        if content.startswith(_FIRST_LINE):
-            for line in content[len(_FIRST_LINE) :].splitlines():
+        if content.startswith(first_line):
+            for line in content[len(first_line) :].splitlines():
                 self._known.update((entry.path, entry) for entry in _parse(line))
             if not content.endswith(b"\n"):
                 self._append(b"\n")
-        elif content.startswith(_FAMILY) or _FIRST_LINE.startswith(content):
+        elif content.startswith(_FAMILY) or first_line.startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with full_disk_told(path, len(_FIRST_LINE)):
-                path.write_bytes(_FIRST_LINE)
+            with full_disk_told(path, len(first_line)):
+                path.write_bytes(first_line)
         else:
             raise UsageError(
                 f"{path} is not a journal of `ich index`; it was not changed.",

@@ -19,6 +19,10 @@ from ich_keras.files import atomic_write
 
 REJECTS_FILE = "rejects.csv"
 LEAVE_OUT = "Nothing to do: only acquired CT slices are used."
+LEAVE_OR_ASK = (
+    "Nothing to do: only acquired CT slices are used. If it is a slice of a head all the same, add"
+    " --any-image-type."
+)
 COPY_AGAIN = "Copy or download the file again."
 EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
 SINGLE_FRAME = "Convert it to single-frame CT images first."
@@ -71,7 +75,7 @@ REJECT_CODES = {
     ),
     "NOT_ORIGINAL": Explanation(
         "an image computed from others, or a page of text, not an acquired slice",
-        LEAVE_OUT,
+        LEAVE_OR_ASK,
         is_loss=False,
     ),
     "MULTIFRAME": Explanation(

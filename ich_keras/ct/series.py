@@ -226,6 +226,7 @@ def index_folder(
     progress: Progress | None = None,
     any_body_part: bool = False,
     leave_out: Path | str | None = None,
+    any_image_type: bool = False,
 ) -> SeriesIndex:
     """Find the CT slices in a folder, group them into series and put them in order.
 
@@ -242,6 +243,8 @@ def index_folder(
         progress: called as progress("indexing", files done, files).
         any_body_part: do not ask whether a series shows a head; otherwise another part of the body
             gets the verdict "not a head".
+        any_image_type: also use what Image Type says is not an acquired slice, such as reformatted
+            images; otherwise it becomes a reject (NOT_ORIGINAL).
         leave_out: a folder that is not searched, though it may lie in the other: that of results.
 
     Raises:
@@ -256,7 +259,7 @@ def index_folder(
     if workers < 0:
         raise UsageError(f"workers is {workers}; expected 0 or more.")
     journal = None if journal is None else Path(journal).absolute()
-    known = Journal(journal)
+    known = Journal(journal, any_image_type)
     own = () if journal is None else (str(journal), f"{journal}{LOCK}")
     found, unread = [], []
     for entry in walk(folder, leave_out):
@@ -267,7 +270,7 @@ def index_folder(
             found.append(before or entry)
         else:
             unread.append(entry)
-    found += read_all(unread, len(found), workers, known, progress)
+    found += read_all(unread, len(found), workers, known, progress, any_image_type)
     found.sort(key=lambda entry: entry.path)
     slices, rejects = split_by_uid(entry for entry in found if not entry.code)
     rejects += [

@@ -7,6 +7,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 from ich_keras.ct.dicom import read_header
@@ -83,7 +84,12 @@ def _printable(path: str) -> str:
 
 
 def read_all(
-    unread: list[Entry], done: int, workers: int, journal: Journal, progress: Progress | None
+    unread: list[Entry],
+    done: int,
+    workers: int,
+    journal: Journal,
+    progress: Progress | None,
+    any_image_type: bool = False,
 ) -> list[Entry]:
     total = done + len(unread)
     size = max(1, min(MAX_CHUNK, math.ceil(len(unread) / _PROGRESS_CALLS)))
@@ -93,7 +99,7 @@ def read_all(
     if progress is not None and unread:
         progress("indexing", done, total)
     with mapping(workers, len(chunks), "reading headers") as apply:
-        for entries in apply(_read_headers, chunks):
+        for entries in apply(partial(_read_headers, any_image_type), chunks):
             journal.add(entries)
             found += entries
             share = (done + len(found)) * _PROGRESS_CALLS // total
@@ -133,13 +139,13 @@ def mapping(workers: int, num_tasks: int, work: str) -> Iterator[Callable[..., I
         pool.shutdown(cancel_futures=True)
 
 
-def _read_headers(entries: list[Entry]) -> list[Entry]:
-    return [_read_one(entry) for entry in entries]
+def _read_headers(any_image_type: bool, entries: list[Entry]) -> list[Entry]:
+    return [_read_one(entry, any_image_type) for entry in entries]
 
 
-def _read_one(entry: Entry) -> Entry:
+def _read_one(entry: Entry, any_image_type: bool) -> Entry:
     try:
-        header = read_header(entry.path)
+        header = read_header(entry.path, any_image_type=any_image_type)
     except RejectedFile as error:
         return entry._replace(
             code=error.code,

@@ -118,7 +118,8 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
     Raises:
         RejectedFile: it cannot be read, or it is not the file that was indexed (CHANGED).
     """
-    record = read_slice(indexed.container)
+    # Whether its Image Type will do was decided when it was indexed.
+    record = read_slice(indexed.container, any_image_type=True)
     found = differences(record.header, indexed)
     if not found:
         try:
