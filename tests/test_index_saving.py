@@ -218,8 +218,9 @@ def test_killed_at_any_step_the_same_command_goes_on(dicom, tmp_path):
     assert len(steps) >= 15
     for moment, first, again, is_half, left, is_same in results:
         assert first == -9 or (moment == "any time" and first == 0), moment
-        # Where the first attempt was done, a second one finds its index.
-        assert again == (2 if first == 0 else 0), (moment, again)
+        # Where the first attempt was done, a second one finds its index. So it may be where a kill
+        # came just before the end of the process.
+        assert again == (2 if first == 0 else 0) or (moment == "any time" and again == 2), moment
         assert not is_half, moment
         assert is_same, moment
         assert left == ["index"], (moment, left)
