@@ -100,13 +100,15 @@ def is_finished(name: str, out: Path) -> bool:
     last = {"index": "index.json", "cache": "manifest.json", "train": "report.md"}
     if name == "predict":
         return (out / "notice.txt").exists() and not (out / "prediction.journal").exists()
-    return (out / last[name]).exists()
+    # Until its journal is gone, an index is taken up again, and found to be whole.
+    return (out / last[name]).exists() and not out.with_name(f"{out.name}.journal").exists()
 
 
 def require_same(name: str, home: Path, out: Path, moment: object) -> None:
     assert result_of(name, out) == result_of(name, home / name), moment
     # Nothing is left beside it, nor in it.
-    assert [path.name for path in out.parent.iterdir()] == [out.name], moment
+    beside = {path.name for path in out.parent.iterdir() if path.suffix != ".lock"}
+    assert beside == {out.name}, moment
     assert not list(out.rglob(".*")), moment
 
 
