@@ -200,6 +200,8 @@ def resume(
             resumed = [*record.get(RESUMED, []), {"epoch": course.done, "changed": changes}]
             write_json(run.environment_file, record | {RESUMED: resumed})
         epochs = recipe.training.epochs
+        for line in notices_of(cache):
+            tell(line)
         tell(
             f"Resuming after epoch {course.done} of {epochs}, {recipe.backend}, {recipe.device},"
             f" {recipe.precision}."

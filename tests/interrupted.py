@@ -1,13 +1,19 @@
 """Trainings that end too early, as an interruption ends them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ich_keras import fitting
-from ich_keras.config import RunConfig
+from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
 from ich_keras.training import train
+
+SIZE = 48
 
 
 class Crash(Exception):
@@ -28,3 +34,17 @@ def interrupted_training(cache: CTCache, out: Path, config: RunConfig, epoch: in
         with pytest.raises(Crash):
             train(config, cache, out)
     return out
+
+
+@contextlib.contextmanager
+def begun_training(cache: CTCache, out: Path, preset: str) -> Iterator[Path]:
+    """Train a narrow network for the first of two epochs; its preset exists in the block only."""
+    PRESETS[preset] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), preset)
+    config = RunConfig(
+        preset=preset,
+        precision="float32",
+        data=DataConfig(size=SIZE, balance=True),
+        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
+    )
+    yield interrupted_training(cache, out, config, epoch=1)
+    del PRESETS[preset]

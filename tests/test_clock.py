@@ -10,16 +10,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from interrupted import interrupted_training
+from interrupted import begun_training
 from tiny_dicom import tiny_file
 
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.ct.walk import _in_int64
 from ich_keras.data.cache.cache import build_cache
 from ich_keras.model_file import read_recipe
-from ich_keras.models.presets import PRESETS, Preset
-from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
 from ich_keras.phantom.dicom import write_phantoms
 from ich_keras.training import resume
@@ -31,16 +28,9 @@ YEARS = {"1904": -2.08e9, "1970": 0.0, "2500": 1.67e10}  # seconds since 1970
 
 @pytest.fixture(scope="module")
 def begun(phantom_cache, tmp_path_factory) -> Path:
-    PRESETS["clock"] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "clock")
-    config = RunConfig(
-        preset="clock",
-        precision="float32",
-        data=DataConfig(size=SIZE, balance=True),
-        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
-    )
     run = tmp_path_factory.mktemp("begun") / "run"
-    yield interrupted_training(phantom_cache, run, config, epoch=1)
-    del PRESETS["clock"]
+    with begun_training(phantom_cache, run, "clock") as begun:
+        yield begun
 
 
 def set_clock(monkeypatch, seconds):

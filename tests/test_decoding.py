@@ -232,21 +232,33 @@ def is_running(pid):
 
 CACHE = """
 import sys
+from ich_keras import prediction
+from ich_keras.ct import decoding
 from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
+from ich_keras.data.reading import indexed_slices
+decoding.DECODE_SECONDS = 3.0  # in worker processes as well, which import this file
 if __name__ == "__main__":
     workers = int(sys.argv[1])
-    build_cache(index_folder("files", workers=workers), f"cache{workers}", 16, workers=workers)
+    index = index_folder("files", workers=workers)
+    build_cache(index, f"cache{workers}", 16, workers=workers)
     cache = CTCache.open(f"cache{workers}")
     names = [(path[-5:], code) for path, code in cache.rejects[["path", "code"]].to_numpy()]
     print(sorted(names), sorted(path[-5:] for path in cache.slices["container"]))
+    sources = indexed_slices(index)
+    with prediction._reading(16, 2, len(sources), workers) as read:
+        for hu, hashes, rejects in read([sources, sources]):
+            names = [(reject.path[-5:], reject.code) for reject in rejects]
+            print(sorted(names), [s.container[-5:] for s, one in zip(sources, hashes) if one])
 """
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_is_built_around_files_that_crash_the_decoder(faulty_decoder, tmp_path, workers):
+def test_cache_and_prediction_go_around_files_that_a_decoder_does_not_survive(
+    faulty_decoder, tmp_path, workers
+):
     (tmp_path / "files").mkdir()
-    faults = {"a": 1064, "b": 2001, "c": 1064, "d": 2002, "e": 2005, "f": 1064}
+    faults = {"a": 1064, "b": 2001, "c": 1064, "d": 2002, "e": 2005, "f": 1064, "g": 2004}
     for place, (name, first) in enumerate(faults.items()):
         content = rle_file(first, SOPInstanceUID=f"1.2.{place}", ImagePositionPatient=[0, 0, place])
         (tmp_path / "files" / f"{name}.dcm").write_bytes(content)
@@ -259,8 +271,13 @@ def test_a_cache_is_built_around_files_that_crash_the_decoder(faulty_decoder, tm
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rejects = [("b.dcm", "DECODER_CRASH"), ("d.dcm", "DECODER_CRASH"), ("e.dcm", "DECODE_ERROR")]
-    assert done.stdout.strip() == f"{rejects} {['a.dcm', 'c.dcm', 'f.dcm']}"
+    rejects = [
+        *(("b.dcm", "DECODER_CRASH"), ("d.dcm", "DECODER_CRASH")),
+        *(("e.dcm", "DECODE_ERROR"), ("g.dcm", "TIMEOUT")),
+    ]
+    expected = f"{rejects} {['a.dcm', 'c.dcm', 'f.dcm']}"
+    # The cache, and two series as they are predicted.
+    assert done.stdout.splitlines() == [expected] * 3
     assert done.stderr == ""  # what decoders say is in the reject, not on the terminal
 
 

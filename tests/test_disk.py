@@ -1,6 +1,5 @@
 """A full disk: seen before the work where it can be, and told with file, free space and need."""
 
-import contextlib
 import errno
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from full_disk import largest_file
 from interrupted import interrupted_training
 
 from ich_keras import checkpoints, disk, files, fitting, run_space
@@ -252,19 +252,6 @@ def limited(limit, *words):
     )
 
 
-@contextlib.contextmanager
-def limit_of(num_bytes):
-    """Let this process write no larger files for the length of a block."""
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def assert_told(done, name):
     """Return the last lines: the error names the file, and nothing is a traceback."""
     assert done.returncode == 4, done.stderr
@@ -286,7 +273,7 @@ def test_indexing(phantom_folder, tmp_path):
 @has_limits
 def test_saving_an_index(phantom_folder, tmp_path):
     index = index_folder(phantom_folder / "images")
-    with limit_of(20_000), pytest.raises(EnvironmentProblem) as caught:
+    with largest_file(20_000), pytest.raises(EnvironmentProblem) as caught:
         index.save(tmp_path / "index")
     assert f"{tmp_path / 'index' / 'slices.csv'} could not be written" in caught.value.message
     assert list(tmp_path.iterdir()) == []
@@ -330,7 +317,7 @@ def test_resuming_and_evaluating(begun, phantom_cache, phantom_cache_folder, tmp
     resume(run, phantom_cache)
     kept = (run / "predictions-valid.csv").read_bytes()
     with (
-        limit_of(4096),
+        largest_file(4096),
         pytest.raises(EnvironmentProblem, match=r"predictions-valid\.csv could not be written"),
     ):
         evaluate(run, phantom_cache, "valid")
@@ -340,7 +327,7 @@ def test_resuming_and_evaluating(begun, phantom_cache, phantom_cache_folder, tmp
 @has_limits
 def test_the_best_weights_of_the_first_epoch(phantom_cache, tmp_path):
     message = r"run/best\.weights\.h5 could not be written"
-    with limit_of(200_000), pytest.raises(EnvironmentProblem, match=message):
+    with largest_file(200_000), pytest.raises(EnvironmentProblem, match=message):
         train(config_of(), phantom_cache, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

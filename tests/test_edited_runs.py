@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from interrupted import interrupted_training
+from interrupted import begun_training
 
 from ich_keras import fitting, training
 from ich_keras.cli import main
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run
-from ich_keras.models.presets import PRESETS, Preset
-from ich_keras.models.spec import ModelSpec
 from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import resume, train
@@ -26,16 +23,9 @@ SIZE = 48
 
 @pytest.fixture(scope="module")
 def begun(phantom_cache, tmp_path_factory) -> Path:
-    PRESETS["edited"] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "edited")
-    config = RunConfig(
-        preset="edited",
-        precision="float32",
-        data=DataConfig(size=SIZE, balance=True),
-        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
-    )
     run = tmp_path_factory.mktemp("begun") / "run"
-    yield interrupted_training(phantom_cache, run, config, epoch=1)
-    del PRESETS["edited"]
+    with begun_training(phantom_cache, run, "edited") as begun:
+        yield begun
 
 
 @pytest.fixture

@@ -10,14 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupted import interrupted_training
+from interrupted import begun_training
 
 from ich_keras import files, leftovers, training
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.evaluation import evaluate
 from ich_keras.leftovers import partial_of, remove_leftovers, target_of
-from ich_keras.models.presets import PRESETS, Preset
-from ich_keras.models.spec import ModelSpec
 from ich_keras.phantom.dicom import write_phantoms
 from ich_keras.training import resume
 
@@ -156,16 +153,9 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 
 @pytest.fixture(scope="module")
 def begun(phantom_cache, tmp_path_factory):
-    PRESETS["left"] = Preset(ModelSpec((48, 48, 3), depth=10, width=8), "left")
-    config = RunConfig(
-        preset="left",
-        precision="float32",
-        data=DataConfig(size=48, balance=True),
-        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
-    )
     run = tmp_path_factory.mktemp("begun") / "run"
-    yield interrupted_training(phantom_cache, run, config, epoch=1)
-    del PRESETS["left"]
+    with begun_training(phantom_cache, run, "left") as begun:
+        yield begun
 
 
 def test_resuming_and_evaluating_remove_what_a_killed_one_has_left(

@@ -1,6 +1,5 @@
 """A prediction that is killed goes on, and one folder takes one prediction at a time."""
 
-import contextlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from full_disk import largest_file
 
 from ich_keras import prediction, prediction_journal
 from ich_keras.cli import main
@@ -230,18 +230,6 @@ def test_killed_at_any_moment_a_prediction_goes_on(run, images, tmp_path):
     assert sorted(expected) == TABLES
     for out in outs:
         assert tables(out) == expected, out
-
-
-@contextlib.contextmanager
-def largest_file(num_bytes):
-    """Let this process write no file beyond a size, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("more", [0, 100])

@@ -19,7 +19,7 @@ from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import join_labels, read_rsna_labels
-from ich_keras.data.pixels import NO_HASHES
+from ich_keras.data.pixels import NO_HASHES, OTHER_READING, notices_of
 from ich_keras.errors import DataError, LostState, StaleError
 from ich_keras.evaluation import evaluate
 from ich_keras.inference import load_run
@@ -768,3 +768,12 @@ def test_a_model_of_keras_alone_is_verified_and_said_to_lack_a_recipe(tmp_path):
     assert "parts match their checksums; it carries no recipe" in said
     lose_blocks(tmp_path / "mine.keras")
     assert verified(tmp_path / "mine.keras")[0] == 6
+
+
+def test_a_cache_that_was_read_otherwise_is_reported(interrupted, cache, quick, monkeypatch):
+    told = []
+    monkeypatch.setitem(cache.manifest["versions"], "reading", "another rule")
+    resume(interrupted, cache, tell=told.append)
+    assert OTHER_READING in told
+    monkeypatch.undo()
+    assert notices_of(cache) == []

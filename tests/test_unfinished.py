@@ -9,17 +9,14 @@ import keras
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from interrupted import interrupted_training
+from interrupted import begun_training
 
 from ich_keras import fitting, training
 from ich_keras.cli import main
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError
 from ich_keras.evaluation import evaluate
 from ich_keras.files import lock
 from ich_keras.inference import load_run
-from ich_keras.models.presets import PRESETS, Preset
-from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.report import report_text
 from ich_keras.run_folder import RunFolder
@@ -35,16 +32,9 @@ RUNNING = INTERRUPTED.replace("was interrupted", "is still running")
 @pytest.fixture(scope="module")
 def begun(phantom_cache, tmp_path_factory):
     """A training that was interrupted after the first of two epochs."""
-    PRESETS["narrow"] = Preset(ModelSpec((48, 48, 3), depth=10, width=8), "narrow")
-    config = RunConfig(
-        preset="narrow",
-        precision="float32",
-        data=DataConfig(size=48, balance=True),
-        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
-    )
     run = tmp_path_factory.mktemp("begun") / "run"
-    yield interrupted_training(phantom_cache, run, config, epoch=1)
-    del PRESETS["narrow"]
+    with begun_training(phantom_cache, run, "narrow") as begun:
+        yield begun
 
 
 def ich(*words):

@@ -29,6 +29,8 @@ from ich_keras.processes import begin_worker
 _SECONDS_TO_END = 2  # for a worker that is no longer needed, or that is just dying
 _SAMPLES_TO_NAME = 8
 
+# What an object raises that cannot be pickled, or made again.
+_NO_PICKLE = (pickle.PickleError, AttributeError, TypeError, ValueError)
 # What a worker answers.
 _BATCH, _ERROR, _NOT_SENT = "batch", "error", "not sent"
 
@@ -167,11 +169,10 @@ class WorkerPool:
                     "the loader's worker processes have ended after an earlier error.",
                     "Begin a new pass over the loader.",
                 )
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self.end)
                 yield
-            except BaseException:
-                self.end()
-                raise
+                stack.pop_all()
 
     def _receive(self, awaited: Task, timeout: float) -> None:
         """Receive one answer from the worker of a task; it may be that of an earlier task."""
@@ -273,13 +274,13 @@ def _answer(connection: Connection, dataset: Dataset, key: tuple[int, np.ndarray
     answer: tuple[str, Any]
     try:
         answer = _BATCH, default_convert(dataset[key])
-    except Exception as error:  # noqa: BLE001 (the parent raises it)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it rises in the parent)
         answer = _ERROR, _packed(error)
     try:
         connection.send(answer)
     except ConnectionError:
         raise
-    except Exception as error:  # noqa: BLE001 (no shared memory: torch has several kinds for it)
+    except (OSError, RuntimeError, *_NO_PICKLE) as error:  # no shared memory, or no pickle
         connection.send((_NOT_SENT, f"{type(error).__name__}: {error}"))
 
 
@@ -288,7 +289,7 @@ def _packed(error: Exception) -> tuple[bytes | None, str, str]:
     text = f"{type(error).__name__}: {error}"
     try:
         pickled = pickle.dumps(error)
-    except Exception:  # noqa: BLE001 (an error of a user's own may hold anything)
+    except _NO_PICKLE:
         pickled = None
     return pickled, text, traceback.format_exc()
 
@@ -298,7 +299,7 @@ def _unpacked(packed: tuple[bytes | None, str, str], task: Task) -> Exception:
     error = None
     if pickled is not None:
         # The usual case: an __init__ with other arguments than those it passes on.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(ImportError, *_NO_PICKLE):
             error = pickle.loads(pickled)
     if not isinstance(error, Exception):
         error = RuntimeError(text)
