@@ -386,6 +386,62 @@ def test_shards_of_other_versions_are_not_mixed_in(index, tmp_path, monkeypatch,
         build(index, tmp_path / "cache")
 
 
+def build_with_rejects(index, out, monkeypatch, code):
+    """Build a cache where two slices of the first shard are refused; return what was read."""
+    read_indexed = cache_fill.read_indexed
+    read = []
+
+    def refuse_some(source, size):
+        name = Path(source.container).name
+        read.append(name)
+        if name in ("s1-0.dcm", "s2-2.dcm"):
+            raise RejectedFile(code, "seen in a test", "A hint.")
+        return read_indexed(source, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_fill, "read_indexed", refuse_some)
+        interrupted(index, out, monkeypatch)
+    return read
+
+
+@pytest.mark.parametrize("code", ["DECODER_CRASH", "TIMEOUT", "DECODE_ERROR"])
+def test_a_reject_of_a_finished_shard_is_remembered(own_index, tmp_path, monkeypatch, code):
+    assert len(build_with_rejects(own_index, tmp_path / "cache", monkeypatch, code)) == 16
+    # They would be read now; what killed a decoder once is not given to it again.
+    read = []
+    read_indexed = cache_fill.read_indexed
+
+    def note(source, size):
+        read.append(Path(source.container).name)
+        return read_indexed(source, size)
+
+    monkeypatch.setattr(cache_fill, "read_indexed", note)
+    cache = build(own_index, tmp_path / "cache")
+    assert len(read) == 14 and not {"s1-0.dcm", "s2-2.dcm"} & set(read)  # a look at the others
+    assert len(cache) == 14
+    names = [Path(path).name for path in cache.rejects["path"]]
+    assert sorted(names) == ["s1-0.dcm", "s2-2.dcm"]
+    assert cache.rejects["code"].tolist() == [code] * 2
+    assert cache.rejects["detail"].tolist() == ["seen in a test"] * 2
+
+
+def test_a_remembered_reject_whose_file_changed_is_tried_again(own_index, tmp_path, monkeypatch):
+    build_with_rejects(own_index, tmp_path / "cache", monkeypatch, "DECODER_CRASH")
+    path = Path(own_index.slices["container"][0]).with_name("s1-0.dcm")
+    path.write_bytes(path.read_bytes())
+    again = index_folder(path.parent)
+    with pytest.raises(StaleError, match=r"1 of \d+ slices of finished .*s1-0\.dcm"):
+        build(again, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("code", ["NO_DECODER", "UNREADABLE"])
+def test_a_reject_of_the_machine_is_tried_again(own_index, tmp_path, monkeypatch, code):
+    build_with_rejects(own_index, tmp_path / "cache", monkeypatch, code)
+    cache = build(own_index, tmp_path / "cache")
+    assert len(cache) == 16 and not len(cache.rejects)
+    assert content(cache.path) == content(build(own_index, tmp_path / "other").path)
+
+
 def test_without_finished_shards_nothing_is_asked(index, tmp_path):
     partial = tmp_path / "cache.partial"
     partial.mkdir()

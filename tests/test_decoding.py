@@ -16,7 +16,11 @@ import pytest
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, get_encoder
 from pydicom.uid import (
+    HTJ2K,
+    HTJ2KLossless,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
@@ -288,12 +292,23 @@ SYNTAXES = {
     "JPEG lossless": JPEGLosslessSV1,
     "JPEG-LS": JPEGLSLossless,
     "JPEG 2000": JPEG2000Lossless,
+    "HTJ2K": HTJ2KLossless,
+    "HTJ2K lossy": HTJ2K,
 }
 SIDE = 256
+# A head of 128 x 128 and its codestreams, written once by imagecodecs 2026.3.6 (OpenJPH and
+# libjpeg-turbo): no package of the test extra writes them.
+GOLDEN = Path(__file__).parent / "golden" / "codestreams.npz"
+WITH_END_MARKER = [name for name in SYNTAXES if name != "RLE"]
+GOLDEN_NAMES = {"HTJ2K": "htj2k_lossless", "HTJ2K lossy": "htj2k_lossy"}
 
 
 def compressed(name):
-    """Return the codestream of a noisy head of 256 x 256, and its stored values."""
+    """Return the codestream of a noisy head, and its stored values."""
+    if name in GOLDEN_NAMES:
+        if not get_decoder(SYNTAXES[name]).is_available:
+            pytest.skip("the codecs extra is not installed; CI runs this file with it, too")
+        return golden(GOLDEN_NAMES[name])
     syntax = SYNTAXES[name]
     # highdicom and Matplotlib, of the test extra, bring decoders without encoders.
     writes = {"JPEG lossless": jpeg_lossless, "JPEG 2000": jpeg_2000}.get(name)
@@ -306,6 +321,11 @@ def compressed(name):
     dataset = tiny_dataset(stored, PixelRepresentation=0, BitsStored=12)
     to_bytes(dataset, compress=syntax)
     return next(generate_frames(dataset.PixelData, number_of_frames=1)), stored
+
+
+def golden(key):
+    with np.load(GOLDEN) as arrays:
+        return arrays[key].tobytes(), arrays["stored"].astype(int)
 
 
 def jpeg_lossless(stored):
@@ -341,7 +361,12 @@ def jpeg_2000(stored, boxed=False):
 
 def file_of(name, stream, fragments=1):
     tags = {"PixelRepresentation": 0, "BitsStored": 12}
-    return encapsulated_file(stream, SYNTAXES[name], SIDE, fragments, **tags)
+    side = SIDE // 2 if name in GOLDEN_NAMES else SIDE
+    return encapsulated_file(stream, SYNTAXES[name], side, fragments, **tags)
+
+
+def assert_decoded(hu, stored, name):
+    np.testing.assert_allclose(hu, stored - 1024, atol=name == "HTJ2K lossy")
 
 
 @pytest.mark.parametrize("name", SYNTAXES)
@@ -349,19 +374,19 @@ def test_good_streams_are_read_in_one_fragment_and_in_several(name):
     stream, stored = compressed(name)
     for fragments in (1, 3):
         hu = read_hu(io.BytesIO(file_of(name, stream, fragments)))
-        np.testing.assert_array_equal(hu, stored - 1024)
+        assert_decoded(hu, stored, name)
 
 
-@pytest.mark.parametrize("name", ["JPEG lossless", "JPEG-LS", "JPEG 2000"])
+@pytest.mark.parametrize("name", WITH_END_MARKER)
 def test_padding_behind_the_end_marker_is_no_damage(name):
     stream, stored = compressed(name)
     stream = stream.rstrip(b"\0")
     for padding in (b"\0", bytes(10), b"\xff\xff", b"\x20"):
         hu = read_hu(io.BytesIO(file_of(name, stream + padding)))
-        np.testing.assert_array_equal(hu, stored - 1024)
+        assert_decoded(hu, stored, name)
 
 
-@pytest.mark.parametrize("name", ["JPEG lossless", "JPEG-LS", "JPEG 2000", "JPEG 2000 in a box"])
+@pytest.mark.parametrize("name", [*WITH_END_MARKER, "JPEG 2000 in a box"])
 def test_the_end_marker_alone_is_missed(name):
     """Two bytes: the decoders give a whole image without them."""
     name, is_boxed = name.removesuffix(" in a box"), name.endswith("in a box")
@@ -369,7 +394,7 @@ def test_the_end_marker_alone_is_missed(name):
     stream = jpeg_2000(stored, boxed=True) if is_boxed else stream.rstrip(b"\0")
     assert stream.endswith(b"\xff\xd9")
     hu = read_hu(io.BytesIO(file_of(name, stream)))
-    np.testing.assert_array_equal(hu, stored - 1024)
+    assert_decoded(hu, stored, name)
     ends = (b"\0\0", b"\xff\0", b"\0\xd9", b"\xff\xff", bytes(100))
     short = [stream[:-count] for count in (1, 2, 3, 100)]
     for damaged in [*short, *(stream[:-2] + end for end in ends)]:
@@ -416,3 +441,31 @@ def test_broken_bytes_of_a_stream_are_read_or_refused(name):
         else:
             assert hu.dtype == np.int16 and hu.shape == stored.shape
     assert refusals > 20
+
+
+def test_lossy_jpeg_of_12_bits_is_refused_whole_and_damaged():
+    # No decoder with a permissive licence reads it; one that a user adds is asked.
+    stream, _ = golden("jpeg_12")
+    tags = {"PixelRepresentation": 0, "BitsStored": 12}
+
+    def error_of(codestream):
+        return refused(encapsulated_file(codestream, JPEGExtended12Bit, SIDE // 2, **tags))
+
+    whole = error_of(stream)
+    assert whole.code == "NO_DECODER"
+    assert "dcmconv" in whole.hint
+    third = len(stream) // 3
+    for damaged in (
+        stream[: 2 * third],
+        stream[: 2 * third] + bytes(third),
+        stream[:third] + b"\xff\x40" + stream[third + 2 :],
+    ):
+        assert error_of(damaged).code == "DECODE_ERROR"
+
+
+def test_lossy_jpeg_of_8_bits_holds_no_hounsfield_units():
+    stream, _ = golden("jpeg_8")
+    tags = {"PixelRepresentation": 0, "BitsAllocated": 8, "BitsStored": 8}
+    error = refused(encapsulated_file(stream, JPEGBaseline8Bit, SIDE // 2, **tags))
+    assert error.code == "UNSUPPORTED_PIXELS"
+    assert "BitsAllocated is 8; expected 16" in error.detail

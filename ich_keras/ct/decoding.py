@@ -24,7 +24,7 @@ import numpy as np
 
 from ich_keras.ct.decoder_process import FRAME, READY
 from ich_keras.ct.elements import name
-from ich_keras.ct.encoding import StoredPixels, other_size, undecodable
+from ich_keras.ct.encoding import StoredPixels, other_size, undecodable, unsupported
 from ich_keras.ct.rejects import COPY_AGAIN, RejectedFile
 from ich_keras.errors import EnvironmentProblem
 
@@ -200,12 +200,18 @@ def decode(raw: bytes, pixels: StoredPixels) -> np.ndarray:
         int16 or uint16 (rows, columns), stored values.
 
     Raises:
-        RejectedFile: DECODE_ERROR (the decoder failed, or complained), DECODER_CRASH or TIMEOUT.
+        RejectedFile: DECODE_ERROR (the decoder failed, or complained), DECODER_CRASH, TIMEOUT, or
+            NO_DECODER (such as lossy JPEG of 12 bits, for which pydicom's usual decoders have no
+            support, and which shows in their answer alone).
         EnvironmentProblem: the decoder process cannot be started.
     """
     with _lock:
         message, content, words = _ask(decoder_options(pixels), raw)
     if "error" in message:
+        # A heading, then what each decoder says.
+        reasons = message["error"].splitlines()[1:]
+        if reasons and all("does not support" in reason for reason in reasons):
+            raise unsupported(pixels.transfer_syntax_uid, _one_line(*reasons, words))
         raise undecodable(f"cannot be decoded: {_one_line(message['error'], words)}")
     said = _one_line(*message["complaints"], words)
     if said:

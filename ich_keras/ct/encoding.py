@@ -86,6 +86,11 @@ def other_size(pixels: StoredPixels, rows: int, columns: int, components: int = 
     )
 
 
+def unsupported(transfer_syntax_uid: str, reasons: str) -> RejectedFile:
+    """Make the error for pixels that no decoder here supports, though their syntax has some."""
+    return _no_decoder(transfer_syntax_uid, f"; {reasons}", _CONVERT)
+
+
 def _no_decoder(transfer_syntax_uid: str, detail: str, hint: str) -> RejectedFile:
     found = f"{name('TransferSyntaxUID')} is {show(transfer_syntax_uid)}"
     return RejectedFile("NO_DECODER", f"{found} {detail}".replace(" ;", ";"), hint)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich_keras import files
+from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.data.cache.fill import a_few, hashes_now
 from ich_keras.data.cache.plan import PlannedShard, Settings
 from ich_keras.data.cache.shards import Shard, ShardEntry
@@ -86,7 +87,8 @@ def finished_records(
 ) -> dict[str, dict]:
     """Return the records of the shards that an earlier build finished.
 
-    A shard that was lost is built again.
+    A shard that was lost is built again. So is one with rejects that depend on the machine, such
+    as NO_DECODER. Other rejects are remembered: a file that crashed its decoder is not tried again.
 
     Raises:
         StaleError: a shard or a record is not the one that was written; names it.
@@ -100,6 +102,8 @@ def finished_records(
         record = _read(record_path, partial)
         if record.get("plan") != files.fingerprint(plan):
             raise StaleError(f"{record_path} belongs to another build.", _start_over(partial))
+        if any(code in NEVER_KEPT for _, code, *_ in record["rejected"]):
+            continue
         if record["num_slices"]:
             if not path.is_file():
                 continue
@@ -129,6 +133,8 @@ def require_same_pixels(
 ) -> None:
     """Look again at the slices of finished shards whose files have another time, and a few others.
 
+    A reject is tried again only when its file has another time: it may crash or hang its decoder.
+
     Raises:
         StaleError: some have other pixels now, or can or cannot be read only now.
     """
@@ -142,7 +148,7 @@ def require_same_pixels(
             rows += [
                 row for row, time in zip(own, record["times"], strict=True) if times[row] != time
             ]
-    known = list(hashes)
+    known = [row for row, pixel_hash in hashes.items() if pixel_hash]
     rows = sorted({*rows, *(known[number] for number in a_few(len(known)))})
     sources = indexed_slices(index)
     now = hashes_now([sources[row] for row in rows], settings.size, workers, progress)
@@ -151,8 +157,8 @@ def require_same_pixels(
     ]
     if differ:
         raise StaleError(
-            f"{len(differ)} slices of finished shards have other pixels now, or cannot be read;"
-            f" the first is {differ[0]}.",
+            f"{len(differ)} of {len(rows)} slices of finished shards that were read again differ:"
+            f" in their pixels, or in whether they can be read; the first is {differ[0]}.",
             "Start over: ich cache --restart, or build_cache(..., restart=True).",
         )
 
