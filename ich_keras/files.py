@@ -279,6 +279,7 @@ def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
     try:
         holder.acquire()
     except filelock.Timeout as error:
+        _require_creatable(path)
         raise StaleError(
             f"{path} is locked by another process.", "Wait for it, or stop it."
         ) from error
@@ -293,6 +294,13 @@ def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
             with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
                 path.unlink(missing_ok=True)
         holder.release()
+
+
+def _require_creatable(path: Path) -> None:
+    """Refuse a folder that takes no files; filelock takes that for a lock that is held."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        path.unlink(missing_ok=True)  # it was let go a moment ago
 
 
 def _warn_of_no_locks(folder: Path) -> None:

@@ -208,10 +208,11 @@ class PredictionJournal:
         for name, value in settings.items():
             before = first["settings"].get(name)
             if before != value:
+                said = name.replace("_", " ")
                 raise StaleError(
-                    f"{self._path} belongs to a prediction with {name} {_short(before)}; this one"
-                    f" has {_short(value)}.",
-                    f"Resume it with that. {self._start_over()}",
+                    f"{self._path} belongs to a prediction with {said} {_short(before)}; this one"
+                    f" has {said} {_short(value)}.",
+                    f"Resume it with {said} {_short(before)}. {self._start_over()}",
                 )
         before = first["content"]
         if before == content:

@@ -4,6 +4,7 @@ Lines and bars share the screen, so all of them go through `open_terminal`.
 """
 
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -39,6 +40,19 @@ HELP = {"help_option_names": ["-h", "--help"]}
 USUAL_WIDTH = 80  # assumed for a file or pipe
 
 
+_PART_IS_A_FILE = "A part of the path is a file; expected folders. Choose another path."
+_NOT_ALLOWED = "You may not write there. Choose another folder."
+_OS_HINTS = {
+    errno.EEXIST: _PART_IS_A_FILE,
+    errno.ENOTDIR: _PART_IS_A_FILE,
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.EROFS: _NOT_ALLOWED,
+    errno.ENOENT: "No file can be made or found there. Choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
 def _fail(ctx: click.Context, message: str, hint: str, exit_code: int) -> NoReturn:
     """Print one line that says what is wrong and one that says what to do, and exit."""
     click.echo(f"Error: {message}", err=True)
@@ -65,7 +79,8 @@ class Command(click.Command):
             if os.environ.get(TRACEBACK) or error.errno is None or not has_reader:
                 raise
             place = f": {error.filename}" if error.filename else ""
-            _fail(ctx, f"{error.strerror}{place}", f"{TRACEBACK}=1 shows where.", EXIT_ENVIRONMENT)
+            hint = _OS_HINTS.get(error.errno, f"{TRACEBACK}=1 shows where.")
+            _fail(ctx, f"{error.strerror}{place}", hint, EXIT_ENVIRONMENT)
         except (MemoryError, RuntimeError) as error:
             if os.environ.get(TRACEBACK) or not _is_out_of_memory(error):
                 raise

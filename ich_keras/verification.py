@@ -39,7 +39,10 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[str]:
     if path.is_dir():
         return _verify_folder(path, progress)
     if not path.is_file():
-        raise UsageError(f"{path} does not exist.")
+        what = (
+            "is a device or pipe; expected a file or folder" if path.exists() else "does not exist"
+        )
+        raise UsageError(f"{path} {what}.")
     if path.suffix == ".keras":
         said = "; it carries no recipe, which says how its input is made"
         if RECIPE in read_metadata(path):

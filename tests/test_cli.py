@@ -1,6 +1,7 @@
 """The command line as users meet it: help, the whole road, one clear line for every mistake."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -550,3 +551,20 @@ def test_the_first_series_of_a_whole_cache_are_trained_on(phantom_folder, phanto
     assert planned.exit_code == 0, planned.output
     counts = re.findall(r"(?:train|valid|test) +\d+ patients, +(\d+) series", planned.output)
     assert sum(map(int, counts)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("file/x", "A part of the path is a file"), ("x" * 300, "Choose a shorter name")],
+)
+def test_a_path_that_cannot_be_written_says_why(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "dicom").mkdir()
+    done = ich("index", "--dicom", "dicom", "--out", name)
+    assert done.exit_code == 4 and hint in done.output
+
+
+def test_verify_wants_a_file_or_folder():
+    done = ich("verify", os.devnull)
+    assert done.exit_code == 2 and "is a device or pipe; expected a file or folder" in done.output

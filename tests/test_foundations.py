@@ -531,3 +531,9 @@ def test_a_file_of_the_users_is_never_taken_for_a_lock(tmp_path):
         ):
             pytest.fail("not reached")
     assert path.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has a folder of this kind")
+def test_a_folder_that_takes_no_files_is_no_lock_that_is_held():
+    with pytest.raises(FileNotFoundError, match="No such file"), files.lock("/proc/ich.lock"):
+        pass

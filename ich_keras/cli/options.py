@@ -38,8 +38,8 @@ ANY_BODY_PART = click.option(
 ANY_IMAGE_TYPE = click.option(
     "--any-image-type",
     is_flag=True,
-    help="Use images whatever their Image Type; without it, those that are not acquired slices"
-    " (reformatted, maps, pages) are left out.",
+    help="Use images whatever their Image Type, localizers excepted; without it, those that are not"
+    " acquired slices (reformatted, maps, pages) are left out.",
 )
 MAX_REJECTS = click.option(
     "--max-rejects",
