@@ -24,7 +24,8 @@ from ich_keras.errors import UsageError
 # change(images, seed) -> images of the same shape
 Change = Callable[[np.ndarray, int], np.ndarray]
 
-AUGMENTATIONS = ("thesis", "flip")
+AUGMENTATIONS = ("fast", "thesis", "flip")
+BY_DRAWS = ("fast", "flip")  # `ich_keras.data.draws` draws them; albumentations is not needed
 # Ranges of the thesis (albumentations' defaults of 2021).
 FLIP_PROBABILITY = 0.5
 AFFINE_PROBABILITY = 0.5
@@ -76,7 +77,12 @@ def seed_pipeline(pipeline: Any, seed: int) -> None:
     together or not at all, and by related amounts.
     """
     for number, step in enumerate(pipeline.transforms):
-        step.set_random_seed(sample_seed(seed, 0, number) if number else seed)
+        step.set_random_seed(step_seed(seed, number))
+
+
+def step_seed(seed: int, number: int) -> int:
+    """Return the seed of one step of an augmentation, from that of a sample."""
+    return sample_seed(seed, 0, number) if number else seed
 
 
 def require_augmentation(augment: Augment | None, workers: int = 0) -> None:
@@ -268,9 +274,14 @@ def make_augmentation(name: str = "thesis") -> Change:
         `ShiftScaleRotate(0.0625, 0.1, 45)`, borders reflected.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or one that changes HU instead of windows.
     """
     _require_name(name)
+    if name == "fast":
+        raise UsageError(
+            'augmentation "fast" changes Hounsfield units, not windows.',
+            'Ask `view_batches` for it, or take "thesis", which draws the same.',
+        )
     # Otherwise albumentations asks a server for news on import.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations
