@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from ich_keras.data.augment import Augmentation, make_augmentation, sample_seed
+from ich_keras.data.augment import Augmentation, make_augmentation
 from ich_keras.data.batches import (
     CTDataset,
     series_batches,
@@ -22,6 +22,7 @@ from ich_keras.data.epochs import EpochPlan, epoch_plan
 from ich_keras.data.inputs import slice_input, slice_windows
 from ich_keras.data.intensity import intensity_of, normalise
 from ich_keras.data.loader import CTLoader
+from ich_keras.data.seeds import sample_seed
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS

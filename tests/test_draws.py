@@ -9,13 +9,14 @@ from tiny_dicom import head_hu
 
 from ich_keras.ct.window import WIDE
 from ich_keras.data import augment as library
-from ich_keras.data.augment import make_augmentation, sample_seed
+from ich_keras.data.augment import make_augmentation
 from ich_keras.data.batches import series_batches, slab_batches, slice_batches
 from ich_keras.data.device_inputs import DeviceInputs, RawBatch
 from ich_keras.data.drawn_inputs import change_windows, drawn_inputs
 from ich_keras.data.draws import draw, no_draws
 from ich_keras.data.inputs import slice_input, slice_windows, volume_input
 from ich_keras.data.intensity import INTENSITIES
+from ich_keras.data.seeds import sample_seed
 from ich_keras.errors import UsageError
 
 SEEDS = [sample_seed(7, 0, index) for index in range(120)]

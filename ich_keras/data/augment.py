@@ -1,9 +1,7 @@
 """Random changes of training slices: by name (albumentations behind one small function), or a
 function of your own.
 
-Every draw is a pure function of (seed, epoch, index): batches do not depend on the number of
-worker processes, and a resumed training sees what an uninterrupted one would have seen.
-(albumentations by itself gives every worker the same random stream.)
+(albumentations by itself gives every worker the same random stream; see `ich_keras.data.seeds`.)
 """
 
 import contextlib
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ich_keras.data.seeds import step_seed
 from ich_keras.errors import UsageError
 
 # change(images, seed) -> images of the same shape
@@ -61,15 +60,6 @@ class Augmentation:
 Augment = str | Change | Augmentation
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Return the random seed of one sample in one epoch, 32 bits.
-
-    >>> sample_seed(0, 0, 0) == sample_seed(0, 0, 0) != sample_seed(0, 1, 0)
-    True
-    """
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
-
-
 def seed_pipeline(pipeline: Any, seed: int) -> None:
     """Give each step of an albumentations pipeline a random stream of its own.
 
@@ -78,11 +68,6 @@ def seed_pipeline(pipeline: Any, seed: int) -> None:
     """
     for number, step in enumerate(pipeline.transforms):
         step.set_random_seed(step_seed(seed, number))
-
-
-def step_seed(seed: int, number: int) -> int:
-    """Return the seed of one step of an augmentation, from that of a sample."""
-    return sample_seed(seed, 0, number) if number else seed
 
 
 def require_augmentation(augment: Augment | None, workers: int = 0) -> None:

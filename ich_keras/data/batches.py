@@ -16,7 +16,6 @@ from ich_keras.data.augment import (
     change_of,
     comes_after_normalisation,
     require_augmentation,
-    sample_seed,
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
@@ -27,6 +26,7 @@ from ich_keras.data.epochs import epoch_plan
 from ich_keras.data.inputs import slice_windows, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
+from ich_keras.data.seeds import sample_seeds
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
@@ -76,13 +76,14 @@ class CTDataset(Dataset):
         self._reverse = reverse
         self._is_raw = is_raw
         self._change: Change | None = None
+        self._buffer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
-        return {**self.__dict__, "_change": None}
+        return {**self.__dict__, "_change": None, "_buffer": None}
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | RawBatch:
         """Return one batch.
@@ -118,7 +119,7 @@ class CTDataset(Dataset):
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
-        return [sample_seed(self._seed, epoch, int(index)) for index in indices]
+        return sample_seeds(self._seed, epoch, np.asarray(indices))
 
     def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return inputs that an augmentation of the images changed."""
@@ -137,10 +138,10 @@ class CTDataset(Dataset):
         return self._samples.rows[indices] != AIR
 
     def _hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return HU, int16 (n, slices, rows, columns)."""
+        """Return HU, int16 (n, slices, rows, columns); the next call may overwrite them."""
         rows, shifts = self._samples.rows[indices], self._samples.shifts
         if shifts is None and (rows != AIR).all():
-            hu = self._pixels.slices_hu(rows.ravel())
+            hu = self._pixels.slices_hu(rows.ravel(), self._room_for(rows.size))
             return hu.reshape(*rows.shape, *hu.shape[1:])
         # Each slice is read once, however many slabs of the batch it is in.
         wanted = np.unique(rows[rows != AIR])
@@ -152,6 +153,13 @@ class CTDataset(Dataset):
                 for place, index in zip(places, indices, strict=True)
             ]
         )
+
+    def _room_for(self, slices: int) -> np.ndarray:
+        """Return memory for HU. New memory costs four times as much as the copy into it."""
+        if self._buffer is None or len(self._buffer) < slices:
+            side = self._pixels.size
+            self._buffer = np.empty((slices, side, side), np.int16)
+        return self._buffer[:slices]
 
     def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         """Change each sample of a batch, in place."""

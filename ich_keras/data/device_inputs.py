@@ -54,7 +54,8 @@ class DeviceInputs:
         arrays = [batch.hu, batch.labels, *_numbers(draws)]
         tensors = [torch.as_tensor(array) for array in arrays]
         if self._copying is None:
-            return SentBatch([tensor.to(self.device) for tensor in tensors], None, [])
+            # A copy, on the CPU too: the memory of a batch is used again for the next.
+            return SentBatch([tensor.to(self.device, copy=True) for tensor in tensors], None, [])
         pinned = [tensor.pin_memory() for tensor in tensors]
         with torch.cuda.stream(self._copying):
             sent = [tensor.to(self.device, non_blocking=True) for tensor in pinned]

@@ -8,6 +8,9 @@ interpolated windows do not. `change_windows` has the thesis's order.
 Worker processes import this module: it must not import keras.
 """
 
+import functools
+import math
+
 import cv2
 import numpy as np
 
@@ -37,11 +40,11 @@ def drawn_inputs(
     for number, sample in enumerate(hu):
         stack = sample[::-1] if draws.is_reversed[number] else sample
         if is_by_table:
-            table, lowest = _table(intensity, draws.contrast[number], draws.brightness[number])
+            table = _table(intensity, draws.contrast[number], draws.brightness[number])
         for place, one in enumerate(stack):
             moved = move(one, draws, number)
             if is_by_table:
-                _look_up(table, lowest, moved, inputs[number, place])
+                table.look_up(moved, inputs[number, place])
             else:
                 windows = slice_windows(_whole(moved), side, intensity.windows)
                 inputs[number, place] = adjust(windows, draws, number)
@@ -108,23 +111,51 @@ def _whole(hu: np.ndarray) -> np.ndarray:
     return hu if hu.dtype == np.int16 else np.rint(hu).astype(np.int16)
 
 
-def _table(intensity: Intensity, contrast: float, brightness: float) -> tuple[np.ndarray, int]:
-    """Return the input of every HU between the windows' ends, and the HU of the first row."""
-    lowest = int(np.floor(min(window.low for window in intensity.windows)))
-    highest = int(np.ceil(max(window.low + window.width for window in intensity.windows)))
-    lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
-    hu = np.arange(lowest, highest + 1, dtype=np.int16)
-    windows = slice_windows(hu[np.newaxis], None, intensity.windows)
-    if contrast != 1 or brightness != 0:
-        windows = windows * np.float32(contrast) + np.float32(brightness)
-        windows = np.clip(windows, 0, 1, dtype=np.float32)
-    return intensity.normalise(windows, False)[0], lowest
+class _Table:
+    """The input of every HU between the ends of the windows, for one contrast and brightness."""
+
+    def __init__(self, intensity: Intensity, contrast: float, brightness: float) -> None:
+        lowest = math.floor(min(window.low for window in intensity.windows))
+        highest = math.ceil(max(window.low + window.width for window in intensity.windows))
+        self._lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
+        hu = np.arange(self._lowest, highest + 1, dtype=np.int16)
+        windows = slice_windows(hu[np.newaxis], None, intensity.windows)
+        if contrast != 1 or brightness != 0:
+            windows = windows * np.float32(contrast) + np.float32(brightness)
+            windows = np.clip(windows, 0, 1, dtype=np.float32)
+        self._values = intensity.normalise(windows, False)[0]
+        self._by_four = None
+        if intensity.channels == 3:
+            # NumPy takes items of 16 bytes four times as fast as rows of 12.
+            padded = np.pad(self._values, ((0, 0), (0, 1)))
+            self._by_four = np.ascontiguousarray(padded).view(np.complex128)[:, 0]
+
+    def look_up(self, hu: np.ndarray, out: np.ndarray) -> None:
+        """Turn HU into input.
+
+        Args:
+            hu: int16 or float32 (rows, columns), HU.
+            out: float32 (rows, columns, channels), receives the input.
+        """
+        if hu.dtype == np.int16:
+            rows = hu.astype(np.intp)
+            rows -= self._lowest
+        else:
+            # Cuts towards 0, and so rounds; what is negative means the first row in any case.
+            rows = (hu + np.float32(0.5 - self._lowest)).astype(np.intp)
+        if self._by_four is None:
+            np.take(self._values, rows, axis=0, out=out, mode="clip")
+            return
+        four = np.take(self._by_four, rows, mode="clip").view(np.float32)
+        cv2.cvtColor(four.reshape(*hu.shape, 4), cv2.COLOR_BGRA2BGR, dst=out)
 
 
-def _look_up(table: np.ndarray, lowest: int, hu: np.ndarray, out: np.ndarray) -> None:
-    if hu.dtype == np.int16:
-        rows = hu.astype(np.intp) - lowest
-    else:
-        # Cuts towards 0, and so rounds; what is negative means the first row in any case.
-        rows = (hu + np.float32(0.5 - lowest)).astype(np.intp)
-    np.take(table, rows, axis=0, out=out, mode="clip")
+@functools.lru_cache(maxsize=8)
+def _plain_table(intensity: Intensity) -> _Table:
+    return _Table(intensity, 1.0, 0.0)
+
+
+def _table(intensity: Intensity, contrast: float, brightness: float) -> _Table:
+    if contrast == 1 and brightness == 0:
+        return _plain_table(intensity)
+    return _Table(intensity, contrast, brightness)

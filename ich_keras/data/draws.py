@@ -21,8 +21,8 @@ from ich_keras.data.augment import (
     MAX_SCALE,
     MAX_SHIFT,
     REVERSE_PROBABILITY,
-    step_seed,
 )
+from ich_keras.data.seeds import step_seeds
 
 IDENTITY = np.eye(3)[:2]
 
@@ -74,7 +74,7 @@ def draw(
     """Draw the thesis's augmentation.
 
     Args:
-        seeds: one for each sample, as `ich_keras.data.augment.sample_seed` gives them.
+        seeds: one for each sample, as `ich_keras.data.seeds.sample_seeds` gives them.
         side: rows and columns of a slice, pixels.
         flips_only: left-right flips, and nothing else.
         may_reverse: turn every second volume upside down along its slices.
@@ -86,28 +86,35 @@ def draw(
     >>> draws.matrices.shape, bool((draws.contrast >= 0.8).all())
     ((2, 2, 3), True)
     """
+    seeds = list(seeds)
     draws = no_draws(len(seeds))
-    for number, seed in enumerate(seeds):
-        draws.flips[number, 0] = random.Random(seed).random() < FLIP_PROBABILITY
-        if not flips_only:
-            draws.flips[number, 1] = _stream(seed, 1).random() < FLIP_PROBABILITY
-            stream = _stream(seed, 2)
+    stream = random.Random()  # one, seeded again and again: making one takes as long
+    draws.flips[:, 0] = _coins(stream, seeds, FLIP_PROBABILITY)
+    if not flips_only:
+        draws.flips[:, 1] = _coins(stream, step_seeds(seeds, 1), FLIP_PROBABILITY)
+        for number, seed in enumerate(step_seeds(seeds, 2)):
+            stream.seed(seed)
             if stream.random() < AFFINE_PROBABILITY:
                 draws.is_moved[number] = True
                 draws.matrices[number] = _draw_matrix(stream, side)
-            stream = _stream(seed, 3)
+        for number, seed in enumerate(step_seeds(seeds, 3)):
+            stream.seed(seed)
             if stream.random() < BRIGHTNESS_PROBABILITY:
                 draws.contrast[number] = 1 + stream.uniform(-MAX_CONTRAST, MAX_CONTRAST)
                 draws.brightness[number] = stream.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS)
-        if may_reverse:
-            # A stream of its own, so that the other changes do not depend on this one.
-            drawn = np.random.default_rng([seed, 1]).random()
-            draws.is_reversed[number] = drawn < REVERSE_PROBABILITY
+    if may_reverse:
+        # A stream of its own, so that the other changes do not depend on this one.
+        drawn = [np.random.default_rng([seed, 1]).random() for seed in seeds]
+        draws.is_reversed[:] = np.array(drawn) < REVERSE_PROBABILITY
     return draws
 
 
-def _stream(seed: int, step: int) -> random.Random:
-    return random.Random(step_seed(seed, step))
+def _coins(stream: random.Random, seeds: Sequence[int], probability: float) -> list[bool]:
+    coins = []
+    for seed in seeds:
+        stream.seed(seed)
+        coins.append(stream.random() < probability)
+    return coins
 
 
 def _draw_matrix(stream: random.Random, side: int) -> tuple[tuple[float, ...], ...]:
