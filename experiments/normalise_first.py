@@ -12,6 +12,7 @@ import numpy as np
 
 from ich_keras.data import augment
 from ich_keras.data.intensity import THESIS_NORMALISATION
+from ich_keras.data.seeds import sample_seed
 
 
 def in_thesis_order(windows: np.ndarray, seed: int) -> np.ndarray:
@@ -30,7 +31,7 @@ def in_thesis_order(windows: np.ndarray, seed: int) -> np.ndarray:
     flips, moves = _pipelines()
     windows = flips(windows, seed)
     # Another stream than that of the flips, which began at `seed` itself.
-    augment.seed_pipeline(moves, augment.sample_seed(seed, 0, 0))
+    augment.seed_pipeline(moves, sample_seed(seed, 0, 0))
     windows = np.clip(moves(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
     random = np.random.default_rng([seed, 3])
     if random.random() >= augment.BRIGHTNESS_PROBABILITY:

@@ -15,7 +15,7 @@ from ich_keras.paths import path_of
 
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
-AUGMENT = ("thesis", "flip", "none", "own")
+AUGMENT = ("fast", "thesis", "flip", "none", "own")
 INTENSITY = ("windows", "wide", "head-z-score")
 
 
@@ -33,9 +33,10 @@ class DataConfig:
         duplicate: "skip" or "keep"; see `ich_keras.View`.
         split: "patient", "none", "thesis-slices", "thesis-series", or a CSV file.
         balance: train on as many negative samples as positive ones (redrawn every epoch).
-        augment: "thesis", "flip" or "none": random changes to training samples, the same for all
-            slices of a sample. Validation, test and prediction samples are never changed. "own"
-            stands for a function of yours, given to `ich_keras.train(..., augment=function)`.
+        augment: "fast", "thesis", "flip" or "none": random changes to training samples, the same
+            for all slices of a sample (`ich_keras.data.batches.view_batches`). Validation, test
+            and prediction samples are never changed. "own" stands for a function of yours, given
+            to `ich_keras.train(..., augment=function)`.
         reverse: turn every second slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one

@@ -152,6 +152,7 @@ def evaluate_network(
         intensity=recipe.inputs.intensity,
         samples=samples,
         workers=recipe.training.loader_workers,
+        device=recipe.batch_device,
     )
     values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
 

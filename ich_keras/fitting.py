@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
-from ich_keras.data.augment import sample_seed
+from ich_keras.data.seeds import sample_seed
 from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities

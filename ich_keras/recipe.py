@@ -222,6 +222,11 @@ class Recipe:
             precision=precision,
         )
 
+    @property
+    def batch_device(self) -> str | None:
+        """The `device` of `ich_keras.data.batches.view_batches`: where inputs are made."""
+        return self.device if self.backend == "torch" and self.device != "cpu" else None
+
     def on(self, backend: str, device: str) -> "Recipe":
         """Return the recipe for another backend or device.
 

@@ -314,6 +314,7 @@ def _make_fit(
             workers=training.loader_workers,
             intensity=recipe.inputs.intensity,
             samples=samples,
+            device=recipe.batch_device,
             **settings,
         )
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from ich_keras.data.augment import Augmentation, make_augmentation, sample_seed
+from ich_keras.data.augment import Augmentation, make_augmentation
 from ich_keras.data.batches import (
     CTDataset,
     series_batches,
@@ -22,6 +22,7 @@ from ich_keras.data.epochs import EpochPlan, epoch_plan
 from ich_keras.data.inputs import slice_input, slice_windows
 from ich_keras.data.intensity import intensity_of, normalise
 from ich_keras.data.loader import CTLoader
+from ich_keras.data.seeds import sample_seed
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
@@ -52,8 +53,9 @@ def test_batches_are_the_cached_slices_in_order(phantom_cache):
 
 # torch warns of more workers than cores; the batches must be the same even then.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_any_number_of_workers_gives_the_same_batches(phantom_cache):
-    settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": "thesis"}
+@pytest.mark.parametrize("augment", ["fast", "thesis"])
+def test_any_number_of_workers_gives_the_same_batches(phantom_cache, augment):
+    settings = {"batch_size": 8, "seed": 5, "balance": True, "augment": augment}
     indices = np.arange(40)
     expected = passes(slice_batches(phantom_cache, indices, **settings), 3)
     assert not np.array_equal(expected[0][0][0], expected[1][0][0])
@@ -74,8 +76,9 @@ def test_workers_do_not_multiply_threads():
     assert list(CTLoader(_ThreadsOfOpenCV(), plan, workers=1)) == [1, 1, 1]
 
 
-def test_a_resumed_training_sees_what_an_uninterrupted_one_saw(phantom_cache):
-    settings = {"batch_size": 8, "seed": 5, "augment": "thesis"}
+@pytest.mark.parametrize("augment", ["fast", "thesis"])
+def test_a_resumed_training_sees_what_an_uninterrupted_one_saw(phantom_cache, augment):
+    settings = {"batch_size": 8, "seed": 5, "augment": augment}
     expected = passes(slice_batches(phantom_cache, np.arange(24), **settings), 3)
     resumed = slice_batches(phantom_cache, np.arange(24), **settings)
     resumed.epoch = 2
@@ -204,7 +207,7 @@ def test_flips_are_left_right_only():
     flip = make_augmentation("flip")
     seen = {flip(windows.copy(), seed).tobytes() for seed in range(12)}
     assert seen == {windows.tobytes(), windows[:, ::-1].tobytes()}
-    with pytest.raises(UsageError, match="augmentation 'rotate'; expected one of thesis, flip"):
+    with pytest.raises(UsageError, match="expected one of fast, thesis, flip"):
         make_augmentation("rotate")
 
 
@@ -231,7 +234,7 @@ def test_what_cannot_be_batched_is_refused(phantom_cache):
     with pytest.raises(UsageError, match="give a seed"):
         slice_batches(phantom_cache, augment="thesis")
     for bad, message in (
-        ({"augment": "big"}, "augmentation 'big'; expected one of thesis, flip"),
+        ({"augment": "big"}, "augmentation 'big'; expected one of fast, thesis, flip"),
         ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
         ({"batch_size": 2.5}, r"batch_size is 2\.5; expected a whole number"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),

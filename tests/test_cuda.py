@@ -26,6 +26,7 @@ from test_training import (  # noqa: F401
 )
 
 from ich_keras import checkpoints, training
+from ich_keras.data.batches import slab_batches
 from ich_keras.keras_private import keep_float64
 from ich_keras.labels import LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
@@ -252,3 +253,16 @@ def test_a_run_on_the_gpu(phantom_folder, phantom_cache, tmp_path, crash_after):
     with keras.device("cpu"):
         expected = predict_folder(whole, images).slices.set_index("sop_instance_uid")
     np.testing.assert_allclose(found[names], expected.loc[found.index, names], atol=0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_made_on_the_gpu_are_those_of_the_cpu(phantom_cache, workers):
+    settings = {"indices": np.arange(12), "batch_size": 4, "seed": 4, "augment": "fast"}
+    settings |= {"num_slices": 5, "reverse": True}
+    expected = slab_batches(phantom_cache, **settings)
+    found = slab_batches(phantom_cache, device="cuda", workers=workers, **settings)
+    for _ in range(2):
+        for (x, y), (other_x, other_y) in zip(found, expected, strict=True):
+            assert x.device.type == y.device.type == "cuda"
+            np.testing.assert_array_equal(y.cpu(), other_y)
+            assert (abs(x.cpu() - other_x) > 1e-3).float().mean() < 2e-3

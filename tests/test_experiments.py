@@ -308,6 +308,7 @@ def _thesis_order_of_the_kept_results():
     import cv2
 
     from ich_keras.data import augment
+    from ich_keras.data.seeds import sample_seed
 
     flip = albumentations.Compose([albumentations.HorizontalFlip(p=0.5)])
     moves = albumentations.Compose(
@@ -330,7 +331,7 @@ def _thesis_order_of_the_kept_results():
     def change(windows, seed):
         augment.seed_pipeline(flip, seed)
         windows = np.clip(flip(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
-        augment.seed_pipeline(moves, augment.sample_seed(seed, 0, 0))
+        augment.seed_pipeline(moves, sample_seed(seed, 0, 0))
         windows = np.clip(moves(image=windows)["image"], 0.0, 1.0, dtype=np.float32)
         random = np.random.default_rng([seed, 3])
         if random.random() >= 0.5:
@@ -347,9 +348,9 @@ def _thesis_order_of_the_kept_results():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_thesis_order_gives_the_batches_of_the_kept_results(phantom_cache):
     from ich_keras.data import batches
-    from ich_keras.data.augment import sample_seed
     from ich_keras.data.inputs import slice_windows
     from ich_keras.data.intensity import normalise
+    from ich_keras.data.seeds import sample_seed
 
     indices = np.arange(0, len(phantom_cache), 3)[:32]
     change, expected = _thesis_order_of_the_kept_results(), []

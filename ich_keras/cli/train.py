@@ -123,7 +123,7 @@ if TYPE_CHECKING:
 @click.option(
     "--balance/--no-balance", default=None, help="Train on one negative sample per positive one."
 )
-@click.option("--augment", help="thesis (default), flip (left-right only) or none.")
+@click.option("--augment", help="thesis (default), fast, flip (left-right only) or none.")
 @click.option(
     "--loader-workers",
     type=int,

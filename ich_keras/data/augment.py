@@ -1,9 +1,7 @@
 """Random changes of training slices: by name (albumentations behind one small function), or a
 function of your own.
 
-Every draw is a pure function of (seed, epoch, index): batches do not depend on the number of
-worker processes, and a resumed training sees what an uninterrupted one would have seen.
-(albumentations by itself gives every worker the same random stream.)
+(albumentations by itself gives every worker the same random stream; see `ich_keras.data.seeds`.)
 """
 
 import contextlib
@@ -19,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from ich_keras.data.seeds import step_seed
 from ich_keras.errors import UsageError
 
 # change(images, seed) -> images of the same shape
 Change = Callable[[np.ndarray, int], np.ndarray]
 
-AUGMENTATIONS = ("thesis", "flip")
+AUGMENTATIONS = ("fast", "thesis", "flip")
+BY_DRAWS = ("fast", "flip")  # `ich_keras.data.draws` draws them; albumentations is not needed
 # Ranges of the thesis (albumentations' defaults of 2021).
 FLIP_PROBABILITY = 0.5
 AFFINE_PROBABILITY = 0.5
@@ -60,15 +60,6 @@ class Augmentation:
 Augment = str | Change | Augmentation
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Return the random seed of one sample in one epoch, 32 bits.
-
-    >>> sample_seed(0, 0, 0) == sample_seed(0, 0, 0) != sample_seed(0, 1, 0)
-    True
-    """
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
-
-
 def seed_pipeline(pipeline: Any, seed: int) -> None:
     """Give each step of an albumentations pipeline a random stream of its own.
 
@@ -76,7 +67,7 @@ def seed_pipeline(pipeline: Any, seed: int) -> None:
     together or not at all, and by related amounts.
     """
     for number, step in enumerate(pipeline.transforms):
-        step.set_random_seed(sample_seed(seed, 0, number) if number else seed)
+        step.set_random_seed(step_seed(seed, number))
 
 
 def require_augmentation(augment: Augment | None, workers: int = 0) -> None:
@@ -268,9 +259,14 @@ def make_augmentation(name: str = "thesis") -> Change:
         `ShiftScaleRotate(0.0625, 0.1, 45)`, borders reflected.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or one that changes HU instead of windows.
     """
     _require_name(name)
+    if name == "fast":
+        raise UsageError(
+            'augmentation "fast" changes Hounsfield units, not windows.',
+            'Ask `view_batches` for it, or take "thesis", which draws the same.',
+        )
     # Otherwise albumentations asks a server for news on import.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations

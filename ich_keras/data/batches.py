@@ -9,20 +9,24 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ich_keras.data.augment import (
+    BY_DRAWS,
     REVERSE_PROBABILITY,
     Augment,
     Change,
     change_of,
     comes_after_normalisation,
     require_augmentation,
-    sample_seed,
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
+from ich_keras.data.device_inputs import DeviceInputs, RawBatch
+from ich_keras.data.drawn_inputs import drawn_inputs
+from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
 from ich_keras.data.inputs import slice_windows, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
+from ich_keras.data.seeds import sample_seeds
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import UsageError
 from ich_keras.labels import LABELS
@@ -40,6 +44,10 @@ class CTDataset(Dataset):
         seed: of the augmentation, which needs one.
         intensity: from HU to input, an `Intensity` or its name in `INTENSITIES`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
+        is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
+
+    Raises:
+        UsageError: `is_raw` with an augmentation that changes images itself.
     """
 
     def __init__(
@@ -51,7 +59,13 @@ class CTDataset(Dataset):
         seed: int | None = None,
         intensity: str | Intensity = "windows",
         reverse: bool = False,
+        is_raw: bool = False,
     ) -> None:
+        if is_raw and not is_drawn(augmentation):
+            raise UsageError(
+                f"augmentation {augmentation!r} changes images on the CPU.",
+                f"A device takes one of {', '.join(BY_DRAWS)}, or none.",
+            )
         self._intensity = intensity_of(intensity)
         # Without the tables: this object travels to every worker process.
         self._pixels = pixels
@@ -60,16 +74,18 @@ class CTDataset(Dataset):
         self._augmentation = augmentation
         self._seed = seed
         self._reverse = reverse
+        self._is_raw = is_raw
         self._change: Change | None = None
+        self._buffer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
-        return {**self.__dict__, "_change": None}
+        return {**self.__dict__, "_change": None, "_buffer": None}
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | RawBatch:
         """Return one batch.
 
         Args:
@@ -80,9 +96,34 @@ class CTDataset(Dataset):
             of slabs and series; and float32 (n, 6) labels (NaN where there are none).
         """
         epoch, indices = key
-        intensity = self._intensity
-        is_volume = self._samples.view.is_volume
         hu = self._hu(np.asarray(indices))
+        if self._samples.labels is None:
+            labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
+        else:
+            labels = self._samples.labels[indices].astype(np.float32)
+            labels[labels < 0] = np.nan
+        is_volume = self._samples.view.is_volume
+        if not is_drawn(self._augmentation):
+            return self._changed_inputs(hu, epoch, indices), labels
+        draws = self._draw(epoch, indices, hu.shape[-1])
+        if self._is_raw:
+            return RawBatch(hu, draws, labels)
+        return drawn_inputs(hu, draws, self._intensity, is_volume, self._size), labels
+
+    def _draw(self, epoch: int, indices: np.ndarray, side: int) -> Draws:
+        if self._augmentation is None:
+            return no_draws(len(indices))
+        seeds = self._seeds(epoch, indices)
+        return draw(seeds, side, self._augmentation == "flip", self._reverse)
+
+    def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
+        if self._seed is None:
+            raise UsageError("augmentation draws at random: give a seed.")
+        return sample_seeds(self._seed, epoch, np.asarray(indices))
+
+    def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return inputs that an augmentation of the images changed."""
+        intensity, is_volume = self._intensity, self._samples.view.is_volume
         inputs = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
         is_after = comes_after_normalisation(self._augmentation)
         if not is_after:
@@ -90,22 +131,17 @@ class CTDataset(Dataset):
         inputs = intensity.normalise(inputs, is_volume)
         if is_after:
             self._augment(inputs, epoch, indices)
-        if self._samples.labels is None:
-            labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
-        else:
-            labels = self._samples.labels[indices].astype(np.float32)
-            labels[labels < 0] = np.nan
-        return inputs, labels
+        return inputs
 
     def mask(self, indices: np.ndarray) -> np.ndarray:
         """Tell the slices of samples from the air that fills them up: bool (n, slices)."""
         return self._samples.rows[indices] != AIR
 
     def _hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return HU, int16 (n, slices, rows, columns)."""
+        """Return HU, int16 (n, slices, rows, columns); the next call may overwrite them."""
         rows, shifts = self._samples.rows[indices], self._samples.shifts
         if shifts is None and (rows != AIR).all():
-            hu = self._pixels.slices_hu(rows.ravel())
+            hu = self._pixels.slices_hu(rows.ravel(), self._room_for(rows.size))
             return hu.reshape(*rows.shape, *hu.shape[1:])
         # Each slice is read once, however many slabs of the batch it is in.
         wanted = np.unique(rows[rows != AIR])
@@ -118,21 +154,29 @@ class CTDataset(Dataset):
             ]
         )
 
+    def _room_for(self, slices: int) -> np.ndarray:
+        """Return memory for HU. New memory costs four times as much as the copy into it."""
+        if self._buffer is None or len(self._buffer) < slices:
+            side = self._pixels.size
+            self._buffer = np.empty((slices, side, side), np.int16)
+        return self._buffer[:slices]
+
     def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         """Change each sample of a batch, in place."""
-        if self._augmentation is None:
-            return
-        if self._seed is None:
-            raise UsageError("augmentation draws at random: give a seed.")
+        assert self._augmentation is not None  # `is_drawn` covers None
         if self._change is None:
             self._change = change_of(self._augmentation)
-        for row, index in enumerate(indices):
-            seed = sample_seed(self._seed, epoch, int(index))
+        for row, seed in enumerate(self._seeds(epoch, indices)):
             changed = self._change(images[row], seed)
             # A stream of its own, so that the other changes do not depend on this one.
             if self._reverse and np.random.default_rng([seed, 1]).random() < REVERSE_PROBABILITY:
                 changed = changed[::-1]
             images[row] = changed
+
+
+def is_drawn(augment: Augment | None) -> bool:
+    """Tell whether an augmentation is drawn as numbers first, which the CPU or a device applies."""
+    return augment is None or (isinstance(augment, str) and augment in BY_DRAWS)
 
 
 def view_batches(
@@ -148,6 +192,7 @@ def view_batches(
     intensity: str | Intensity | None = None,
     reverse: bool = False,
     samples: Samples | None = None,
+    device: str | None = None,
 ) -> CTLoader:
     """Make batches of the samples of a view.
 
@@ -174,9 +219,10 @@ def view_batches(
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
         balance: one negative sample for each positive one, drawn again in each epoch.
-        augment: "thesis" or "flip" changes the samples at random (see `make_augmentation`), all
-            slices of one alike; a function of your own or an `Augmentation` does so in its own
-            way. Each needs a seed. None leaves the samples as they are.
+        augment: changes the samples at random, all slices of one alike: "fast" (the thesis's
+            changes, of Hounsfield units), "thesis" (the same draws and changes by albumentations,
+            of windows), "flip" (left-right only); a function of your own or an `Augmentation`
+            does so in its own way. Each needs a seed. None leaves the samples as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
             A function of your own must then stand at the top level of a module.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one),
@@ -184,6 +230,10 @@ def view_batches(
             series, as the thesis.
         reverse: turn volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.
+        device: "cuda" (or another name that torch knows) sends int16 HU to that device, one batch
+            ahead, and makes the inputs there; for the torch backend. An augmentation that changes
+            images on the CPU ("thesis", or one of your own) gives inputs of the CPU all the same.
+            None makes arrays of the CPU, for every backend.
 
     Returns:
         A torch DataLoader of (float32 inputs, float32 (n, 6)) for `fit`, `evaluate` and `predict`
@@ -210,10 +260,11 @@ def view_batches(
     samples = samples or make_samples(cache.slices, cache.series, view)
     intensity = intensity or ("wide" if view.is_volume else "windows")
     plan = epoch_plan(samples, indices, batch_size, seed, balance)
-    dataset = CTDataset(
-        cache.pixels, samples, size or cache.size, augment, seed, intensity, reverse
-    )
-    return CTLoader(dataset, plan, workers)
+    size, intensity = size or cache.size, intensity_of(intensity)
+    is_raw = device is not None and is_drawn(augment)
+    dataset = CTDataset(cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw)
+    inputs = DeviceInputs(device, intensity, view.is_volume, size) if device and is_raw else None
+    return CTLoader(dataset, plan, workers, inputs)
 
 
 def slice_batches(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
+from ich_keras.data.device_inputs import DeviceInputs
 from ich_keras.data.epochs import EpochPlan
 from ich_keras.data.workers import Task, WorkerPool
 from ich_keras.processes import START_METHOD
@@ -39,13 +40,20 @@ class CTLoader(DataLoader):
         dataset: `dataset[epoch, indices]` gives a batch.
         plan: which samples are in a batch.
         workers: processes that make batches; 0 makes them in this one.
+        inputs: makes the inputs on a device, from what the dataset gives; None takes that as it is.
 
     Raises (when a batch is asked for):
         EnvironmentProblem: a worker process died, could not be started, could not hand over a
             batch, or gave none for `timeout` seconds.
     """
 
-    def __init__(self, dataset: Dataset, plan: EpochPlan, workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: EpochPlan,
+        workers: int = 0,
+        inputs: DeviceInputs | None = None,
+    ) -> None:
         super().__init__(
             dataset,
             sampler=_EpochSampler(plan),
@@ -58,6 +66,7 @@ class CTLoader(DataLoader):
         self.plan = plan
         self.failure: Exception | None = None
         self._pool: WorkerPool | None = None
+        self._inputs = inputs
 
     @property
     def epoch(self) -> int:
@@ -74,6 +83,8 @@ class CTLoader(DataLoader):
     def _one_pass(self) -> Iterator[Any]:
         last = len(self)
         batches = self._by_workers() if self.num_workers else self._in_this_process()
+        if self._inputs is not None:
+            batches = _on_device(batches, self._inputs)
         try:
             for number, batch in enumerate(batches, 1):
                 if number == last:
@@ -108,6 +119,18 @@ class CTLoader(DataLoader):
                 yield pool.batch_of(begun.popleft(), self.timeout)
         while begun:
             yield pool.batch_of(begun.popleft(), self.timeout)
+
+
+def _on_device(batches: Iterator[Any], inputs: DeviceInputs) -> Iterator[Any]:
+    """Send each batch while the one before is in use."""
+    waiting = None
+    for batch in batches:
+        sent = inputs.send(batch)
+        if waiting is not None:
+            yield inputs.make(waiting)
+        waiting = sent
+    if waiting is not None:
+        yield inputs.make(waiting)
 
 
 @contextlib.contextmanager

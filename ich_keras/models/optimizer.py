@@ -68,8 +68,8 @@ class Adam(_BASE):
         self.backbone_factor = backbone_factor
         self.head_layers = tuple(head_layers)
         self.fused = fused and keras.backend.backend() == "torch"
-        # The fused update's views of weights and slots, by the slots' position.
-        self.fused_views: dict[int, list[Any]] = {}
+        # The fused update's views of weights and slots.
+        self.fused_plan: Any = None
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs."""

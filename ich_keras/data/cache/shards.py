@@ -264,14 +264,17 @@ class CachedSlices:
     def __len__(self) -> int:
         return self._count
 
-    def slices_hu(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def slices_hu(
+        self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Read slices.
 
         Args:
             indices: (n,) numbers of slices, 0 to len - 1, in any order.
+            out: int16 (n, size, size), receives them; None takes new memory.
 
         Returns:
-            int16 (n, size, size), HU, a copy.
+            int16 (n, size, size), HU, a copy; `out` where it was given.
 
         Raises:
             StaleError: a slice does not match its checksum (checked at its first read).
@@ -279,7 +282,8 @@ class CachedSlices:
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"slice numbers go from 0 to {len(self) - 1}; got {indices.tolist()}")
-        out = np.empty((len(indices), self.size, self.size), HU_DTYPE)
+        if out is None:
+            out = np.empty((len(indices), self.size, self.size), HU_DTYPE)
         numbers = np.searchsorted(self._first, indices, side="right") - 1
         for number in np.unique(numbers):
             where = np.flatnonzero(numbers == number)

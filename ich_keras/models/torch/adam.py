@@ -1,12 +1,55 @@
 """The fused Adam kernel of torch on the slots of Keras' optimiser."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
 
 from ich_keras.keras_private import adam_slots, fused_adam, slot_place, tensor_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights of one type, which one call of the kernel updates.
+
+    Args:
+        places: of their gradients among all.
+        like: each one's weight, whose order in memory the gradient must have.
+        columns: weights, first and second moments and, with amsgrad, the largest second ones, as
+            the kernel takes them without a copy.
+    """
+
+    places: list[int]
+    like: list[torch.Tensor]
+    columns: list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """What the kernel takes, made once: looking it up for each weight takes as long as the kernel.
+
+    Args:
+        variables: Keras variables that are trained.
+        sources: those and their slots.
+        addresses: where each source lay. The groups hold that memory, so an equal address is the
+            same memory.
+        groups: of weights.
+    """
+
+    variables: list[Any]
+    sources: list[Any]
+    addresses: list[int]
+    groups: list[Group]
+
+    def is_of(self, variables: Sequence[Any]) -> bool:
+        """Tell whether the plan is that of these variables, and their memory is the same."""
+        return (
+            len(variables) == len(self.variables)
+            and all(one is other for one, other in zip(variables, self.variables, strict=True))
+            and _addresses(self.sources) == self.addresses
+        )
 
 
 @torch.no_grad()
@@ -28,24 +71,22 @@ def fused_update(
     steps = (tensor_of(steps) if isinstance(steps, keras.Variable) else steps) + 1
     steps = steps.to(torch.float32)
     rate = tensor_of(learning_rate) if isinstance(learning_rate, keras.Variable) else learning_rate
-    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, ...]]] = {}
-    for grad, variable in zip(grads, variables, strict=True):
-        weight, *slots = _tensors(optimizer, variable)
-        grad = _in_order_of(tensor_of(variable), grad)
-        if (grad.shape, grad.stride()) != (weight.shape, weight.stride()):
-            grad = grad.as_strided(weight.shape, weight.stride())
-        row = (weight, grad, *slots)
-        by_dtype.setdefault(weight.dtype, []).append(row)
-    for rows in by_dtype.values():
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        weights, ordered, momentums, velocities, *highest = columns
+    plan = optimizer.fused_plan
+    if plan is None or not plan.is_of(variables):
+        plan = optimizer.fused_plan = _plan(optimizer, variables)
+    for group in plan.groups:
+        weights, momentums, velocities, *highest = group.columns
+        ordered = [
+            _as_laid_out(grads[place], like, weight)
+            for place, like, weight in zip(group.places, group.like, weights, strict=True)
+        ]
         fused_adam(
             weights,
             ordered,
             momentums,
             velocities,
             highest[0] if highest else [],
-            [steps] * len(rows),
+            [steps] * len(weights),
             lr=rate,
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
@@ -54,6 +95,36 @@ def fused_update(
             amsgrad=optimizer.amsgrad,
             maximize=False,
         )
+
+
+def _plan(optimizer: Any, variables: Sequence[Any]) -> FusedPlan:
+    by_dtype: dict[torch.dtype, list[tuple[int, list[torch.Tensor]]]] = {}
+    sources: list[Any] = []
+    for place, variable in enumerate(variables):
+        slots = adam_slots(optimizer, slot_place(optimizer, variable))
+        weight = tensor_of(variable)
+        for slot in slots:
+            _lay_out(slot, weight)
+        sources += [variable, *slots]
+        views = _views([weight, *map(tensor_of, slots)])
+        by_dtype.setdefault(weight.dtype, []).append((place, [weight, *views]))
+    groups = []
+    for rows in by_dtype.values():
+        like, *columns = (list(column) for column in zip(*(row for _, row in rows), strict=True))
+        groups.append(Group([place for place, _ in rows], like, columns))
+    return FusedPlan(list(variables), sources, _addresses(sources), groups)
+
+
+def _addresses(sources: list[Any]) -> list[int]:
+    return [tensor_of(source).data_ptr() for source in sources]
+
+
+def _as_laid_out(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as the kernel takes it: in its weight's order, in the shape of its view."""
+    grad = _in_order_of(like, grad)
+    if weight is like and grad.stride() == weight.stride():
+        return grad
+    return grad.as_strided(weight.shape, weight.stride())
 
 
 # The kernel pairs elements by their place in memory, whatever the shape says: unequal strides
@@ -74,28 +145,12 @@ def _lay_out(slot: Any, weight: torch.Tensor) -> None:
         tensor.data = _in_order_of(weight, tensor.data)
 
 
-def _tensors(optimizer: Any, variable: Any) -> list[torch.Tensor]:
-    """Return a weight and its slots as the kernel takes them without a copy.
-
-    They are made once: the views hold their memory, so an equal address is the same memory.
-    """
-    place = slot_place(optimizer, variable)
-    slots = adam_slots(optimizer, place)
-    weight = tensor_of(variable)
-    tensors = [weight, *map(tensor_of, slots)]
-    views = optimizer.fused_views.get(place)
-    if views is None or any(
-        tensor.data_ptr() != view.data_ptr() for tensor, view in zip(tensors, views, strict=True)
-    ):
-        for slot in slots:
-            _lay_out(slot, weight)
-        if _takes_any(weight):
-            shape, stride = weight.shape, weight.stride()
-        else:
-            shape, stride = (weight.numel(),), (1,)
-        views = [tensor.as_strided(shape, stride) for tensor in tensors]
-        optimizer.fused_views[place] = views
-    return views
+def _views(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return a weight and its slots as the kernel takes them without a copy."""
+    weight = tensors[0]
+    if weight.is_contiguous() or _takes_any(weight):
+        return tensors
+    return [tensor.as_strided((weight.numel(),), (1,)) for tensor in tensors]
 
 
 def _takes_any(weight: torch.Tensor) -> bool:

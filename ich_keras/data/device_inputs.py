@@ -1,0 +1,212 @@
+"""From Hounsfield units and draws to network input, as operations on whole batches on a device.
+
+What `ich_keras.data.drawn_inputs` does on a CPU, slice by slice, in torch: int16 HU travel to the
+device, a sixth of the bytes of three float32 windows, and are flipped, moved, windowed and
+normalised there.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ich_keras.data.draws import Draws
+from ich_keras.data.intensity import HeadZScore, Intensity, Normalisation
+
+
+class RawBatch(NamedTuple):
+    """A batch whose inputs are made on a device.
+
+    Args:
+        hu: int16 (n, slices, rows, columns), HU.
+        draws: of n samples.
+        labels: float32 (n, 6), NaN where there are none.
+
+    Worker processes hand over tensors in place of arrays.
+    """
+
+    hu: np.ndarray | torch.Tensor
+    draws: Draws
+    labels: np.ndarray | torch.Tensor
+
+
+class DeviceInputs:
+    """Makes the inputs of batches on a device.
+
+    Args:
+        device: a name that torch knows.
+        intensity: from HU to input.
+        is_volume: whether a sample is a volume; otherwise it has one slice.
+        size: rows and columns of the inputs.
+    """
+
+    def __init__(self, device: str, intensity: Intensity, is_volume: bool, size: int) -> None:
+        self.device = torch.device(device)
+        self._intensity = intensity
+        self._is_volume = is_volume
+        self._size = size
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def send(self, batch: RawBatch) -> "SentBatch":
+        """Start to move a batch to the device; on CUDA this returns before it has arrived."""
+        draws = batch.draws
+        arrays = [batch.hu, batch.labels, *_numbers(draws)]
+        tensors = [torch.as_tensor(array) for array in arrays]
+        if self._copying is None:
+            # A copy, on the CPU too: the memory of a batch is used again for the next.
+            return SentBatch([tensor.to(self.device, copy=True) for tensor in tensors], None, [])
+        pinned = [tensor.pin_memory() for tensor in tensors]
+        with torch.cuda.stream(self._copying):
+            sent = [tensor.to(self.device, non_blocking=True) for tensor in pinned]
+            arrived = self._copying.record_event()
+        return SentBatch(sent, arrived, pinned)
+
+    def make(self, sent: "SentBatch") -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs and labels of a batch, on the device.
+
+        Returns:
+            float32 (n, rows, columns, channels) or (n, slices, rows, columns, channels), and
+            float32 (n, 6).
+        """
+        if sent.arrived is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(sent.arrived)
+            for tensor in sent.tensors:
+                tensor.record_stream(stream)
+        hu, labels, *numbers = sent.tensors
+        with torch.no_grad():
+            moved = _move(hu, *numbers[:-1])
+            inputs = self._input(moved, numbers[-1])
+        return inputs if self._is_volume else inputs[:, 0], labels
+
+    def _input(self, hu: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+        """Turn HU into input: float32 (n, slices, rows, columns) -> (..., channels)."""
+        n, _, side, _ = hu.shape
+        # One axis for each of n, slices, rows, columns, channels.
+        contrast, brightness = (amounts[:, k].view(n, 1, 1, 1, 1) for k in (0, 1))
+        low, width = (
+            torch.tensor([getattr(w, name) for w in self._intensity.windows], device=hu.device)
+            for name in ("low", "width")
+        )
+        normalisation = self._intensity.normalisation
+        if side == self._size and not isinstance(normalisation, HeadZScore):
+            # Windows, contrast, brightness and normalisation are each linear and cut off: all of
+            # them together are, too.
+            mean, std = _mean_and_std(normalisation, hu.device)
+            factor = contrast / width
+            ends = [(end - mean) / std for end in (brightness, contrast + brightness)]
+            ends = [end.clamp((0 - mean) / std, (1 - mean) / std) for end in ends]
+            scaled = torch.addcmul(
+                (brightness - low * factor - mean) / std, hu.unsqueeze(-1), factor / std
+            )
+            return scaled.clamp_(*ends)
+        windows = ((hu.unsqueeze(-1) - low) / width).clamp_(0, 1)
+        if side != self._size:
+            windows = _resized(windows, self._size)
+        windows = (windows * contrast + brightness).clamp_(0, 1)
+        if isinstance(normalisation, HeadZScore):
+            return _head_z_score(windows, self._is_volume, self._intensity, normalisation)
+        mean, std = _mean_and_std(normalisation, hu.device)
+        return (windows - mean) / std
+
+
+class SentBatch(NamedTuple):
+    """A batch on its way to a device.
+
+    Args:
+        tensors: HU, the numbers of the draws, labels.
+        arrived: on CUDA, what tells that they have arrived.
+        pinned: the memory they come from, which must live until then.
+    """
+
+    tensors: list[torch.Tensor]
+    arrived: Any
+    pinned: list[torch.Tensor]
+
+
+def _numbers(draws: Draws) -> list[np.ndarray]:
+    """Return draws as arrays for `_move`, and contrast and brightness.
+
+    Samples are numbered here, because choosing them by truth values makes the host wait for CUDA.
+    """
+    moved = np.flatnonzero(draws.is_moved)
+    whole = np.tile(np.eye(3), (len(moved), 1, 1))
+    whole[:, :2] = draws.matrices[moved]
+    return [
+        np.flatnonzero(draws.is_reversed),
+        np.flatnonzero(draws.flips[:, 1]),
+        np.flatnonzero(draws.flips[:, 0]),
+        moved,
+        np.linalg.inv(whole)[:, :2].astype(np.float32),
+        np.column_stack([draws.contrast, draws.brightness]).astype(np.float32),
+    ]
+
+
+def _move(
+    hu: torch.Tensor,
+    is_reversed: torch.Tensor,
+    upside_down: torch.Tensor,
+    left_right: torch.Tensor,
+    moved: torch.Tensor,
+    back: torch.Tensor,
+) -> torch.Tensor:
+    """Flip, shift, scale and rotate.
+
+    Args:
+        hu: int16 (n, slices, rows, columns), HU.
+        is_reversed, upside_down, left_right, moved: int64, numbers of the samples that are.
+        back: float32 (moved, 2, 3), from the pixels of the result to those of the source.
+
+    Returns:
+        float32 (n, slices, rows, columns), HU, whole numbers.
+    """
+    out = hu.to(torch.float32)
+    for chosen, axis in ((is_reversed, 1), (upside_down, 2), (left_right, 3)):
+        if len(chosen):
+            out[chosen] = out[chosen].flip(axis)
+    if not len(moved):
+        return out
+    side = out.shape[-1]
+    places = torch.arange(side, dtype=torch.float32, device=out.device)
+    x, y = places.view(1, 1, side), places.view(1, side, 1)
+    # By sums: in TensorFloat-32, a product of matrices would miss by a quarter of a pixel.
+    source = [row[:, 0] * x + row[:, 1] * y + row[:, 2] for row in back[..., None, None].unbind(1)]
+    grid = torch.stack(source, dim=-1) * (2 / (side - 1)) - 1
+    # Slices are the channels of an image: they all take the same grid. "reflection" around the
+    # centres of the outermost pixels is OpenCV's BORDER_REFLECT_101.
+    warped = F.grid_sample(out[moved], grid, "bilinear", "reflection", align_corners=True)
+    out[moved] = warped.round_()
+    return out
+
+
+def _mean_and_std(
+    normalisation: Normalisation, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device)
+        for values in (normalisation.mean, normalisation.std)
+    )
+    return mean, std
+
+
+def _resized(windows: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize the windows linearly, as `slice_windows` does."""
+    n, slices, rows, columns, channels = windows.shape
+    flat = windows.view(n * slices, rows, columns, channels).permute(0, 3, 1, 2)
+    resized = F.interpolate(flat, (size, size), mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(n, slices, size, size, channels)
+
+
+def _head_z_score(
+    grey: torch.Tensor, is_volume: bool, intensity: Intensity, normalisation: HeadZScore
+) -> torch.Tensor:
+    """See `ich_keras.data.intensity.head_z_score`."""
+    axes = (1, 2, 3, 4) if is_volume else (2, 3, 4)
+    window = intensity.windows[0]
+    head = grey > (normalisation.above_hu - window.low) / window.width
+    count = head.sum(axes, keepdim=True).clamp_(min=1)
+    mean = (grey * head).sum(axes, keepdim=True, dtype=torch.float64) / count
+    variance = ((grey - mean) ** 2 * head).sum(axes, keepdim=True) / count
+    spread = torch.where(variance > 0, variance.sqrt(), 1.0)
+    return ((grey - mean) / spread * head).to(torch.float32)

@@ -1,0 +1,161 @@
+"""From Hounsfield units and draws to network input, on the CPU.
+
+Hounsfield units are moved, and the windows, contrast, brightness and normalisation of each sample
+then become one table from HU to input. The thesis moved the windows. Both orders differ where a
+window cuts values off: beside bone, interpolated HU may lie above the window's upper end where
+interpolated windows do not. `change_windows` has the thesis's order.
+
+Worker processes import this module: it must not import keras.
+"""
+
+import functools
+import math
+
+import cv2
+import numpy as np
+
+from ich_keras.data.draws import Draws
+from ich_keras.data.inputs import slice_windows
+from ich_keras.data.intensity import HeadZScore, Intensity
+
+
+def drawn_inputs(
+    hu: np.ndarray, draws: Draws, intensity: Intensity, is_volume: bool, size: int | None = None
+) -> np.ndarray:
+    """Turn HU into network input, changed at random.
+
+    Args:
+        hu: int16 (n, slices, rows, columns), HU; rows equal columns.
+        draws: of n samples.
+        intensity: from HU to input.
+        is_volume: whether a sample is a volume; otherwise it has one slice.
+        size: rows and columns of the input; None keeps those of `hu`.
+
+    Returns:
+        float32 (n, rows, columns, channels) or (n, slices, rows, columns, channels).
+    """
+    side = size or hu.shape[-1]
+    inputs = np.empty((*hu.shape[:2], side, side, intensity.channels), np.float32)
+    is_by_table = side == hu.shape[-1] and not isinstance(intensity.normalisation, HeadZScore)
+    for number, sample in enumerate(hu):
+        stack = sample[::-1] if draws.is_reversed[number] else sample
+        if is_by_table:
+            table = _table(intensity, draws.contrast[number], draws.brightness[number])
+        for place, one in enumerate(stack):
+            moved = move(one, draws, number)
+            if is_by_table:
+                table.look_up(moved, inputs[number, place])
+            else:
+                windows = slice_windows(_whole(moved), side, intensity.windows)
+                inputs[number, place] = adjust(windows, draws, number)
+    if not is_volume:
+        inputs = inputs[:, 0]
+    return inputs if is_by_table else intensity.normalise(inputs, is_volume)
+
+
+def move(image: np.ndarray, draws: Draws, number: int) -> np.ndarray:
+    """Flip, shift, scale and rotate a slice; what lies beyond its border is its reflection.
+
+    Args:
+        image: int16 or float32 (rows, columns) or (rows, columns, channels).
+        draws: of several samples.
+        number: which of them.
+
+    Returns:
+        The type of `image`, or float32 where it was interpolated; the same shape.
+    """
+    left_right, upside_down = draws.flips[number].tolist()
+    if upside_down:
+        image = image[::-1]
+    if left_right:
+        image = image[:, ::-1]
+    if not draws.is_moved[number]:
+        return image
+    # OpenCV 5 moves one float32 channel five times as fast as one of int16.
+    moved = cv2.warpAffine(
+        np.ascontiguousarray(image, np.float32),
+        draws.matrices[number],
+        image.shape[1::-1],
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT_101,
+    )
+    return moved.reshape(image.shape)  # OpenCV drops the axis of a single channel
+
+
+def adjust(windows: np.ndarray, draws: Draws, number: int) -> np.ndarray:
+    """Change contrast and brightness of windows; float32 of the same shape, in 0..1."""
+    contrast, brightness = (
+        np.float32(values[number]) for values in (draws.contrast, draws.brightness)
+    )
+    if contrast == 1 and brightness == 0:
+        return windows
+    return np.clip(windows * contrast + brightness, 0, 1, dtype=np.float32)
+
+
+def change_windows(windows: np.ndarray, draws: Draws, number: int) -> np.ndarray:
+    """Change windows in the thesis's order: what "thesis" does to one slice, from the same draws.
+
+    Args:
+        windows: float32 (rows, columns, channels), 0..1.
+        draws: of several samples.
+        number: which of them.
+
+    Returns:
+        float32 of the same shape, 0..1.
+    """
+    return adjust(np.clip(move(windows, draws, number), 0, 1), draws, number)
+
+
+def _whole(hu: np.ndarray) -> np.ndarray:
+    """Round interpolated HU, as tables and caches hold whole ones."""
+    return hu if hu.dtype == np.int16 else np.rint(hu).astype(np.int16)
+
+
+class _Table:
+    """The input of every HU between the ends of the windows, for one contrast and brightness."""
+
+    def __init__(self, intensity: Intensity, contrast: float, brightness: float) -> None:
+        lowest = math.floor(min(window.low for window in intensity.windows))
+        highest = math.ceil(max(window.low + window.width for window in intensity.windows))
+        self._lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
+        hu = np.arange(self._lowest, highest + 1, dtype=np.int16)
+        windows = slice_windows(hu[np.newaxis], None, intensity.windows)
+        if contrast != 1 or brightness != 0:
+            windows = windows * np.float32(contrast) + np.float32(brightness)
+            windows = np.clip(windows, 0, 1, dtype=np.float32)
+        self._values = intensity.normalise(windows, False)[0]
+        self._by_four = None
+        if intensity.channels == 3:
+            # NumPy takes items of 16 bytes four times as fast as rows of 12.
+            padded = np.pad(self._values, ((0, 0), (0, 1)))
+            self._by_four = np.ascontiguousarray(padded).view(np.complex128)[:, 0]
+
+    def look_up(self, hu: np.ndarray, out: np.ndarray) -> None:
+        """Turn HU into input.
+
+        Args:
+            hu: int16 or float32 (rows, columns), HU.
+            out: float32 (rows, columns, channels), receives the input.
+        """
+        if hu.dtype == np.int16:
+            rows = hu.astype(np.intp)
+            rows -= self._lowest
+        else:
+            # Cuts towards 0, and so rounds; what is negative means the first row in any case.
+            rows = (hu + np.float32(0.5 - self._lowest)).astype(np.intp)
+        if self._by_four is None:
+            np.take(self._values, rows, axis=0, out=out, mode="clip")
+            return
+        four = np.take(self._by_four, rows, mode="clip").view(np.float32)
+        cv2.cvtColor(four.reshape(*hu.shape, 4), cv2.COLOR_BGRA2BGR, dst=out)
+
+
+@functools.lru_cache(maxsize=8)
+def _plain_table(intensity: Intensity) -> _Table:
+    return _Table(intensity, 1.0, 0.0)
+
+
+def _table(intensity: Intensity, contrast: float, brightness: float) -> _Table:
+    if contrast == 1 and brightness == 0:
+        return _plain_table(intensity)
+    return _Table(intensity, contrast, brightness)
