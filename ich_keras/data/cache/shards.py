@@ -287,6 +287,7 @@ class CachedSlices:
         numbers = np.searchsorted(self._first, indices, side="right") - 1
         for number in np.unique(numbers):
             where = np.flatnonzero(numbers == number)
+            where = where[np.argsort(indices[where], kind="stable")]  # as the file lies on the disk
             rows = indices[where] - self._first[number]
             self.shards[number].read_into(out, where.tolist(), rows.tolist())
         return out
