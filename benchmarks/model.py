@@ -12,9 +12,9 @@ import keras
 import torch
 
 from benchmarks import harness
-from benchmarks.cases import CASES, TRAIN, Case, Setting
+from benchmarks.cases import CASES, OURS, PLAIN, TRAIN, Case, Setting
 from benchmarks.records import Place, cell, table, write_csv
-from benchmarks.variants import OURS, PLAIN, KerasVariant, Variant, variants_of
+from benchmarks.variants import KerasVariant, Variant, variants_of
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.keras_private import forget_compiled
 from ich_keras.models.torch.function import FlatFunction
@@ -36,7 +36,7 @@ class Row:
         dispatches_per_step: aten operations; see `harness.Dispatches`.
         uploads_per_step: single numbers sent to the device; None on the CPU.
         graph_breaks: of the function that training runs (`torch._dynamo.explain`).
-        peak_bytes: peak memory of training; see the README.
+        peak_bytes: peak memory of training; see HOWTO.md.
     """
 
     case: str
