@@ -82,7 +82,7 @@ class Campaign:
         for number, job in enumerate(jobs, 1):
             if job.name in done:
                 continue
-            left, expected = end - clock(), self._expected(job)
+            left, expected = end - clock(), self._expected(job, jobs)
             head = f"[{number}/{len(jobs)}] {job.name}"
             if left < max(_SHORTEST_SECONDS, expected):
                 self._end(job, LEFT_OUT, None, f"needs about {expected:.0f} s; {left:.0f} s left")
@@ -98,17 +98,16 @@ class Campaign:
                 self.tell(f"  {word}: {note}")
         self._write()
 
-    def _expected(self, job: Job) -> float:
+    def _expected(self, job: Job, jobs: list[Job]) -> float:
         """Scale a job's estimate by what the jobs so far took."""
         if self.is_tiny:
             return 0
-        known = {other.name: other.seconds for other in jobs_of(self.kind, job.precision)}
+        known = {other.name: other.seconds for other in jobs}
         took = [
             (row.ms_median / 1e3, known[row.job])
             for row in self.rows
             if row.section == JOB and row.what == DONE and row.ms_median and row.job in known
         ]
-        took = [pair for pair in took if pair[1] > _SHORTEST_SECONDS]
         if len(took) < 2:  # the first alone says little
             return job.seconds
         return job.seconds * sum(seconds for seconds, _ in took) / sum(s for _, s in took)
