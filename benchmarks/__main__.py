@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.cases import MONAI, OURS, PLAIN, STOCK
-from ich_keras.errors import UsageError
+from benchmarks.cases import CASES, MONAI, OURS, PLAIN, STOCK
 from ich_keras.processes import usable_threads
 from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
 if TYPE_CHECKING:
-    from benchmarks.cases import Case, Setting
+    from benchmarks.cases import Setting
 
 PRECISION = click.option(
     "--precision",
@@ -115,7 +114,11 @@ def checks(is_tiny: bool, repeats: int | None, out: Path | None) -> None:
 @PRECISION
 @THREADS
 @click.option(
-    "--case", "name", required=True, metavar="CASE", help="A case of `model`; HOWTO.md lists them."
+    "--case",
+    "name",
+    type=click.Choice([case.name for case in CASES]),
+    required=True,
+    help="A network and its input; HOWTO.md has their sizes.",
 )
 @click.option(
     "--variant",
@@ -141,7 +144,7 @@ def peak(is_tiny: bool, precision: str, threads: int, name: str, variant: str, s
     """
     from benchmarks.cases import choose_cases
 
-    (case,) = _one(choose_cases(name, is_tiny=is_tiny), name)
+    (case,) = choose_cases(name, is_tiny=is_tiny)
     setting = _setting(precision, "cpu", threads)
     from benchmarks.model import take_steps
 
@@ -283,12 +286,6 @@ def job(is_tiny: bool, device: str, threads: int, patients: int, name: str, seco
     conditions = Conditions(setting.device, threads, patients, is_tiny, end)
     for found in perform(name, setting.precision, conditions):
         click.echo(json.dumps(found))
-
-
-def _one(cases: list["Case"], name: str) -> list["Case"]:
-    if len(cases) != 1:
-        raise UsageError(f"--case {name!r} is {len(cases)} cases; expected one name.")
-    return cases
 
 
 def _setting(

@@ -385,6 +385,7 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path, monkeypatch)
         in text
     )
     assert "- On a GPU nothing has been measured." in text
+    assert text.count("\nOn a GPU: not measured.\n") == 3
     assert "- Chip 1, left out: feed / slab (no time)." in text
     assert "- Chip 1: MONAI was not installed." in text
     for figure in ("throughput", "step", "roofline", "batches"):
@@ -632,6 +633,79 @@ def test_the_sweep_ends_and_says_why(monkeypatch):
         (2, ""),
         (4, "stopped before batch 4: half of the free memory"),
     ]
+
+
+@on_torch
+def test_the_sweep_goes_half_way_back_when_memory_runs_out(monkeypatch):
+    import torch
+
+    from benchmarks.report import tasks
+
+    def swept(job, case, build, conditions):
+        if case.batch > 3:
+            raise torch.cuda.OutOfMemoryError("full")
+        yield {"section": "sweep", "batch": case.batch}
+
+    monkeypatch.setattr(tasks, "_swept", swept)
+    rows = tiny_job("sweep / series / float32 / ours")
+    assert [(row.batch, row.note) for row in rows] == [
+        (1, ""),
+        (2, ""),
+        (4, "out of memory"),
+        (3, ""),
+    ]
+
+
+@on_torch
+def test_a_variant_that_does_not_fit_leaves_the_others(monkeypatch):
+    import torch
+
+    from benchmarks.report import tasks
+
+    class Full:
+        def train(self, steps):
+            raise torch.cuda.OutOfMemoryError("full")
+
+    class Fine:
+        def train(self, steps):
+            pass
+
+        predict = train
+
+        def tensors(self):
+            return []
+
+    monkeypatch.setattr(tasks, "builders", lambda *_: {OURS: Full, PLAIN: Fine})
+    rows = tiny_job("steps / slab / float32 / ours + plain torch")
+    assert [(row.variant, row.what, row.note) for row in rows] == [
+        (OURS, "train", "out of memory"),
+        (PLAIN, "train", ""),
+        (PLAIN, "predict", ""),
+    ]
+
+
+@on_torch
+def test_without_shared_memory_training_is_fed_without_workers(monkeypatch):
+    from benchmarks.report import loading
+
+    def refuse(loader):
+        raise EnvironmentProblem("too little shared memory")
+
+    monkeypatch.setattr(loading, "_exhaust", refuse)
+    rows = tiny_job("feed / slab / float32 / ours")
+    assert [row.workers for row in rows] == [0, 0, 0]
+
+
+@on_torch
+def test_peak_names_the_cases_and_variants_that_there_are():
+    command = ["peak", "--tiny", "--case"]
+    result = CliRunner().invoke(main, [*command, "2d"])
+    assert result.exit_code == 2 and "'2d-b8'" in result.output
+    result = CliRunner().invoke(main, [*command, "narrow", "--variant", "our"])
+    assert result.exit_code == 2
+    assert "variant 'our' of narrow; expected one of 'ours', 'plain torch'" in result.output
+    told = CliRunner().invoke(main, ["peak", "--help"]).output
+    assert "whole-dilated" in told and "stock Keras" in " ".join(told.split())
 
 
 @on_torch

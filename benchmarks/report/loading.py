@@ -41,6 +41,7 @@ from ich_keras.data.inputs import resize_hu, slice_windows
 from ich_keras.data.intensity import INTENSITIES
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.views import View, make_samples
+from ich_keras.errors import EnvironmentProblem
 from ich_keras.phantom.dicom import write_phantoms
 from ich_keras.processes import usable_cores
 from ich_keras.workflow import make_cache, prepare_index
@@ -49,7 +50,7 @@ _MATRIX, _SIZE = 512, 256
 _SERIES = 2
 _MOST_WORKERS = 8
 _REPEATS = 5
-_FEED_STEPS = 4
+_FEED_STEPS = 4  # per worker, so that the first batches do not hide the speed of the others
 
 
 def _sizes(conditions: Conditions) -> tuple[int, int]:
@@ -204,8 +205,15 @@ def feed(job: Job, conditions: Conditions) -> Iterator[Found]:
         variant = build()
         if not isinstance(variant, KerasVariant):
             raise TypeError(f"{job.name}: expected a Keras model")
-        number = 1 if conditions.is_tiny else _FEED_STEPS if conditions.device == "cuda" else 2
+        number = 1 if conditions.is_tiny else max(2, _FEED_STEPS * workers)
         loaders = _loaders(cache, paths, job.network, case, number, workers)
+        try:
+            for batches in loaders.values():
+                _exhaust(batches)
+        except EnvironmentProblem:
+            # Too little shared memory, as in many containers.
+            workers, number = 0, _FEED_STEPS
+            loaders = _loaders(cache, paths, job.network, case, number, workers)
         runs: dict[str, Callable[[], Any]] = {READY: partial(variant.train, number)}
         for source, batches in loaders.items():
             runs[source] = partial(variant.model.fit, batches, epochs=1, shuffle=False, verbose=0)

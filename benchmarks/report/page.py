@@ -15,7 +15,7 @@ from benchmarks.report.findings import (
     slices_of,
     step,
 )
-from benchmarks.report.jobs import CPU, FEED, GPU, LOADER
+from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, SWEEP
 from benchmarks.report.measurement import DONE, FAILED, LEFT_OUT, STEM, Report, read_report
 from benchmarks.report.networks import MAIN, samples_per_patient
 from benchmarks.report.tables import (
@@ -29,6 +29,7 @@ from benchmarks.report.tables import (
 from ich_keras.files import atomic_write
 
 NOT_MEASURED = "not measured"
+KINDS = {GPU: "a GPU", CPU: "a processor"}
 PAGE = "README.md"
 _HEAD = """# Benchmarks
 
@@ -123,6 +124,12 @@ def page(reports: list[Report]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _not_measured(measured: set[str]) -> list[str]:
+    """Say which kinds of devices a section has no numbers of."""
+    names = [name for kind, name in KINDS.items() if kind not in measured]
+    return [f"On {' and '.join(names)}: {NOT_MEASURED}."] if names else []
+
+
 def _source(report: Report) -> str:
     name = report.path.name
     return f"{described(report.place)}: [the file](results/{name})"
@@ -160,11 +167,7 @@ def _glance(reports: list[Report]) -> str:
     columns = [*reports]
     kinds = {report.kind for report in reports}
     titles = [f"{report.place.device}, measured" for report in columns]
-    absent = [
-        f"{name}, measured"
-        for kind, name in ((GPU, "a GPU"), (CPU, "a processor"))
-        if kind not in kinds
-    ]
+    absent = [f"{name}, measured" for kind, name in KINDS.items() if kind not in kinds]
     computed = computed_table()
     header = ("", "", *titles, *absent, *computed.header)
     rows = []
@@ -209,7 +212,7 @@ def _steps(shown: list[Report]) -> list[str]:
         title = f"Speed divided by that of `{OURS}` in {precision}. Above 1 is faster."
         parts += [f"{title} {_source(report)}.", ratios_table(report)]
         parts.append(_DETAILS.format(device=report.place.device, table=steps_table(report)))
-    return parts or [f"{NOT_MEASURED.capitalize()}."]
+    return parts + _not_measured({report.kind for report in shown})
 
 
 def _loading(shown: list[Report]) -> list[str]:
@@ -219,7 +222,8 @@ def _loading(shown: list[Report]) -> list[str]:
             parts.append(f"One core each, {_source(report)}.\n\n{loader_table(report)}")
         if report.find(section=FEED):
             parts.append(f"Training (`{OURS}`) from each source.\n\n{feed_table(report)}")
-    return parts or [f"{NOT_MEASURED.capitalize()}."]
+    measured = {r.kind for r in shown if r.find(section=LOADER) and r.find(section=FEED)}
+    return parts + _not_measured(measured)
 
 
 def _batches(shown: list[Report]) -> list[str]:
@@ -232,13 +236,14 @@ def _batches(shown: list[Report]) -> list[str]:
                 f" {fastest.batch} ({number(fastest.slices_per_s or 0)} slices/s); the largest"
                 f" measured is {largest.batch}{reason}."
             )
-    return ["\n".join(lines)] if lines else [f"{NOT_MEASURED.capitalize()}."]
+    measured = {report.kind for report in shown if report.find(section=SWEEP)}
+    return ["\n".join(lines)] * bool(lines) + _not_measured(measured)
 
 
 def _missing(reports: list[Report]) -> list[str]:
     lines = []
     kinds = {report.kind for report in reports}
-    for kind, name in ((GPU, "a GPU"), (CPU, "a processor")):
+    for kind, name in KINDS.items():
         if kind not in kinds:
             lines.append(f"- On {name} nothing has been measured.")
     for report in reports:

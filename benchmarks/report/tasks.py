@@ -13,7 +13,7 @@ import keras
 import torch
 
 from benchmarks import harness
-from benchmarks.cases import PREDICT, TRAIN, Case, Setting
+from benchmarks.cases import PREDICT, SLAB, TRAIN, Case, Setting
 from benchmarks.harness import Timing
 from benchmarks.records import cell
 from benchmarks.report.energy import joules
@@ -262,46 +262,66 @@ def memory(job: Job, conditions: Conditions) -> Iterator[Found]:
 
 def _peak(variant: Variant, device: str) -> int:
     if device == "cuda":
+        before = torch.cuda.memory_allocated()
         variant.train(1)  # what compiling needs is needed once
-        return harness.peak_on_cuda(variant.train, _MEMORY_STEPS)
+        return _peak_since(before, variant)
     before = harness.peak_of_process()
     variant.train(_MEMORY_STEPS)
     return harness.peak_of_process() - before
 
 
+def _peak_since(before: int, variant: Variant) -> int:
+    """Return the peak of GPU memory in bytes beyond `before`: the optimiser's state counts."""
+    held = torch.cuda.memory_allocated() - before
+    return held + harness.peak_on_cuda(variant.train, _MEMORY_STEPS)
+
+
 def sweep(job: Job, conditions: Conditions) -> Iterator[Found]:
-    """Double the batch until it no longer fits, or time is up."""
+    """Double the batch until it no longer fits or time is up, then try half way back."""
     whole = conditions.case(job)
-    batch, last, seconds = 1 if num_slices(whole) > 5 else 4, "", 0.0
-    while not last:
+    batch, seconds, is_back = 1 if num_slices(whole) > SLAB[0] else 4, 0.0, False
+    while True:
         case = replace(whole, batch=batch)
-        # The next batch takes at least twice as long as this one did.
-        if seconds * 2.5 > conditions.seconds_left or (conditions.is_tiny and batch > 8):
-            last = f"stopped before batch {batch}: no time left"
-        elif conditions.device == "cpu" and not _fits(case, job.precision):
-            last = f"stopped before batch {batch}: half of the free memory"
-        else:
+        end = _end_of_sweep(job, case, conditions, seconds)
+        if not end:
             begun = time.monotonic()
             try:
                 (build,) = builders(job, conditions, case).values()
-                yield from _swept(job, case, build(), conditions)
+                yield from _swept(job, case, build, conditions)
             except torch.cuda.OutOfMemoryError:
-                last = OUT_OF_MEMORY
+                end = OUT_OF_MEMORY
             forget()
             seconds = time.monotonic() - begun
-        if last:
-            yield {**_described(job, case, job.variants[0], TRAIN), "note": last}
-        batch *= 2
+        if end:
+            yield {**_described(job, case, job.variants[0], TRAIN), "note": end}
+        if is_back or (end and (end != OUT_OF_MEMORY or batch < 4)):
+            return
+        is_back = end == OUT_OF_MEMORY
+        batch = batch * 3 // 4 if is_back else batch * 2
 
 
-def _swept(job: Job, case: Case, variant: Variant, conditions: Conditions) -> Iterator[Found]:
-    variant.train(1)
+def _end_of_sweep(job: Job, case: Case, conditions: Conditions, seconds: float) -> str:
+    """Say why a batch is not tried; "" if it is. The last one took `seconds`."""
+    # The next takes twice as long as the last did, and a little more.
+    if seconds * 2.5 > conditions.seconds_left or (conditions.is_tiny and case.batch > 8):
+        return f"stopped before batch {case.batch}: no time left"
+    if conditions.device == "cpu" and not _fits(case, job.precision):
+        return f"stopped before batch {case.batch}: half of the free memory"
+    return ""
+
+
+def _swept(
+    job: Job, case: Case, build: Callable[[], Variant], conditions: Conditions
+) -> Iterator[Found]:
+    is_cuda = conditions.device == "cuda"
+    variant = build()
+    before = torch.cuda.memory_allocated() if is_cuda else 0
     found = _described(job, case, job.variants[0], TRAIN)
     timings, number, repeats = _timed({"": variant.train}, conditions)
     found |= times(timings[""], number, repeats)
     found |= rates(case, job.precision, TRAIN, timings[""].median)
-    if conditions.device == "cuda":
-        found["peak_bytes"] = harness.peak_on_cuda(variant.train, _MEMORY_STEPS)
+    if is_cuda:
+        found["peak_bytes"] = _peak_since(before, variant)
     yield found
 
 
