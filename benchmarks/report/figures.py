@@ -202,6 +202,7 @@ def _batches(axis: Any, report: Report) -> None:
                 label=f"{view}, {variant}",
             )
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("slices in a batch")
     axis.set_ylabel("slices/s in training")
     axis.set_ylim(bottom=0)

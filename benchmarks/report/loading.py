@@ -47,7 +47,8 @@ from ich_keras.processes import usable_cores
 from ich_keras.workflow import make_cache, prepare_index
 
 _MATRIX, _SIZE = 512, 256
-_SERIES = 2
+# Such series have about 60 slices; with fewer, reading a series would mean filling it with air.
+_SPACING_MM, _TINY_SPACING_MM = (1.4, 1.4), (5.0, 8.0)
 _MOST_WORKERS = 8
 _REPEATS = 5
 _FEED_STEPS = 4  # per worker, so that the first batches do not hide the speed of the others
@@ -61,7 +62,10 @@ def _phantoms(folder: Path, count: int, conditions: Conditions) -> tuple[CTCache
     """Draw series, index and cache them; return the cache and the file of each of its slices."""
     matrix, size = _sizes(conditions)
     workers = 0 if conditions.is_tiny else min(usable_cores(), _MOST_WORKERS)
-    data = write_phantoms(folder / "data", count, seed=1, matrix=matrix, workers=workers)
+    spacing = _TINY_SPACING_MM if conditions.is_tiny else _SPACING_MM
+    data = write_phantoms(
+        folder / "data", count, 1, matrix=matrix, workers=workers, slice_spacing_mm=spacing
+    )
     index = prepare_index(data / "images", data / "stage_2_train.csv")
     make_cache(index, folder / "cache", size)
     cache = CTCache.open(folder / "cache")
@@ -77,7 +81,7 @@ def loader(job: Job, conditions: Conditions) -> Iterator[Found]:
     """Time the stages from a file to a batch, on one core and, on a GPU, on the device."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        cache, paths = _phantoms(Path(name), 1 if conditions.is_tiny else _SERIES, conditions)
+        cache, paths = _phantoms(Path(name), 1, conditions)
         count = len(cache)
         repeats = 1 if conditions.is_tiny else _REPEATS
         stages = _stages(cache, paths, conditions) | _on_the_device(cache, conditions)
@@ -199,9 +203,8 @@ def feed(job: Job, conditions: Conditions) -> Iterator[Found]:
     case = conditions.case(job)
     (build,) = builders(job, conditions, case).values()
     workers = min(usable_cores() - 1, _MOST_WORKERS) if conditions.device == "cuda" else 0
-    count = 1 if conditions.is_tiny else max(2, min(8, 2 * conditions.patients))
     with tempfile.TemporaryDirectory() as folder:
-        cache, paths = _phantoms(Path(folder), count, conditions)
+        cache, paths = _phantoms(Path(folder), conditions.patients, conditions)
         variant = build()
         if not isinstance(variant, KerasVariant):
             raise TypeError(f"{job.name}: expected a Keras model")

@@ -198,11 +198,16 @@ def _cell(report: Report, view: str, what: str) -> str:
 
 
 def _figures(shown: list[Report]) -> list[str]:
-    return [
-        f"![{title}, {report.place.device}]({(FOLDER / name).as_posix()})"
-        for report in shown
-        for name, (title, _) in figures_of(report).items()
-    ]
+    """Return the figures of each report, two in a row."""
+    parts = []
+    for report in shown:
+        images = [
+            f"![{title}, {report.place.device}]({(FOLDER / name).as_posix()})"
+            for name, (title, _) in figures_of(report).items()
+        ]
+        rows = [tuple([*images[at : at + 2], ""][:2]) for at in range(0, len(images), 2)]
+        parts += [markdown(("", ""), rows)] if rows else []
+    return parts
 
 
 def _steps(shown: list[Report]) -> list[str]:
