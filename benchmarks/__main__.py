@@ -214,9 +214,11 @@ def cpu(**options: Any) -> None:
 
 
 def _report(kind: str, is_tiny: bool, out: Path | None, **options: Any) -> None:
+    from benchmarks.harness import require_torch
     from benchmarks.records import RESULTS, TRIALS
     from benchmarks.report.campaign import conduct
 
+    require_torch()
     folder = out or (TRIALS if is_tiny else RESULTS)
     path = conduct(kind, folder=folder, is_tiny=is_tiny, tell=click.echo, **options)
     click.echo(f"Results: {path}")

@@ -228,6 +228,16 @@ def peak_of_process() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory() -> int:
+    """Return how many bytes of memory this machine can give without using its disk."""
+    table = Path("/proc/meminfo")
+    if table.exists():
+        # Unlike free memory, it counts what the system holds of files.
+        lines = table.read_text().splitlines()
+        return int(next(row for row in lines if row.startswith("MemAvailable:")).split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def require_torch() -> None:
     """Refuse any backend except torch, before Keras is loaded.
 

@@ -97,6 +97,9 @@ def test_the_order_is_that_of_what_matters_first():
         ("steps", "TF32"),
         ("sweep", "bfloat16"),
     ]
+    for job in jobs:
+        if job.task == "steps":
+            assert OURS in job.variants, "ratios are of variants that take turns"
     variants = {variant for job in jobs for variant in job.variants}
     assert variants == {OURS, f"{OURS}, not compiled", PLAIN, COMPILED, STOCK, "MONAI"}
 
@@ -508,6 +511,44 @@ def test_a_report_of_another_machine_is_not_gone_on_with(tmp_path, kind, change,
         require_same(report, kind, replace(PLACE, **change), patients)
 
 
+def test_ratios_are_to_ours_of_the_same_turns(tmp_path):
+    from benchmarks.report.tables import ratios_table
+
+    rows = measured()
+    ours = next(row for row in rows if row.section == "steps" and row.variant == OURS)
+    # In the job of stock Keras the machine was three times as slow.
+    slower = replace(ours, job="others", samples_per_s=20.0, slices_per_s=20.0)
+    stock = replace(slower, variant=STOCK, samples_per_s=5.0, slices_per_s=5.0)
+    exact = replace(ours, job="exact", precision="float32", samples_per_s=30.0)
+    table = ratios_table(report_of(tmp_path, [*rows, slower, stock, exact])).splitlines()
+    assert table[0] == "| network |  | ours | plain torch | stock Keras | ours, float32 |"
+    assert table[2] == "| `slice` | train | 1.00 | 0.50 | 0.25 | 0.50 |"
+
+
+def test_another_backend_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("ich_keras.environment.loaded_backend", lambda: "jax")
+    result = CliRunner().invoke(main, ["cpu", "--out", str(tmp_path / "new")])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: backend jax: this benchmark compares with plain torch.")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_trial_and_a_report_are_not_mixed(tmp_path):
+    report = unfinished(tmp_path, ceilings="done")
+    require_same(report, "cpu", PLACE, 1, is_tiny=False)
+    with pytest.raises(StaleError, match="measured with --tiny False; here it is True"):
+        require_same(report, "cpu", PLACE, 1, is_tiny=True)
+
+
+def test_available_memory_is_at_most_all_of_it():
+    import os
+
+    from benchmarks.harness import available_memory
+
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**27 < available_memory() <= everything
+
+
 def test_two_reports_into_one_folder_exclude_each_other(tmp_path):
     from ich_keras.files import lock
 
@@ -631,7 +672,7 @@ def test_the_sweep_ends_and_says_why(monkeypatch):
     assert [(row.batch, row.note) for row in rows] == [
         (1, ""),
         (2, ""),
-        (4, "stopped before batch 4: half of the free memory"),
+        (4, "stopped before batch 4: half of the available memory"),
     ]
 
 

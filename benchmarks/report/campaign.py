@@ -16,6 +16,7 @@ from benchmarks.report.measurement import (
     JOB,
     LEFT_OUT,
     STEM,
+    TINY_STEM,
     Measurement,
     Report,
     finished,
@@ -222,14 +223,17 @@ def find_unfinished(folder: Path, name: str, patients: int, jobs: list[Job]) -> 
     return None
 
 
-def require_same(report: Report, kind: str, place: Place, patients: int) -> None:
-    """Refuse to go on with the report of another machine, or with other batches.
+def require_same(
+    report: Report, kind: str, place: Place, patients: int, is_tiny: bool = False
+) -> None:
+    """Refuse to go on with the report of another machine, with other batches, or with a trial.
 
     Raises:
         StaleError: something differs.
     """
     there = {**vars(report.place), "kind": report.kind, "patients": report.rows[0].patients}
-    here = {**vars(place), "kind": kind, "patients": patients}
+    there["--tiny"] = report.path.name.startswith(TINY_STEM)
+    here = {**vars(place), "kind": kind, "patients": patients, "--tiny": is_tiny}
     for name in here:
         if name != "date" and there[name] != here[name]:
             raise StaleError(
@@ -272,16 +276,17 @@ def conduct(
         StaleError: another report is being measured, or `resume` is of another machine.
         DataError: `resume` is no report.
     """
+    folder = folder if resume is None else resume.parent
     folder.mkdir(parents=True, exist_ok=True)
     # Times taken side by side mean nothing.
     with files.lock(folder / ".report.lock", is_kept=False):
         machine = examine("cpu" if kind == CPU else "cuda", threads)
         jobs = jobs_of(kind, machine.precision)
-        name = file_name(f"{STEM}-tiny" if is_tiny else STEM, machine.place, "")
+        name = file_name(TINY_STEM if is_tiny else STEM, machine.place, "")
         report = None
         if resume is not None:
             report = read_report(resume)
-            require_same(report, kind, machine.place, patients)
+            require_same(report, kind, machine.place, patients, is_tiny)
         elif not is_fresh:
             report = find_unfinished(folder, name, patients, jobs)
         place = report.place if report else machine.place

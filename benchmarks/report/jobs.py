@@ -94,7 +94,8 @@ def jobs_of(kind: str, precision: str) -> list[Job]:
     def sweep(network: str, variant: str) -> Job:
         return Job(SWEEP, 90 if is_gpu else 2 * _CPU_STEPS[network], network, precision, (variant,))
 
-    others = (NOT_COMPILED, PLAIN, STOCK, MONAI) if is_gpu else (STOCK, MONAI)
+    # Ours among them: ratios are those of variants that take turns.
+    others = (OURS, NOT_COMPILED, PLAIN, STOCK, MONAI) if is_gpu else (OURS, STOCK, MONAI)
     jobs = [Job(CEILINGS, 20)]
     jobs += [steps(name, precision, OURS, rival) for name in MAIN]
     jobs += [memory(name, precision, variant) for name in MAIN for variant in (OURS, rival)]
@@ -110,6 +111,8 @@ def jobs_of(kind: str, precision: str) -> list[Job]:
     jobs += [steps(name, precision, OURS, rival) for name in ("slab-dilated", "series-dilated")]
     jobs += [memory(name, precision, STOCK) for name in MAIN]
     jobs += [memory("series-dilated", precision, OURS)]
+    if precision != FLOAT32:  # the thesis's network in its precision
+        jobs += [steps("series-dilated", FLOAT32, OURS, rival)]
     if is_gpu:
         jobs += [memory(name, precision, PLAIN) for name in MAIN]
         jobs += [replace(sweep(name, OURS), seconds=400) for name in MAIN]

@@ -12,7 +12,8 @@ from ich_keras.errors import DataError
 # What became of a job; the word stands in `what` of its last row.
 DONE, FAILED, LEFT_OUT = "done", "failed", "left out"
 JOB = "job"  # the section of those rows
-STEM = "report"
+# How the files are called.
+STEM, TINY_STEM = "report", "report-tiny"
 
 
 @dataclass(frozen=True)

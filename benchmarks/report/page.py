@@ -214,7 +214,10 @@ def _steps(shown: list[Report]) -> list[str]:
     parts = []
     for report in shown:
         precision = fast_precision(report)
-        title = f"Speed divided by that of `{OURS}` in {precision}. Above 1 is faster."
+        title = (
+            f"Speed divided by that of `{OURS}` in {precision}; above 1 is faster. Variants took"
+            " turns, precisions did not."
+        )
         parts += [f"{title} {_source(report)}.", ratios_table(report)]
         parts.append(_DETAILS.format(device=report.place.device, table=steps_table(report)))
     return parts + _not_measured({report.kind for report in shown})

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.cases import OURS
-from benchmarks.report.findings import fast_precision, feeds
+from benchmarks.report.findings import fast_precision, feeds, step
 from benchmarks.report.jobs import (
     FEED,
     FROM_CACHE,
@@ -73,14 +73,24 @@ def ratios_table(report: Report) -> str:
     rows = [row for row in report.find(section=STEPS) if row.slices_per_s]
     ways = list(dict.fromkeys((row.variant, row.precision) for row in rows))
     header = ("network", "", *(_way(*way, usual) for way in ways))
-    found = {(row.case, row.what, row.variant, row.precision): row.slices_per_s for row in rows}
     lines = []
     for case, what in dict.fromkeys((row.case, row.what) for row in rows):
-        beside = found.get((case, what, OURS, usual))
-        rates = [found.get((case, what, *way)) for way in ways]
-        cells = [f"{rate / beside:.2f}" if rate and beside else "" for rate in rates]
+        cells = [_ratio(report, case, what, *way) for way in ways]
         lines.append((f"`{case}`", what, *cells))
     return markdown(header, lines)
+
+
+def _ratio(report: Report, case: str, what: str, variant: str, precision: str) -> str:
+    row = step(report, case, what, variant, precision)
+    if row is None:
+        return ""
+    wanted = {"section": STEPS, "case": case, "what": what, "variant": OURS}
+    wanted["precision"] = fast_precision(report)
+    # That which took turns with it, if there is one.
+    beside = report.first(job=row.job, **wanted) or report.first(**wanted)
+    if beside is None or not (row.samples_per_s and beside.samples_per_s):
+        return ""
+    return f"{row.samples_per_s / beside.samples_per_s:.2f}"
 
 
 def _way(variant: str, precision: str, usual: str) -> str:

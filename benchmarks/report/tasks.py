@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ Found = dict[str, Any]
 _REPEATS, _LEAST_REPEATS = 5, 3
 _MEMORY_STEPS = 2  # in the second, the optimiser's state exists beside the activations
 _MOST_STEPS = 200
-# A sweep on a CPU ends before it takes more than this share of the memory that is free.
+# A sweep on a CPU ends before it takes more than this share of the memory that is available.
 _MEMORY_SHARE = 0.5
 OUT_OF_MEMORY = "out of memory"
 
@@ -306,7 +305,7 @@ def _end_of_sweep(job: Job, case: Case, conditions: Conditions, seconds: float) 
     if seconds * 2.5 > conditions.seconds_left or (conditions.is_tiny and case.batch > 8):
         return f"stopped before batch {case.batch}: no time left"
     if conditions.device == "cpu" and not _fits(case, job.precision):
-        return f"stopped before batch {case.batch}: half of the free memory"
+        return f"stopped before batch {case.batch}: half of the available memory"
     return ""
 
 
@@ -327,9 +326,9 @@ def _swept(
 
 def _fits(case: Case, precision: str) -> bool:
     """Tell whether a step leaves enough memory to a CPU, which would otherwise use its disk."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = harness.available_memory()
     # What is moved is five times what is kept; a step was measured to take half of that.
-    return work(case, precision, TRAIN).num_bytes * case.batch < _MEMORY_SHARE * free
+    return work(case, precision, TRAIN).num_bytes * case.batch < _MEMORY_SHARE * available
 
 
 TASKS: dict[str, Callable[[Job, Conditions], Iterator[Found]]] = {
