@@ -391,6 +391,7 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path, monkeypatch)
     assert text.count("\nOn a GPU: not measured.\n") == 3
     assert "- Chip 1, left out: feed / slab (no time)." in text
     assert "- Chip 1: MONAI was not installed." in text
+    assert "- Chip 1, not reached: ceilings; steps / slice / bfloat16 / ours + plain torch;" in text
     for figure in ("throughput", "step", "roofline", "batches"):
         assert f"(results/figures/cpu-{figure}.svg)" in text
     assert "J per 1,000 slices" not in text, "no energy was told"
@@ -547,6 +548,38 @@ def test_available_memory_is_at_most_all_of_it():
 
     everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**27 < available_memory() <= everything
+
+
+def test_power_that_is_not_told_is_no_energy():
+    from benchmarks.report.energy import mean_watts
+
+    assert mean_watts("[N/A]\nNo devices were found\n") is None
+    assert mean_watts("100.0\n[N/A]\n300.5\n") == 200.25
+
+
+def test_what_a_library_prints_is_no_measurement(tmp_path, monkeypatch):
+    class Chatty:
+        is_late, problem = False, ""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def lines(self):
+            return iter(["Downloading...\n", '{"section": "loader", "slices_per_s": 2.5}\n'])
+
+    monkeypatch.setattr(campaigns, "Child", Chatty)
+    made = Campaign("cpu", PLACE, tmp_path / NAME, 1, False, lambda line: None)
+    made.run([Job("loader", 1)], 100, Clock())
+    assert [(row.section, row.slices_per_s) for row in made.rows] == [
+        ("loader", 2.5),
+        ("job", None),
+    ]
 
 
 def test_two_reports_into_one_folder_exclude_each_other(tmp_path):

@@ -119,8 +119,9 @@ class Campaign:
         lines = 0
         with Child(command, limit) as child:
             for line in child.lines():
-                self._keep(job, json.loads(line))
-                lines += 1
+                if line.startswith("{"):  # a library may print something of its own
+                    self._keep(job, json.loads(line))
+                    lines += 1
         if child.is_late:
             word = LEFT_OUT if is_last else FAILED
             return word, f"stopped after {limit:.0f} s"
@@ -276,6 +277,7 @@ def conduct(
         StaleError: another report is being measured, or `resume` is of another machine.
         DataError: `resume` is no report.
     """
+    end = time.monotonic() + minutes * 60
     folder = folder if resume is None else resume.parent
     folder.mkdir(parents=True, exist_ok=True)
     # Times taken side by side mean nothing.
@@ -295,7 +297,7 @@ def conduct(
         if report:
             tell(f"Going on with {path}: {len(finished(rows))} jobs are done.")
         campaign = Campaign(kind, place, path, patients, is_tiny, tell, rows)
-        campaign.run(jobs, minutes * 60, time.monotonic)
+        campaign.run(jobs, end - time.monotonic(), time.monotonic)
     tell(summary(read_report(path)))
     return path
 

@@ -15,7 +15,7 @@ from benchmarks.report.findings import (
     slices_of,
     step,
 )
-from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, SWEEP
+from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, SWEEP, jobs_of
 from benchmarks.report.measurement import DONE, FAILED, LEFT_OUT, STEM, Report, read_report
 from benchmarks.report.networks import MAIN, samples_per_patient
 from benchmarks.report.tables import (
@@ -261,7 +261,14 @@ def _missing(reports: list[Report]) -> list[str]:
             ]
             if names:
                 lines.append(f"- {report.place.device}, {word}: {'; '.join(names)}.")
-        if all(end.what == DONE for end in report.ends.values()):
+        names = [
+            job.name
+            for job in jobs_of(report.kind, fast_precision(report))
+            if job.name not in report.ends
+        ]
+        if names:
+            lines.append(f"- {report.place.device}, not reached: {'; '.join(names)}.")
+        elif all(end.what == DONE for end in report.ends.values()):
             lines.append(f"- {report.place.device}: nothing of the list is missing.")
         if not report.place.monai:
             lines.append(f"- {report.place.device}: MONAI was not installed.")
