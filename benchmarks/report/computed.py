@@ -87,7 +87,7 @@ def thesis_table(reports: list[Report]) -> str:
     text = (
         f"Hours of the whole training on a GTX 1060 with {GTX_1060_FLOPS / 1e12:g} TFLOP/s in"
         " float32 (NVIDIA's figure), validation included: operations divided by that, and by the"
-        " share of a matrix product that our own steps reach. This is a check of the model of"
-        " costs: what the thesis took beyond it was not spent on these operations."
+        " share of a matrix product that our own steps reach. It checks the count of"
+        " operations; the remaining hours went into slower steps, loading or waiting."
     )
     return f"{markdown((*header, 'as published'), rows)}\n\n{text}"
