@@ -8,6 +8,9 @@ from ich_keras.models.presets import preset
 from ich_keras.models.spec import ModelSpec
 
 TRAIN, PREDICT, UPDATE = "train", "predict", "update"
+# Ways to run a network; see `benchmarks.variants`.
+OURS, PLAIN, STOCK, MONAI = "ours", "plain torch", "stock Keras", "MONAI"
+NOT_COMPILED, COMPILED = f"{OURS}, not compiled", f"{PLAIN}, compiled"
 
 
 @dataclass(frozen=True)

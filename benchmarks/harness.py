@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Takes the given number of steps.
 Run = Callable[[int], None]
+# Runs a function and returns the seconds that it took.
+Stopwatch = Callable[[Callable[[], None]], float]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def alternate(
     sync: Callable[[], None] = lambda: None,
     steps: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[str, Timing]:
     """Time variants in turns (A B C A B C ...), so that a slow phase of the machine affects all.
 
@@ -59,22 +62,53 @@ def alternate(
         sync: waits until the device has finished its work; called around each timed run.
         steps: steps of one run; times are divided by it.
         clock: returns seconds.
+        stopwatch: used in place of `sync` and `clock`; see `stopwatch_of`.
 
     Returns:
         Name -> milliseconds per step.
     """
+    timed = stopwatch or _between(clock, sync)
     for _ in range(warmup):
         for run in variants.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            sync()
-            start = clock()
-            run()
-            sync()
-            times[name].append((clock() - start) * 1e3 / steps)
+            times[name].append(timed(run) * 1e3 / steps)
     return {name: Timing.of(found) for name, found in times.items()}
+
+
+def _between(clock: Callable[[], float], sync: Callable[[], None]) -> Stopwatch:
+    def timed(run: Callable[[], None]) -> float:
+        sync()
+        start = clock()
+        run()
+        sync()
+        return clock() - start
+
+    return timed
+
+
+def stopwatch_of(device: str) -> Stopwatch:
+    """Return the stopwatch of a device: on a GPU, CUDA events before and after the run.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return _between(time.perf_counter, wait_for(device))
+    import torch
+
+    def timed(run: Callable[[], None]) -> float:
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return timed
 
 
 def wait_for(device: str) -> Callable[[], None]:
@@ -192,6 +226,16 @@ def peak_of_process() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory this machine can give without using its disk."""
+    table = Path("/proc/meminfo")
+    if table.exists():
+        # Unlike free memory, it counts what the system holds of files.
+        lines = table.read_text().splitlines()
+        return int(next(row for row in lines if row.startswith("MemAvailable:")).split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def require_torch() -> None:

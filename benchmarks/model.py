@@ -12,10 +12,10 @@ import keras
 import torch
 
 from benchmarks import harness
-from benchmarks.cases import CASES, TRAIN, Case, Setting
+from benchmarks.cases import CASES, OURS, PLAIN, TRAIN, Case, Setting
 from benchmarks.records import Place, cell, table, write_csv
-from benchmarks.variants import OURS, PLAIN, KerasVariant, Variant, variants_of
-from ich_keras.errors import EnvironmentProblem
+from benchmarks.variants import KerasVariant, Variant, variants_of
+from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.keras_private import forget_compiled
 from ich_keras.models.torch.function import FlatFunction
 from ich_keras.models.torch.memory import activation_bytes
@@ -36,7 +36,7 @@ class Row:
         dispatches_per_step: aten operations; see `harness.Dispatches`.
         uploads_per_step: single numbers sent to the device; None on the CPU.
         graph_breaks: of the function that training runs (`torch._dynamo.explain`).
-        peak_bytes: peak memory of training; see the README.
+        peak_bytes: peak memory of training; see HOWTO.md.
     """
 
     case: str
@@ -216,9 +216,17 @@ def _mebibytes(value: float | None) -> str:
 
 
 def take_steps(case: Case, variant: str, setting: Setting, steps: int) -> int:
-    """Build one variant, train it for `steps` steps and return the peak of the process in bytes."""
+    """Build one variant, train it for `steps` steps and return the peak of the process in bytes.
+
+    Raises:
+        UsageError: the case has no such variant here.
+    """
     torch.set_num_threads(setting.threads)
-    built = variants_of(case, setting)[variant]()
+    builders = variants_of(case, setting)
+    if variant not in builders:
+        known = ", ".join(map(repr, builders))
+        raise UsageError(f"variant {variant!r} of {case.name}; expected one of {known}.")
+    built = builders[variant]()
     if steps:
         built.train(steps)
     return harness.peak_of_process()

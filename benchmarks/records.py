@@ -5,7 +5,7 @@ import importlib.metadata
 import io
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,7 +72,7 @@ def slug(text: str) -> str:
 
 
 def file_name(bench: str, place: Place, precision: str) -> str:
-    """Name a CSV by bench, device and threads, backend, versions, precision and date."""
+    """Name a CSV by bench, device and threads, backend, versions, precision (if any) and date."""
     parts = (
         bench,
         f"{slug(place.device)}-{place.threads}t",
@@ -81,7 +81,7 @@ def file_name(bench: str, place: Place, precision: str) -> str:
         precision,
         re.sub(r"[-:]", "", place.date).replace("T", "-"),
     )
-    return "_".join(parts) + ".csv"
+    return "_".join(part for part in parts if part) + ".csv"
 
 
 def write_csv(path: Path, rows: list[Any], place: Place) -> None:
@@ -108,7 +108,7 @@ def cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a Markdown table whose cells are padded to the width of their column."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 

@@ -9,13 +9,23 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from benchmarks.cases import TRAIN, UPDATE, Case, Setting
+from benchmarks.cases import (
+    COMPILED,
+    MONAI,
+    NOT_COMPILED,
+    OURS,
+    PLAIN,
+    STOCK,
+    TRAIN,
+    UPDATE,
+    Case,
+    Setting,
+)
 from benchmarks.plain import channels_last, has_monai, monai_network, plain_network
 from ich_keras.labels import NUM_LABELS
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.steps import choose_step
 
-PLAIN, OURS, STOCK = "plain torch", "ours", "stock Keras"
 LEARNING_RATE = 3e-4
 
 
@@ -133,12 +143,12 @@ def variants_of(case: Case, setting: Setting) -> dict[str, Callable[[], Variant]
 
     found: dict[str, Callable[[], Variant]] = {OURS: ours, PLAIN: partial(plain, plain_network)}
     if is_cuda and TRAIN in case.modes:
-        found[f"{OURS}, not compiled"] = partial(ours, compiled=False)
-        found[f"{PLAIN}, compiled"] = partial(plain, plain_network, compiled=True)
+        found[NOT_COMPILED] = partial(ours, compiled=False)
+        found[COMPILED] = partial(plain, plain_network, compiled=True)
     if setting.has_stock:
         found[STOCK] = lambda: KerasVariant(_stock(case, precision), batch)
     if has_monai(case.spec, case.shape[0]):
-        found["MONAI"] = partial(plain, monai_network)
+        found[MONAI] = partial(plain, monai_network)
     if case.recomputes:
         for part in ("stage", "block"):
             found[f"{OURS}, recompute {part}"] = partial(ours, recompute=part)

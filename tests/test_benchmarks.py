@@ -20,7 +20,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import harness  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.cases import CASES, Setting, choose_cases, tiny  # noqa: E402
+from benchmarks.cases import CASES, OURS, Setting, choose_cases, tiny  # noqa: E402
 from benchmarks.records import Place, file_name, slug, table  # noqa: E402
 
 # Of those tests that build or run Keras models; counting, naming and refusing need no backend.
@@ -215,7 +215,7 @@ def test_plain_network_computes_what_the_reference_does(name):
 
 @on_torch
 def test_saved_bytes_agree_with_the_librarys_own_count():
-    from benchmarks.variants import OURS, variants_of
+    from benchmarks.variants import variants_of
     from ich_keras.models.torch.function import FlatFunction
     from ich_keras.models.torch.memory import activation_bytes
 

@@ -41,6 +41,7 @@ def test_the_pages_are_found():
         "ich_keras/models/README.md",
         "weights_convert/README.md",
         "experiments/README.md",
+        "benchmarks/HOWTO.md",
         "benchmarks/README.md",
         ".github/CONTRIBUTING.md",
         ".github/CHANGELOG.md",

@@ -64,6 +64,9 @@ def test_a_path_that_means_another_place_is_a_usage_error(
 ):
     monkeypatch.chdir(tmp_path)
     given = [option.opts[0], value] if isinstance(option, click.Option) else [value]
+    if isinstance(option, click.Argument):  # those before it are files that exist
+        before = command.params[: command.params.index(option)]
+        given = [*(__file__ for p in before if isinstance(p, click.Argument)), *given]
     # Whatever else is required comes first and is fine, so that only this option is at fault.
     for other in command.params:
         if other is not option and other.required and isinstance(other, click.Option):
