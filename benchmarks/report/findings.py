@@ -11,11 +11,9 @@ from benchmarks.report.jobs import (
     LOADER,
     MEMORY,
     NO_AUGMENTATION,
-    ONE_WINDOW,
     READ_CACHE,
     STEPS,
     SWEEP,
-    THREE_WINDOWS,
     batches_with,
 )
 from benchmarks.report.measurement import Measurement, Report
@@ -95,14 +93,12 @@ class Stack:
     network: dict[str, float]
 
 
-def stacks(report: Report, augmentation: str = "thesis") -> list[Stack]:
+def stacks(report: Report, augmentation: str = "fast") -> list[Stack]:
     """Return the stages of a training step from the cache, for the views that have them all."""
     found = []
     for view in MAIN:
-        windows = THREE_WINDOWS if view == "slice" else ONE_WINDOW
         names = {
             "cache": (READ_CACHE, ""),
-            "windows": (windows, ""),
             "plain": (batches_with(NO_AUGMENTATION), view),
             "changed": (batches_with(augmentation), view),
         }
@@ -119,8 +115,7 @@ def stacks(report: Report, augmentation: str = "thesis") -> list[Stack]:
         whole, forward = 1e3 / train.slices_per_s, 1e3 / predict.slices_per_s
         loading = {
             "read the cache": ms["cache"],
-            "windows": ms["windows"],
-            "normalise, stack": max(0.0, ms["plain"] - ms["cache"] - ms["windows"]),
+            "windows, normalise": max(0.0, ms["plain"] - ms["cache"]),
             f"augmentation ({augmentation})": max(0.0, ms["changed"] - ms["plain"]),
         }
         passes = {"forward": forward, "backward, update": max(0.0, whole - forward)}

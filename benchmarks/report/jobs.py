@@ -35,6 +35,11 @@ def batches_with(augmentation: str | None) -> str:
     return f"batches, augmentation {augmentation or NO_AUGMENTATION}"
 
 
+def raw_batches_with(augmentation: str | None) -> str:
+    """Name the pass that leaves the inputs to a device: int16 HU, and what was drawn."""
+    return f"HU for a device, augmentation {augmentation or NO_AUGMENTATION}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One process that measures.

@@ -26,6 +26,7 @@ from benchmarks.report.jobs import (
     THREE_WINDOWS,
     Job,
     batches_with,
+    raw_batches_with,
 )
 from benchmarks.report.networks import MAIN, network, num_slices, view_of
 from benchmarks.report.tasks import Conditions, Found, builders, times
@@ -33,10 +34,10 @@ from benchmarks.variants import KerasVariant
 from ich_keras.ct.dicom import read_hu
 from ich_keras.ct.window import WINDOWS
 from ich_keras.data.augment import AUGMENTATIONS
-from ich_keras.data.batches import CTDataset, view_batches
+from ich_keras.data.batches import CTDataset, is_drawn, view_batches
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.tables import UID
-from ich_keras.data.epochs import epoch_plan
+from ich_keras.data.epochs import EpochPlan, epoch_plan
 from ich_keras.data.inputs import resize_hu, slice_windows
 from ich_keras.data.intensity import INTENSITIES
 from ich_keras.data.loader import CTLoader
@@ -51,6 +52,7 @@ _MATRIX, _SIZE = 512, 256
 _SPACING_MM, _TINY_SPACING_MM = (1.4, 1.4), (5.0, 8.0)
 _MOST_WORKERS = 8
 _REPEATS = 5
+_BATCH_SLICES = 32
 _FEED_STEPS = 4  # per worker, so that the first batches do not hide the speed of the others
 
 
@@ -88,7 +90,7 @@ def loader(job: Job, conditions: Conditions) -> Iterator[Found]:
         yield from _rows(job, "", stages, count, repeats, conditions.device)
         for view in MAIN:
             case = network(view, is_tiny=conditions.is_tiny)
-            passes, slices = _passes(cache, view, case)
+            passes, slices = _passes(cache, view, case, conditions)
             yield from _rows(job, view, passes, slices, repeats, conditions.device)
 
 
@@ -163,19 +165,37 @@ def _on_the_device(cache: CTCache, conditions: Conditions) -> dict[str, Callable
     }
 
 
-def _passes(cache: CTCache, name: str, case: Case) -> tuple[dict[str, Callable[[], Any]], int]:
+def _passes(
+    cache: CTCache, name: str, case: Case, conditions: Conditions
+) -> tuple[dict[str, Callable[[], Any]], int]:
     """Return passes over the whole loader, by augmentation, and the slices of one pass."""
-    samples = make_samples(cache.slices, cache.series, _view(name, case))
+    view = _view(name, case)
+    samples = make_samples(cache.slices, cache.series, view)
     indices = np.flatnonzero(samples.usable)
     if name == "slab":  # a fifth of them: each has five slices
         indices = indices[:: num_slices(case)]
+    batch = max(1, _BATCH_SLICES // num_slices(case))
     passes: dict[str, Callable[[], Any]] = {}
     for augment in (None, *AUGMENTATIONS):
-        loader = view_batches(
-            cache, _view(name, case), indices, 1, seed=0, augment=augment, samples=samples
+        make = partial(
+            view_batches, cache, view, indices, batch, seed=0, augment=augment, samples=samples
         )
-        passes[batches_with(augment)] = partial(_exhaust, loader)
+        passes[batches_with(augment)] = partial(_exhaust, make())
+        if not is_drawn(augment):
+            continue
+        raw = CTDataset(cache.pixels, samples, cache.size, augment, 0, is_raw=True)
+        plan = epoch_plan(samples, indices, batch, seed=0)
+        passes[raw_batches_with(augment)] = partial(_make_all, raw, plan)
+        if conditions.device != "cpu":
+            on_device = make(device=conditions.device)
+            passes[f"{batches_with(augment)}, on the device"] = partial(_exhaust, on_device)
     return passes, len(indices) * num_slices(case)
+
+
+def _make_all(dataset: CTDataset, plan: EpochPlan) -> None:
+    """Make the batches of an epoch as a device receives them, without sending them."""
+    for indices in plan.batches(0):
+        dataset[0, indices]
 
 
 def _exhaust(loader: CTLoader) -> None:
@@ -189,9 +209,13 @@ class DicomSlices:
     def __init__(self, paths: list[str], size: int) -> None:
         self._paths, self.size = paths, size
 
-    def slices_hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return int16 (n, size, size), HU."""
-        return np.stack([resize_hu(read_hu(self._paths[i]), self.size) for i in indices])
+    def slices_hu(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return int16 (n, size, size), HU; in `out` where it is given."""
+        if out is None:
+            out = np.empty((len(indices), self.size, self.size), np.int16)
+        for place, number in enumerate(indices):
+            out[place] = resize_hu(read_hu(self._paths[number]), self.size)
+        return out
 
 
 def feed(job: Job, conditions: Conditions) -> Iterator[Found]:
