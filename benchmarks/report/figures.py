@@ -122,7 +122,7 @@ def _stacked(axis: Any, report: Report) -> None:
     found = stacks(report)
     places = range(len(found))
     for parts, shift, colours in (
-        ("loading", -0.2, ("#c6dbef", "#9ecae1", "#6baed6", "#2171b5")),
+        ("loading", -0.2, ("#c6dbef", "#6baed6", "#2171b5")),
         ("network", 0.2, ("#fdae6b", "#e6550d")),
     ):
         base = [0.0] * len(found)
