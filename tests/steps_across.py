@@ -28,7 +28,7 @@ SIZES = (8, 8, 8, 5, 1)
 # Case -> (network, settings of the compilation, batch statistics of all processes, sizes).
 CASES = {
     "batch": (SLICES, {}, True, SIZES),
-    "group": (replace(SLICES, norm="group"), {}, False, (8, 8, 5)),
+    "group": (replace(SLICES, input_shape=(48, 48, 3), norm="group"), {}, False, (8, 8, 5)),
     "frozen": (replace(SLICES, norm="frozen"), {}, False, SIZES),
     "dropout": (replace(SLICES, dropout=0.5), {}, True, SIZES),
     "label weights": (SLICES, {"loss": "rsna"}, True, SIZES),
@@ -91,9 +91,6 @@ def main() -> None:
                 float(np.abs(a - b).max()) for a, b in zip(together, alone, strict=True)
             ),
             "loss": abs(loss - loss_alone),
-            "moved": float(
-                max(np.abs(v.numpy() - a).max() for v, a in zip(network(spec, settings).trainable_variables, [x for x in alone], strict=False) if v.shape == a.shape)
-            ),
             "alike": others[0] == others[1],
         }
     if rank.is_first:
