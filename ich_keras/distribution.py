@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from ich_keras.models.torch.distributed import Group
 
 
-def require_torch(backend: str, rank: Rank) -> None:
+def require_torch(backend: str | None, rank: Rank) -> None:
     """Refuse several processes on a backend that does not carry them out.
+
+    Args:
+        backend: None is not decided yet.
+        rank: of this process.
 
     Raises:
         UsageError: the backend is not torch.
     """
-    if not rank.is_alone and backend != "torch":
+    if not rank.is_alone and backend not in (None, "torch"):
         raise UsageError(
             f"{rank.of} processes on the backend {backend}; several train on torch only.",
             "Use --backend torch, or one process.",

@@ -58,7 +58,8 @@ def run_ranks(count: int, work: Callable[..., int], *args: Any) -> int:
         raise EnvironmentProblem(
             f"process {number} of the {count} that train was killed by"
             f" {signal.Signals(-code).name}.",
-            "It may have run out of memory: try a smaller --batch-size.",
+            "It may have run out of memory: try a smaller --batch-size. What finished an epoch is"
+            " resumed with --resume.",
         )
     return code
 

@@ -30,11 +30,15 @@ CASES = {
     "batch": (SLICES, {}, True, SIZES),
     "group": (replace(SLICES, input_shape=(48, 48, 3), norm="group"), {}, False, (8, 8, 5)),
     "frozen": (replace(SLICES, norm="frozen"), {}, False, SIZES),
-    "dropout": (replace(SLICES, dropout=0.5), {}, True, SIZES),
-    "label weights": (SLICES, {"loss": "rsna"}, True, SIZES),
     "accumulation": (SLICES, {"accumulate": 2}, True, (8, 8, 8, 5)),
-    "clipping, decay": (SLICES, {"global_clipnorm": 0.1, "weight_decay": 0.01}, True, SIZES),
-    "recomputation": (replace(SLICES, dropout=0.5), {"recompute": "stage"}, True, SIZES),
+    "label weights, clipping, decay": (
+        SLICES,
+        {"loss": "rsna", "global_clipnorm": 0.1, "weight_decay": 0.01},
+        True,
+        SIZES,
+    ),
+    "dropout, recomputation": (replace(SLICES, dropout=0.5), {"recompute": "stage"}, True, SIZES),
+    "batch, per process": (SLICES, {}, False, (8, 8)),
     "slabs": (SLAB, {}, True, (4, 4, 3, 1)),
 }
 

@@ -20,7 +20,7 @@ def follow(labels: Path | None, device: str) -> None:
     train(RunConfig.from_dict(start["config"]), open_cache(start["cache"], labels), start["out"])
 
 
-def require_distributable(is_plan: bool, is_demo: bool) -> None:
+def require_data(is_plan: bool, is_demo: bool) -> None:
     """Refuse several processes where one does the work.
 
     Raises:
@@ -34,7 +34,9 @@ def require_distributable(is_plan: bool, is_demo: bool) -> None:
             )
 
 
-def asked_device(config_file: Path | None, resume: Path | None, options: dict[str, Any]) -> str:
+def asked_device(
+    rank: Rank, config_file: Path | None, resume: Path | None, options: dict[str, Any]
+) -> str:
     """Choose the backend that was asked for, and return the device, which may be "auto"."""
     from ich_keras.distribution import require_torch
     from ich_keras.environment import choose_backend
@@ -45,8 +47,9 @@ def asked_device(config_file: Path | None, resume: Path | None, options: dict[st
         backend, device = recipe.backend, options["device"] or recipe.device
     else:
         config, _ = run_config(config_file, options)
-        backend, device = choose_backend(config.backend), config.device
-    require_torch(backend, Rank(of=2))
+        backend, device = config.backend, config.device
+    require_torch(backend, rank)
+    require_torch(choose_backend(backend), rank)
     return device
 
 

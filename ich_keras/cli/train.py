@@ -23,11 +23,11 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.cli.ranks import asked_device, follow, require_distributable, require_gpus
+from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.launching import run_ranks
-from ich_keras.ranks import this_rank
+from ich_keras.ranks import Rank, this_rank
 from ich_keras.terminal import (
     ARGUMENTS,
     Command,
@@ -104,8 +104,8 @@ def train_main(
     catch_termination()
     rank = this_rank()
     if gpus is not None and rank.is_alone and gpus > 1:
-        require_distributable(plan, resume is None and dicom is None and cache_dir is None)
-        device = asked_device(config_file, resume, options)
+        require_data(plan, resume is None and dicom is None and cache_dir is None)
+        device = asked_device(Rank(of=gpus), config_file, resume, options)
         require_gpus(gpus, device)
         ctx = click.get_current_context()
         ctx.exit(run_ranks(gpus, _train_as_rank, ctx.meta[ARGUMENTS]))
@@ -115,7 +115,7 @@ def train_main(
             "Leave --gpus out: torchrun decides.",
         )
     if not rank.is_alone:
-        require_distributable(plan, resume is None and dicom is None and cache_dir is None)
+        require_data(plan, resume is None and dicom is None and cache_dir is None)
     others: dict[str, Any] = {
         "config": config_file,
         "download": download or None,
@@ -186,8 +186,9 @@ def _train(
     from ich_keras.summary import run_summary
     from ich_keras.workflow import prepare_training
 
-    backend, device = choose_backend(config.backend), choose_device(config.device)
     rank = this_rank()
+    require_torch(config.backend, rank)
+    backend, device = choose_backend(config.backend), choose_device(config.device)
     require_torch(backend, rank)
     with open_terminal() as terminal:
         if not rank.is_first:
@@ -321,6 +322,8 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
+            rank = this_rank()
+            words += [] if rank.is_alone else ["--gpus", str(rank.of)]
             terminal.warn(f"To resume: {shlex.join(words)}")
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             terminal.warn("No epoch was finished: start the training again.")

@@ -167,10 +167,9 @@ def _connected() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
         raise LostProcess(
-            f"another process of this training ended or does not answer ({first_line}).",
-            "What it says comes first; if it says nothing, it was killed, perhaps for its memory.",
+            "another process of this training ended, or does not answer.",
+            "See what it said. If it said nothing it was killed, perhaps for its memory.",
         ) from error
 
 
