@@ -45,7 +45,7 @@ def _fail(
     ctx: click.Context, message: str, hint: str, exit_code: int, is_of_another: bool = False
 ) -> NoReturn:
     """Print one line that says what is wrong and one that says what to do, and exit."""
-    place = _process_that_fails(is_of_another)
+    place = _process_that_fails(is_of_another) if ctx.command.name == TRAIN else ""
     message = f"{place}{message}"
     click.echo(f"Error: {message}", err=True)
     if hint:
@@ -75,6 +75,7 @@ def _process_that_fails(is_of_another: bool) -> str:
 _SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 2, 6
 # Key of the arguments of a command, as they were given.
 ARGUMENTS = "ich_keras.arguments"
+TRAIN = "train"  # the command that runs in several processes
 
 
 class Command(click.Command):
@@ -113,7 +114,8 @@ class Command(click.Command):
                 EXIT_ENVIRONMENT,
             )
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            if ctx.command.name != TRAIN or this_rank().is_first:
+                click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -261,7 +263,7 @@ def terminal_width() -> int:
 
 
 @contextlib.contextmanager
-def open_terminal() -> Iterator[Terminal]:
+def open_terminal(is_silent: bool = False) -> Iterator[Terminal]:
     """Yield the callables that a command reports to.
 
     If standard error is a terminal, unfinished steps are bars at the bottom of the screen and lines
@@ -272,9 +274,11 @@ def open_terminal() -> Iterator[Terminal]:
     A step that begins before another has ended (validation within training) is part of it, and
     prints no line at its start and end.
 
-    Of several processes that train, only the first says anything but an error.
+    Args:
+        is_silent: neither lines nor bars nor warnings, as for all but the first of several
+            processes that train.
     """
-    if not this_rank().is_first:
+    if is_silent:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield Terminal(lambda *step: None, lambda line: None, lambda line: None)

@@ -100,6 +100,9 @@ def main() -> None:
     if rank.is_first:
         print(json.dumps(told))
     group.leave()
+    again = join(rank, "cpu")  # as a second training does
+    assert again.gather(rank.number) == [0, 1]
+    again.leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
+from one_fails import one_fails
 from train_across import DUMP, TINY, in_float64
 
 from ich_keras import environment
@@ -29,8 +31,16 @@ from ich_keras.distribution import (
     samples_per_statistics,
 )
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
+from ich_keras.keras_private import num_graph_breaks
 from ich_keras.launching import run_ranks
+from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.torch.distributed import Group, Share
+from ich_keras.models.torch.function import FlatFunction
+from ich_keras.models.torch.operations import Across
+from ich_keras.models.torch.step import distribute
+from ich_keras.models.torch.synchronised import synchronised_batch_norm
 from ich_keras.ranks import Rank, this_rank
 from ich_keras.recipe import Recipe
 from ich_keras.training import train
@@ -422,4 +432,72 @@ def test_the_others_wait_while_the_first_indexes_and_caches(phantom_folder, tmp_
 
 
 def test_the_exit_code_is_that_of_the_process_that_failed():
-    assert run_ranks(2, int, "3") == 3
+    assert run_ranks(2, int, "0") == 0
+    assert run_ranks(2, one_fails, 3) == 3  # and does not wait for the other
+
+
+# Batch normalisation over processes, in one
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+@pytest.mark.parametrize("shape", [(6, 8, 5, 5), (6, 8, 3, 5, 5)])
+def test_synchronised_normalisation_is_that_of_torch(shape, dtype, rounding):
+    group = SimpleNamespace(rank=Rank(), share=Share(0, 6, 6), add_up=lambda sums: sums)
+    wide = torch.promote_types(dtype, torch.float32)
+    torch.manual_seed(0)
+    values = torch.randn(shape, dtype=torch.float64).mul(2).add(3).to(dtype)
+    direction = torch.arange(values.numel()).reshape(shape).sin()
+
+    def results(normalise) -> list[torch.Tensor]:
+        x = values.clone().requires_grad_()
+        scale = torch.linspace(0.5, 2, 8, dtype=wide).requires_grad_()
+        shift = torch.linspace(-1, 1, 8, dtype=wide).requires_grad_()
+        running = torch.zeros(8, dtype=wide), torch.ones(8, dtype=wide)
+        y = normalise(x, running, scale, shift)
+        (y.to(torch.float64) * direction).sum().backward()
+        return [y.detach(), x.grad, scale.grad, shift.grad, *running]
+
+    ours = results(lambda x, r, *both: synchronised_batch_norm(x, r, *both, 0.1, 1e-5, group))
+    torchs = results(lambda x, r, *both: F.batch_norm(x, *r, *both, True, 0.1, 1e-5))
+    for one, two in zip(ours, torchs, strict=True):
+        assert one.dtype is two.dtype and one.stride() == two.stride()
+        torch.testing.assert_close(one, two, rtol=rounding, atol=rounding)
+
+
+def test_a_channel_far_from_zero_keeps_its_variance():
+    group = SimpleNamespace(rank=Rank(), share=Share(0, 64, 64), add_up=lambda sums: sums)
+    x = torch.randn((64, 1, 8, 8), generator=torch.Generator().manual_seed(0)) + 1e4
+    mean, variance = torch.zeros(1), torch.zeros(1)
+    scale, shift = torch.ones(1), torch.zeros(1)
+    synchronised_batch_norm(x, (mean, variance), scale, shift, 1.0, 1e-5, group)
+    # As a mean of squares less a squared mean it would be off by whole numbers.
+    torch.testing.assert_close(variance, x.double().var().float().reshape(1), rtol=1e-3, atol=0)
+
+
+def test_a_compiled_training_function_has_no_breaks():
+    group = Group(Rank(1, 2, 1), None)
+    group.share = Share(4, 4, 8)
+    model = classifier(ModelSpec((32, 32, 3), depth=10, width=8), output="logits")
+    function = FlatFunction(model, True, across=Across(group, synchronised=False))
+    assert num_graph_breaks(function, torch.zeros(4, 32, 32, 3), function.tensors()) == 0
+
+
+def test_what_the_steps_of_several_processes_do_not_cover_is_refused():
+    group = Group(Rank(0, 2), None)
+    model = classifier(ModelSpec((32, 32, 3), depth=10, width=8), output="logits")
+    model.compile("adam", "mse")
+    with pytest.raises(UsageError, match="only on the fast steps, with the mean of"):
+        distribute(model, group, False)
+    compile_classifier(model, step="stock")
+    with pytest.raises(UsageError, match="only on the fast steps"):
+        distribute(model, group, False)
+    compile_classifier(model)
+    distribute(model, group, False)
+    x, y = np.zeros((4, 32, 32, 3), np.float32), np.zeros((4, 6), np.float32)
+    with pytest.raises(UsageError, match="no sample weights and no class weights"):
+        model.train_on_batch(x, y, sample_weight=np.ones(4))
+    model.run_eagerly = True
+    with pytest.raises(UsageError, match="run_eagerly=True: several processes train on the fast"):
+        model.fit(x, y, verbose=0)

@@ -44,7 +44,8 @@ def asked_device(
 
     if resume is not None:
         recipe = RunFolder(resume).require_interrupted().recipe()
-        backend, device = recipe.backend, options["device"] or recipe.device
+        device = options["device"] or recipe.device
+        backend: str | None = recipe.backend
     else:
         config, _ = run_config(config_file, options)
         backend, device = config.backend, config.device

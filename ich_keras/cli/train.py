@@ -30,6 +30,7 @@ from ich_keras.launching import run_ranks
 from ich_keras.ranks import Rank, this_rank
 from ich_keras.terminal import (
     ARGUMENTS,
+    TRAIN,
     Command,
     Terminal,
     catch_termination,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ich_keras.workflow import Preparation
 
 
-@click.command(cls=Command, name="train", context_settings=HELP)
+@click.command(cls=Command, name=TRAIN, context_settings=HELP)
 @DICOM
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option(
@@ -190,7 +191,7 @@ def _train(
     require_torch(config.backend, rank)
     backend, device = choose_backend(config.backend), choose_device(config.device)
     require_torch(backend, rank)
-    with open_terminal() as terminal:
+    with open_terminal(is_silent=not rank.is_first) as terminal:
         if not rank.is_first:
             follow(labels, device)
             return
@@ -301,7 +302,7 @@ def _resume(
             "Give the cache's new place with --cache.",
         )
     cached = open_cache(cache_dir, labels)
-    with open_terminal() as terminal:
+    with open_terminal(is_silent=not this_rank().is_first) as terminal:
         with _how_to_resume(run_dir, labels, terminal):
             resume(run_dir, cached, device, terminal.progress, terminal.tell)
         if this_rank().is_first:

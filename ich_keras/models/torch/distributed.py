@@ -23,7 +23,7 @@ from ich_keras.ranks import Rank
 TIMEOUT = datetime.timedelta(minutes=20)
 # Gradients are added up in arrays of this many bytes, as torch's DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
-_START = "ich_keras/start"
+_START = "start"
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -133,7 +133,10 @@ class Group:
         _joined = None
 
 
+# The group until it is left; the store stays, for that of a second training in the same process.
 _joined: Group | None = None
+_store: Any = None
+_joins = 0
 
 
 def join(rank: Rank, device: str) -> Group:
@@ -146,15 +149,18 @@ def join(rank: Rank, device: str) -> Group:
     Raises:
         LostProcess: they do not meet.
     """
-    global _joined
+    global _joined, _store, _joins
     if _joined is None:
         # Small things are told over the CPU.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with _connected():
-            store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            if _store is None:
+                _store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store = dist.PrefixStore(f"ich_keras/{_joins}", _store)
             dist.init_process_group(
                 backend, store=store, rank=rank.number, world_size=rank.of, timeout=TIMEOUT
             )
+        _joins += 1
         _joined = Group(rank, store)
     return _joined
 

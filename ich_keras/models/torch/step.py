@@ -162,6 +162,11 @@ def _maker(kind: str) -> Callable[..., None]:
             mark_as_called(model)
             setattr(model, f"{kind}_function", getattr(steps, kind))
             return
+        if steps.options.across is not None and kind == "train":
+            raise UsageError(
+                f"{reason}: several processes train on the fast steps only.",
+                "Train in one process.",
+            )
         current = getattr(model, f"{kind}_function")
         if current is None or getattr(current, "__self__", None) is steps:
             _warn(reason)
