@@ -73,7 +73,12 @@ def _be_rank(number: int, count: int, port: int, work: Callable[..., int], args:
         PORT: str(port),
     }
     begin_worker()
-    sys.exit(work(*args))
+    code = work(*args)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if code:
+        # At once: taking Python, torch and Keras down lasts seconds, in which others would go on.
+        os._exit(code)
 
 
 def _free_port() -> int:

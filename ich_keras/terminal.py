@@ -72,7 +72,7 @@ def _process_that_fails(is_of_another: bool) -> str:
     return "" if rank.is_first else f"process {rank.number} of {rank.of}: "
 
 
-_SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 2, 6
+_SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 4, 10
 # Key of the arguments of a command, as they were given.
 ARGUMENTS = "ich_keras.arguments"
 TRAIN = "train"  # the command that runs in several processes
