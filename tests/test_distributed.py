@@ -1,6 +1,7 @@
 """Several processes that train one network, against one process with the whole batches."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -433,7 +434,8 @@ def test_the_others_wait_while_the_first_indexes_and_caches(phantom_folder, tmp_
 
 def test_the_exit_code_is_that_of_the_process_that_failed():
     assert run_ranks(2, int, "0") == 0
-    assert run_ranks(2, one_fails, 3) == 3  # and does not wait for the other
+    assert run_ranks(2, one_fails, 3) == 3
+    assert not multiprocessing.active_children()  # the other one has been ended
 
 
 # Batch normalisation over processes, in one
