@@ -9,7 +9,7 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.options import RANGES, require_choice, require_in_range
+from ich_keras.models.options import PER_PROCESS, RANGES, require_choice, require_in_range
 from ich_keras.models.presets import require_preset
 from ich_keras.paths import path_of
 
@@ -53,7 +53,7 @@ class DataConfig:
     duplicate: str = "skip"
     split: str = "patient"
     balance: bool = False
-    augment: str = "thesis"
+    augment: str = "fast"
     reverse: bool = False
     limit_series: int | None = None
     intensity: str | None = None
@@ -65,7 +65,8 @@ class FitConfig:
     """How the network is fitted.
 
     Args:
-        batch_size: samples per step; None takes 32 slices, 16 slabs or 1 series.
+        batch_size: samples per step, of all processes together; None takes 32 slices, 16 slabs or
+            1 series.
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
@@ -80,6 +81,8 @@ class FitConfig:
         recompute: "stage" or "block" keeps fewer activations and recomputes the rest; None keeps
             all.
         compiled: run the training function through `torch.compile`; None does so on CUDA.
+        batch_norm: where several processes train, "per-process" takes the batch statistics of each
+            one's samples, "synchronised" those of all.
     """
 
     batch_size: int | None = None
@@ -95,6 +98,7 @@ class FitConfig:
     step: str = "fast"
     recompute: str | None = None
     compiled: bool | None = None
+    batch_norm: str = PER_PROCESS
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class RunConfig:
             )
         require_choice("norm", self.norm)
         require_choice("precision", self.precision, also=("auto",))
-        for name in ("step", "schedule", "loss"):
+        for name in ("step", "schedule", "loss", "batch_norm"):
             require_choice(name, getattr(self.fit, name), f"fit.{name}")
         for name in ("recompute", "freeze"):
             if getattr(self.fit, name) is not None:

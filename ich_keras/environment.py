@@ -12,11 +12,14 @@ from ich_keras import __version__
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.keras_private import has_bfloat16_cpu, keras_device
 from ich_keras.keras_settings import keras_settings, require_settings_file
+from ich_keras.ranks import Rank, this_rank
 
 BACKENDS = ("torch", "jax", "tensorflow")
 DEVICES = ("auto", "cpu", "cuda")
 TORCH_DEVICE = "KERAS_TORCH_DEVICE"  # Keras' own variable
+CUDA_DEVICES = "CUDA_VISIBLE_DEVICES"
 DEFAULT_BACKEND = "torch"
+PROCESSES = "processes"  # entry of the record of a training by several
 PACKAGES = (
     "keras",
     "torch",
@@ -102,6 +105,8 @@ def choose_device(name: str = "auto") -> str:
     if name not in DEVICES:
         raise UsageError(f"device {name!r}; expected one of {', '.join(DEVICES)}.")
     backend = choose_backend()
+    if name != "cpu" and backend == "torch":
+        _take_own_gpu(this_rank())
     if loaded_backend() is not None:
         return _loaded_device(name, backend)
     device, _ = _wanted_device(name, backend)
@@ -112,10 +117,46 @@ def choose_device(name: str = "auto") -> str:
     elif device == "cpu":
         variable, value = {
             "jax": ("JAX_PLATFORMS", "cpu"),
-            "tensorflow": ("CUDA_VISIBLE_DEVICES", "-1"),
+            "tensorflow": (CUDA_DEVICES, "-1"),
         }[backend]
         os.environ[variable] = value
     return device
+
+
+_has_own_gpu = False
+
+
+def _take_own_gpu(rank: Rank) -> None:
+    """Let a process that trains with others see its own GPU alone, as the first.
+
+    Keras, torch and what measures memory then need not be told which one it is.
+
+    Raises:
+        EnvironmentProblem: there are fewer GPUs than processes on this machine, or Keras already
+            sees them all.
+    """
+    global _has_own_gpu
+    if rank.is_alone or _has_own_gpu:
+        return
+    import torch
+
+    # Unless it has to, this does not open the GPUs, after which the variable is not read again.
+    count = torch.cuda.device_count()
+    visible = [name for name in os.environ.get(CUDA_DEVICES, "").split(",") if name.strip()]
+    if count == 0 or len(visible) == 1:  # none, or given by whoever started the process
+        return
+    if rank.local >= count:
+        raise EnvironmentProblem(
+            f"process {rank.local} of this machine has no GPU: torch finds {count}.",
+            f"Start at most {count} on this machine, or use --device cpu.",
+        )
+    if loaded_backend() is not None:
+        raise EnvironmentProblem(
+            f"Keras was imported before this process took its GPU, one of {count}.",
+            f"Import keras later, or give each process its GPU in {CUDA_DEVICES}.",
+        )
+    os.environ[CUDA_DEVICES] = visible[rank.local] if visible else str(rank.local)
+    _has_own_gpu = True
 
 
 def _wanted_device(name: str, backend: str) -> tuple[str, str]:
@@ -235,6 +276,7 @@ def environment_record(device: str) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "versions": versions(),
+        PROCESSES: this_rank().of,
     }
 
 

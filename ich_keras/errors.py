@@ -52,6 +52,10 @@ class EnvironmentProblem(IchError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class LostProcess(EnvironmentProblem):
+    """Another process of the same training ended; it says why, if it can."""
+
+
 class DivergedError(IchError):
     """Training produced a loss or weights that are not finite."""
 

@@ -2,22 +2,28 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.data.seeds import sample_seed
+from ich_keras.distribution import begin_together, come_together
 from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
 from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
+from ich_keras.models.options import SYNCHRONISED
 from ich_keras.progress import Progress, Tell
+from ich_keras.ranks import Rank
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_folder import CACHE, EPOCH, PIXELS, RunFolder
+
+if TYPE_CHECKING:
+    from ich_keras.models.torch.distributed import Group
 
 BEST_WEIGHTS = "best_weights"  # key in a state
 SECONDS_BETWEEN_LOSSES = 1.0
@@ -57,6 +63,8 @@ class Fit:
         valid_labels: int (samples, 6).
         marks: what each state says of its run (`marks_of`), read once: an edit of the files while
             the training runs is then noticed when it is resumed.
+        group: the processes that train together; None for one alone. Only the first writes, and
+            needs `marks`. `loader` and `validation` give this process's part; None is an empty one.
     """
 
     recipe: Recipe
@@ -66,6 +74,12 @@ class Fit:
     validation: Any
     valid_labels: np.ndarray
     marks: dict[str, Any]
+    group: "Group | None" = None
+
+    @property
+    def rank(self) -> Rank:
+        """Which of the processes this is."""
+        return Rank() if self.group is None else self.group.rank
 
 
 def compiled_network(
@@ -137,16 +151,25 @@ def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
     return min(seconds)
 
 
-def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) -> None:
+def fit(
+    training: Fit,
+    course: Course,
+    progress: Progress | None = None,
+    tell: Tell = lambda line: None,
+) -> None:
     """Train for the remaining epochs, saving weights and state after each.
 
     Raises:
         DivergedError: a loss or weight is not finite; the last good state is kept.
         StaleError: Keras ended the training early; its state is kept.
-        EnvironmentProblem: a worker process failed (`CTLoader`); the last good state is kept.
+        EnvironmentProblem: a worker process failed (`CTLoader`), or another process of the
+            training; the last good state is kept.
     """
     from ich_keras.data.loader import own_errors
 
+    if training.group is not None:
+        synchronised = training.recipe.training.batch_norm == SYNCHRONISED
+        begin_together(training.model, training.group, synchronised)
     with own_errors(training.loader):
         training.model.fit(
             training.loader,
@@ -165,6 +188,16 @@ def fit(training: Fit, course: Course, progress: Progress | None, tell: Tell) ->
             f" {training.recipe.training.epochs} epochs.",
             "Something stopped it (model.stop_training, or a setting of Keras): resume it.",
         )
+    if training.group is not None:
+        training.group.leave()
+
+
+def _validation_values(training: Fit, progress: Progress | None) -> np.ndarray:
+    """Return the probabilities of the whole validation split, each process's part by itself."""
+    count = len(training.valid_labels[training.rank.part(len(training.valid_labels))])
+    batches = [] if training.validation is None else training.validation
+    own = probabilities(training.model, batches, count, progress, step="validating")
+    return own if training.group is None else np.concatenate(training.group.gather(own))
 
 
 def restored(training: Fit, tell: Tell) -> Course:
@@ -309,11 +342,14 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                 )
             try:
                 require_finite(model, f"after epoch {epoch + 1}")
-                values = probabilities(
-                    model, training.validation, len(labels), progress, step="validating"
-                )
+                if training.group is not None:
+                    come_together(model, training.group, f"after epoch {epoch + 1}")
+                values = _validation_values(training, progress)
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error
+            if not training.rank.is_first:
+                course.rows.append({})  # the first process judges and writes
+                return
             metrics = binary_metrics(labels, values)
             loss = metrics["log_loss"]
             is_best = loss < course.best_loss

@@ -11,8 +11,10 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import require_distinct
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples
+from ich_keras.distribution import distribution_lines, samples_per_statistics
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
+from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 
 _SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
@@ -129,7 +131,7 @@ def count_plan(
     from ich_keras.models.spec import require_trainable
 
     training = recipe.training
-    require_trainable(recipe.network, training.batch_size)
+    require_trainable(recipe.network, samples_per_statistics(recipe, this_rank()))
     chosen = {name: samples.of_rows(slices, rows, name) for name, rows in indices.items()}
     epoch = epoch_plan(
         samples, chosen["train"], training.batch_size, seed=0, balance=training.balance
@@ -177,6 +179,26 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
     if plan.note:
         lines.append(f"  {plan.note}")
     return lines
+
+
+def start_lines(recipe: Recipe, plan: TrainingPlan) -> list[str]:
+    """Say how a training that begins is trained, one line each."""
+    return [_first_line(recipe, plan), *distribution_lines(recipe, this_rank())]
+
+
+def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
+    training, view = recipe.training, recipe.inputs.view
+    start = f"from weights {training.weights}" if training.weights else "from scratch"
+    kinds = {"slab": f"slabs of {view.num_slices} slices", "series": "whole series"}
+    what = f"on {kinds[view.kind]} " if view.kind in kinds else ""
+    line = f"Training {what}{start}, learning rate {plan.learning_rate:g} ({training.schedule})"
+    if training.backbone_factor != 1:
+        line += f", backbone at {training.backbone_factor:g} times that rate"
+    if training.freeze is not None:
+        line += f", frozen up to {training.freeze}"
+    if training.accumulate > 1:
+        line += f", {training.accumulate} batches per step"
+    return f"{line}, {recipe.precision}."
 
 
 def _weights_line(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.models.options import PER_PROCESS
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
 from ich_keras.models.spec import ModelSpec
-from ich_keras.recipe_json import read_strictly
+from ich_keras.recipe_json import WHERE_ABSENT, read_strictly
 
 SCHEMA = 1
 # Key in the metadata of `model.keras` and in the record of a weights file.
@@ -112,6 +113,7 @@ class TrainingRecipe:
         step, recompute: as in `FitConfig`.
         compiled: as in `FitConfig`; None compiles on CUDA only.
         own_augment: the name of a user's augmentation, which then replaces `augment`.
+        batch_norm: as in `FitConfig`; recipes of older versions, all of one process, lack it.
     """
 
     weights: str | None
@@ -136,6 +138,7 @@ class TrainingRecipe:
     recompute: str | None
     compiled: bool | None
     own_augment: str | None = None
+    batch_norm: str = field(default=PER_PROCESS, metadata={WHERE_ABSENT: PER_PROCESS})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from ich_keras.data.views import View, with_absent_choices
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.models.spec import ModelSpec
 
+# In the metadata of a field that older versions did not write: what its absence means.
+WHERE_ABSENT = "where_absent"
+
 
 def read_strictly(cls: Any, content: object, place: str, source: str) -> Any:
     """Build a dataclass from JSON: exactly its fields, each of its type.
@@ -33,6 +36,8 @@ def read_strictly(cls: Any, content: object, place: str, source: str) -> Any:
         except UsageError as error:
             raise StaleError(f"{source}: {place}: {error.message}", hint) from error
     content = with_absent_choices(content) if cls is View else content
+    fields = [field for field in dataclasses.fields(cls) if WHERE_ABSENT in field.metadata]
+    content = {field.name: field.metadata[WHERE_ABSENT] for field in fields} | content
     hints = typing.get_type_hints(cls)
     lacking, unknown = sorted(set(hints) - set(content)), sorted(set(content) - set(hints))
     if lacking or unknown:

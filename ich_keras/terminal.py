@@ -28,11 +28,13 @@ from ich_keras.errors import (
     EXIT_TERMINATED,
     IchError,
     IchWarning,
+    LostProcess,
     UsageError,
 )
 from ich_keras.keras_private import CPU_OUT_OF_MEMORY
 from ich_keras.paths import path_of
 from ich_keras.progress import Progress, Tell
+from ich_keras.ranks import this_rank
 
 TRACEBACK = "ICH_TRACEBACK"
 # For every group, and for `ich-train`, which runs without the group.
@@ -53,16 +55,50 @@ _OS_HINTS = {
 }
 
 
-def _fail(ctx: click.Context, message: str, hint: str, exit_code: int) -> NoReturn:
+def _fail(
+    ctx: click.Context, message: str, hint: str, exit_code: int, is_of_another: bool = False
+) -> NoReturn:
     """Print one line that says what is wrong and one that says what to do, and exit."""
+    place = _process_that_fails(is_of_another) if ctx.command.name == TRAIN else ""
+    message = f"{place}{message}"
     click.echo(f"Error: {message}", err=True)
     if hint:
         click.echo(f"Hint: {hint}", err=True)
     ctx.exit(exit_code)
 
 
+def _process_that_fails(is_of_another: bool) -> str:
+    """Let the process whose error it is speak first, where several train.
+
+    Whoever started them then ends the others, while they wait here.
+
+    Returns:
+        What the message begins with.
+    """
+    try:
+        rank = this_rank()
+    except UsageError:
+        return ""
+    if is_of_another:
+        time.sleep(_SECONDS_FOR_THE_CAUSE)
+    elif not rank.is_first:
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+    return "" if rank.is_first else f"process {rank.number} of {rank.of}: "
+
+
+_SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 4, 10
+# Key of the arguments of a command, as they were given.
+ARGUMENTS = "ich_keras.arguments"
+TRAIN = "train"  # the command that runs in several processes
+
+
 class Command(click.Command):
     """A command that turns our errors into a message and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments for a command that starts itself in other processes."""
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; on one of our errors, exit with its code."""
@@ -72,7 +108,8 @@ class Command(click.Command):
         except IchError as error:
             if os.environ.get(TRACEBACK):
                 raise
-            _fail(ctx, error.message, error.hint, error.exit_code)
+            is_of_another = isinstance(error, LostProcess)
+            _fail(ctx, error.message, error.hint, error.exit_code, is_of_another)
         except OSError as error:
             # Whoever read the output has enough of it: click ends the command without a word.
             has_reader = not (isinstance(error, BrokenPipeError) and _is_output_closed())
@@ -92,7 +129,8 @@ class Command(click.Command):
                 EXIT_ENVIRONMENT,
             )
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            if ctx.command.name != TRAIN or this_rank().is_first:
+                click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -240,7 +278,7 @@ def terminal_width() -> int:
 
 
 @contextlib.contextmanager
-def open_terminal() -> Iterator[Terminal]:
+def open_terminal(is_silent: bool = False) -> Iterator[Terminal]:
     """Yield the callables that a command reports to.
 
     If standard error is a terminal, unfinished steps are bars at the bottom of the screen and lines
@@ -250,7 +288,16 @@ def open_terminal() -> Iterator[Terminal]:
 
     A step that begins before another has ended (validation within training) is part of it, and
     prints no line at its start and end.
+
+    Args:
+        is_silent: neither lines nor bars nor warnings, as for all but the first of several
+            processes that train.
     """
+    if is_silent:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield Terminal(lambda *step: None, lambda line: None, lambda line: None)
+        return
     display = new_display()
     steps = _Steps(display)
     try:

@@ -1,32 +1,37 @@
 """Training: from a cache with labels to a run folder, in one go or resumed."""
 
-import hashlib
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ich_keras.config import RunConfig
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import notices_of, part_digests, require_distinct
 from ich_keras.data.views import Samples, make_samples
-from ich_keras.environment import choose_backend, choose_device, environment_record
-from ich_keras.errors import StaleError, UsageError
+from ich_keras.distribution import (
+    distribution_lines,
+    join_group,
+    require_distributable,
+    require_same_statistics,
+)
+from ich_keras.environment import PROCESSES, choose_backend, choose_device, environment_record
+from ich_keras.errors import UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
-from ich_keras.labels import LABELS
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.model_file import save_model
 from ich_keras.phantom.dicom import is_synthetic
-from ich_keras.planning import TrainingPlan, count_plan, split_indices
+from ich_keras.planning import count_plan, split_indices, start_lines
 from ich_keras.progress import Progress, Tell
+from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 from ich_keras.report import report_text
 from ich_keras.run_checksums import write_checksums
@@ -44,6 +49,7 @@ from ich_keras.run_folder import (
     RunFolder,
 )
 from ich_keras.run_space import require_space, training_space
+from ich_keras.training_data import labels_digest, require_one_training, require_same_data
 
 SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
@@ -57,6 +63,9 @@ def train(
     augment: Change | Augmentation | None = None,
 ) -> Path:
     """Train a classifier, keep the best weights by validation loss, and evaluate them.
+
+    In the environment that torchrun sets, all processes call it alike, and each takes its part of
+    every batch. The first one writes and evaluates; the others return when its last epoch is done.
 
     Args:
         config: of the training.
@@ -75,16 +84,19 @@ def train(
             needs an augmentation of your own, or Keras already runs on another backend.
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
         DivergedError: a loss or weight is not finite; the last good state is kept.
-        EnvironmentProblem: the free disk space is too little, or runs out.
+        EnvironmentProblem: the free disk space is too little, or runs out; or another process of
+            the training ended.
     """
     _require_cache(cache)
-    run = RunFolder(require_absent(out))
+    rank = this_rank()
+    run = RunFolder(require_absent(out) if rank.is_first else Path(out))
     tell = tell or (lambda line: None)
     if augment is None:
         config.require_no_own_augment()
     else:
         config = replace(config, data=replace(config.data, augment="own"))
     recipe = Recipe.of(config, cache.size)
+    require_distributable(recipe, rank)
     if augment is not None:
         own = replace(recipe.training, own_augment=augmentation_name(augment))
         recipe = replace(recipe, training=own)
@@ -92,7 +104,15 @@ def train(
     require_distinct(cache, split, indices)
     samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
-    model, loaded = compiled_network(recipe, plan.total_steps)
+    model, loaded = compiled_network(recipe, plan.total_steps, loads_weights=rank.is_first)
+    group = join_group(recipe, rank)
+    if group is not None and rank.is_first:
+        place = {"cache": str(cache.path.absolute()), "out": str(run.path.absolute())}
+        group.announce({"config": config.to_dict(), **place})
+    require_one_training(group, recipe, cache)
+    if not rank.is_first:
+        fit(_make_fit(recipe, run, cache, samples, indices, model, augment, group), Course())
+        return run.path
     require_space(run, training_space(recipe, len(cache.slices), model))
     with lock(run.lock_file):
         if any(path != run.lock_file for path in run.path.iterdir()):
@@ -113,7 +133,7 @@ def train(
                     CACHE_PATH: str(cache.path.absolute()),
                     PIXELS: cache.pixels_digest,
                     PIXELS_OF: part_digests(cache, split),
-                    LABELS_DIGEST: _labels_digest(cache.slices),
+                    LABELS_DIGEST: labels_digest(cache.slices),
                     "slices": len(cache.slices),
                     PLAN: plan.to_dict(),
                     SYNTHETIC: is_synthetic(cache.slices),
@@ -125,8 +145,9 @@ def train(
                 tell(f"Weights: {loaded}.")
             for line in notices_of(cache):
                 tell(line)
-            tell(_first_line(recipe, plan))
-            training = _make_fit(recipe, run, cache, samples, indices, model, augment)
+            for line in start_lines(recipe, plan):
+                tell(line)
+            training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
             fit(training, Course(), progress, tell)
             _finish(run, recipe, cache, progress)
         finally:
@@ -147,9 +168,10 @@ def resume(
 ) -> Path:
     """Resume an interrupted training after its last finished epoch.
 
-    On a CPU of the same kind, with the same versions and as many threads, weights and history are
-    bit-equal to those of a training that was not interrupted. Differences from the original
-    environment are reported and noted in environment.json.
+    On a CPU of the same kind, with the same versions and as many threads and processes, weights and
+    history are bit-equal to those of a training that was not interrupted. Differences from the
+    original environment are reported and noted in environment.json. Another number of processes is
+    one of them, and is refused where batch normalisation takes the statistics of each process.
 
     Args:
         run_dir: the run folder that `train` left; its recipe and split are used.
@@ -171,17 +193,21 @@ def resume(
         DivergedError: as in `train`.
     """
     _require_cache(cache)
-    tell = tell or (lambda line: None)
+    rank = this_rank()
+    tell = tell if tell is not None and rank.is_first else lambda line: None
+    progress = progress if rank.is_first else None
     run = RunFolder.at(run_dir).require_interrupted()
-    with lock(run.lock_file) as is_alone:
+    with lock(run.lock_file) if rank.is_first else nullcontext(False) as is_alone:
         run.require_interrupted()
-        for folder in (run.path, run.state_folder):
+        for folder in (run.path, run.state_folder) if rank.is_first else ():
             remove_leftovers(folder, is_alone=is_alone)
         require_unedited(run)
-        _require_same_data(run, cache)
+        require_same_data(run, cache)
         asked = run.recipe()
         _require_augmentation(asked, augment)
         recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
+        require_distributable(recipe, rank)
+        require_same_statistics(run.environment(), recipe, rank)
         changes = changed_environment(run, recipe.device)
         for line in changes:
             tell(f"Different from the original environment: {line}.")
@@ -192,9 +218,15 @@ def resume(
         samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
+        group = join_group(recipe, rank)
+        require_one_training(group, recipe, cache)
+        training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
+        if not rank.is_first:
+            return _follow(training)
         require_space(run, training_space(recipe, len(cache.slices), model))
-        training = _make_fit(recipe, run, cache, samples, indices, model, augment)
         course = restored(training, tell)
+        if group is not None:
+            group.from_first(course)
         if changes:
             record = run.environment()
             resumed = [*record.get(RESUMED, []), {"epoch": course.done, "changed": changes}]
@@ -206,6 +238,8 @@ def resume(
             f"Resuming after epoch {course.done} of {epochs}, {recipe.backend}, {recipe.device},"
             f" {recipe.precision}."
         )
+        for line in distribution_lines(recipe, rank):
+            tell(line)
         if course.done < epochs:
             fit(training, course, progress, tell)
         _finish(run, recipe, cache, progress)
@@ -237,6 +271,7 @@ def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
     # The processor is either the device itself, or does not matter next to a GPU.
     names = [name for name in now if name not in ("versions", "processor")]
     pairs = {name: (now[name], before.get(name)) for name in names}
+    pairs[PROCESSES] = now[PROCESSES], before.get(PROCESSES, 1)  # once there was only one
     for name, version in now["versions"].items():
         pairs[name] = version, before.get("versions", {}).get(name)
     pairs["precision"] = recipe.on(recipe.backend, device).precision, recipe.precision
@@ -248,33 +283,6 @@ def _require_cache(cache: CTCache) -> None:
         raise UsageError(
             f"cache is the path {str(cache)!r}; expected a CTCache.",
             "Open it first: ich_keras.CTCache.open(PATH).",
-        )
-
-
-def _labels_digest(slices: pd.DataFrame) -> str:
-    return hashlib.sha256(slices[list(LABELS)].to_numpy(np.int8).tobytes()).hexdigest()
-
-
-def _require_same_data(run: RunFolder, cache: CTCache) -> None:
-    before = run.data()
-    if before[CACHE] != cache.fingerprint:
-        raise StaleError(
-            f"{cache.path} is not the cache that the training in {run} began with: fingerprint"
-            f" {cache.fingerprint[:12]}, expected {before[CACHE][:12]}.",
-            "Give the cache it began with.",
-        )
-    if before.get(PIXELS) not in (None, cache.pixels_digest):
-        raise StaleError(
-            f"{cache.path} holds other pixels than the training in {run} began with: digest"
-            f" {(cache.pixels_digest or 'none')[:12]}, expected {before[PIXELS][:12]}.",
-            "Give the cache it began with, or start a new training.",
-        )
-    if not set(LABELS) <= set(cache.slices) or (
-        before.get(LABELS_DIGEST) not in (None, _labels_digest(cache.slices))
-    ):
-        raise StaleError(
-            f"the labels are not those that the training in {run} began with.",
-            "Give the --labels it began with.",
         )
 
 
@@ -298,9 +306,11 @@ def _make_fit(
     indices: dict[str, np.ndarray],
     model: Any,
     augment: Change | Augmentation | None,
+    group: Any = None,
 ) -> Fit:
     from ich_keras.data.batches import view_batches
 
+    rank = this_rank()
     chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
     training = recipe.training
 
@@ -327,22 +337,20 @@ def _make_fit(
     )
     assert samples.labels is not None  # `split_indices` refuses data without labels
     labels = samples.labels[chosen["valid"]]
-    return Fit(recipe, run, model, loader, batches("valid"), labels, marks_of(run))
+    loader.rank = rank
+    chosen["valid"] = chosen["valid"][rank.part(len(labels))]
+    validation = batches("valid") if len(chosen["valid"]) else None
+    marks = marks_of(run) if rank.is_first else {}
+    return Fit(recipe, run, model, loader, validation, labels, marks, group)
 
 
-def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
-    training, view = recipe.training, recipe.inputs.view
-    start = f"from weights {training.weights}" if training.weights else "from scratch"
-    kinds = {"slab": f"slabs of {view.num_slices} slices", "series": "whole series"}
-    what = f"on {kinds[view.kind]} " if view.kind in kinds else ""
-    line = f"Training {what}{start}, learning rate {plan.learning_rate:g} ({training.schedule})"
-    if training.backbone_factor != 1:
-        line += f", backbone at {training.backbone_factor:g} times that rate"
-    if training.freeze is not None:
-        line += f", frozen up to {training.freeze}"
-    if training.accumulate > 1:
-        line += f", {training.accumulate} batches per step"
-    return f"{line}, {recipe.precision}."
+def _follow(training: Fit) -> Path:
+    """Train for the epochs that the first process has left, as another one does."""
+    assert training.group is not None
+    course = training.group.from_first(None)
+    if course.done < training.recipe.training.epochs:
+        fit(training, course)
+    return training.run.path
 
 
 def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None) -> None:

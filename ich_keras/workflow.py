@@ -19,10 +19,12 @@ from ich_keras.ct.rejects import (
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import join_labels, read_rsna_labels
+from ich_keras.distribution import require_distributable
 from ich_keras.errors import UsageError
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_lines, plan_of
 from ich_keras.progress import Progress, Tell
+from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 from ich_keras.run_space import require_space_with_cache
 from ich_keras.training import train
@@ -319,6 +321,7 @@ def prepare_training(
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
     recipe = Recipe.of(config, None if cache is None else cache.size)
+    require_distributable(recipe, this_rank())
     require_trainable_settings()  # before a cache is built; imports Keras, so not before mistakes
     plan = plan_of(tables.slices, tables.series, recipe, cache)
     return Preparation(config, recipe, plan, out, cache_dir, cache, index, max_rejects)

@@ -5,39 +5,16 @@ imported before a command runs: `--help` answers at once, and `--backend` takes 
 is loaded.
 """
 
-import click
+import importlib
+from typing import Any
 
-from ich_keras import __version__
-from ich_keras.cli.checks import verify
-from ich_keras.cli.data import audit, cache, doctor, index, phantom
-from ich_keras.cli.results import evaluate, predict, presets, submission
-from ich_keras.cli.train import train_main
-from ich_keras.terminal import HELP, Group, catch_termination
+# Imported on first use, so that `python -m ich_keras.cli.train` does not find its module loaded.
+_COMMANDS = {"main": "ich_keras.cli.commands", "train_main": "ich_keras.cli.train"}
 
 __all__ = ["main", "train_main"]
 
 
-@click.group(cls=Group, context_settings=HELP)
-@click.version_option(__version__, prog_name="ich")
-def main() -> None:
-    """Detect intracranial haemorrhage and its five subtypes on head CT.
-
-    Not a medical device; not for clinical use.
-    """
-    catch_termination()
-
-
-for _command in (
-    phantom,
-    index,
-    cache,
-    train_main,
-    evaluate,
-    predict,
-    audit,
-    verify,
-    submission,
-    presets,
-    doctor,
-):
-    main.add_command(_command)
+def __getattr__(name: str) -> Any:
+    if name in _COMMANDS:
+        return getattr(importlib.import_module(_COMMANDS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,21 +18,32 @@ from ich_keras.cli.options import (
     FOLDER,
     HELP,
     MAX_REJECTS,
-    NAME_OR_PATH,
     WORKERS,
     num_workers,
     required,
     share_of_rejects,
 )
+from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus
+from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
-from ich_keras.terminal import Command, Terminal, catch_termination, open_terminal, terminal_width
+from ich_keras.launching import run_ranks
+from ich_keras.ranks import Rank, this_rank
+from ich_keras.terminal import (
+    ARGUMENTS,
+    TRAIN,
+    Command,
+    Terminal,
+    catch_termination,
+    open_terminal,
+    terminal_width,
+)
 
 if TYPE_CHECKING:
     from ich_keras.config import RunConfig
     from ich_keras.workflow import Preparation
 
 
-@click.command(cls=Command, name="train", context_settings=HELP)
+@click.command(cls=Command, name=TRAIN, context_settings=HELP)
 @DICOM
 @click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
 @click.option(
@@ -44,99 +55,12 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
 @click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
-@click.option("--preset", help="Network; default resnet18_2d.")
-@click.option(
-    "--weights",
-    type=NAME_OR_PATH,
-    help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18, ...);"
-    " default: from scratch.",
-)
-@click.option("--download", is_flag=True, help="Download and convert the named weights first.")
-@click.option("--norm", help="batch (default), frozen (needs weights) or group.")
-@click.option("--intensity", help="windows, wide or head-z-score; default: to suit the weights.")
-@click.option(
-    "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
-)
-@click.option(
-    "--split",
-    type=NAME_OR_PATH,
-    help="patient (default), none, thesis-slices, thesis-series, or a file.",
-)
-@click.option("--view", help="slice, slab or series; default: to suit the preset.")
-@click.option(
-    "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
-)
-@click.option(
-    "--edge", help="How slabs are filled beyond the ends of a series: air (default) or repeat."
-)
-@click.option(
-    "--long-series",
-    help="Which slices of a longer series to use: spread (evenly spaced; default) or middle.",
-)
-@click.option(
-    "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
-)
-@click.option("--duplicate", help="Slabs and series with two slices at one place: skip or keep.")
-@click.option(
-    "--reverse/--no-reverse",
-    default=None,
-    help="Turn every second slab or series upside down in training.",
-)
-@click.option("--epochs", type=int, help="Default 6.")
-@click.option(
-    "--batch-size", type=int, help="Samples per batch; default 32 slices, 16 slabs or 1 series."
-)
-@click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without.")
-@click.option(
-    "--backbone-factor",
-    type=float,
-    metavar="X",
-    help="The backbone's learning rate is X times --learning-rate; default 1.",
-)
-@click.option(
-    "--freeze", help="Freeze everything up to stem, layer1, ... layer4; default: nothing."
-)
-@click.option("--schedule", help="constant (default) or cosine.")
-@click.option(
-    "--warmup-steps", type=int, help="Steps over which the learning rate rises from 0; default 0."
-)
-@click.option("--weight-decay", type=float, help="Decoupled weight decay; default 0.")
-@click.option(
-    "--accumulate",
-    type=int,
-    metavar="N",
-    help="Batches per optimiser step; default 8 for series, else 1.",
-)
-@click.option(
-    "--precision",
-    help="auto (default; bfloat16 on torch if the hardware supports it), float32, bfloat16 or"
-    " float16.",
-)
-@click.option("--step", help="Training step: fast (default), or stock for Keras' own.")
-@click.option(
-    "--recompute", help="stage or block: less memory, but slower steps; default: recompute nothing."
-)
-@click.option(
-    "--compiled/--not-compiled", default=None, help="Use torch.compile; default: only on a GPU."
-)
-@click.option("--loss", help="bce (default) or rsna (any counted twice).")
-@click.option(
-    "--balance/--no-balance", default=None, help="Train on one negative sample per positive one."
-)
-@click.option("--augment", help="thesis (default), fast, flip (left-right only) or none.")
-@click.option(
-    "--loader-workers",
-    type=int,
-    metavar="N",
-    help="Processes that prepare batches; default 0. Their number does not change the batches.",
-)
-@click.option("--limit-series", type=int, metavar="N", help="Use the first N series only.")
-@click.option("--seed", type=int, help="Default 0.")
+@training_options
 @click.option(
     "--resume",
     type=FOLDER,
     metavar="RUN",
-    help="Resume an interrupted training; takes --cache, --labels and --device only.",
+    help="Resume an interrupted training; takes --cache, --labels, --device and --gpus only.",
 )
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
@@ -168,6 +92,7 @@ def train_main(
     resume: Path | None,
     any_body_part: bool,
     any_image_type: bool,
+    gpus: int | None,
     **options: Any,
 ) -> None:
     """Train a classifier, keep its best weights and evaluate them.
@@ -178,6 +103,20 @@ def train_main(
     Not a medical device; not for clinical use.
     """
     catch_termination()
+    rank = this_rank()
+    if gpus is not None and rank.is_alone and gpus > 1:
+        require_data(plan, resume is None and dicom is None and cache_dir is None)
+        device = asked_device(Rank(of=gpus), config_file, resume, options)
+        require_gpus(gpus, device)
+        ctx = click.get_current_context()
+        ctx.exit(run_ranks(gpus, _train_as_rank, ctx.meta[ARGUMENTS]))
+    if gpus not in (None, rank.of):
+        raise UsageError(
+            f"--gpus {gpus} in one of {rank.of} processes that were started already.",
+            "Leave --gpus out: torchrun decides.",
+        )
+    if not rank.is_alone:
+        require_data(plan, resume is None and dicom is None and cache_dir is None)
     others: dict[str, Any] = {
         "config": config_file,
         "download": download or None,
@@ -242,13 +181,24 @@ def _train(
     max_rejects: float,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
+    from ich_keras.distribution import require_torch
     from ich_keras.environment import choose_backend, choose_device
     from ich_keras.planning import plan_lines
     from ich_keras.summary import run_summary
     from ich_keras.workflow import prepare_training
 
+    rank = this_rank()
+    require_torch(config.backend, rank)
     backend, device = choose_backend(config.backend), choose_device(config.device)
-    with open_terminal() as terminal:
+    require_torch(backend, rank)
+    with open_terminal(is_silent=not rank.is_first) as terminal:
+        if not rank.is_first:
+            follow(labels, device)
+            return
+        if not rank.is_alone:
+            from ich_keras.models.torch.distributed import join
+
+            join(rank, device)  # now: the others wait while the cache is built
         terminal.tell(f"Backend {backend}, device {device}.")
         if note:
             terminal.tell(note)
@@ -281,6 +231,15 @@ def _train(
         with _how_to_resume(out, labels, terminal):
             preparation.train(None, workers, terminal.progress, terminal.tell)
         terminal.tell(run_summary(out, terminal_width()))
+
+
+def _train_as_rank(arguments: list[str]) -> int:
+    """Run the command again, in a process that `run_ranks` started; return its exit code."""
+    try:
+        train_main.main(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
 
 
 def _show_costs(preparation: "Preparation", terminal: Terminal) -> None:
@@ -343,10 +302,11 @@ def _resume(
             "Give the cache's new place with --cache.",
         )
     cached = open_cache(cache_dir, labels)
-    with open_terminal() as terminal:
+    with open_terminal(is_silent=not this_rank().is_first) as terminal:
         with _how_to_resume(run_dir, labels, terminal):
             resume(run_dir, cached, device, terminal.progress, terminal.tell)
-        terminal.tell(run_summary(run_dir, terminal_width()))
+        if this_rank().is_first:
+            terminal.tell(run_summary(run_dir, terminal_width()))
 
 
 @contextlib.contextmanager
@@ -363,6 +323,8 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
             words += [] if labels is None else ["--labels", str(labels)]
+            rank = this_rank()
+            words += [] if rank.is_alone else ["--gpus", str(rank.of)]
             terminal.warn(f"To resume: {shlex.join(words)}")
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             terminal.warn("No epoch was finished: start the training again.")
@@ -385,3 +347,7 @@ def _refuse_without_data(options: dict[str, Any]) -> None:
             "Add --dicom DIR or --cache DIR; without data only the demo runs, which takes"
             " --out, --seed, --backend, --device, --workers and --demo-plan.",
         )
+
+
+if __name__ == "__main__":
+    train_main()

@@ -20,6 +20,7 @@ from ich_keras.data.device_inputs import DeviceInputs
 from ich_keras.data.epochs import EpochPlan
 from ich_keras.data.workers import Task, WorkerPool
 from ich_keras.processes import START_METHOD
+from ich_keras.ranks import Rank
 
 WORKER_TIMEOUT_SECONDS = 600
 BATCHES_AHEAD = 2  # per worker
@@ -41,6 +42,9 @@ class CTLoader(DataLoader):
         plan: which samples are in a batch.
         workers: processes that make batches; 0 makes them in this one.
         inputs: makes the inputs on a device, from what the dataset gives; None takes that as it is.
+
+    Where several processes train, `rank` says which part of each batch this one gives; it may have
+    no samples when the batch has fewer than there are processes.
 
     Raises (when a batch is asked for):
         EnvironmentProblem: a worker process died, could not be started, could not hand over a
@@ -64,6 +68,7 @@ class CTLoader(DataLoader):
             timeout=WORKER_TIMEOUT_SECONDS if workers > 0 else 0,
         )
         self.plan = plan
+        self.rank = Rank()
         self.failure: Exception | None = None
         self._pool: WorkerPool | None = None
         self._inputs = inputs
@@ -89,14 +94,23 @@ class CTLoader(DataLoader):
             for number, batch in enumerate(batches, 1):
                 if number == last:
                     self.sampler.epoch += 1
-                yield batch
+                yield batch if self._has_samples(number) else [part[:0] for part in batch]
         except Exception as error:
             self.failure = error
             raise
 
     def _tasks(self) -> Iterator[Task]:
         for number, (epoch, indices) in enumerate(self.sampler, 1):
-            yield Task(epoch, indices, f"batch {number} of {len(self)} in epoch {epoch + 1}")
+            own = indices[self.rank.part(len(indices))]
+            # No dataset makes a batch of nothing: what is made instead is emptied afterwards.
+            own = own if self._has_samples(number) else indices[:1]
+            yield Task(epoch, own, f"batch {number} of {len(self)} in epoch {epoch + 1}")
+
+    def _has_samples(self, number: int) -> bool:
+        """Tell whether this process has a part of a batch, counted from 1."""
+        before = (number - 1) * self.plan.batch_size
+        part = self.rank.part(min(self.plan.batch_size, self.plan.num_samples - before))
+        return part.start < part.stop
 
     def _in_this_process(self) -> Iterator[Any]:
         for task in self._tasks():

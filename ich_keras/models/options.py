@@ -12,6 +12,8 @@ from ich_keras.errors import UsageError
 from ich_keras.labels import RSNA_WEIGHTS
 
 NORMS = ("batch", "frozen", "group")
+# Whose statistics batch normalisation takes where several processes train.
+PER_PROCESS, SYNCHRONISED = BATCH_NORMS = ("per-process", "synchronised")
 # What a classifier gives: sigmoids, or the numbers before them.
 OUTPUTS = ("probabilities", "logits")
 SCHEDULES = ("constant", "cosine")
@@ -28,6 +30,7 @@ PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mi
 LOSSES: dict[str, tuple[float, ...] | None] = {"bce": None, "rsna": RSNA_WEIGHTS}
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
+    "batch_norm": BATCH_NORMS,
     "freeze": FREEZABLE,
     "loss": tuple(LOSSES),
     "norm": NORMS,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from keras import tree
 from keras.utils import unpack_x_y_sample_weight
 
+from ich_keras.errors import UsageError
 from ich_keras.keras_private import (
     CPU_OUT_OF_MEMORY,
     compiled_loss,
@@ -25,7 +26,9 @@ from ich_keras.keras_private import (
 )
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.loss import BinaryCrossEntropy
+from ich_keras.models.torch.distributed import GradientSum
 from ich_keras.models.torch.function import FlatFunction
+from ich_keras.models.torch.operations import Across
 
 Flat = Callable[[torch.Tensor, list[torch.Tensor]], list[torch.Tensor]]
 
@@ -39,11 +42,13 @@ class StepOptions:
             the type it was built with.
         recompute: "stage" or "block" trades time for memory in training; see `FlatFunction`.
         compiled: run the flat function of training through `torch.compile`; None does so on CUDA.
+        across: the processes that train together; None for one alone. Set by `distribute`.
     """
 
     precision: str | None = None
     recompute: str | None = None
     compiled: bool | None = None
+    across: Across | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Functions:
         infer: the function of evaluation and prediction.
         folded: makes what `infer` takes.
         variables: the Keras variables that are trained.
+        gradients: adds up those of all processes; None for one alone.
     """
 
     state: tuple[tuple[bool, str], ...]
@@ -65,6 +71,7 @@ class Functions:
     infer: Flat
     folded: Callable[[], list[torch.Tensor]]
     variables: list[Any]
+    gradients: GradientSum | None = None
 
     @property
     def device(self) -> torch.device:
@@ -155,20 +162,32 @@ class FastSteps:
 
     def _make_functions(self) -> Functions:
         options = self.options
-        train = FlatFunction(self.model, True, options.precision, options.recompute)
+        across = options.across
+        train = FlatFunction(self.model, True, options.precision, options.recompute, across)
         infer = FlatFunction(self.model, False, options.precision)
         tensors = train.tensors()
         compiled = options.compiled
         if compiled is None:
-            # Recomputation tells its second pass by state that a compiled graph would freeze.
-            compiled = tensors[0].device.type == "cuda" and options.recompute is None
+            # Recomputation tells its second pass by state that a compiled graph would freeze;
+            # synchronised normalisation talks to other processes in the middle of the graph.
+            compiled = (
+                tensors[0].device.type == "cuda"
+                and options.recompute is None
+                and not (across is not None and across.synchronised)
+            )
+        variables = self.model.trainable_variables
+        if self.functions is not None and self.functions.gradients is not None:
+            self.functions.gradients.detach()
         return Functions(
             state=self._state(),
             train=torch.compile(train, fullgraph=True) if compiled else train,
             tensors=tensors,
             infer=infer,
             folded=infer.tensors,
-            variables=self.model.trainable_variables,
+            variables=variables,
+            gradients=None
+            if across is None
+            else GradientSum(across.group, [tensor_of(variable) for variable in variables]),
         )
 
     def _ready(self) -> Functions:
@@ -178,6 +197,8 @@ class FastSteps:
 
     def train(self, data: Any) -> dict[str, Any]:
         """Take one training step, as Keras' `train_step` does."""
+        if self.options.across is not None:
+            return self._train_across(data, self.options.across)
         optimizer, variables = self.model.optimizer, self._ready().variables
         x, y, sample_weight = self._to_device(_batch(data))
         outputs = self._forward(x)
@@ -189,12 +210,44 @@ class FastSteps:
             warnings.warn("The model does not have any trainable weights.", stacklevel=3)
         else:
             optimizer.scale_loss(loss).backward()
-            with torch.no_grad():
-                optimizer.apply([tensor_of(variable).grad for variable in variables], variables)
-            for variable in variables:
-                tensor_of(variable).grad = None
+            self._update(variables)
         self._steps_taken += 1
         return self._logs(x, y, outputs, sample_weight)
+
+    def _update(self, variables: list[Any]) -> None:
+        with torch.no_grad():
+            gradients = [tensor_of(variable).grad for variable in variables]
+            self.model.optimizer.apply(gradients, variables)
+        for variable in variables:
+            tensor_of(variable).grad = None
+
+    def _train_across(self, data: Any, across: Across) -> dict[str, Any]:
+        """Take this process's part in one training step of all."""
+        functions = self._ready()
+        assert functions.gradients is not None
+        x, y, sample_weight = self._to_device(_batch(data))
+        if sample_weight is not None:
+            raise UsageError(
+                "several processes take no sample weights and no class weights.",
+                "Train in one process, or without them.",
+            )
+        share = across.group.take_share(len(x))
+        for variable in functions.variables:
+            tensor_of(variable).grad = None
+        if share.own:
+            loss = self._loss(x, y, self._forward(x), None, training=True)
+        elif across.synchronised:
+            # The others wait for this process at each normalisation, forth and back.
+            loss = torch.stack([output.sum() for output in tree.flatten(self._forward(x))]).sum()
+        else:
+            loss = functions.gradients.no_loss()
+        loss = functions.gradients.begin(loss)
+        self.model.optimizer.scale_loss(loss).backward()
+        functions.gradients.finish()
+        self._track(across.group.add_up(loss.detach()), share.total)
+        self._update(functions.variables)
+        self._steps_taken += 1
+        return self._logs(None, None, None, None)
 
     def test(self, data: Any) -> dict[str, Any]:
         """Take one evaluation step, as Keras' `test_step` does."""

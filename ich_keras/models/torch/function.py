@@ -24,7 +24,7 @@ from ich_keras.models.graph import Graph, Step, fold_norms, read_graph
 from ich_keras.models.options import RECOMPUTE
 from ich_keras.models.torch.convolution import Operation, Tensors, Values
 from ich_keras.models.torch.layout import channels_last, shallow
-from ich_keras.models.torch.operations import Operations
+from ich_keras.models.torch.operations import Across, Operations
 
 # Steps whose results must not be overwritten: their gradient needs the result, or the result shares
 # the memory of its source.
@@ -68,6 +68,7 @@ class FlatFunction:
             layer in the type of its own policy.
         recompute: keep only what lies between the parts and compute each part again in the
             backward pass: "stage" or "block"; None keeps everything.
+        across: the processes that train together; None for one alone.
 
     Raises:
         UnknownStep: the model is not covered.
@@ -79,11 +80,12 @@ class FlatFunction:
         training: bool,
         precision: str | None = None,
         recompute: str | None = None,
+        across: Across | None = None,
     ):
         graph = read_graph(model)
         if not training:
             graph = fold_norms(graph)
-        self._operations = Operations(training, precision)
+        self._operations = Operations(training, precision, across)
         self._outputs = graph.outputs
         self._num_values = graph.num_values
         groups = _groups(graph.steps, recompute if training else None)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from ich_keras.keras_private import tensor_of
 from ich_keras.models.graph import Step
 from ich_keras.models.torch.convolution import Operation, Tensors, Values, convolution
+from ich_keras.models.torch.distributed import Group
 from ich_keras.models.torch.layout import (
     as_channels,
     cast,
@@ -19,9 +21,24 @@ from ich_keras.models.torch.layout import (
     shallow,
     side_by_side,
 )
+from ich_keras.models.torch.synchronised import synchronised_batch_norm
 
 # The head and what follows it stay in float32 whatever the precision.
 FULL_PRECISION = ("dense", "dropout", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Across:
+    """A training across several processes.
+
+    Args:
+        group: the processes.
+        synchronised: batch normalisation takes the statistics of all; otherwise each process takes
+            those of its own samples.
+    """
+
+    group: Group
+    synchronised: bool
 
 
 class Operations:
@@ -30,11 +47,13 @@ class Operations:
     Args:
         training: use batch statistics and dropout.
         precision: see `FlatFunction`.
+        across: the processes that train together; None for one alone.
     """
 
-    def __init__(self, training: bool, precision: str | None):
+    def __init__(self, training: bool, precision: str | None, across: Across | None = None):
         self._training = training
         self._precision = precision
+        self._across = across
         self._makers: list[Callable[[], torch.Tensor]] = []
         self._replaying = False
 
@@ -89,6 +108,8 @@ class Operations:
         mean, variance = self._number(layer.moving_mean), self._number(layer.moving_variance)
         by_batch = self._training and layer.trainable
         weight_of_new, epsilon = 1 - layer.momentum, layer.epsilon
+        across = self._across
+        group = across.group if across is not None and across.synchronised else None
 
         def batch_norm(values: Values, tensors: Tensors) -> torch.Tensor:
             x, running = cast(values[source], dtype), (tensors[mean], tensors[variance])
@@ -98,6 +119,9 @@ class Operations:
                 # Computed again for the backward pass: the statistics must not move twice.
                 running = running[0].clone(), running[1].clone()
             scale, shift = tensors[gamma], tensors[beta]
+            if by_batch and group is not None:
+                x = synchronised_batch_norm(x, running, scale, shift, weight_of_new, epsilon, group)
+                return interleaved(x, slices) if slices else x
             if by_batch and x.numel() == x.shape[1]:
                 return _norm_of_one(x, *running, scale, shift, weight_of_new)
             x = F.batch_norm(x, *running, scale, shift, by_batch, weight_of_new, epsilon)
@@ -178,7 +202,18 @@ class Operations:
         source, dtype, rate = step.sources[0], self._dtype(step), step.layer.rate
         if not self._training:
             return lambda values, tensors: cast(values[source], dtype)
-        return lambda values, tensors: F.dropout(cast(values[source], dtype), rate, True)
+        if self._across is None:
+            return lambda values, tensors: F.dropout(cast(values[source], dtype), rate, True)
+        group = self._across.group
+
+        def dropout(values: Values, tensors: Tensors) -> torch.Tensor:
+            # Each process draws for the whole batch, alike, and uses the rows of its own samples:
+            # they are dropped as in one process.
+            x, share = cast(values[source], dtype), group.share
+            drawn = F.dropout(x.new_ones((share.total, *x.shape[1:])), rate, True)
+            return x * drawn[share.start : share.start + share.own]
+
+        return dropout
 
     def _dense(self, step: Step, owned: set[int]) -> Operation:
         layer, source, dtype = step.layer, step.sources[0], self._dtype(step)

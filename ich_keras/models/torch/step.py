@@ -10,15 +10,18 @@ This folder is the only part of the networks that imports torch.
 import types
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
 
 from ich_keras.errors import UsageError
-from ich_keras.keras_private import mark_as_called, tensor_of
+from ich_keras.keras_private import has_loss_weights, has_metrics, mark_as_called, tensor_of
 from ich_keras.models.graph import CONVOLUTIONS, UnknownStep
 from ich_keras.models.loss import BinaryCrossEntropy
+from ich_keras.models.torch.distributed import Group
 from ich_keras.models.torch.fast import FastSteps, StepOptions
+from ich_keras.models.torch.operations import Across
 
 ATTRIBUTE = "_ich_torch_step"
 _KINDS = ("train", "test", "predict")
@@ -79,6 +82,33 @@ def accelerated(model: keras.Model) -> StepOptions | None:
     return None if steps is None else steps.options
 
 
+def distribute(model: keras.Model, group: Group, synchronised: bool) -> None:
+    """Let the training steps of a compiled model be those of several processes.
+
+    Each gives its part of a batch; losses, gradients and the loss that `fit` tells are those of the
+    whole. Evaluation and prediction stay each process's own.
+
+    Args:
+        model: on the fast steps, with a loss of ours that averages over samples, and no metrics.
+        group: the processes.
+        synchronised: batch normalisation by the statistics of all processes.
+
+    Raises:
+        UsageError: the model has other steps, another loss, metrics or regularisers.
+    """
+    options, loss = accelerated(model), model.loss
+    is_ours = isinstance(loss, BinaryCrossEntropy) and loss.reduction == "sum_over_batch_size"
+    if options is None or not is_ours or has_metrics(model) or has_loss_weights(model):
+        raise UsageError(
+            "several processes train a model only on the fast steps, with the mean of"
+            " ich_keras.BinaryCrossEntropy as its loss and without metrics.",
+            "Compile it with ich_keras.compile_classifier.",
+        )
+    if not model.trainable_variables:
+        raise UsageError("the model has nothing to train.", "Freeze less of it.")
+    accelerate(model, replace(options, across=Across(group, synchronised)))
+
+
 def require_no_distribution() -> None:
     """Refuse to run under a `keras.distribution`.
 
@@ -132,6 +162,11 @@ def _maker(kind: str) -> Callable[..., None]:
             mark_as_called(model)
             setattr(model, f"{kind}_function", getattr(steps, kind))
             return
+        if steps.options.across is not None and kind == "train":
+            raise UsageError(
+                f"{reason}: several processes train on the fast steps only.",
+                "Train in one process.",
+            )
         current = getattr(model, f"{kind}_function")
         if current is None or getattr(current, "__self__", None) is steps:
             _warn(reason)

@@ -1,0 +1,135 @@
+"""The options of `ich train` that say what is trained and how; each is a setting of `RunConfig`.
+
+`--download` and `--gpus` stand with them, because they belong to the weights and the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ich_keras.cli.options import NAME_OR_PATH
+
+_OPTIONS = (
+    click.option("--preset", help="Network; default resnet18_2d."),
+    click.option(
+        "--weights",
+        type=NAME_OR_PATH,
+        help="A .weights.h5 file, or converted weights by name (imagenet, torchvision_resnet18,"
+        " ...); default: from scratch.",
+    ),
+    click.option("--download", is_flag=True, help="Download and convert the named weights first."),
+    click.option("--norm", help="batch (default), frozen (needs weights) or group."),
+    click.option(
+        "--intensity", help="windows, wide or head-z-score; default: to suit the weights."
+    ),
+    click.option(
+        "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."
+    ),
+    click.option(
+        "--split",
+        type=NAME_OR_PATH,
+        help="patient (default), none, thesis-slices, thesis-series, or a file.",
+    ),
+    click.option("--view", help="slice, slab or series; default: to suit the preset."),
+    click.option(
+        "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
+    ),
+    click.option(
+        "--edge", help="How slabs are filled beyond the ends of a series: air (default) or repeat."
+    ),
+    click.option(
+        "--long-series",
+        help="Which slices of a longer series to use: spread (evenly spaced; default) or middle.",
+    ),
+    click.option(
+        "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
+    ),
+    click.option(
+        "--duplicate", help="Slabs and series with two slices at one place: skip or keep."
+    ),
+    click.option(
+        "--reverse/--no-reverse",
+        default=None,
+        help="Turn every second slab or series upside down in training.",
+    ),
+    click.option("--epochs", type=int, help="Default 6."),
+    click.option(
+        "--batch-size",
+        type=int,
+        help="Samples per batch, of all processes together; default 32 slices, 16 slabs or 1"
+        " series.",
+    ),
+    click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without."),
+    click.option(
+        "--backbone-factor",
+        type=float,
+        metavar="X",
+        help="The backbone's learning rate is X times --learning-rate; default 1.",
+    ),
+    click.option(
+        "--freeze", help="Freeze everything up to stem, layer1, ... layer4; default: nothing."
+    ),
+    click.option("--schedule", help="constant (default) or cosine."),
+    click.option(
+        "--warmup-steps",
+        type=int,
+        help="Steps over which the learning rate rises from 0; default 0.",
+    ),
+    click.option("--weight-decay", type=float, help="Decoupled weight decay; default 0."),
+    click.option(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="Batches per optimiser step; default 8 for series, else 1.",
+    ),
+    click.option(
+        "--precision",
+        help="auto (default; bfloat16 on torch if the hardware supports it), float32, bfloat16 or"
+        " float16.",
+    ),
+    click.option("--step", help="Training step: fast (default), or stock for Keras' own."),
+    click.option(
+        "--recompute",
+        help="stage or block: less memory, but slower steps; default: recompute nothing.",
+    ),
+    click.option(
+        "--compiled/--not-compiled", default=None, help="Use torch.compile; default: only on a GPU."
+    ),
+    click.option(
+        "--gpus",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Train on N GPUs of this machine, a process each; with --device cpu in N processes.",
+    ),
+    click.option(
+        "--batch-norm",
+        help="With several processes: per-process (default; batch statistics of each one's"
+        " samples) or synchronised (of all samples).",
+    ),
+    click.option("--loss", help="bce (default) or rsna (any counted twice)."),
+    click.option(
+        "--balance/--no-balance",
+        default=None,
+        help="Train on one negative sample per positive one.",
+    ),
+    click.option(
+        "--augment",
+        help="fast (default), thesis (by albumentations; slower), flip (left-right) or none.",
+    ),
+    click.option(
+        "--loader-workers",
+        type=int,
+        metavar="N",
+        help="Processes that prepare batches; default 0. Their number does not change the batches.",
+    ),
+    click.option("--limit-series", type=int, metavar="N", help="Use the first N series only."),
+    click.option("--seed", type=int, help="Default 0."),
+)
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command these options, in the order of this file."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

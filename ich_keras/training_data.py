@@ -1,0 +1,59 @@
+"""What a training is trained on: recorded, and compared by those that resume or share it."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.cache.cache import CTCache
+from ich_keras.distribution import require_agreement
+from ich_keras.errors import StaleError
+from ich_keras.labels import LABELS
+from ich_keras.recipe import Recipe
+from ich_keras.run_folder import CACHE, LABELS_DIGEST, PIXELS, RunFolder
+
+if TYPE_CHECKING:
+    from ich_keras.models.torch.distributed import Group
+
+
+def labels_digest(slices: pd.DataFrame) -> str:
+    """Return the SHA-256 of the labels of a slice table, 64 digits."""
+    return hashlib.sha256(slices[list(LABELS)].to_numpy(np.int8).tobytes()).hexdigest()
+
+
+def require_same_data(run: RunFolder, cache: CTCache) -> None:
+    """Refuse a cache or labels other than those that a training began with.
+
+    Raises:
+        StaleError: they differ.
+    """
+    before = run.data()
+    if before[CACHE] != cache.fingerprint:
+        raise StaleError(
+            f"{cache.path} is not the cache that the training in {run} began with: fingerprint"
+            f" {cache.fingerprint[:12]}, expected {before[CACHE][:12]}.",
+            "Give the cache it began with.",
+        )
+    if before.get(PIXELS) not in (None, cache.pixels_digest):
+        raise StaleError(
+            f"{cache.path} holds other pixels than the training in {run} began with: digest"
+            f" {(cache.pixels_digest or 'none')[:12]}, expected {before[PIXELS][:12]}.",
+            "Give the cache it began with, or start a new training.",
+        )
+    if not set(LABELS) <= set(cache.slices) or (
+        before.get(LABELS_DIGEST) not in (None, labels_digest(cache.slices))
+    ):
+        raise StaleError(
+            f"the labels are not those that the training in {run} began with.",
+            "Give the --labels it began with.",
+        )
+
+
+def require_one_training(group: "Group | None", recipe: Recipe, cache: CTCache) -> None:
+    """Refuse processes with other settings, labels or pixels than the first; see
+    `require_agreement`.
+    """
+    facts = {"recipe": recipe.to_dict(), "labels": labels_digest(cache.slices)}
+    pixels = {"cache": cache.fingerprint, "pixels": cache.pixels_digest}
+    require_agreement(group, facts | pixels)
