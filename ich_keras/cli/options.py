@@ -13,7 +13,12 @@ T = TypeVar("T")
 
 FOLDER = PathType()
 NAME_OR_PATH = NameOrPathType()
-DICOM = click.option("--dicom", type=FOLDER, metavar="DIR", help="Folder of DICOM files.")
+DICOM = click.option(
+    "--dicom",
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder of DICOM files and archives of them (zip, tar), or one archive.",
+)
 CACHE = click.option(
     "--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="From `ich cache`."
 )

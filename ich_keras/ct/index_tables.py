@@ -116,7 +116,10 @@ def _body_sizes(volumes: list[_Placed], workers: int) -> list[BodySize | None]:
         if is_axial(volume.reference.orientation) and not _words(volume.reference, None, False)
     ]
     tasks = [
-        [SlicePlace(e.path, e.row_spacing_mm, e.column_spacing_mm) for e in volumes[number].slices]
+        [
+            SlicePlace(e.source, e.row_spacing_mm, e.column_spacing_mm)
+            for e in volumes[number].slices
+        ]
         for number in asked
     ]
     starts = range(0, len(tasks), CHUNK_VOLUMES)
@@ -138,8 +141,8 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.sop_instance_uid,
             *volume.identity,
             entry.patient_id,
-            entry.path,
-            "",
+            entry.container,
+            entry.member,
             slice_index,
             float(along),
             entry.rows,
@@ -151,6 +154,9 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.instance_number,
             float(entry.position[2]),
             entry.turn,
+            entry.member_offset,
+            entry.member_bytes,
+            entry.member_crc32,
         )
         for slice_index, (entry, along) in enumerate(zip(volume.slices, volume.along, strict=True))
     ]

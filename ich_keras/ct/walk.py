@@ -10,10 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+from ich_keras.ct.archives import kind_of, list_members
 from ich_keras.ct.dicom import read_header
 from ich_keras.ct.journal import Entry, Journal
 from ich_keras.ct.rejects import RejectedFile
-from ich_keras.errors import EnvironmentProblem
+from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -26,7 +27,8 @@ def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
 
     Links to folders are followed, after all folders that are not links; a folder that several paths
     reach is read once, by the first of them. Names that begin with a dot are listed, not read.
-    `leave_out` is neither.
+    `leave_out` is neither. Archives are looked into; their members come in the order they are
+    stored (`archives.list_members`).
     """
     seen = set() if leave_out is None else {os.path.realpath(leave_out)}
     places, links = deque([str(folder)]), deque[str]()
@@ -51,7 +53,32 @@ def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
             elif _is_folder(item):
                 (links if item.is_symlink() else places).append(item.path)
             else:
-                yield _look_at(item.path)
+                yield from _listed(_look_at(item.path))
+
+
+def walk_archive(path: Path) -> Iterator[Entry]:
+    """Yield every member of an archive that a person named, as `walk` does for files.
+
+    Raises:
+        UsageError: it is not an archive.
+    """
+    entry = _look_at(str(path))
+    kind = None if entry.code else kind_of(entry.path, is_asked_for=True)
+    if kind is None:
+        raise UsageError(
+            f"{path} is neither a folder nor a zip or tar.",
+            "Give the folder or the archive that holds the DICOM files.",
+        )
+    yield from list_members(entry, kind)
+
+
+def _listed(entry: Entry) -> Iterator[Entry]:
+    """Yield a file, or if it is an archive its members."""
+    kind = None if entry.code else kind_of(entry.path)
+    if kind is None:
+        yield entry
+    else:
+        yield from list_members(entry, kind)
 
 
 def _is_folder(item: os.DirEntry) -> bool:
@@ -145,7 +172,7 @@ def _read_headers(any_image_type: bool, entries: list[Entry]) -> list[Entry]:
 
 def _read_one(entry: Entry, any_image_type: bool) -> Entry:
     try:
-        header = read_header(entry.path, any_image_type=any_image_type)
+        header = read_header(entry.source, any_image_type=any_image_type)
     except RejectedFile as error:
         return entry._replace(
             code=error.code,

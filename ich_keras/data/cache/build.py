@@ -19,10 +19,10 @@ import pandas as pd
 from ich_keras import files
 from ich_keras.ct.plausibility import Content, implausible_rows
 from ich_keras.ct.rejects import rejects_kept, require_few_rejects
-from ich_keras.ct.tables import write_table
+from ich_keras.ct.tables import shown_paths, write_table
 from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
 from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
-from ich_keras.data.cache.shards import Shard, ShardEntry, digest_of
+from ich_keras.data.cache.shards import CRC_DTYPE, Shard, ShardEntry, digest_of
 from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, tables_after_reading
 from ich_keras.data.cache.unfinished import (
     PLAN,
@@ -170,23 +170,25 @@ class _Counter:
 def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _Counter) -> dict:
     """Wait for a shard's blocks, then verify, sync and rename it; return its record."""
     plan, raw = started.plan, started.path
-    crc_blocks: list[np.ndarray] = []
-    hashes: list[str] = []
+    num_slices = plan.stop - plan.start
+    all_crc32 = np.zeros(num_slices, CRC_DTYPE)
+    hashes = [""] * num_slices
+    contents: list[Content | None] = [None] * num_slices
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
-    contents: list[Content | None] = []
     for block in started.filled:
-        crc_blocks.append(block.crc32)
-        hashes += block.hashes
+        for number, row in enumerate(block.rows):
+            all_crc32[row - plan.start] = block.crc32[number]
+            hashes[row - plan.start] = block.hashes[number]
+            contents[row - plan.start] = block.contents[number]
         rejected |= block.rejected
         repaired += block.repaired
-        contents += block.contents
-        count.add(len(block.crc32))
+        count.add(len(block.rows))
     for row, reject in implausible_rows(started.series, contents).items():
         rejected.setdefault(plan.start + row, reject)
-    kept = np.ones(plan.stop - plan.start, bool)
+    kept = np.ones(num_slices, bool)
     kept[[row - plan.start for row in rejected]] = False
-    crc32 = np.concatenate(crc_blocks)[kept]
+    crc32 = all_crc32[kept]
     entry = ShardEntry(plan.name, 0, 0, len(crc32), started.offset)
     if kept.any():
         entry = _write_final(partial, settings, started, kept, crc32)
@@ -197,7 +199,7 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
         "dataset_offset": entry.dataset_offset,
         "checksums": entry.checksums,
         "rejected": [[row, *reject] for row, reject in sorted(rejected.items())],
-        "repaired": repaired,
+        "repaired": sorted(repaired),
         "hashes": hashes,
     }
 
@@ -248,7 +250,7 @@ def _collect(
         row, (code, detail, _) = next(iter(rejected.items()))
         raise DataError(
             f"none of the {len(index.slices)} slices could be read. The first, "
-            f"{index.slices['container'].iloc[row]}: {code}: {detail}",
+            f"{shown_paths(index.slices).iloc[row]}: {code}: {detail}",
             "Were the files moved or changed after indexing? Index the folder again.",
         )
     return entries, tables_after_reading(index, rejected, repaired, hashes)

@@ -5,6 +5,7 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 """
 
 import contextlib
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -35,13 +36,29 @@ REREAD_SLICES = 16
 
 @dataclass(frozen=True)
 class Block:
-    """Slices that one task reads and writes into their place in a raw shard."""
+    """Slices that one task reads and writes into their places in a raw shard.
+
+    Args:
+        shard: the raw shard.
+        offset: byte at which the slice of `first_row` begins.
+        first_row: a row of the index.
+        sources: what the index says of the slices.
+        size: rows and columns of a cached slice.
+        places: (slices,), each one's row of the index less `first_row`; () stands for 0, 1, 2, ...
+    """
 
     shard: Path
     offset: int
     first_row: int
     sources: tuple[IndexedSlice, ...]
     size: int
+    places: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The row of the index of each slice."""
+        places = self.places or range(len(self.sources))
+        return tuple(self.first_row + place for place in places)
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Filled:
     """The outcome of a block; rows count from the first slice of the index.
 
     Args:
+        rows: (slices,), in the order of what follows.
         crc32: uint32 (slices,).
         hashes: (slices,), each one's `pixel_hash`; "" for a reject.
         rejected: row -> reject code, detail and hint.
@@ -56,7 +74,7 @@ class Filled:
         contents: (slices,), for `ich_keras.ct.plausibility.implausible_rows`.
     """
 
-    first_row: int
+    rows: tuple[int, ...]
     crc32: np.ndarray
     hashes: tuple[str, ...]
     rejected: dict[int, tuple[str, str, str]]
@@ -75,6 +93,8 @@ def blocks(
 ) -> list[Block]:
     """Divide the slices of a shard into tasks for `fill_block`.
 
+    Slices in archives are read in the order in which these store them: one sweep for each shard.
+
     Args:
         shard: the raw shard.
         offset: byte at which its `hu` starts.
@@ -84,6 +104,16 @@ def blocks(
     """
     slice_bytes = size * size * HU_DTYPE.itemsize
     step = max(1, min(BLOCK_SLICES, BLOCK_BYTES // slice_bytes))
+    if any(source.member for source in sources):
+        stored = sorted(
+            range(len(sources)),
+            key=lambda row: (sources[row].container, sources[row].member_offset),
+        )
+        parts = [tuple(stored[start : start + step]) for start in range(0, len(stored), step)]
+        return [
+            Block(shard, offset, first_row, tuple(sources[row] for row in part), size, part)
+            for part in parts
+        ]
     return [
         Block(
             shard=shard,
@@ -126,21 +156,35 @@ def fill_block(block: Block) -> Filled:
     rejected = {}
     repaired = []
     contents: list[Content | None] = []
+    rows = block.rows
     for number, source in enumerate(block.sources):
         try:
             read = read_indexed(source, block.size)
         except RejectedFile as reject:
-            rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
+            rejected[rows[number]] = (reject.code, reject.detail, reject.hint)
             contents.append(content_of_reject(reject))
         else:
             pixels[number] = read.hu
             contents.append(read.content)
             hashes[number] = read.pixel_hash
             if read.repaired:
-                repaired.append(block.first_row + number)
-    write_at(block.shard, block.offset, pixels)
+                repaired.append(rows[number])
+    for start, stop in _runs(rows):
+        offset = block.offset + (rows[start] - block.first_row) * pixels[0].nbytes
+        write_at(block.shard, offset, pixels[start:stop])
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
-    return Filled(block.first_row, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
+    return Filled(rows, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where the runs of successive numbers start and stop.
+
+    >>> _runs([5, 6, 2, 9, 10])
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    bounds = [0, *breaks.tolist(), len(rows)]
+    return list(itertools.pairwise(bounds))
 
 
 def a_few(count: int) -> list[int]:

@@ -153,7 +153,7 @@ def require_same_pixels(
     sources = indexed_slices(index)
     now = hashes_now([sources[row] for row in rows], settings.size, workers, progress)
     differ = [
-        sources[row].container for row, found in zip(rows, now, strict=True) if found != hashes[row]
+        sources[row].path for row, found in zip(rows, now, strict=True) if found != hashes[row]
     ]
     if differ:
         raise StaleError(
