@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections import Counter
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def index_folder(
     any_body_part: bool = False,
     leave_out: Path | str | None = None,
     any_image_type: bool = False,
+    executor: Executor | None = None,
 ) -> SeriesIndex:
     """Find the CT slices in a folder or an archive, group them into series and put them in order.
 
@@ -250,6 +252,8 @@ def index_folder(
         any_image_type: also use what Image Type says is not an acquired slice, such as reformatted
             images; otherwise it becomes a reject (NOT_ORIGINAL).
         leave_out: a folder that is not searched, though it may lie in the other: that of results.
+        executor: does what `workers` would do, such as that of `ich_keras.executors.dask_executor`;
+            its machines must see the files under the same paths. The result is the same.
 
     Raises:
         UsageError: the folder does not exist, it is a file that is not an archive, or the journal
@@ -276,7 +280,8 @@ def index_folder(
             found.append(before or entry)
         else:
             unread.append(entry)
-    found += read_all(unread, len(found), workers, known, progress, any_image_type)
+    readers = workers if executor is None else executor
+    found += read_all(unread, len(found), readers, known, progress, any_image_type)
     found.sort(key=lambda entry: entry.path)
     slices, rejects = split_by_uid(entry for entry in found if not entry.code)
     rejects += [
@@ -291,7 +296,7 @@ def index_folder(
             table,
             "Is this the folder that holds the DICOM files?",
         )
-    return SeriesIndex(*make_tables(slices, lost_slices(table), workers, any_body_part), table)
+    return SeriesIndex(*make_tables(slices, lost_slices(table), readers, any_body_part), table)
 
 
 def _reasons(row: pd.Series) -> str:

@@ -6,9 +6,10 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 
 import contextlib
 import itertools
+import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ import cv2
 import numpy as np
 import pydicom
 
+from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.plausibility import Content, content_of_reject
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
 from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.errors import EnvironmentProblem
+from ich_keras.executors import Workers, broken_told, map_on
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -127,26 +130,54 @@ def blocks(
 
 
 @contextlib.contextmanager
-def mapper(workers: int) -> Iterator[Callable]:
+def mapper(workers: Workers) -> Iterator[Callable]:
     """Yield `map`, or its parallel counterpart, which starts at once and keeps the order.
 
+    Args:
+        workers: processes (0 works in this one), or an executor.
+
     Raises:
-        EnvironmentProblem: a worker process died.
+        EnvironmentProblem: a worker process died, or a worker has other versions of libraries.
     """
-    if workers == 0:
-        yield map
-        return
-    pool = process_pool(workers, cv2.setNumThreads, 1)
-    try:
-        yield pool.map
-    except BrokenProcessPool as error:
+    with broken_told(
+        "a worker process died while reading slices (killed, often for lack of memory).",
+        "Use fewer workers. A script that uses workers needs an `if __name__ == '__main__':`"
+        " guard.",
+    ):
+        if isinstance(workers, Executor):
+            executor, versions = workers, pixel_versions()
+            yield lambda function, items: map_on(
+                executor, partial(_elsewhere, function, versions), items, _is_doubtful
+            )
+            return
+        if workers == 0:
+            yield map
+            return
+        pool = process_pool(workers, cv2.setNumThreads, 1)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _elsewhere(function: Callable, versions: dict[str, str], item: object) -> object:
+    """Do a task on a machine that may have other libraries, which would give other pixels."""
+    own = pixel_versions()
+    differing = [name for name in versions if own.get(name) != versions[name]]
+    if differing:
+        told = ", ".join(f"{name} {own.get(name)}, not {versions[name]}" for name in differing)
         raise EnvironmentProblem(
-            "a worker process died while reading slices (killed, often for lack of memory).",
-            "Use fewer workers. A script that uses workers needs an `if __name__ == '__main__':`"
-            " guard.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+            f"a worker on {socket.gethostname()} has {told}.",
+            "Install the same versions on all machines: the pixels depend on them.",
+        )
+    return function(item)
+
+
+def _is_doubtful(result: "Filled | list[str]") -> bool:
+    """Return whether another machine may have lacked something that this one has."""
+    if isinstance(result, Filled):
+        return any(code in NEVER_KEPT for code, *_ in result.rejected.values())
+    return "" in result
 
 
 def fill_block(block: Block) -> Filled:
@@ -193,14 +224,17 @@ def a_few(count: int) -> list[int]:
 
 
 def hashes_now(
-    sources: Sequence[IndexedSlice], size: int, workers: int = 0, progress: Progress | None = None
+    sources: Sequence[IndexedSlice],
+    size: int,
+    workers: Workers = 0,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Read slices again, to see whether they still have the pixels that were cached.
 
     Args:
         sources: what the index says of them.
         size: rows and columns of a cached slice.
-        workers: processes that read; 0 reads in this one.
+        workers: processes that read (0 reads in this one), or an executor.
         progress: called as progress("comparing", slices done, all slices).
 
     Returns:
