@@ -327,6 +327,14 @@ def test_a_member_replaced_by_another_of_the_same_place_and_size(tmp_path):
             raise RejectedFile("NOT_CT", "")
         detail.append(caught.value.code)
     assert "BAD_MEMBER" in detail
+    # At the same place lies a longer file that begins alike.
+    files = contents(1, 4)
+    index = index_folder(write_archive(path, files, "tar"))
+    first = min(indexed_slices(index), key=lambda indexed: indexed.member_offset)
+    files[first.member] += bytes(700)
+    write_archive(path, files, "tar")
+    with pytest.raises(RejectedFile, match=f"has {first.file_size + 700} bytes; expected"):
+        read_indexed(first, SIZE)
 
 
 @pytest.mark.parametrize("claimed", [2**31, 2**32 - 2])
@@ -470,10 +478,14 @@ def test_links_devices_and_long_names_in_a_tar(tmp_path):
         add_to_tar(tar, "soft.dcm", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         add_to_tar(tar, "pipe", type=tarfile.FIFOTYPE)
         add_to_tar(tar, "disk", type=tarfile.BLKTYPE)
+        add_to_tar(tar, "holes.dcm", type=tarfile.GNUTYPE_SPARSE)
     index = index_folder(path)
+    assert set(index.rejects["detail"]) == {
+        "a link, a device or a sparse file; expected a plain file"
+    }
     assert index.slices["member"].tolist() == [long]
     assert rejects_of(index) == dict.fromkeys(
-        ["hard.dcm", "soft.dcm", "pipe", "disk"], "BAD_MEMBER"
+        ["hard.dcm", "soft.dcm", "pipe", "disk", "holes.dcm"], "BAD_MEMBER"
     )
     pax = tmp_path / "pax.tar"
     with tarfile.open(pax, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -596,6 +608,16 @@ def test_reading_in_any_steps_gives_the_bytes(tmp_path_factory, content, step):
                 assert b"".join(parts) == content
                 stream.seek(len(content) // 2)
                 assert stream.read(10) == content[len(content) // 2 :][:10]
+
+
+def test_what_is_left_inside_the_inflater_is_read(tmp_path):
+    # Of much the same, all packed bytes may be taken in before all bytes are given out.
+    for size in range(1000, 1300):
+        path = write_archive(tmp_path / "a.zip", {"x": bytes(size)})
+        (entry,) = archives.list_members(walk._look_at(str(path)), archives.ZIP)
+        with open(path, "rb") as archive:
+            unpacked = members._Unpacked(archive, entry.source, archive.read(512))
+            assert [len(unpacked._bytes_between(at, at + 1)) for at in range(size)] == [1] * size
 
 
 def test_a_header_is_read_without_the_pixels(tmp_path, monkeypatch):

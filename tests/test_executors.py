@@ -306,6 +306,7 @@ def test_missing_parts_are_named_with_their_commands(index, local, tmp_path):
     with pytest.raises(StaleError, match="3 of 6 shards .* not finished: of part 2/4, 4/4") as e:
         join_parts(index, out, **OPTIONS)
     assert f"ich cache --index INDEX --out {out} --shard 2/4" in e.value.hint
+    assert len(list(tmp_path.glob("cache.part-*/shard-*.h5"))) == 3  # nothing was moved
     # A shard of a part that was interrupted.
     build_parts(index, out, [2, 4])
     folder = Part(2, 4).folder(out)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from ich_keras.ct.journal import Entry
-from ich_keras.ct.members import BLOCK, DEFLATED, STORED, ZIP_MAGIC
+from ich_keras.ct.members import BLOCK, ZIP_MAGIC
 from ich_keras.ct.tables import shown_path
 
 ZIP, TAR, OTHER = "zip", "tar", "other"
@@ -34,7 +34,7 @@ _LOCAL_HEADER_BYTES = 30
 _EXTENSIONS = b"xgXLKN"
 _MAX_EXTENSION_BYTES = 2**20
 _MAX_EXTENSIONS = 16
-_REGULAR_OR_FOLDER = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: a zip that was not written on Unix
+_REGULAR = (0, stat.S_IFREG)  # 0: a zip that was not written on Unix
 _UNPACK = "Unpack it and index the folder."
 
 
@@ -172,13 +172,10 @@ def _zip(stream: BinaryIO, file_size: int) -> tuple[list[_Found], str]:
 
 
 def _zip_fault(info: zipfile.ZipInfo) -> str:
+    # Encryption and method are looked at where a member is opened, in its own header.
     if "\0" in info.orig_filename:
         return "its name holds a zero byte"
-    if info.flag_bits & 1:
-        return "it is encrypted"
-    if info.compress_type not in (STORED, DEFLATED):
-        return f"it is packed by method {info.compress_type}; expected 0 (stored) or 8 (deflated)"
-    if stat.S_IFMT(info.external_attr >> 16) not in _REGULAR_OR_FOLDER:
+    if stat.S_IFMT(info.external_attr >> 16) not in _REGULAR:
         return "a link or device; expected a file"
     return ""
 
