@@ -401,6 +401,17 @@ def test_names_that_lead_out(tmp_path, name, form):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
 
 
+def test_a_member_without_a_name(tmp_path):
+    path = zip_with(tmp_path / "a.zip", **{"b.dcm": second_slice()})
+    content = bytearray(path.read_bytes())
+    central = content.rindex(b"PK\x01\x02")
+    struct.pack_into("<3H", content, central + 28, 0, 0, len("b.dcm"))  # its name as a comment
+    path.write_bytes(content)
+    index = index_folder(path)
+    assert index.rejects["code"].tolist() == ["BAD_MEMBER"]
+    assert len(index.slices) == 1
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("form", ["zip", "tar"])
 def test_two_members_of_one_name_are_both_refused(tmp_path, form):

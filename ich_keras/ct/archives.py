@@ -147,7 +147,8 @@ def _zip(stream: BinaryIO, file_size: int) -> tuple[list[_Found], str]:
     """Return the members of a zip, and what is wrong with it as a whole."""
     try:
         with zipfile.ZipFile(stream) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
+            # Not `is_dir`, which fails on an empty name.
+            infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
             start_of_directory = archive.start_dir
     except _ZIP_FLAWS as error:
         return [], f"it cannot be read as a zip ({_said(error)})"
