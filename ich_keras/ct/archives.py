@@ -35,7 +35,6 @@ _EXTENSIONS = b"xgXLKN"
 _MAX_EXTENSION_BYTES = 2**20
 _MAX_EXTENSIONS = 16
 _REGULAR = (0, stat.S_IFREG)  # 0: a zip that was not written on Unix
-_UNPACK = "Unpack it and index the folder."
 
 
 def kind_of(path: str, is_asked_for: bool = False) -> str | None:
@@ -83,9 +82,8 @@ def list_members(archive: Entry, kind: str) -> Iterator[Entry]:
     """
     if kind == OTHER:
         detail = "it is packed as a whole, or of another kind than zip and tar"
-        yield archive._replace(
-            code="BAD_ARCHIVE", detail=detail, hint=f"Unpack it (a .tar.gz: gunzip). {_UNPACK}"
-        )
+        hint = "Unpack it. For a .tar.gz, gunzip will do: it leaves a .tar, which is read."
+        yield archive._replace(code="BAD_ARCHIVE", detail=detail, hint=hint)
         return
     try:
         with open(archive.path, "rb") as stream:
