@@ -208,7 +208,7 @@ def _read_series(
         try:
             read = read_indexed(indexed, size)
         except RejectedFile as reject:
-            rejects.append(Reject.of(indexed.container, reject))
+            rejects.append(Reject.of(indexed.path, reject))
             contents.append(content_of_reject(reject))
         else:
             hu.append(read.hu)
@@ -218,7 +218,7 @@ def _read_series(
     rows = [row for row, pixels in enumerate(hashes) if pixels]
     hu = [one for row, one in zip(rows, hu, strict=True) if row not in implausible]
     for row in sorted(implausible.keys() & set(rows)):
-        rejects.append(Reject(slices[row].container, *implausible[row]))
+        rejects.append(Reject(slices[row].path, *implausible[row]))
         hashes[row] = ""
     return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), hashes, rejects
 
@@ -279,6 +279,7 @@ def predict_folder(
     unfinished_notice = run.notice()
     is_synthetic = bool(run.data().get(SYNTHETIC))
     root = Path(dicom_dir).absolute()
+    root = root.parent if root.is_file() else root  # an archive
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
         with rejects_kept(folder), _rejects_inside(root):
             index = index_folder(

@@ -252,7 +252,9 @@ def content_of(index: SeriesIndex, root: Path) -> dict[str, str]:
         A digest by series_uid, of the series and its slices. A refused file counts where it changes
         a series; a file that belongs to none may come and go.
     """
-    slices = index.slices.drop(columns="file_mtime_ns")
+    # Where its bytes lie in an archive does not matter either.
+    places = ["file_mtime_ns", "member_offset", "member_bytes", "member_crc32"]
+    slices = index.slices.drop(columns=places)
     slices = slices.assign(container=[inside(path, root) for path in slices["container"]])
     by_slice = pd.util.hash_pandas_object(slices, index=False).to_numpy()
     by_series = pd.util.hash_pandas_object(index.series, index=False).to_numpy()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.tables import shown_paths
 from ich_keras.data.inputs import slice_input, stack_slices, volume_input
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.labels import NUM_LABELS
@@ -75,7 +76,7 @@ def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> Seri
         view: what a sample is.
     """
     hu, hashes, bad = content
-    place = {path: row for row, path in enumerate(table["container"])}
+    place = {path: row for row, path in enumerate(shown_paths(table))}
     rejects = [(place[path], code, detail, hint) for path, code, detail, hint, _ in bad]
     found = [row for row, is_read in enumerate(hashes) if is_read]
     samples, usable = None, np.zeros(0, np.int64)

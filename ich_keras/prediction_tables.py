@@ -11,7 +11,7 @@ import pandas as pd
 
 from ich_keras.ct.rejects import REJECTS_FILE, Reject, joined, nothing_usable
 from ich_keras.ct.series import SeriesIndex
-from ich_keras.ct.tables import csv_text
+from ich_keras.ct.tables import csv_text, shown_paths
 from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.views import View
 from ich_keras.files import atomic_write
@@ -75,7 +75,7 @@ def tables_of(
         NothingUsable: nothing was predicted; its `rejects` say why.
     """
     rows = index.slices.groupby("series_uid", sort=False).indices
-    paths = index.slices["container"].to_numpy()
+    paths = shown_paths(index.slices).to_numpy()
     uids = index.slices["series_instance_uid"].to_numpy()
     kept, rejects = [], []
     for result in results:
@@ -121,8 +121,8 @@ def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFram
 def _with_places(table: pd.DataFrame, slices: pd.DataFrame) -> pd.DataFrame:
     """Add the columns a person needs to find a slice in a viewer."""
     for place, name in enumerate(PLACE_COLUMNS, len(SLICE_COLUMNS)):
-        column = slices["container" if name == "path" else name].to_numpy()
-        table.insert(place, name, column)
+        column = shown_paths(slices) if name == "path" else slices[name]
+        table.insert(place, name, column.to_numpy())
     return table
 
 

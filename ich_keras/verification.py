@@ -8,6 +8,7 @@ from pathlib import Path
 from ich_keras.checkpoints import read_state, states_of
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.reading import indexed_slices, is_in_place
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import read_json
 from ich_keras.model_file import read_metadata, read_recipe
@@ -87,11 +88,7 @@ def _verify_cache(path: Path, progress: Progress | None) -> list[str]:
 def _verify_index(path: Path) -> list[str]:
     index = SeriesIndex.load(path)
     sizes = index.slices["file_size"].tolist()
-    moved = [
-        container
-        for container, size in zip(index.slices["container"], sizes, strict=True)
-        if not Path(container).is_file() or Path(container).stat().st_size != size
-    ]
+    moved = [source.path for source in indexed_slices(index) if not is_in_place(source)]
     if moved:
         raise StaleError(
             f"{path}: {len(moved):,} of {len(sizes):,} files are gone or have another size since"

@@ -5,6 +5,7 @@ overwritten.
 """
 
 import dataclasses
+from concurrent.futures import Executor
 from pathlib import Path
 
 from ich_keras.config import RunConfig
@@ -41,6 +42,7 @@ def prepare_index(
     any_body_part: bool = False,
     any_image_type: bool = False,
     max_rejects: float = MAX_REJECTS,
+    executor: Executor | None = None,
 ) -> SeriesIndex:
     """Index a folder and join its labels.
 
@@ -52,7 +54,7 @@ def prepare_index(
         journal: a file from which an interrupted indexing continues.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
-        any_body_part, any_image_type: as for `index_folder`.
+        any_body_part, any_image_type, executor: as for `index_folder`.
         max_rejects: the largest share of refused files; see `require_few_rejects`.
 
     Raises:
@@ -64,7 +66,7 @@ def prepare_index(
     # Labels first: a fault in them shows before the long walk through the folder.
     table = None if labels is None else read_rsna_labels(labels)
     index = index_folder(
-        dicom, workers, journal, progress, any_body_part, any_image_type=any_image_type
+        dicom, workers, journal, progress, any_body_part, None, any_image_type, executor
     )
     if tell is not None:
         tell(f"Found {index}.")
@@ -115,6 +117,8 @@ def make_cache(
     progress: Progress | None = None,
     restart: bool = False,
     max_rejects: float = MAX_REJECTS,
+    compression: str | None = None,
+    executor: Executor | None = None,
 ) -> CTCache:
     """Cache the usable series of an index (`SeriesIndex.usable`); others become rejects.
 
@@ -128,6 +132,8 @@ def make_cache(
         progress=progress,
         restart=restart,
         max_rejects=max_rejects,
+        compression=compression,
+        executor=executor,
     )
 
 
@@ -149,8 +155,7 @@ def cache_dicom(
 
     Args:
         dicom, labels, workers, journal, progress, tell, any_body_part, any_image_type, max_rejects:
-            as for
-            `prepare_index`.
+            as for `prepare_index`.
         cache_dir: a new folder.
         size: rows and columns of a cached slice.
         index_dir: a new folder that also receives the index; None keeps none.

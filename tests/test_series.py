@@ -784,7 +784,7 @@ def test_names_that_are_no_text(tmp_path):
 
 
 def test_no_slice_at_all(tmp_path):
-    with pytest.raises(UsageError, match="absent is not a folder"):
+    with pytest.raises(UsageError, match="absent does not exist"):
         index_folder(tmp_path / "absent")
     with pytest.raises(DataError, match=r"no CT slice in .*: 0 files seen\."):
         index_folder(tmp_path)
@@ -796,7 +796,7 @@ def test_no_slice_at_all(tmp_path):
         index_folder(tmp_path)
     assert caught.value.exit_code == 3
     assert caught.value.rejects["code"].tolist() == ["NOT_DICOM", "NOT_CT"]
-    with pytest.raises(UsageError, match="is not a folder"):
+    with pytest.raises(UsageError, match="a.csv is neither a folder nor a zip or tar"):
         index_folder(tmp_path / "a.csv")
     with pytest.raises(UsageError, match="workers is -1"):
         index_folder(tmp_path, workers=-1)
@@ -922,16 +922,16 @@ def test_a_missing_decoder_is_not_kept(tmp_path):
     journal = Journal(tmp_path / "journal")
     journal.add([Entry("/a", 1, 2, "NO_DECODER", "x"), Entry("/b", 1, 2, "NOT_DICOM", "x")])
     again = Journal(tmp_path / "journal")
-    assert again.find("/a", 1, 2) is None
-    assert again.find("/b", 1, 2)[:5] == ("/b", 1, 2, "NOT_DICOM", "x")
-    assert again.find("/b", 1, 3) is None
+    assert again.find(Entry("/a", 1, 2)) is None
+    assert again.find(Entry("/b", 1, 2))[:5] == ("/b", 1, 2, "NOT_DICOM", "x")
+    assert again.find(Entry("/b", 1, 3)) is None
 
 
 def test_a_journal_of_another_version_is_begun_anew(tmp_path):
     path = tmp_path / "journal"
     path.write_bytes(b"ich-index-journal 0\nabc\n")
     Journal(path).add([Entry("/a", 1, 2, "NOT_CT", "x")])
-    assert Journal(path).find("/a", 1, 2).code == "NOT_CT"
+    assert Journal(path).find(Entry("/a", 1, 2)).code == "NOT_CT"
 
 
 def test_another_file_is_never_taken_for_a_journal(tmp_path):
@@ -989,6 +989,7 @@ def index_of(texts, floats):
             "1",
             0.0,
             "",
+            *(0, 0, 0),
         )
         for n, text in enumerate(texts)
     ]

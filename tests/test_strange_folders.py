@@ -72,6 +72,23 @@ def write_labels(path: Path, count: int = 4) -> Path:
     return path
 
 
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_an_archive_is_predicted_as_its_folder_is(run, tmp_path, form):
+    folder = write_series(tmp_path / "images")
+    (folder / "b.txt").write_text("no DICOM")
+    (folder / "torn.dcm").write_bytes((folder / "0.dcm").read_bytes()[:-100])
+    archive = shutil.make_archive(str(tmp_path / "all"), form, folder)
+    expected = predict_folder(run, folder)
+    found = predict_folder(run, archive, tmp_path / "out")
+    pd.testing.assert_frame_equal(found.series, expected.series)
+    inside = f"all.{form}!/"
+    for one, other in ((found.slices, expected.slices), (found.rejects, expected.rejects)):
+        assert one["path"].tolist() == [inside + path for path in other["path"]]
+        pd.testing.assert_frame_equal(one.drop(columns="path"), other.drop(columns="path"))
+    assert len(found.rejects) == 2
+    assert inside in (tmp_path / "out" / "predictions.csv").read_text()
+
+
 # --- Who and what ---------------------------------------------------------------------------
 
 

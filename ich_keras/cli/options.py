@@ -1,5 +1,8 @@
 """Options and checks that several commands share."""
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import TypeVar
 
 import click
@@ -13,7 +16,12 @@ T = TypeVar("T")
 
 FOLDER = PathType()
 NAME_OR_PATH = NameOrPathType()
-DICOM = click.option("--dicom", type=FOLDER, metavar="DIR", help="Folder of DICOM files.")
+DICOM = click.option(
+    "--dicom",
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder of DICOM files and archives of them (zip, tar), or one archive.",
+)
 CACHE = click.option(
     "--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="From `ich cache`."
 )
@@ -28,6 +36,17 @@ WORKERS = click.option(
     type=click.IntRange(min=0),
     default=None,
     help="Worker processes; default: one per core.",
+)
+EXECUTOR = click.option(
+    "--executor",
+    type=click.Choice(["dask"]),
+    help="Work on a cluster instead of on this machine; its workers must see the same files under"
+    " the same paths. Needs `pip install 'ich_keras[dask]'`.",
+)
+SCHEDULER = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Of the cluster: tcp://HOST:8786, or its scheduler file.",
 )
 ANY_BODY_PART = click.option(
     "--any-body-part",
@@ -76,6 +95,31 @@ def required(value: T | None, option: str) -> T:
 def num_workers(given: int | None) -> int:
     """Return the number of worker processes: as given, or one per core."""
     return usable_cores() if given is None else given
+
+
+@contextlib.contextmanager
+def chosen_executor(
+    executor: str | None, scheduler: str | None, workers: int | None
+) -> Iterator[Executor | None]:
+    """Connect to the cluster that was asked for; without one, yield None.
+
+    Raises:
+        UsageError: options that do not go together.
+        EnvironmentProblem: as `ich_keras.executors.dask_executor`.
+    """
+    if executor is None:
+        if scheduler is not None:
+            raise UsageError("--scheduler given without --executor.", "Add --executor dask.")
+        yield None
+        return
+    if workers is not None:
+        raise UsageError(
+            "--workers given with --executor.", "The cluster decides how many workers there are."
+        )
+    from ich_keras.executors import dask_executor
+
+    with dask_executor(required(scheduler, "--scheduler")) as found:
+        yield found
 
 
 def share_of_rejects(given: float | None) -> float:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.members import Member
 from ich_keras.ct.rejects import RejectedFile
 
 # Below are air, lung, cushions and the foam of tables; above are skin, fat and all other tissue.
@@ -83,7 +84,7 @@ def _longest_run(flags: np.ndarray) -> tuple[int, int]:
 class SlicePlace(NamedTuple):
     """The file of a slice, and the distance between its rows and columns once it is turned."""
 
-    path: str
+    source: str | Member
     row_spacing_mm: float
     column_spacing_mm: float
 
@@ -103,9 +104,9 @@ def volume_body_size(slices: Sequence[SlicePlace]) -> BodySize | None:
     last = len(slices) - 1
     size = None
     for place in dict.fromkeys((last // 2, last // 4, last - last // 4)):
-        path, row_spacing_mm, column_spacing_mm = slices[place]
+        source, row_spacing_mm, column_spacing_mm = slices[place]
         try:
-            hu = read_slice(path, any_image_type=True).hu
+            hu = read_slice(source, any_image_type=True).hu
         except RejectedFile:
             continue
         size = body_size(hu, row_spacing_mm, column_spacing_mm)

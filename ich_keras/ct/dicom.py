@@ -13,9 +13,12 @@ from typing import BinaryIO
 import numpy as np
 
 from ich_keras.ct.header import SliceHeader, parse_header
+from ich_keras.ct.members import Member, opened_member
 from ich_keras.ct.pixels import hounsfield_units, may_be_wrapped
 from ich_keras.ct.plausibility import Content, judge_slice
 from ich_keras.ct.rejects import RejectedFile
+
+Source = str | PathLike | Member | BinaryIO
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +38,23 @@ class CTSlice:
     content: Content
 
 
-def read_header(
-    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
-) -> SliceHeader:
+def read_header(source: Source, force: bool = False, any_image_type: bool = False) -> SliceHeader:
     """Read and check the header of one CT slice, without its pixels.
 
     Args:
-        source: path, or a seekable binary file that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
+            that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
     Raises:
         RejectedFile: the file cannot be used; its `code` says why.
     """
-    with _opened(source) as stream:
+    with _opened(source, is_whole=False) as stream:
         return parse_header(stream, force, any_image_type)
 
 
-def read_slice(
-    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
-) -> CTSlice:
+def read_slice(source: Source, force: bool = False, any_image_type: bool = False) -> CTSlice:
     """Read one CT slice as Hounsfield units, and report whether it was repaired.
 
     HU = slope * stored value + intercept, rounded to the nearest integer. What the header declares
@@ -63,7 +63,8 @@ def read_slice(
     slices are turned until rows run to the patient's left and columns to the back (`turning`).
 
     Args:
-        source: path, or a seekable binary file that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
+            that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
@@ -87,13 +88,12 @@ def read_slice(
     return CTSlice(header.turn.pixels(hu), repaired, header, content)
 
 
-def read_hu(
-    source: str | PathLike | BinaryIO, force: bool = False, any_image_type: bool = False
-) -> np.ndarray:
+def read_hu(source: Source, force: bool = False, any_image_type: bool = False) -> np.ndarray:
     """Read one CT slice as Hounsfield units; see `read_slice`.
 
     Args:
-        source: path, or a seekable binary file that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
+            that holds the DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
@@ -114,9 +114,12 @@ def unreadable(error: OSError) -> RejectedFile:
 
 
 @contextlib.contextmanager
-def _opened(source: str | PathLike | BinaryIO) -> Iterator[BinaryIO]:
+def _opened(source: Source, is_whole: bool = True) -> Iterator[BinaryIO]:
     try:
-        if isinstance(source, str | PathLike):
+        if isinstance(source, Member):
+            with opened_member(source, is_whole) as stream:
+                yield stream
+        elif isinstance(source, str | PathLike):
             with open(source, "rb") as stream:
                 yield stream
         else:

@@ -94,7 +94,7 @@ def _header_difference(one: Entry, other: Entry) -> str:
 
 def _pixel_difference(one: Entry, other: Entry) -> str:
     try:
-        if one.file_size == other.file_size and filecmp.cmp(one.path, other.path, shallow=False):
+        if one.file_size == other.file_size and _same_bytes(one, other):
             return ""
     except OSError:  # gone since it was indexed
         return "pixels"
@@ -104,9 +104,15 @@ def _pixel_difference(one: Entry, other: Entry) -> str:
     return "" if is_same else "pixels"
 
 
+def _same_bytes(one: Entry, other: Entry) -> bool:
+    # Members of archives are compared by their pixels.
+    is_plain = not one.member and not other.member
+    return is_plain and filecmp.cmp(one.path, other.path, shallow=False)
+
+
 def _pixels(entry: Entry) -> np.ndarray | None:
     try:
-        return read_slice(entry.path, any_image_type=True).hu
+        return read_slice(entry.source, any_image_type=True).hu
     except RejectedFile:
         return None
 
@@ -115,7 +121,7 @@ def _readable(same: list[Entry]) -> tuple[list[Entry], list[Reject]]:
     kept, rejects = [], []
     for entry in same:
         try:
-            read_slice(entry.path, any_image_type=True)
+            read_slice(entry.source, any_image_type=True)
         except RejectedFile as error:
             rejects.append(
                 Reject.of(entry.path, error)._replace(series_instance_uid=entry.series_instance_uid)

@@ -23,20 +23,21 @@ from ich_keras.ct.tables import SERIES_COLUMNS, SLICE_COLUMNS, make_table
 from ich_keras.ct.verdict import INCOMPLETE, LOCALIZER, NOT_HEAD, verdict
 from ich_keras.ct.volumes import KERNEL, Volume, volumes_of
 from ich_keras.ct.walk import mapping
+from ich_keras.executors import Workers
 
 # How many volumes a worker process measures at a time.
 CHUNK_VOLUMES = 64
 
 
 def make_tables(
-    slices: list[Entry], lost: Mapping[str, int], workers: int = 0, any_body_part: bool = False
+    slices: list[Entry], lost: Mapping[str, int], workers: Workers = 0, any_body_part: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Group slices into volumes, order them, and say what is wrong with each volume.
 
     Args:
         slices: each SOPInstanceUID once.
         lost: SeriesInstanceUID -> number of its files that were refused.
-        workers: processes that measure bodies; 0 does so in this one.
+        workers: processes that measure bodies (0 does so in this one), or an executor.
         any_body_part: do not ask whether a volume shows a head.
 
     Returns:
@@ -107,7 +108,7 @@ def _words(reference: Entry, size: BodySize | None, any_body_part: bool) -> list
     return words
 
 
-def _body_sizes(volumes: list[_Placed], workers: int) -> list[BodySize | None]:
+def _body_sizes(volumes: list[_Placed], workers: Workers) -> list[BodySize | None]:
     """Measure the body in volumes whose header does not say what they are."""
     sizes: list[BodySize | None] = [None] * len(volumes)
     asked = [
@@ -116,16 +117,23 @@ def _body_sizes(volumes: list[_Placed], workers: int) -> list[BodySize | None]:
         if is_axial(volume.reference.orientation) and not _words(volume.reference, None, False)
     ]
     tasks = [
-        [SlicePlace(e.path, e.row_spacing_mm, e.column_spacing_mm) for e in volumes[number].slices]
+        [
+            SlicePlace(e.source, e.row_spacing_mm, e.column_spacing_mm)
+            for e in volumes[number].slices
+        ]
         for number in asked
     ]
     starts = range(0, len(tasks), CHUNK_VOLUMES)
     chunks = [tasks[start : start + CHUNK_VOLUMES] for start in starts]
-    with mapping(workers, len(chunks), "measuring the body") as apply:
+    with mapping(workers, len(chunks), "measuring the body", _is_doubtful) as apply:
         found = [size for part in apply(_measure, chunks) for size in part]
     for number, size in zip(asked, found, strict=True):
         sizes[number] = size
     return sizes
+
+
+def _is_doubtful(sizes: list[BodySize | None]) -> bool:
+    return None in sizes  # pixels that could not be read
 
 
 def _measure(volumes: list[list[SlicePlace]]) -> list[BodySize | None]:
@@ -138,8 +146,8 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.sop_instance_uid,
             *volume.identity,
             entry.patient_id,
-            entry.path,
-            "",
+            entry.container,
+            entry.member,
             slice_index,
             float(along),
             entry.rows,
@@ -151,6 +159,9 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.instance_number,
             float(entry.position[2]),
             entry.turn,
+            entry.member_offset,
+            entry.member_bytes,
+            entry.member_crc32,
         )
         for slice_index, (entry, along) in enumerate(zip(volume.slices, volume.along, strict=True))
     ]

@@ -3,20 +3,26 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from ich_keras.ct.members import Member, source_of
+from ich_keras.ct.tables import SEPARATOR
 from ich_keras.disk import full_disk_told
 from ich_keras.errors import UsageError
 from ich_keras.files import checked_line, read_checked_line
 
 # Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
-_FIRST_LINE = b"ich-index-journal 5\n"
-_FIRST_LINE_ANY = b"ich-index-journal 5, any image type\n"
+_FIRST_LINE = b"ich-index-journal 6\n"
+_FIRST_LINE_ANY = b"ich-index-journal 6, any image type\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
 NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
 
 
 class Entry(NamedTuple):
-    """One file that was read: a slice, or a reject when `code` is not empty."""
+    """One file that was read: a slice, or a reject when `code` is not empty.
+
+    Of a member of an archive, `path` is what `shown_path` makes of the two, and `file_mtime_ns` is
+    the archive's. What begins with `member` is its place (`ich_keras.ct.members.Member`).
+    """
 
     path: str
     file_size: int
@@ -41,6 +47,27 @@ class Entry(NamedTuple):
     facts: tuple[str, ...] = ()
     times: tuple[str, ...] = ()
     turn: str = ""
+    member: str = ""
+    member_offset: int = 0
+    member_bytes: int = 0
+    member_crc32: int = 0
+
+    @property
+    def container(self) -> str:
+        """The path of the file, or of the archive that it lies in."""
+        return self.path[: -len(SEPARATOR + self.member)] if self.member else self.path
+
+    @property
+    def source(self) -> str | Member:
+        """What `ich_keras.ct.dicom` reads."""
+        return source_of(
+            self.container,
+            self.member,
+            self.member_offset,
+            self.member_bytes,
+            self.file_size,
+            self.member_crc32,
+        )
 
 
 class Journal:
@@ -61,13 +88,13 @@ class Journal:
     def __init__(self, path: Path | None, any_image_type: bool = False):
         first_line = _FIRST_LINE_ANY if any_image_type else _FIRST_LINE
         self._path = path
-        self._known: dict[str, Entry] = {}
+        self._known: dict[tuple[str, str], Entry] = {}
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""
         if content.startswith(first_line):
             for line in content[len(first_line) :].splitlines():
-                self._known.update((entry.path, entry) for entry in _parse(line))
+                self._known.update(((entry.path, entry.member), entry) for entry in _parse(line))
             if not content.endswith(b"\n"):
                 self._append(b"\n")
         elif content.startswith(_FAMILY) or first_line.startswith(content):
@@ -80,10 +107,14 @@ class Journal:
                 "Give the name of a new file, or of the journal of the interrupted run.",
             )
 
-    def find(self, path: str, file_size: int, file_mtime_ns: int) -> Entry | None:
-        """Return a file's entry; None when it has none or the file has changed since."""
-        entry = self._known.get(path)
-        if entry is None or entry[1:3] != (file_size, file_mtime_ns) or entry.code in NEVER_KEPT:
+    def find(self, found: Entry) -> Entry | None:
+        """Return what is known of a file; None when that is nothing or the file has changed since.
+
+        Args:
+            found: as `ich_keras.ct.walk.walk` yields it.
+        """
+        entry = self._known.get((found.path, found.member))
+        if entry is None or entry.code in NEVER_KEPT or _identity(entry) != _identity(found):
             return None
         return entry
 
@@ -100,6 +131,11 @@ class Journal:
             written = stream.write(line)
             while written < len(line):
                 written += stream.write(line[written:])
+
+
+def _identity(entry: Entry) -> tuple:
+    place = entry.member_offset, entry.member_bytes, entry.member_crc32
+    return (entry.file_size, entry.file_mtime_ns, *place)
 
 
 def _parse(line: bytes) -> list[Entry]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ich_keras.ct.tables import REJECT_COLUMNS, csv_text, make_table
+from ich_keras.ct.tables import REJECT_COLUMNS, csv_text, make_table, shown_paths
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_write
 
@@ -101,6 +101,16 @@ REJECT_CODES = {
     "UID_CONFLICT": Explanation(
         "the SOPInstanceUID is also that of a file with other content; neither is used",
         "Remove the file that is wrong, or give it a SOPInstanceUID of its own.",
+    ),
+    "BAD_ARCHIVE": Explanation(
+        "an archive that cannot be read, or not to its end",
+        "Copy or download it again. If it is of another kind than zip and tar, unpack it.",
+    ),
+    "BAD_MEMBER": Explanation(
+        "a member of an archive that cannot be read", "Unpack the archive and look at this file."
+    ),
+    "NESTED_ARCHIVE": Explanation(
+        "an archive within an archive; it is not read", "Unpack the outer archive."
     ),
     "HIDDEN": Explanation(
         "a hidden file or folder: its name begins with a dot; it is not read",
@@ -353,7 +363,7 @@ def require_few_rejects(slices: pd.DataFrame, rejects: pd.DataFrame, max_rejects
     """
     require_share(max_rejects)
     missing = rejects[lost(rejects)]
-    used = len(slices) - int(slices["container"].isin(rejects["path"]).sum())
+    used = len(slices) - int(shown_paths(slices).isin(rejects["path"]).sum())
     share = len(missing) / max(1, len(missing) + used)
     if used == 0 or share <= max_rejects:  # without any slice another error says so
         return

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections import Counter
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from ich_keras.ct.tables import (
     SLICE_COLUMNS,
     completed,
     read_table,
+    shown_path,
     write_table,
 )
 from ich_keras.ct.turning import require_turned
 from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
-from ich_keras.ct.walk import read_all, walk
+from ich_keras.ct.walk import read_all, walk, walk_archive
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, replace, write_json
 from ich_keras.leftovers import partial_of, remove_leftovers
@@ -56,8 +58,10 @@ class SeriesIndex:
             which counts from the most inferior slice. `series_uid` is the key of a volume: the
             SeriesInstanceUID, followed by "#2", "#3" where one UID holds several orientations,
             matrices, pixel spacings or patients, or scans or reconstructions that overlap
-            (`volumes`). `container` is the file's absolute path. Rows, columns, spacings and
-            positions are those of the turned slice; `turn` says how it was turned (`turning`).
+            (`volumes`). `container` is the absolute path of the file, or of the archive that holds
+            it as `member` ("" for plain files); the columns `member_...` say where, and
+            `file_mtime_ns` is the archive's. Rows, columns, spacings and positions are those of the
+            turned slice; `turn` says how it was turned (`turning`).
         series: one row per series (SERIES_COLUMNS), in the same order. `slice_spacing_mm` is the
             median distance between neighbours. `verdict.verdict` explains `verdict`, and
             `geometry.in_plane_shear` explains `shear_row` and `shear_column`. `num_rejected` counts
@@ -132,7 +136,7 @@ class SeriesIndex:
         left_out = self.slices["series_uid"].isin(codes)
         found = [
             Reject(
-                row.container if row.member == "" else f"{row.container}/{row.member}",
+                shown_path(row.container, row.member),
                 *codes[row.series_uid],
                 series_instance_uid=row.series_instance_uid,
             )
@@ -227,16 +231,18 @@ def index_folder(
     any_body_part: bool = False,
     leave_out: Path | str | None = None,
     any_image_type: bool = False,
+    executor: Executor | None = None,
 ) -> SeriesIndex:
-    """Find the CT slices in a folder, group them into series and put them in order.
+    """Find the CT slices in a folder or an archive, group them into series and put them in order.
 
     Headers are read, and the pixels of one slice per series: to see whether it shows a head. Links
-    to folders are followed; a folder is read once. A file that is not a CT slice becomes a reject,
-    and so does what has a name that begins with a dot. Of copies with the same SOPInstanceUID, the
-    first by path is kept; of files that differ, none.
+    to folders are followed; a folder is read once. Archives (zip, uncompressed tar) are read as
+    they are, in stored order; nothing is unpacked to disk. A file that is not a CT slice becomes a
+    reject, and so does what has a name that begins with a dot. Of copies with the same
+    SOPInstanceUID, the first by path is kept; of files that differ, none.
 
     Args:
-        folder: of DICOM files.
+        folder: of DICOM files and archives of them, or one archive.
         workers: processes that read headers; 0 reads them in this one.
         journal: a file from which an interrupted indexing resumes: files listed there are read
             again only if their size or time has changed. It is kept; remove it when done.
@@ -246,15 +252,19 @@ def index_folder(
         any_image_type: also use what Image Type says is not an acquired slice, such as reformatted
             images; otherwise it becomes a reject (NOT_ORIGINAL).
         leave_out: a folder that is not searched, though it may lie in the other: that of results.
+        executor: does what `workers` would do, such as that of `ich_keras.executors.dask_executor`;
+            its machines must see the files under the same paths. The result is the same.
 
     Raises:
-        UsageError: the folder does not exist, or the journal file is not a journal.
+        UsageError: the folder does not exist, it is a file that is not an archive, or the journal
+            file is not a journal.
         NothingUsable: no CT slice was found; its `rejects` say why.
     """
     folder = Path(folder).absolute()
-    if not folder.is_dir():
+    if not folder.exists():
         raise UsageError(
-            f"{folder} is not a folder.", "Give the folder that holds the DICOM files."
+            f"{folder} does not exist.",
+            "Give the folder or the archive (zip, tar) that holds the DICOM files.",
         )
     if workers < 0:
         raise UsageError(f"workers is {workers}; expected 0 or more.")
@@ -262,15 +272,16 @@ def index_folder(
     known = Journal(journal, any_image_type)
     own = () if journal is None else (str(journal), f"{journal}{LOCK}")
     found, unread = [], []
-    for entry in walk(folder, leave_out):
+    for entry in walk(folder, leave_out) if folder.is_dir() else walk_archive(folder):
         if entry.path in own:
             continue
-        before = None if entry.code else known.find(*entry[:3])
+        before = None if entry.code else known.find(entry)
         if entry.code or before is not None:
             found.append(before or entry)
         else:
             unread.append(entry)
-    found += read_all(unread, len(found), workers, known, progress, any_image_type)
+    readers = workers if executor is None else executor
+    found += read_all(unread, len(found), readers, known, progress, any_image_type)
     found.sort(key=lambda entry: entry.path)
     slices, rejects = split_by_uid(entry for entry in found if not entry.code)
     rejects += [
@@ -285,7 +296,7 @@ def index_folder(
             table,
             "Is this the folder that holds the DICOM files?",
         )
-    return SeriesIndex(*make_tables(slices, lost_slices(table), workers, any_body_part), table)
+    return SeriesIndex(*make_tables(slices, lost_slices(table), readers, any_body_part), table)
 
 
 def _reasons(row: pd.Series) -> str:

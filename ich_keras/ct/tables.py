@@ -32,6 +32,10 @@ SLICE_COLUMNS = {
     "instance_number": TEXT,
     "image_position_z_mm": "float64",
     "turn": TEXT,
+    # Where a member lies in its archive (`ich_keras.ct.members.Member`); 0 for plain files.
+    "member_offset": "int64",
+    "member_bytes": "int64",
+    "member_crc32": "int64",
 }
 SERIES_COLUMNS = {
     "series_uid": TEXT,
@@ -61,6 +65,9 @@ REJECT_COLUMNS = dict.fromkeys(
 # What a column gets that an older table lacks.
 _ABSENT = {TEXT: "", "float64": math.nan, "int64": 0}
 
+# Between the path of an archive and the name of its member, wherever a person reads both.
+SEPARATOR = "!/"
+
 # Spreadsheets take a cell that begins with one of these for a formula. The last is our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
@@ -76,6 +83,24 @@ def patient_or_series(slices: pd.DataFrame) -> pd.Series:
     ['p1', '1.3']
     """
     return slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
+
+
+def shown_path(container: str, member: str) -> str:
+    """Name a file for people: its path, or that of its archive with the member's name.
+
+    >>> shown_path("/data/a.dcm", ""), shown_path("/data/all.zip", "one/a.dcm")
+    ('/data/a.dcm', '/data/all.zip!/one/a.dcm')
+    """
+    return f"{container}{SEPARATOR}{member}" if member else container
+
+
+def shown_paths(slices: pd.DataFrame) -> pd.Series:
+    """Return `shown_path` of each row of a table of slices."""
+    containers = slices["container"]
+    if "member" not in slices:
+        return containers
+    members = containers + SEPARATOR + slices["member"]
+    return containers.where(slices["member"] == "", members)
 
 
 def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:

@@ -6,14 +6,16 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
+from ich_keras.ct.archives import kind_of, list_members
 from ich_keras.ct.dicom import read_header
-from ich_keras.ct.journal import Entry, Journal
+from ich_keras.ct.journal import NEVER_KEPT, Entry, Journal
 from ich_keras.ct.rejects import RejectedFile
-from ich_keras.errors import EnvironmentProblem
+from ich_keras.errors import UsageError
+from ich_keras.executors import Workers, broken_told, map_on
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -26,7 +28,8 @@ def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
 
     Links to folders are followed, after all folders that are not links; a folder that several paths
     reach is read once, by the first of them. Names that begin with a dot are listed, not read.
-    `leave_out` is neither.
+    `leave_out` is neither. Archives are looked into; their members come in the order they are
+    stored (`archives.list_members`).
     """
     seen = set() if leave_out is None else {os.path.realpath(leave_out)}
     places, links = deque([str(folder)]), deque[str]()
@@ -51,7 +54,32 @@ def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
             elif _is_folder(item):
                 (links if item.is_symlink() else places).append(item.path)
             else:
-                yield _look_at(item.path)
+                yield from _listed(_look_at(item.path))
+
+
+def walk_archive(path: Path) -> Iterator[Entry]:
+    """Yield every member of an archive that a person named, as `walk` does for files.
+
+    Raises:
+        UsageError: it is not an archive.
+    """
+    entry = _look_at(str(path))
+    kind = None if entry.code else kind_of(entry.path, is_asked_for=True)
+    if kind is None:
+        raise UsageError(
+            f"{path} is neither a folder nor a zip or tar.",
+            "Give the folder or the archive that holds the DICOM files.",
+        )
+    yield from list_members(entry, kind)
+
+
+def _listed(entry: Entry) -> Iterator[Entry]:
+    """Yield a file, or if it is an archive its members."""
+    kind = None if entry.code else kind_of(entry.path)
+    if kind is None:
+        yield entry
+    else:
+        yield from list_members(entry, kind)
 
 
 def _is_folder(item: os.DirEntry) -> bool:
@@ -86,7 +114,7 @@ def _printable(path: str) -> str:
 def read_all(
     unread: list[Entry],
     done: int,
-    workers: int,
+    workers: Workers,
     journal: Journal,
     progress: Progress | None,
     any_image_type: bool = False,
@@ -98,7 +126,7 @@ def read_all(
     told = -1
     if progress is not None and unread:
         progress("indexing", done, total)
-    with mapping(workers, len(chunks), "reading headers") as apply:
+    with mapping(workers, len(chunks), "reading headers", _is_doubtful) as apply:
         for entries in apply(partial(_read_headers, any_image_type), chunks):
             journal.add(entries)
             found += entries
@@ -112,31 +140,41 @@ def read_all(
 
 
 @contextlib.contextmanager
-def mapping(workers: int, num_tasks: int, work: str) -> Iterator[Callable[..., Iterable]]:
-    """Yield a `map` that works in this process or in several.
+def mapping(
+    workers: Workers, num_tasks: int, work: str, is_doubtful: Callable | None = None
+) -> Iterator[Callable[..., Iterable]]:
+    """Yield a `map` that works in this process, in several, or on an executor.
 
     Args:
-        workers: processes; 0 works in this one.
+        workers: processes (0 works in this one), or an executor.
         num_tasks: how many tasks there are.
         work: what it does, for the message.
+        is_doubtful: as for `ich_keras.executors.map_on`.
 
     Raises:
         EnvironmentProblem: a worker process died.
     """
-    if workers == 0 or num_tasks <= 1:
-        yield map
-        return
-    pool = process_pool(min(workers, num_tasks))
-    try:
-        yield pool.map
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            f"a process that was {work} has died (killed, or out of memory).",
-            "Run again with the same journal, or with fewer workers. A script that uses workers "
-            "needs an `if __name__ == '__main__':` guard.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with broken_told(
+        f"a process that was {work} has died (killed, or out of memory).",
+        "Run again with the same journal, or with fewer workers. A script that uses workers "
+        "needs an `if __name__ == '__main__':` guard.",
+    ):
+        if isinstance(workers, Executor):
+            yield partial(map_on, workers, is_doubtful=is_doubtful)
+            return
+        if workers == 0 or num_tasks <= 1:
+            yield map
+            return
+        pool = process_pool(min(workers, num_tasks))
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _is_doubtful(entries: list[Entry]) -> bool:
+    """Return whether another machine may have lacked something that this one has."""
+    return any(entry.code in NEVER_KEPT for entry in entries)
 
 
 def _read_headers(any_image_type: bool, entries: list[Entry]) -> list[Entry]:
@@ -145,7 +183,7 @@ def _read_headers(any_image_type: bool, entries: list[Entry]) -> list[Entry]:
 
 def _read_one(entry: Entry, any_image_type: bool) -> Entry:
     try:
-        header = read_header(entry.path, any_image_type=any_image_type)
+        header = read_header(entry.source, any_image_type=any_image_type)
     except RejectedFile as error:
         return entry._replace(
             code=error.code,

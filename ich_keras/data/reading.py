@@ -16,10 +16,11 @@ from ich_keras.ct.dicom import read_slice, unreadable
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
 from ich_keras.ct.header import SliceHeader
+from ich_keras.ct.members import Member, require_member, source_of
 from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
-from ich_keras.ct.tables import COSINES
+from ich_keras.ct.tables import COSINES, shown_path
 from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
 
@@ -35,9 +36,11 @@ class IndexedSlice(NamedTuple):
     """What an index says of one slice; see `ich_keras.ct.series.SeriesIndex` for the meaning.
 
     Args:
-        container: path of the file.
-        file_size: bytes.
+        container: path of the file, or of the archive that it lies in.
+        file_size: bytes; of a member of an archive, when unpacked.
         turn: how its pixels are turned when they are read (`ich_keras.ct.turning`).
+        member, member_offset, member_bytes, member_crc32: its place in an archive
+            (`ich_keras.ct.members.Member`); "" and 0 for a plain file.
         normal: (3,), unit normal of the series; `position_mm` is the position along it.
         orientation: (6,), direction cosines of the series.
     """
@@ -54,8 +57,29 @@ class IndexedSlice(NamedTuple):
     position_mm: float
     file_size: int
     turn: str
+    member: str
+    member_offset: int
+    member_bytes: int
+    member_crc32: int
     normal: tuple[float, ...]
     orientation: tuple[float, ...]
+
+    @property
+    def path(self) -> str:
+        """What people read: see `ich_keras.ct.members.shown_path`."""
+        return shown_path(self.container, self.member)
+
+    @property
+    def source(self) -> str | Member:
+        """What `ich_keras.ct.dicom` reads."""
+        return source_of(
+            self.container,
+            self.member,
+            self.member_offset,
+            self.member_bytes,
+            self.file_size,
+            self.member_crc32,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +143,9 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
         RejectedFile: it cannot be read, or it is not the file that was indexed (CHANGED).
     """
     # Whether its Image Type will do was decided when it was indexed.
-    record = read_slice(indexed.container, any_image_type=True)
+    record = read_slice(indexed.source, any_image_type=True)
     found = differences(record.header, indexed)
-    if not found:
+    if not found and not indexed.member:  # a member of another size was refused as it was opened
         try:
             file_size = os.stat(indexed.container).st_size  # noqa: PTH116 (a Path costs 5 us)
         except OSError as error:  # removed while it was read
@@ -131,6 +155,17 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
     if found:
         raise RejectedFile("CHANGED", "; ".join(found))
     return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
+
+
+def is_in_place(indexed: IndexedSlice) -> bool:
+    """Return whether a file is where the index says, with its size; its content is not read."""
+    try:
+        if isinstance(indexed.source, Member):
+            require_member(indexed.source)
+            return True
+        return os.stat(indexed.container).st_size == indexed.file_size  # noqa: PTH116
+    except (OSError, RejectedFile):
+        return False
 
 
 def differences(header: SliceHeader, indexed: IndexedSlice) -> list[str]:

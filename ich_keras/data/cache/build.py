@@ -6,6 +6,7 @@ one that died: it keeps the recorded shards. The manifest is written last, then 
 renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 """
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -19,10 +20,10 @@ import pandas as pd
 from ich_keras import files
 from ich_keras.ct.plausibility import Content, implausible_rows
 from ich_keras.ct.rejects import rejects_kept, require_few_rejects
-from ich_keras.ct.tables import write_table
+from ich_keras.ct.tables import shown_paths, write_table
 from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
 from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
-from ich_keras.data.cache.shards import Shard, ShardEntry, digest_of
+from ich_keras.data.cache.shards import CRC_DTYPE, Shard, ShardEntry, digest_of
 from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, tables_after_reading
 from ich_keras.data.cache.unfinished import (
     PLAN,
@@ -39,6 +40,7 @@ from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_
 from ich_keras.data.reading import indexed_slices
 from ich_keras.disk import full_disk_told, require_free
 from ich_keras.errors import DataError, EnvironmentProblem
+from ich_keras.executors import Workers
 from ich_keras.labels import LABELS
 from ich_keras.progress import Progress
 
@@ -72,7 +74,7 @@ def build_folder(
     index: "SeriesIndex",
     out: Path,
     settings: Settings,
-    workers: int,
+    workers: Workers,
     progress: Progress | None,
     restart: bool = False,
     max_rejects: float = 1.0,
@@ -85,26 +87,56 @@ def build_folder(
     """
     partial = working_folder(out)
     shards, plan = plan_build(index, settings)
+    records = fill_shards(
+        index, partial, plan, shards, settings, workers, progress, restart, is_alone
+    )
+    finish_folder(index, out, plan, shards, records, max_rejects)
+
+
+def fill_shards(
+    index: "SeriesIndex",
+    partial: Path,
+    plan: dict,
+    shards: list[PlannedShard],
+    settings: Settings,
+    workers: Workers,
+    progress: Progress | None,
+    restart: bool,
+    is_alone: bool,
+) -> dict[str, dict]:
+    """Build shards of a plan in a working folder, resuming an earlier build of the same plan.
+
+    Returns:
+        The record of each of the shards, by its name.
+    """
     make_ready(partial, plan, restart, is_alone)
     records = finished_records(partial, plan, shards, settings)
     require_same_pixels(index, shards, records, settings, workers, progress)
     to_do = [shard for shard in shards if shard.name not in records]
     raw = [raw_shard_bytes(shard.stop - shard.start, settings.size) for shard in to_do]
     # One shard more: a shard that lost slices, or is compressed, is written a second time.
-    require_free(out.parent, sum(raw) + max(raw, default=0), f"{len(raw)} shards of the cache")
+    require_free(partial.parent, sum(raw) + max(raw, default=0), f"{len(raw)} shards of the cache")
     files.write_json(partial / PLAN, plan)
-    try:
-        records |= _build_shards(index, partial, plan, to_do, settings, workers, progress)
+    # A record is worth keeping also where all slices of its shard were refused.
+    with _working_in(partial, "shard-*.*"):
+        return records | _build_shards(index, partial, plan, to_do, settings, workers, progress)
+
+
+def finish_folder(
+    index: "SeriesIndex",
+    out: Path,
+    plan: dict,
+    shards: list[PlannedShard],
+    records: dict[str, dict],
+    max_rejects: float,
+) -> None:
+    """Write tables and manifest of a working folder that has all shards, and give it its name."""
+    partial = working_folder(out)
+    with _working_in(partial, "shard-*.h5"):
         entries, tables = _collect(index, shards, records)
         with rejects_kept(partial):
             require_few_rejects(tables.slices, tables.rejects, max_rejects)
         _write_manifest(partial, plan, entries, tables, _labels(index, tables))
-    except EnvironmentProblem as error:
-        raise EnvironmentProblem(error.message, f"{error.hint} {_KEPT}".strip()) from error
-    except OSError as error:
-        raise EnvironmentProblem(f"{partial} could not be written ({error}).", _KEPT) from error
-    finally:
-        clean(partial)
     if out.is_dir():
         out.rmdir()  # empty, as `require_absent` made sure; Windows renames onto nothing
     files.replace(partial, out)
@@ -113,13 +145,26 @@ def build_folder(
         record.unlink()
 
 
+@contextlib.contextmanager
+def _working_in(partial: Path, kept: str) -> Iterator[None]:
+    """Clean up after a block (`clean`), and say in its errors that finished shards are kept."""
+    try:
+        yield
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(error.message, f"{error.hint} {_KEPT}".strip()) from error
+    except OSError as error:
+        raise EnvironmentProblem(f"{partial} could not be written ({error}).", _KEPT) from error
+    finally:
+        clean(partial, kept)
+
+
 def _build_shards(
     index: "SeriesIndex",
     partial: Path,
     plan: dict,
     shards: list[PlannedShard],
     settings: Settings,
-    workers: int,
+    workers: Workers,
     progress: Progress | None,
 ) -> dict[str, dict]:
     sources = indexed_slices(index)
@@ -170,23 +215,25 @@ class _Counter:
 def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _Counter) -> dict:
     """Wait for a shard's blocks, then verify, sync and rename it; return its record."""
     plan, raw = started.plan, started.path
-    crc_blocks: list[np.ndarray] = []
-    hashes: list[str] = []
+    num_slices = plan.stop - plan.start
+    all_crc32 = np.zeros(num_slices, CRC_DTYPE)
+    hashes = [""] * num_slices
+    contents: list[Content | None] = [None] * num_slices
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
-    contents: list[Content | None] = []
     for block in started.filled:
-        crc_blocks.append(block.crc32)
-        hashes += block.hashes
+        for number, row in enumerate(block.rows):
+            all_crc32[row - plan.start] = block.crc32[number]
+            hashes[row - plan.start] = block.hashes[number]
+            contents[row - plan.start] = block.contents[number]
         rejected |= block.rejected
         repaired += block.repaired
-        contents += block.contents
-        count.add(len(block.crc32))
+        count.add(len(block.rows))
     for row, reject in implausible_rows(started.series, contents).items():
         rejected.setdefault(plan.start + row, reject)
-    kept = np.ones(plan.stop - plan.start, bool)
+    kept = np.ones(num_slices, bool)
     kept[[row - plan.start for row in rejected]] = False
-    crc32 = np.concatenate(crc_blocks)[kept]
+    crc32 = all_crc32[kept]
     entry = ShardEntry(plan.name, 0, 0, len(crc32), started.offset)
     if kept.any():
         entry = _write_final(partial, settings, started, kept, crc32)
@@ -197,7 +244,7 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
         "dataset_offset": entry.dataset_offset,
         "checksums": entry.checksums,
         "rejected": [[row, *reject] for row, reject in sorted(rejected.items())],
-        "repaired": repaired,
+        "repaired": sorted(repaired),
         "hashes": hashes,
     }
 
@@ -248,7 +295,7 @@ def _collect(
         row, (code, detail, _) = next(iter(rejected.items()))
         raise DataError(
             f"none of the {len(index.slices)} slices could be read. The first, "
-            f"{index.slices['container'].iloc[row]}: {code}: {detail}",
+            f"{shown_paths(index.slices).iloc[row]}: {code}: {detail}",
             "Were the files moved or changed after indexing? Index the folder again.",
         )
     return entries, tables_after_reading(index, rejected, repaired, hashes)

@@ -5,9 +5,11 @@ hands back checksums and rejects only. Handing arrays back through the pool is f
 """
 
 import contextlib
+import itertools
+import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +18,14 @@ import cv2
 import numpy as np
 import pydicom
 
+from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.plausibility import Content, content_of_reject
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
 from ich_keras.data.cache.writer import write_at
 from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.errors import EnvironmentProblem
+from ich_keras.executors import Workers, broken_told, map_on
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
 
@@ -35,13 +39,29 @@ REREAD_SLICES = 16
 
 @dataclass(frozen=True)
 class Block:
-    """Slices that one task reads and writes into their place in a raw shard."""
+    """Slices that one task reads and writes into their places in a raw shard.
+
+    Args:
+        shard: the raw shard.
+        offset: byte at which the slice of `first_row` begins.
+        first_row: a row of the index.
+        sources: what the index says of the slices.
+        size: rows and columns of a cached slice.
+        places: (slices,), each one's row of the index less `first_row`; () stands for 0, 1, 2, ...
+    """
 
     shard: Path
     offset: int
     first_row: int
     sources: tuple[IndexedSlice, ...]
     size: int
+    places: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The row of the index of each slice."""
+        places = self.places or range(len(self.sources))
+        return tuple(self.first_row + place for place in places)
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,7 @@ class Filled:
     """The outcome of a block; rows count from the first slice of the index.
 
     Args:
+        rows: (slices,), in the order of what follows.
         crc32: uint32 (slices,).
         hashes: (slices,), each one's `pixel_hash`; "" for a reject.
         rejected: row -> reject code, detail and hint.
@@ -56,7 +77,7 @@ class Filled:
         contents: (slices,), for `ich_keras.ct.plausibility.implausible_rows`.
     """
 
-    first_row: int
+    rows: tuple[int, ...]
     crc32: np.ndarray
     hashes: tuple[str, ...]
     rejected: dict[int, tuple[str, str, str]]
@@ -75,6 +96,8 @@ def blocks(
 ) -> list[Block]:
     """Divide the slices of a shard into tasks for `fill_block`.
 
+    Slices in archives are read in the order in which these store them: one sweep for each shard.
+
     Args:
         shard: the raw shard.
         offset: byte at which its `hu` starts.
@@ -84,6 +107,16 @@ def blocks(
     """
     slice_bytes = size * size * HU_DTYPE.itemsize
     step = max(1, min(BLOCK_SLICES, BLOCK_BYTES // slice_bytes))
+    if any(source.member for source in sources):
+        stored = sorted(
+            range(len(sources)),
+            key=lambda row: (sources[row].container, sources[row].member_offset),
+        )
+        parts = [tuple(stored[start : start + step]) for start in range(0, len(stored), step)]
+        return [
+            Block(shard, offset, first_row, tuple(sources[row] for row in part), size, part)
+            for part in parts
+        ]
     return [
         Block(
             shard=shard,
@@ -97,26 +130,54 @@ def blocks(
 
 
 @contextlib.contextmanager
-def mapper(workers: int) -> Iterator[Callable]:
+def mapper(workers: Workers) -> Iterator[Callable]:
     """Yield `map`, or its parallel counterpart, which starts at once and keeps the order.
 
+    Args:
+        workers: processes (0 works in this one), or an executor.
+
     Raises:
-        EnvironmentProblem: a worker process died.
+        EnvironmentProblem: a worker process died, or a worker has other versions of libraries.
     """
-    if workers == 0:
-        yield map
-        return
-    pool = process_pool(workers, cv2.setNumThreads, 1)
-    try:
-        yield pool.map
-    except BrokenProcessPool as error:
+    with broken_told(
+        "a worker process died while reading slices (killed, often for lack of memory).",
+        "Use fewer workers. A script that uses workers needs an `if __name__ == '__main__':`"
+        " guard.",
+    ):
+        if isinstance(workers, Executor):
+            executor, versions = workers, pixel_versions()
+            yield lambda function, items: map_on(
+                executor, partial(_elsewhere, function, versions), items, _is_doubtful
+            )
+            return
+        if workers == 0:
+            yield map
+            return
+        pool = process_pool(workers, cv2.setNumThreads, 1)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _elsewhere(function: Callable, versions: dict[str, str], item: object) -> object:
+    """Do a task on a machine that may have other libraries, which would give other pixels."""
+    own = pixel_versions()
+    differing = [name for name in versions if own.get(name) != versions[name]]
+    if differing:
+        told = ", ".join(f"{name} {own.get(name)}, not {versions[name]}" for name in differing)
         raise EnvironmentProblem(
-            "a worker process died while reading slices (killed, often for lack of memory).",
-            "Use fewer workers. A script that uses workers needs an `if __name__ == '__main__':`"
-            " guard.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+            f"a worker on {socket.gethostname()} has {told}.",
+            "Install the same versions on all machines: the pixels depend on them.",
+        )
+    return function(item)
+
+
+def _is_doubtful(result: "Filled | list[str]") -> bool:
+    """Return whether another machine may have lacked something that this one has."""
+    if isinstance(result, Filled):
+        return any(code in NEVER_KEPT for code, *_ in result.rejected.values())
+    return "" in result
 
 
 def fill_block(block: Block) -> Filled:
@@ -126,21 +187,35 @@ def fill_block(block: Block) -> Filled:
     rejected = {}
     repaired = []
     contents: list[Content | None] = []
+    rows = block.rows
     for number, source in enumerate(block.sources):
         try:
             read = read_indexed(source, block.size)
         except RejectedFile as reject:
-            rejected[block.first_row + number] = (reject.code, reject.detail, reject.hint)
+            rejected[rows[number]] = (reject.code, reject.detail, reject.hint)
             contents.append(content_of_reject(reject))
         else:
             pixels[number] = read.hu
             contents.append(read.content)
             hashes[number] = read.pixel_hash
             if read.repaired:
-                repaired.append(block.first_row + number)
-    write_at(block.shard, block.offset, pixels)
+                repaired.append(rows[number])
+    for start, stop in _runs(rows):
+        offset = block.offset + (rows[start] - block.first_row) * pixels[0].nbytes
+        write_at(block.shard, offset, pixels[start:stop])
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
-    return Filled(block.first_row, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
+    return Filled(rows, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where the runs of successive numbers start and stop.
+
+    >>> _runs([5, 6, 2, 9, 10])
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    bounds = [0, *breaks.tolist(), len(rows)]
+    return list(itertools.pairwise(bounds))
 
 
 def a_few(count: int) -> list[int]:
@@ -149,14 +224,17 @@ def a_few(count: int) -> list[int]:
 
 
 def hashes_now(
-    sources: Sequence[IndexedSlice], size: int, workers: int = 0, progress: Progress | None = None
+    sources: Sequence[IndexedSlice],
+    size: int,
+    workers: Workers = 0,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Read slices again, to see whether they still have the pixels that were cached.
 
     Args:
         sources: what the index says of them.
         size: rows and columns of a cached slice.
-        workers: processes that read; 0 reads in this one.
+        workers: processes that read (0 reads in this one), or an executor.
         progress: called as progress("comparing", slices done, all slices).
 
     Returns:

@@ -75,7 +75,7 @@ def differing_data(
         """Return the files of those of the rows that have other pixels now."""
         now = hashes_now([held[row] for row in rows], pixels.size, workers, progress)
         return [
-            held[row].container
+            held[row].path
             for row, hashed in zip(rows, now, strict=True)
             if hashed != _hash_of(row, slices, pixels)
         ]

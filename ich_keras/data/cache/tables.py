@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.ct.rejects import Reject, joined
+from ich_keras.ct.tables import shown_paths
 from ich_keras.ct.verdict import GAP, INCOMPLETE, with_words
 from ich_keras.data.labels import series_labels
 from ich_keras.labels import LABELS
@@ -67,7 +68,7 @@ def tables_after_reading(
     slices = all_slices[kept].reset_index(drop=True)
     by_series = slices.groupby("series_uid", sort=False)
     slices = slices.assign(slice_index=by_series.cumcount().astype(slices["slice_index"].dtype))
-    paths = all_slices["container"].to_numpy()
+    paths = shown_paths(all_slices).to_numpy()
     uids = all_slices["series_instance_uid"].to_numpy()
     rejects = joined(
         index.rejects, [Reject(paths[row], *rejected[row], uids[row]) for row in rows.tolist()]

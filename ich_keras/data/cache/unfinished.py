@@ -15,6 +15,7 @@ from ich_keras.data.cache.plan import PlannedShard, Settings
 from ich_keras.data.cache.shards import Shard, ShardEntry
 from ich_keras.data.reading import indexed_slices
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.executors import Workers
 from ich_keras.leftovers import PARTIAL, remove_leftovers
 from ich_keras.progress import Progress
 
@@ -62,17 +63,25 @@ def make_ready(partial: Path, plan: dict, restart: bool, is_alone: bool) -> None
     if restart:
         shutil.rmtree(partial)
         return
+    require_plan(partial, plan)
+    if _read(partial / PLAN, partial) != plan:
+        shutil.rmtree(partial)
+
+
+def require_plan(partial: Path, plan: dict) -> None:
+    """Check that finished shards in a working folder are those of a plan.
+
+    Raises:
+        StaleError: they are of another one; says what differs.
+    """
     there = _read(partial / PLAN, partial)
-    if there == plan:
-        return
     finished = len(list(partial.glob("shard-*.h5")))
-    if finished:
+    if there != plan and finished:
         raise StaleError(
             f"{partial} holds {finished} finished shard{'s' if finished > 1 else ''} of another"
             f" build: {'; '.join(_differences(there, plan))}.",
             _start_over(partial),
         )
-    shutil.rmtree(partial)
 
 
 def write_record(partial: Path, plan: dict, name: str, record: dict) -> dict:
@@ -83,12 +92,23 @@ def write_record(partial: Path, plan: dict, name: str, record: dict) -> dict:
 
 
 def finished_records(
-    partial: Path, plan: dict, shards: list[PlannedShard], settings: Settings
+    partial: Path,
+    plan: dict,
+    shards: list[PlannedShard],
+    settings: Settings,
+    is_final: bool = False,
 ) -> dict[str, dict]:
     """Return the records of the shards that an earlier build finished.
 
     A shard that was lost is built again. So is one with rejects that depend on the machine, such
     as NO_DECODER. Other rejects are remembered: a file that crashed its decoder is not tried again.
+
+    Args:
+        partial: the working folder.
+        plan: what is built.
+        shards: of the plan, those that are asked for.
+        settings: of the build.
+        is_final: take all rejects as they are: nothing will be built again.
 
     Raises:
         StaleError: a shard or a record is not the one that was written; names it.
@@ -102,7 +122,7 @@ def finished_records(
         record = _read(record_path, partial)
         if record.get("plan") != files.fingerprint(plan):
             raise StaleError(f"{record_path} belongs to another build.", _start_over(partial))
-        if any(code in NEVER_KEPT for _, code, *_ in record["rejected"]):
+        if not is_final and any(code in NEVER_KEPT for _, code, *_ in record["rejected"]):
             continue
         if record["num_slices"]:
             if not path.is_file():
@@ -128,7 +148,7 @@ def require_same_pixels(
     shards: list[PlannedShard],
     records: dict[str, dict],
     settings: Settings,
-    workers: int,
+    workers: Workers,
     progress: Progress | None,
 ) -> None:
     """Look again at the slices of finished shards whose files have another time, and a few others.
@@ -153,7 +173,7 @@ def require_same_pixels(
     sources = indexed_slices(index)
     now = hashes_now([sources[row] for row in rows], settings.size, workers, progress)
     differ = [
-        sources[row].container for row, found in zip(rows, now, strict=True) if found != hashes[row]
+        sources[row].path for row, found in zip(rows, now, strict=True) if found != hashes[row]
     ]
     if differ:
         raise StaleError(
@@ -163,11 +183,11 @@ def require_same_pixels(
         )
 
 
-def clean(partial: Path) -> None:
-    """Remove the unfinished shards of this build; the whole folder when no shard was finished."""
+def clean(partial: Path, kept: str = "shard-*.h5") -> None:
+    """Remove the unfinished shards of this build; the whole folder when nothing `kept` is there."""
     for leftover in partial.glob(f"{TEMPORARY}*"):
         leftover.unlink()
-    if not any(partial.glob("shard-*.h5")):
+    if not any(partial.glob(kept)):
         shutil.rmtree(partial)
 
 

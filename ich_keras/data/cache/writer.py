@@ -149,4 +149,9 @@ def _filters(compression: str) -> dict:
     require_blosc2()
     import hdf5plugin
 
-    return dict(hdf5plugin.Blosc2(cname="lz4", clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE))
+    # Measured on 256 x 256 slices of a real head, per core: 2.6 times smaller, as with gzip;
+    # written at 245 MB/s (gzip 96), read at 626 (gzip 269). lz4 is read at 1100, and gives 2.2
+    # times. The next levels of zstd give 2.7, and are written at 107 or less. Bitshuffle gives
+    # less.
+    # Caches of older versions hold lz4, and are read all the same.
+    return dict(hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE))
