@@ -208,11 +208,10 @@ class PredictionJournal:
         for name, value in settings.items():
             before = first["settings"].get(name)
             if before != value:
-                said = name.replace("_", " ")
                 raise StaleError(
-                    f"{self._path} belongs to a prediction with {said} {_short(before)}; this one"
-                    f" has {said} {_short(value)}.",
-                    f"Resume it with {said} {_short(before)}. {self._start_over()}",
+                    f"{self._path} belongs to a prediction {_setting(name, before)}; this one is"
+                    f" {_setting(name, value)}.",
+                    f"Resume it {_setting(name, before)}. {self._start_over()}",
                 )
         before = first["content"]
         if before == content:
@@ -232,6 +231,13 @@ class PredictionJournal:
 
 def _is_whole(line: bytes) -> bool:
     return line.endswith(b"\n") and read_checked_line(line) is not None
+
+
+def _setting(name: str, value: Any) -> str:
+    """Name a setting as on the command line: "without --any-body-part", "with batch size 4"."""
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} --{name.replace('_', '-')}"
+    return f"with {name.replace('_', ' ')} {_short(value)}"
 
 
 def _short(value: object) -> object:

@@ -122,7 +122,7 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "duplicate": "skip",
         "split": "patient",
         "balance": True,
-        "augment": "thesis",
+        "augment": "fast",
         "reverse": False,
         "limit_series": None,
         "intensity": None,

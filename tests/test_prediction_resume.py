@@ -332,8 +332,11 @@ def test_a_journal_of_zeros_or_of_something_else(run, images, whole, out):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"batch_size": 8}, "a prediction with batch_size 4; this one has 8"),
-        ({"any_body_part": True}, "a prediction with any_body_part False; this one has True"),
+        ({"batch_size": 8}, "a prediction with batch size 4; this one is with batch size 8"),
+        (
+            {"any_body_part": True},
+            "a prediction without --any-body-part; this one is with --any-body-part",
+        ),
     ],
 )
 def test_other_options_are_refused(run, images, out, asked, message):
@@ -348,7 +351,7 @@ def test_another_run_is_refused(run, images, out, tmp_path):
     other = shutil.copytree(run, tmp_path / "run")
     folder = RunFolder(other)
     write_json(folder.choices_file, {"aggregation": {"rule": "noisy-or"}})
-    with pytest.raises(StaleError, match="with rule max; this one has noisy-or"):
+    with pytest.raises(StaleError, match="with rule max; this one is with rule noisy-or"):
         predict_folder(other, images, out, batch_size=BATCH)
     folder.choices_file.unlink()
     model = load_run(other)[1]
