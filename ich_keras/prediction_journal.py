@@ -233,7 +233,7 @@ def _is_whole(line: bytes) -> bool:
     return line.endswith(b"\n") and read_checked_line(line) is not None
 
 
-def _setting(name: str, value: Any) -> str:
+def _setting(name: str, value: object) -> str:
     """Name a setting as on the command line: "without --any-body-part", "with batch size 4"."""
     if isinstance(value, bool):
         return f"{'with' if value else 'without'} --{name.replace('_', '-')}"
