@@ -389,3 +389,51 @@ def test_what_is_not_an_augmentation_is_refused(phantom_cache):
         slice_batches(phantom_cache, seed=0, augment=lambda images: images)
     with pytest.raises(UsageError, match="draws at random: give a seed"):
         slice_batches(phantom_cache, augment=brighten)
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    import gc
+
+    import torch
+
+    from ich_keras.data.memory import _free, recycled
+
+    _free.clear()
+    shape = (3, 5, 7)
+
+    def address_of(array):
+        return array.__array_interface__["data"][0]
+
+    first = recycled(shape, np.float32)
+    assert first.shape == shape and first.dtype == np.float32 and first.flags.writeable
+    first[...] = 1
+    place = address_of(first)
+    # A view of a view, and a tensor of another: what `default_convert` and a slab leave behind.
+    view, tensor = first[1:, ::2][0], torch.as_tensor(first[:2])
+    del first
+    gc.collect()
+    assert address_of(recycled(shape, np.float32)) != place
+    del view
+    gc.collect()
+    others = [recycled(shape, np.float32) for _ in range(4)]
+    assert place not in map(address_of, others)
+    for other in others:
+        other[...] = 2
+    assert (tensor == 1).all()
+    del tensor, other, others
+    gc.collect()
+    assert len(_free) <= 3
+    _free.clear()
+    again = recycled(shape, np.float32)
+    place = address_of(again)
+    del again
+    assert address_of(recycled(shape, np.float32)) == place
+    # Not for what is much smaller: a large block would be held for it.
+    assert address_of(recycled((1,), np.float32)) != place
+
+
+def test_batches_that_are_kept_stay_what_they_were(phantom_cache):
+    settings = {"indices": np.arange(20), "batch_size": 4, "seed": 1, "augment": "fast"}
+    kept = [x for x, _ in slice_batches(phantom_cache, **settings)]
+    for x, (again, _) in zip(kept, slice_batches(phantom_cache, **settings), strict=True):
+        np.testing.assert_array_equal(x, again)

@@ -360,7 +360,9 @@ def test_another_run_is_refused(run, images, out, tmp_path):
     facts = {"cache": "none", "pixels": None}
     save_weights(model, folder.best_weights, {RECIPE: folder.recipe().to_dict(), **facts})
     digest = network_digest(model)[:12]
-    with pytest.raises(StaleError, match=f"with weights [0-9a-f]{{12}}; this one is with weights {digest}"):
+    with pytest.raises(
+        StaleError, match=f"with weights [0-9a-f]{{12}}; this one is with weights {digest}"
+    ):
         predict_folder(other, images, out, batch_size=BATCH)
     assert names(out) == [JOURNAL_FILE]
 

@@ -17,6 +17,7 @@ import numpy as np
 from ich_keras.data.draws import Draws
 from ich_keras.data.inputs import slice_windows
 from ich_keras.data.intensity import HeadZScore, Intensity
+from ich_keras.data.memory import recycled
 
 
 def drawn_inputs(
@@ -35,16 +36,17 @@ def drawn_inputs(
         float32 (n, rows, columns, channels) or (n, slices, rows, columns, channels).
     """
     side = size or hu.shape[-1]
-    inputs = np.empty((*hu.shape[:2], side, side, intensity.channels), np.float32)
+    inputs = recycled((*hu.shape[:2], side, side, intensity.channels), np.float32)
+    room = _Room(hu.shape[-1])
     is_by_table = side == hu.shape[-1] and not isinstance(intensity.normalisation, HeadZScore)
     for number, sample in enumerate(hu):
         stack = sample[::-1] if draws.is_reversed[number] else sample
         if is_by_table:
             table = _table(intensity, draws.contrast[number], draws.brightness[number])
         for place, one in enumerate(stack):
-            moved = move(one, draws, number)
+            moved = move(one, draws, number, room)
             if is_by_table:
-                table.look_up(moved, inputs[number, place])
+                table.look_up(moved, inputs[number, place], room)
             else:
                 windows = slice_windows(_whole(moved), side, intensity.windows)
                 inputs[number, place] = adjust(windows, draws, number)
@@ -53,13 +55,27 @@ def drawn_inputs(
     return inputs if is_by_table else intensity.normalise(inputs, is_volume)
 
 
-def move(image: np.ndarray, draws: Draws, number: int) -> np.ndarray:
+class _Room:
+    """Memory for one slice after the other: new memory costs more than what is done in it.
+
+    Args:
+        side: rows and columns of a slice.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.still, self.moved, self.shifted = np.empty((3, side, side), np.float32)
+        self.rows = np.empty((side, side), np.intp)
+        self.four = np.empty((side, side), np.complex128)
+
+
+def move(image: np.ndarray, draws: Draws, number: int, room: _Room | None = None) -> np.ndarray:
     """Flip, shift, scale and rotate a slice; what lies beyond its border is its reflection.
 
     Args:
         image: int16 or float32 (rows, columns) or (rows, columns, channels).
         draws: of several samples.
         number: which of them.
+        room: for an image of one channel; the next one overwrites what is returned.
 
     Returns:
         The type of `image`, or float32 where it was interpolated; the same shape.
@@ -72,10 +88,13 @@ def move(image: np.ndarray, draws: Draws, number: int) -> np.ndarray:
     if not draws.is_moved[number]:
         return image
     # OpenCV 5 moves one float32 channel five times as fast as one of int16.
+    still = np.empty(image.shape, np.float32) if room is None else room.still
+    still[...] = image
     moved = cv2.warpAffine(
-        np.ascontiguousarray(image, np.float32),
+        still,
         draws.matrices[number],
         image.shape[1::-1],
+        dst=None if room is None else room.moved,
         flags=cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REFLECT_101,
     )
@@ -115,39 +134,49 @@ class _Table:
     """The input of every HU between the ends of the windows, for one contrast and brightness."""
 
     def __init__(self, intensity: Intensity, contrast: float, brightness: float) -> None:
-        lowest = math.floor(min(window.low for window in intensity.windows))
-        highest = math.ceil(max(window.low + window.width for window in intensity.windows))
-        self._lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
-        hu = np.arange(self._lowest, highest + 1, dtype=np.int16)
-        windows = slice_windows(hu[np.newaxis], None, intensity.windows)
+        windows, self._lowest = _windows_by_hu(intensity)
         if contrast != 1 or brightness != 0:
-            windows = windows * np.float32(contrast) + np.float32(brightness)
-            windows = np.clip(windows, 0, 1, dtype=np.float32)
-        self._values = intensity.normalise(windows, False)[0]
+            windows = windows * np.float32(contrast)
+            windows += np.float32(brightness)
+            np.maximum(windows, 0, out=windows)
+            np.minimum(windows, 1, out=windows)
+        self._values = intensity.normalise(windows[np.newaxis], False)[0]
         self._by_four = None
         if intensity.channels == 3:
             # NumPy takes items of 16 bytes four times as fast as rows of 12.
-            padded = np.pad(self._values, ((0, 0), (0, 1)))
-            self._by_four = np.ascontiguousarray(padded).view(np.complex128)[:, 0]
+            padded = np.zeros((len(windows), 4), np.float32)
+            padded[:, :3] = self._values
+            self._by_four = padded.view(np.complex128)[:, 0]
 
-    def look_up(self, hu: np.ndarray, out: np.ndarray) -> None:
+    def look_up(self, hu: np.ndarray, out: np.ndarray, room: _Room) -> None:
         """Turn HU into input.
 
         Args:
             hu: int16 or float32 (rows, columns), HU.
             out: float32 (rows, columns, channels), receives the input.
+            room: for its work.
         """
         if hu.dtype == np.int16:
-            rows = hu.astype(np.intp)
-            rows -= self._lowest
+            np.subtract(hu, self._lowest, out=room.rows, dtype=np.intp)
         else:
             # Cuts towards 0, and so rounds; what is negative means the first row in any case.
-            rows = (hu + np.float32(0.5 - self._lowest)).astype(np.intp)
+            np.add(hu, np.float32(0.5 - self._lowest), out=room.shifted)
+            room.rows[...] = room.shifted
         if self._by_four is None:
-            np.take(self._values, rows, axis=0, out=out, mode="clip")
+            np.take(self._values, room.rows, axis=0, out=out, mode="clip")
             return
-        four = np.take(self._by_four, rows, mode="clip").view(np.float32)
-        cv2.cvtColor(four.reshape(*hu.shape, 4), cv2.COLOR_BGRA2BGR, dst=out)
+        four = np.take(self._by_four, room.rows, out=room.four, mode="clip")
+        cv2.cvtColor(four.view(np.float32).reshape(*hu.shape, 4), cv2.COLOR_BGRA2BGR, dst=out)
+
+
+@functools.lru_cache(maxsize=8)
+def _windows_by_hu(intensity: Intensity) -> tuple[np.ndarray, int]:
+    """Return the windows of every HU between their ends, (HU, channels), and the first HU."""
+    lowest = math.floor(min(window.low for window in intensity.windows))
+    highest = math.ceil(max(window.low + window.width for window in intensity.windows))
+    lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
+    hu = np.arange(lowest, highest + 1, dtype=np.int16)
+    return slice_windows(hu[np.newaxis], None, intensity.windows)[0], lowest
 
 
 @functools.lru_cache(maxsize=8)
