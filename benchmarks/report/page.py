@@ -178,7 +178,8 @@ def _glance(reports: list[Report]) -> str:
             rows.append((what, view, *cells, *computed.cells[view, what]))
     notes = (
         "Slices per second; in brackets the seconds of one patient, the peak memory that a step"
-        " adds, and the share of the ceiling (a matrix product on the same device). In italics:"
+        " adds, and the share of the ceiling (a matrix product on the same device; oneDNN's"
+        " convolutions on a processor may be faster than that, and then exceed 100%). In italics:"
         " computed at the roof, the most that such a card can do, and no expectation.\n\n"
         f"{computed.note}"
     )
