@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -298,9 +299,12 @@ def lock(path: Path | str, is_kept: bool = True) -> Iterator[bool]:
 
 def _require_creatable(path: Path) -> None:
     """Refuse a folder that takes no files; filelock takes that for a lock that is held."""
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        path.unlink(missing_ok=True)  # it was let go a moment ago
+    try:
+        # Not under the name of the lock: somebody may take it at this moment.
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _warn_of_no_locks(folder: Path) -> None:

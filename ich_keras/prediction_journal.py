@@ -209,7 +209,7 @@ class PredictionJournal:
             before = first["settings"].get(name)
             if before != value:
                 raise StaleError(
-                    f"{self._path} belongs to a prediction {_setting(name, before)}; this one is"
+                    f"{self._path} belongs to a prediction {_setting(name, before)}; now it runs"
                     f" {_setting(name, value)}.",
                     f"Resume it {_setting(name, before)}. {self._start_over()}",
                 )
@@ -259,7 +259,7 @@ def content_of(index: SeriesIndex, root: Path) -> dict[str, str]:
         a series; a file that belongs to none may come and go.
     """
     # Where its bytes lie in an archive does not matter either.
-    places = ["file_mtime_ns", "member_offset", "member_bytes", "member_crc32"]
+    places = ["file_mtime_ns", "member_offset", "member_bytes"]
     slices = index.slices.drop(columns=places)
     slices = slices.assign(container=[inside(path, root) for path in slices["container"]])
     by_slice = pd.util.hash_pandas_object(slices, index=False).to_numpy()

@@ -34,13 +34,20 @@ from ich_keras.errors import (
 from ich_keras.keras_private import CPU_OUT_OF_MEMORY
 from ich_keras.paths import path_of
 from ich_keras.progress import Progress, Tell
-from ich_keras.ranks import this_rank
+from ich_keras.ranks import Rank, this_rank
 
 TRACEBACK = "ICH_TRACEBACK"
 # For every group, and for `ich-train`, which runs without the group.
 HELP = {"help_option_names": ["-h", "--help"]}
 USUAL_WIDTH = 80  # assumed for a file or pipe
 
+
+# How long a process lets another speak first. Processes fail a second or two apart; who waited for
+# one that ended learns of it within seconds.
+_SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 4, 10
+# Key of the arguments of a command, as they were given.
+ARGUMENTS = "ich_keras.arguments"
+TRAIN = "train"  # the command that runs in several processes
 
 _PART_IS_A_FILE = "A part of the path is a file; expected folders. Choose another path."
 _NOT_ALLOWED = "You may not write there. Choose another folder."
@@ -75,10 +82,7 @@ def _process_that_fails(is_of_another: bool) -> str:
     Returns:
         What the message begins with.
     """
-    try:
-        rank = this_rank()
-    except UsageError:
-        return ""
+    rank = _rank()
     if is_of_another:
         time.sleep(_SECONDS_FOR_THE_CAUSE)
     elif not rank.is_first:
@@ -86,10 +90,11 @@ def _process_that_fails(is_of_another: bool) -> str:
     return "" if rank.is_first else f"process {rank.number} of {rank.of}: "
 
 
-_SECONDS_FOR_THE_FIRST, _SECONDS_FOR_THE_CAUSE = 4, 10
-# Key of the arguments of a command, as they were given.
-ARGUMENTS = "ich_keras.arguments"
-TRAIN = "train"  # the command that runs in several processes
+def _rank() -> Rank:
+    try:
+        return this_rank()
+    except UsageError:  # the environment does not say; that is the error to be told
+        return Rank()
 
 
 class Command(click.Command):
@@ -129,7 +134,7 @@ class Command(click.Command):
                 EXIT_ENVIRONMENT,
             )
         except KeyboardInterrupt:
-            if ctx.command.name != TRAIN or this_rank().is_first:
+            if ctx.command.name != TRAIN or _rank().is_first:
                 click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 

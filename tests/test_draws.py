@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_dicom import head_hu
 
-from ich_keras.ct.window import WIDE
+from ich_keras.ct.window import WIDE, Window
 from ich_keras.data import augment as library
 from ich_keras.data.augment import make_augmentation
 from ich_keras.data.batches import series_batches, slab_batches, slice_batches
@@ -15,7 +15,7 @@ from ich_keras.data.device_inputs import DeviceInputs, RawBatch
 from ich_keras.data.drawn_inputs import change_windows, drawn_inputs
 from ich_keras.data.draws import draw, no_draws
 from ich_keras.data.inputs import slice_input, slice_windows, volume_input
-from ich_keras.data.intensity import INTENSITIES
+from ich_keras.data.intensity import INTENSITIES, Intensity, Normalisation
 from ich_keras.data.seeds import sample_seed
 from ich_keras.errors import UsageError
 
@@ -158,6 +158,31 @@ def test_reversed_volumes_are_upside_down():
     np.testing.assert_array_equal(found[0], volume_input(hu[0, ::-1]))
 
 
+@pytest.mark.parametrize("level", [40_000, -40_000])
+def test_a_window_beyond_every_value_is_plain(level):
+    intensity = Intensity("far", (Window(level, 100),), Normalisation("own", (0.5,), (0.5,)))
+    hu = heads(1)
+    found = drawn_inputs(hu[:, np.newaxis], no_draws(1), intensity, False)
+    np.testing.assert_array_equal(found, slice_input(hu, None, intensity))
+    assert len(np.unique(found)) == 1
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_any_number_of_windows_is_looked_up(channels):
+    windows = tuple(Window(20 * number, 100 + number) for number in range(1, channels + 1))
+    normalisation = Normalisation("own", (0.1,) * channels, (0.5,) * channels)
+    intensity = Intensity("own", windows, normalisation)
+    hu = heads(2)
+    found = drawn_inputs(hu[:, np.newaxis], no_draws(2), intensity, False)
+    np.testing.assert_array_equal(found, slice_input(hu, None, intensity))
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_deviation_that_cannot_be_one_is_refused(std):
+    with pytest.raises(UsageError, match="expected finite numbers, and deviations above 0"):
+        Intensity("own", (WIDE,), Normalisation("own", (0.5,), (std,)))
+
+
 # --- On a device ----------------------------------------------------------------------------
 
 
@@ -235,6 +260,20 @@ def test_what_a_device_cannot_do_is_done_on_the_cpu(phantom_cache):
         strict=True,
     ):
         np.testing.assert_array_equal(x, other)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cuda:99", "mps"])
+@pytest.mark.parametrize("augment", ["fast", "thesis"])
+def test_devices_that_are_none_are_refused(phantom_cache, device, augment):
+    with pytest.raises(UsageError, match="device is "):
+        slice_batches(phantom_cache, seed=0, augment=augment, device=device)
+
+
+def test_raw_batches_that_are_kept_stay_what_they_were(phantom_cache):
+    dataset = slice_batches(phantom_cache, seed=0, device="cpu").dataset
+    kept = [dataset[0, np.array([number])].hu for number in range(6)]
+    for number, hu in enumerate(kept):
+        np.testing.assert_array_equal(hu[0, 0], phantom_cache.slice_hu(number))
 
 
 def test_fast_is_no_function_of_windows():

@@ -332,10 +332,10 @@ def test_a_journal_of_zeros_or_of_something_else(run, images, whole, out):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"batch_size": 8}, "a prediction with batch size 4; this one is with batch size 8"),
+        ({"batch_size": 8}, "a prediction with batch size 4; now it runs with batch size 8"),
         (
             {"any_body_part": True},
-            "a prediction without --any-body-part; this one is with --any-body-part",
+            "a prediction without --any-body-part; now it runs with --any-body-part",
         ),
     ],
 )
@@ -351,7 +351,7 @@ def test_another_run_is_refused(run, images, out, tmp_path):
     other = shutil.copytree(run, tmp_path / "run")
     folder = RunFolder(other)
     write_json(folder.choices_file, {"aggregation": {"rule": "noisy-or"}})
-    with pytest.raises(StaleError, match="with rule max; this one is with rule noisy-or"):
+    with pytest.raises(StaleError, match="with rule max; now it runs with rule noisy-or"):
         predict_folder(other, images, out, batch_size=BATCH)
     folder.choices_file.unlink()
     model = load_run(other)[1]
@@ -361,7 +361,7 @@ def test_another_run_is_refused(run, images, out, tmp_path):
     save_weights(model, folder.best_weights, {RECIPE: folder.recipe().to_dict(), **facts})
     digest = network_digest(model)[:12]
     with pytest.raises(
-        StaleError, match=f"with weights [0-9a-f]{{12}}; this one is with weights {digest}"
+        StaleError, match=f"with weights [0-9a-f]{{12}}; now it runs with weights {digest}"
     ):
         predict_folder(other, images, out, batch_size=BATCH)
     assert names(out) == [JOURNAL_FILE]

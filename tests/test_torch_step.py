@@ -14,7 +14,7 @@ import torch
 from test_networks import NARROW, TINY, random_batch
 
 from ich_keras.errors import UsageError
-from ich_keras.keras_private import keep_float64
+from ich_keras.keras_private import keep_float64, tensor_of
 from ich_keras.labels import RSNA_WEIGHTS
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
@@ -22,6 +22,7 @@ from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import resnet
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import choose_step
 from ich_keras.models.torch import adam as torch_adam
 from ich_keras.models.torch.adam import fused_update
@@ -705,6 +706,34 @@ def test_one_value_per_channel_is_normalised_as_keras_does():
         model.fit(images, truth, epochs=2, verbose=0)
         found.append({k: v for k, v in states(model).items() if "layer4_0_bn1" in k})
     assert_close(found[1], found[0], 1e-6)
+
+
+def test_what_the_fused_adam_takes_is_looked_up_once(monkeypatch):
+    """Head and backbone apart, too; and again where a weight lies in another order."""
+    made = []
+    plan = torch_adam._plan
+
+    def counted(optimizer, variables):
+        made.append(len(variables))
+        return plan(optimizer, variables)
+
+    monkeypatch.setattr(torch_adam, "_plan", counted)
+    model = build(ModelSpec((16, 16, 3), depth=10, width=8))
+    optimizer = Adam(1e-3, backbone_factor=0.1, head_layers=("fc",))
+    optimizer.build(model.trainable_variables)
+
+    def step():
+        with torch.no_grad():
+            grads = [torch.ones_like(tensor_of(v)) for v in model.trainable_variables]
+            optimizer.apply(grads, model.trainable_variables)
+
+    for _ in range(4):
+        step()
+    assert len(made) == 2 and sum(made) == len(model.trainable_variables)
+    weight = tensor_of(model.get_layer("fc").kernel)
+    weight.data = weight.data.t().contiguous().t()
+    step()
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])

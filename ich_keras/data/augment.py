@@ -1,5 +1,5 @@
-"""Random changes of training slices: by name (albumentations behind one small function), or a
-function of your own.
+"""Random changes of training slices: by name, or a function of your own. Of the names, "thesis" is
+albumentations behind one small function; `ich_keras.data.draws` has the others.
 
 (albumentations by itself gives every worker the same random stream; see `ich_keras.data.seeds`.)
 """

@@ -19,13 +19,14 @@ from ich_keras.data.augment import (
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
-from ich_keras.data.device_inputs import DeviceInputs, RawBatch
+from ich_keras.data.device_inputs import DeviceInputs, RawBatch, require_device
 from ich_keras.data.drawn_inputs import drawn_inputs
 from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
 from ich_keras.data.inputs import slice_windows, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
+from ich_keras.data.memory import recycled
 from ich_keras.data.seeds import sample_seeds
 from ich_keras.data.views import AIR, Samples, View, make_samples
 from ich_keras.errors import UsageError
@@ -76,14 +77,13 @@ class CTDataset(Dataset):
         self._reverse = reverse
         self._is_raw = is_raw
         self._change: Change | None = None
-        self._buffer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getstate__(self) -> dict:
         # Each process builds its own pipeline: random state must not be shared by copying.
-        return {**self.__dict__, "_change": None, "_buffer": None}
+        return {**self.__dict__, "_change": None}
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | RawBatch:
         """Return one batch.
@@ -93,7 +93,8 @@ class CTDataset(Dataset):
 
         Returns:
             float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
-            of slabs and series; and float32 (n, 6) labels (NaN where there are none).
+            of slabs and series; and float32 (n, 6) labels (NaN where there are none). With
+            `is_raw`, a `RawBatch`.
         """
         epoch, indices = key
         hu = self._hu(np.asarray(indices))
@@ -138,10 +139,11 @@ class CTDataset(Dataset):
         return self._samples.rows[indices] != AIR
 
     def _hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return HU, int16 (n, slices, rows, columns); the next call may overwrite them."""
+        """Return HU, int16 (n, slices, rows, columns)."""
         rows, shifts = self._samples.rows[indices], self._samples.shifts
         if shifts is None and (rows != AIR).all():
-            hu = self._pixels.slices_hu(rows.ravel(), self._room_for(rows.size))
+            room = recycled((rows.size, self._pixels.size, self._pixels.size), np.int16)
+            hu = self._pixels.slices_hu(rows.ravel(), room)
             return hu.reshape(*rows.shape, *hu.shape[1:])
         # Each slice is read once, however many slabs of the batch it is in.
         wanted = np.unique(rows[rows != AIR])
@@ -153,13 +155,6 @@ class CTDataset(Dataset):
                 for place, index in zip(places, indices, strict=True)
             ]
         )
-
-    def _room_for(self, slices: int) -> np.ndarray:
-        """Return memory for HU. New memory costs four times as much as the copy into it."""
-        if self._buffer is None or len(self._buffer) < slices:
-            side = self._pixels.size
-            self._buffer = np.empty((slices, side, side), np.int16)
-        return self._buffer[:slices]
 
     def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         """Change each sample of a batch, in place."""
@@ -221,7 +216,8 @@ def view_batches(
         balance: one negative sample for each positive one, drawn again in each epoch.
         augment: changes the samples at random, all slices of one alike: "fast" (the thesis's
             changes, of Hounsfield units), "thesis" (the same draws and changes by albumentations,
-            of windows), "flip" (left-right only); a function of your own or an `Augmentation`
+            of windows; where `size` is not the cache's, its shifts are cut to other whole pixels),
+            "flip" (left-right only); a function of your own or an `Augmentation`
             does so in its own way. Each needs a seed. None leaves the samples as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
             A function of your own must then stand at the top level of a module.
@@ -230,10 +226,10 @@ def view_batches(
             series, as the thesis.
         reverse: turn volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.
-        device: "cuda" (or another name that torch knows) sends int16 HU to that device, one batch
-            ahead, and makes the inputs there; for the torch backend. An augmentation that changes
-            images on the CPU ("thesis", or one of your own) gives inputs of the CPU all the same.
-            None makes arrays of the CPU, for every backend.
+        device: "cuda" or "cuda:N" sends int16 HU to that GPU, one batch ahead, and makes the inputs
+            there, for the torch backend; "cpu" does the same in this process. "thesis" and
+            functions of your own change images on the CPU: their inputs are of the CPU all the
+            same. None makes arrays of the CPU, for every backend.
 
     Returns:
         A torch DataLoader of (float32 inputs, float32 (n, 6)) for `fit`, `evaluate` and `predict`
@@ -248,6 +244,7 @@ def view_batches(
         EnvironmentProblem: when a batch is asked for: a worker process failed (`CTLoader`).
     """
     require_augmentation(augment, workers)
+    require_device(device)
     if augment is not None and seed is None:
         raise UsageError("augmentation draws at random: give a seed.")
     if size is not None and not 8 <= size <= 4096:

@@ -5,6 +5,8 @@ device, a sixth of the bytes of three float32 windows, and are flipped, moved, w
 normalised there.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 
 from ich_keras.data.draws import Draws
 from ich_keras.data.intensity import HeadZScore, Intensity, Normalisation
+from ich_keras.errors import UsageError
 
 
 class RawBatch(NamedTuple):
@@ -35,7 +38,7 @@ class DeviceInputs:
     """Makes the inputs of batches on a device.
 
     Args:
-        device: a name that torch knows.
+        device: "cpu", "cuda" or "cuda:N".
         intensity: from HU to input.
         is_volume: whether a sample is a volume; otherwise it has one slice.
         size: rows and columns of the inputs.
@@ -46,6 +49,14 @@ class DeviceInputs:
         self._intensity = intensity
         self._is_volume = is_volume
         self._size = size
+        # Made once: to copy a number to a GPU, the host waits until the GPU has nothing to do.
+        self._low, self._width = (
+            self._there([getattr(window, name) for window in intensity.windows])
+            for name in ("low", "width")
+        )
+        if isinstance(intensity.normalisation, Normalisation):
+            self._mean = self._there(intensity.normalisation.mean)
+            self._std = self._there(intensity.normalisation.std)
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def send(self, batch: RawBatch) -> "SentBatch":
@@ -54,13 +65,13 @@ class DeviceInputs:
         arrays = [batch.hu, batch.labels, *_numbers(draws)]
         tensors = [torch.as_tensor(array) for array in arrays]
         if self._copying is None:
-            # A copy, on the CPU too: the memory of a batch is used again for the next.
-            return SentBatch([tensor.to(self.device, copy=True) for tensor in tensors], None, [])
+            return SentBatch([tensor.to(self.device) for tensor in tensors], None)
         pinned = [tensor.pin_memory() for tensor in tensors]
         with torch.cuda.stream(self._copying):
             sent = [tensor.to(self.device, non_blocking=True) for tensor in pinned]
             arrived = self._copying.record_event()
-        return SentBatch(sent, arrived, pinned)
+        # torch keeps pinned memory until copies from it are done.
+        return SentBatch(sent, arrived)
 
     def make(self, sent: "SentBatch") -> tuple[torch.Tensor, torch.Tensor]:
         """Return the inputs and labels of a batch, on the device.
@@ -85,15 +96,12 @@ class DeviceInputs:
         n, _, side, _ = hu.shape
         # One axis for each of n, slices, rows, columns, channels.
         contrast, brightness = (amounts[:, k].view(n, 1, 1, 1, 1) for k in (0, 1))
-        low, width = (
-            torch.tensor([getattr(w, name) for w in self._intensity.windows], device=hu.device)
-            for name in ("low", "width")
-        )
+        low, width = self._low, self._width
         normalisation = self._intensity.normalisation
         if side == self._size and not isinstance(normalisation, HeadZScore):
             # Windows, contrast, brightness and normalisation are each linear and cut off: all of
             # them together are, too.
-            mean, std = _mean_and_std(normalisation, hu.device)
+            mean, std = self._mean, self._std
             factor = contrast / width
             ends = [(end - mean) / std for end in (brightness, contrast + brightness)]
             ends = [end.clamp((0 - mean) / std, (1 - mean) / std) for end in ends]
@@ -107,8 +115,28 @@ class DeviceInputs:
         windows = (windows * contrast + brightness).clamp_(0, 1)
         if isinstance(normalisation, HeadZScore):
             return _head_z_score(windows, self._is_volume, self._intensity, normalisation)
-        mean, std = _mean_and_std(normalisation, hu.device)
-        return (windows - mean) / std
+        return (windows - self._mean) / self._std
+
+    def _there(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+
+def require_device(device: str | None) -> None:
+    """Refuse what batches cannot be sent to.
+
+    Raises:
+        UsageError: neither None, "cpu", "cuda" nor "cuda:N", or a GPU that is not there.
+    """
+    if device in (None, "cpu"):
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"device is {device!r}; expected cpu, cuda or cuda:N, or None.")
+    number = int(device.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
+        raise UsageError(
+            f"device is {device!r}; torch finds {torch.cuda.device_count()} GPUs.",
+            "Leave the device out, or name one that is there.",
+        )
 
 
 class SentBatch(NamedTuple):
@@ -117,12 +145,10 @@ class SentBatch(NamedTuple):
     Args:
         tensors: HU, the numbers of the draws, labels.
         arrived: on CUDA, what tells that they have arrived.
-        pinned: the memory they come from, which must live until then.
     """
 
     tensors: list[torch.Tensor]
     arrived: Any
-    pinned: list[torch.Tensor]
 
 
 def _numbers(draws: Draws) -> list[np.ndarray]:
@@ -178,16 +204,6 @@ def _move(
     warped = F.grid_sample(out[moved], grid, "bilinear", "reflection", align_corners=True)
     out[moved] = warped.round_()
     return out
-
-
-def _mean_and_std(
-    normalisation: Normalisation, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=device)
-        for values in (normalisation.mean, normalisation.std)
-    )
-    return mean, std
 
 
 def _resized(windows: torch.Tensor, size: int) -> torch.Tensor:

@@ -174,7 +174,7 @@ def _windows_by_hu(intensity: Intensity) -> tuple[np.ndarray, int]:
     """Return the windows of every HU between their ends, (HU, channels), and the first HU."""
     lowest = math.floor(min(window.low for window in intensity.windows))
     highest = math.ceil(max(window.low + window.width for window in intensity.windows))
-    lowest, highest = max(lowest, -(2**15)), min(highest, 2**15 - 1)
+    lowest, highest = (min(max(hu, -(2**15)), 2**15 - 1) for hu in (lowest, highest))
     hu = np.arange(lowest, highest + 1, dtype=np.int16)
     return slice_windows(hu[np.newaxis], None, intensity.windows)[0], lowest
 

@@ -1,6 +1,8 @@
-"""HU to network input: the only preprocessing, shared by training, prediction and benchmarks.
+"""HU to network input: the preprocessing of training, prediction and benchmarks.
 
 The order is HU -> resize -> windows -> (augmentation, training only) -> normalisation -> network.
+`ich_keras.data.drawn_inputs` (and `device_inputs`, on a GPU) give the same without augmentation.
+With "fast" they move HU before the windows.
 Normalisation comes last: the library's augmentation clips to [0, 1], which would saturate blood in
 normalised values (thesis fault 5). The thesis applied the windows first and resized afterwards. A
 cache holds HU that are resized already, which moves 1-3 % of the head's pixels by more than 0.1 in

@@ -117,11 +117,12 @@ class Intensity:
 
     Args:
         name: a key of `INTENSITIES`, or a name of your own.
-        windows: one channel each; augmentation sees them, 0..1.
+        windows: one channel each, 0..1.
         normalisation: from the windows to the network's input.
 
     Raises:
-        UsageError: the numbers of windows, means and deviations do not agree.
+        UsageError: the numbers of windows, means and deviations do not agree, or one of them
+            cannot be used.
 
     >>> bone = Intensity("bone", (Window(600, 2800),), Normalisation("own", (0.3,), (0.2,)))
     >>> bone.channels
@@ -145,6 +146,13 @@ class Intensity:
                 f"intensity {self.name!r} has {self.channels} window(s) and {self.normalisation};"
                 " expected one mean and one deviation per window, and one window for a z-score."
             )
+        if isinstance(self.normalisation, Normalisation):
+            mean, std = self.normalisation.mean, self.normalisation.std
+            if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+                raise UsageError(
+                    f"intensity {self.name!r} has mean {mean} and deviation {std}; expected finite"
+                    " numbers, and deviations above 0."
+                )
 
     @property
     def channels(self) -> int:

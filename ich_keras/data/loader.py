@@ -136,7 +136,10 @@ class CTLoader(DataLoader):
 
 
 def _on_device(batches: Iterator[Any], inputs: DeviceInputs) -> Iterator[Any]:
-    """Send each batch while the one before is in use."""
+    """Make and send the next batch before one is handed out: a GPU then has work while it comes.
+
+    An error in the next batch therefore comes in place of the one before it.
+    """
     waiting = None
     for batch in batches:
         sent = inputs.send(batch)

@@ -68,8 +68,9 @@ class Adam(_BASE):
         self.backbone_factor = backbone_factor
         self.head_layers = tuple(head_layers)
         self.fused = fused and keras.backend.backend() == "torch"
-        # The fused update's views of weights and slots.
-        self.fused_plan: Any = None
+        # The fused update's views of weights and slots, by the weights: head and backbone are
+        # updated apart.
+        self.fused_plans: dict[tuple[int, ...], Any] = {}
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs."""

@@ -33,23 +33,18 @@ class FusedPlan:
     Args:
         variables: Keras variables that are trained.
         sources: those and their slots.
-        addresses: where each source lay. The groups hold that memory, so an equal address is the
-            same memory.
+        addresses: where each source lay, and its strides.
         groups: of weights.
     """
 
     variables: list[Any]
     sources: list[Any]
-    addresses: list[int]
+    addresses: list[tuple[int, tuple[int, ...]]]
     groups: list[Group]
 
-    def is_of(self, variables: Sequence[Any]) -> bool:
-        """Tell whether the plan is that of these variables, and their memory is the same."""
-        return (
-            len(variables) == len(self.variables)
-            and all(one is other for one, other in zip(variables, self.variables, strict=True))
-            and _addresses(self.sources) == self.addresses
-        )
+    def holds(self) -> bool:
+        """Tell whether all still lies where it lay."""
+        return _addresses(self.sources) == self.addresses
 
 
 @torch.no_grad()
@@ -71,9 +66,10 @@ def fused_update(
     steps = (tensor_of(steps) if isinstance(steps, keras.Variable) else steps) + 1
     steps = steps.to(torch.float32)
     rate = tensor_of(learning_rate) if isinstance(learning_rate, keras.Variable) else learning_rate
-    plan = optimizer.fused_plan
-    if plan is None or not plan.is_of(variables):
-        plan = optimizer.fused_plan = _plan(optimizer, variables)
+    key = tuple(map(id, variables))  # the plan keeps them, so no other gets their numbers
+    plan = optimizer.fused_plans.get(key)
+    if plan is None or not plan.holds():
+        plan = optimizer.fused_plans[key] = _plan(optimizer, variables)
     for group in plan.groups:
         weights, momentums, velocities, *highest = group.columns
         ordered = [
@@ -115,8 +111,9 @@ def _plan(optimizer: Any, variables: Sequence[Any]) -> FusedPlan:
     return FusedPlan(list(variables), sources, _addresses(sources), groups)
 
 
-def _addresses(sources: list[Any]) -> list[int]:
-    return [tensor_of(source).data_ptr() for source in sources]
+def _addresses(sources: list[Any]) -> list[tuple[int, tuple[int, ...]]]:
+    tensors = map(tensor_of, sources)
+    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
 
 
 def _as_laid_out(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
