@@ -245,10 +245,10 @@ def _reproduce(
         threads=threads,
         jobs=jobs,
     )
-    from experiments.report.figures import require_matplotlib
     from experiments.report.page import write_report
     from experiments.reproduce import reproduce
     from experiments.scores import sound_results
+    from ich_keras.environment import require_matplotlib
 
     # Now rather than after hours.
     choose_device(device)

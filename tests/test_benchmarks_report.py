@@ -413,7 +413,6 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
 
 @on_torch
 def test_the_page_and_its_figures_are_the_same_bytes_each_time(tmp_path):
-    pytest.importorskip("matplotlib")
     report_of(tmp_path / "results", measured())
     written = []
     for name in ("a", "b"):

@@ -209,7 +209,6 @@ def test_options_that_do_not_go_together(index, dicom, tmp_path):
 
 
 def test_no_scheduler_answers(index, tmp_path, monkeypatch):
-    pytest.importorskip("distributed")
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 1)
     index.save(tmp_path / "index")
     code, said = ich(
@@ -233,7 +232,8 @@ def test_dask_is_not_installed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_of_which_a_worker_is_killed(dicom, index, local, tmp_path, monkeypatch):
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     monkeypatch.setattr(cache_fill, "BLOCK_SLICES", 1)
     root = str(Path(executors.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", root)  # for the workers

@@ -11,27 +11,12 @@ from benchmarks.report.jobs import SWEEP
 from benchmarks.report.measurement import Report
 from benchmarks.report.networks import MAIN, NETWORKS, network
 from benchmarks.report.roofs import work
-from ich_keras.errors import EnvironmentProblem
+from ich_keras.environment import require_matplotlib
 from ich_keras.files import atomic_write
 
 FOLDER = Path("results") / "figures"
 _COLOURS = {"slice": "tab:blue", "slab": "tab:orange", "series": "tab:green"}
 _MARKS = {OURS: "o", STOCK: "x"}
-
-
-def require_matplotlib() -> Any:
-    """Import matplotlib.
-
-    Raises:
-        EnvironmentProblem: it is absent.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "matplotlib is not installed; the figures need it.", "pip install '.[experiments]'"
-        ) from error
-    return matplotlib
 
 
 def figures_of(report: Report) -> dict[str, tuple[str, Any]]:

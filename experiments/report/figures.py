@@ -11,7 +11,7 @@ from experiments.report.formatting import Results
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import intervals, scored, together
-from ich_keras.errors import EnvironmentProblem
+from ich_keras.environment import require_matplotlib
 from ich_keras.files import atomic_write
 from ich_keras.labels import ANY, LABELS
 from ich_keras.metrics.calibration import calibration
@@ -19,21 +19,6 @@ from ich_keras.metrics.calibration import calibration
 VIEWS = ("2d", "slab", "series")
 _COLUMN = LABELS.index(ANY)
 _POINTS = 200  # per curve; more would only make the file larger
-
-
-def require_matplotlib() -> Any:
-    """Import matplotlib.
-
-    Raises:
-        EnvironmentProblem: it is absent.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "matplotlib is not installed; the figures need it.", "pip install '.[experiments]'"
-        ) from error
-    return matplotlib
 
 
 def _pyplot() -> Any:

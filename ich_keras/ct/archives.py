@@ -27,6 +27,7 @@ _PACKED_AS_A_WHOLE = (
     *(".7z", ".rar"),
 )
 _HEAD_BYTES = 512
+# zipfile raises NotImplementedError for what it cannot unpack.
 _ZIP_FLAWS = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError)
 _TAR_FLAWS = (tarfile.TarError, ValueError, struct.error, EOFError, RecursionError, KeyError)
 _LOCAL_HEADER_BYTES = 30

@@ -60,14 +60,7 @@ class Entry(NamedTuple):
     @property
     def source(self) -> str | Member:
         """What `ich_keras.ct.dicom` reads."""
-        return source_of(
-            self.container,
-            self.member,
-            self.member_offset,
-            self.member_bytes,
-            self.file_size,
-            self.member_crc32,
-        )
+        return source_of(self)
 
 
 class Journal:

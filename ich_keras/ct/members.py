@@ -4,13 +4,14 @@ A member is read from its place in the archive. No directory of the archive is n
 process that reads a few members of a large archive holds nothing but their bytes.
 """
 
+import abc
 import contextlib
 import io
 import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 from ich_keras.ct.rejects import RejectedFile
 
@@ -47,13 +48,35 @@ class Member(NamedTuple):
     crc32: int
 
 
-def source_of(
-    container: str, member: str, offset: int, packed_bytes: int, size: int, crc32: int
-) -> "str | Member":
+class _Place(Protocol):
+    """What a table says of where a file lies."""
+
+    @property
+    def container(self) -> str: ...
+    @property
+    def member(self) -> str: ...
+    @property
+    def member_offset(self) -> int: ...
+    @property
+    def member_bytes(self) -> int: ...
+    @property
+    def file_size(self) -> int: ...
+    @property
+    def member_crc32(self) -> int: ...
+
+
+def source_of(place: _Place) -> "str | Member":
     """Return what `ich_keras.ct.dicom` reads: a plain file's path, or the place of a member."""
-    if not member:
-        return container
-    return Member(container, member, offset, packed_bytes, size, crc32)
+    if not place.member:
+        return place.container
+    return Member(
+        place.container,
+        place.member,
+        place.member_offset,
+        place.member_bytes,
+        place.file_size,
+        place.member_crc32,
+    )
 
 
 @contextlib.contextmanager
@@ -140,8 +163,9 @@ class _Part(io.RawIOBase):
         self._position += len(found)
         return len(found)
 
+    @abc.abstractmethod
     def _bytes_between(self, start: int, stop: int) -> bytes | bytearray:
-        raise NotImplementedError
+        """Return the bytes of the member from `start` to `stop`."""
 
 
 class _Window(_Part):
