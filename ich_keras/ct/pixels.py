@@ -230,11 +230,12 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     Source:
         DICOM PS3.3 C.11.1.1.2; padding: C.7.5.1.1.2.
     """
-    is_filling = stored == _HU.min
-    if is_filling.any() and not is_filling.all() and _HU.min * slope + intercept < _HU.min:
+    lowest, highest = int(stored.min()), int(stored.max())
+    if lowest == _HU.min < highest and lowest * slope + intercept < lowest:
+        is_filling = stored == lowest
         inside = np.where(is_filling, stored[~is_filling].min(), stored)
         return np.where(is_filling, np.int16(AIR_HU), to_hu(inside, slope, intercept))
-    low, high = (round(int(v) * slope + intercept) for v in (stored.min(), stored.max()))
+    low, high = round(lowest * slope + intercept), round(highest * slope + intercept)
     if low < _HU.min or high > _HU.max:
         raise RejectedFile(
             "BAD_RESCALE",

@@ -92,7 +92,7 @@ def judge_slice(hu: np.ndarray) -> Content:
         RejectedFile: IMPLAUSIBLE_HU; it says what was seen.
     """
     values = _sample(hu)
-    bins = (np.clip(values, _LOWEST, _HIGHEST - 1) - _LOWEST) // _BIN_HU
+    bins = _bin_of_value().take(values.view(np.uint16))
     shares = np.bincount(bins, minlength=_NUM_BINS) / values.size
     below = np.concatenate([[0.0], np.cumsum(shares)])  # of which share is below each edge
     windows = below[_WINDOW_BINS:] - below[:-_WINDOW_BINS]
@@ -180,10 +180,17 @@ def _doubtful(rows: range, contents: Sequence[Content | None]) -> list[int]:
 
 
 def _sample(hu: np.ndarray) -> np.ndarray:
-    """Return values of a grid of pixels within the disc; integers."""
+    """Return values of a grid of pixels within the disc; int16."""
     step = max(1, min(hu.shape) // SAMPLED_SIDE)
     grid = hu[::step, ::step]
-    return grid.ravel()[_disc(*grid.shape)].astype(np.intp)
+    return grid.ravel().take(_disc(*grid.shape))
+
+
+@functools.cache
+def _bin_of_value() -> np.ndarray:
+    """Return the bin of each value of int16, by the same bits read as uint16."""
+    values = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    return (np.clip(values, _LOWEST, _HIGHEST - 1).astype(np.intp) - _LOWEST) // _BIN_HU
 
 
 @functools.lru_cache(maxsize=8)
