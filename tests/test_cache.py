@@ -27,8 +27,10 @@ from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache import build as cache_build
 from ich_keras.data.cache import fill as cache_fill
+from ich_keras.data.cache import writer as cache_writer
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.cache.plan import inputs_fingerprint, plan_shards
+from ich_keras.data.cache.shards import Shard
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.intensity import INTENSITIES
 from ich_keras.data.labels import LabelTable
@@ -121,7 +123,7 @@ def label_table(uids, positive=()) -> LabelTable:
 
 
 @pytest.mark.parametrize(
-    ("workers", "compression"), [(0, None), (2, None), (0, "gzip"), (0, "blosc2")]
+    ("workers", "compression"), [(0, None), (2, None), (0, "gzip"), (2, "gzip"), (0, "blosc2")]
 )
 def test_a_cache_holds_what_reading_and_resizing_gives(index, tmp_path, workers, compression):
     calls = []
@@ -592,6 +594,64 @@ def test_the_second_of_two_builders_is_refused(index, tmp_path):
         build(index, tmp_path / "cache")
     assert not (tmp_path / "cache.partial").exists()
     assert len(build(index, tmp_path / "cache")) == 16
+
+
+@pytest.mark.parametrize("compression", ["gzip", "blosc2"])
+def test_slices_are_compressed_as_hdf5_does_and_noise_stays_as_it_is(tmp_path, compression):
+    """Read with h5py alone: filters are applied, or skipped where they make a slice longer."""
+    rng = np.random.default_rng(0)
+    hu = np.zeros((4, 64, 64), np.int16)
+    hu[1] = rng.integers(-20, 80, (64, 64))
+    hu[2] = rng.integers(-(2**15), 2**15, (64, 64))
+    hu[3] = np.arange(64)
+    found = list(cache_writer.compressed(hu, compression))
+    lengths = [chunk.num_bytes for chunk, _ in found]
+    assert max(lengths) <= 2 * 64 * 64 and lengths[0] < 300 and lengths[1] < 2 * 64 * 64 * 0.7
+    raw = bytearray(2 * 64 * 64 * 4)
+    for row, (_, content) in enumerate(found):
+        raw[row * 8192 : row * 8192 + len(content)] = content
+    (tmp_path / "raw").write_bytes(raw)
+    kept = [(row, found[row][0]) for row in (0, 2, 3, 1)]
+    cache_writer.write_compressed(
+        tmp_path / "raw", 0, tmp_path / "a.h5", kept, np.zeros(4, np.uint32), 64, compression
+    )
+    with h5py.File(tmp_path / "a.h5") as file:
+        np.testing.assert_array_equal(file["hu"][:], hu[[0, 2, 3, 1]])
+        plist = file["hu"].id.get_create_plist()
+        filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
+        with h5py.File(tmp_path / "b.h5", "w", driver="core", backing_store=False) as direct:
+            space = h5py.h5s.create_simple(hu.shape)
+            created = h5py.h5d.create(direct.id, b"hu", file["hu"].id.get_type(), space, plist)
+            dataset = h5py.Dataset(created)
+            dataset[...] = hu[[0, 2, 3, 1]]
+            for row in (0, 2, 3):  # noise apart
+                assert dataset.id.read_direct_chunk((row, 0, 0)) == (
+                    file["hu"].id.read_direct_chunk((row, 0, 0))
+                )
+    assert filters == {"gzip": [2, 1], "blosc2": [32026]}[compression]  # HDF5's numbers
+
+
+@pytest.mark.parametrize(("workers", "compression"), [(0, None), (2, None), (0, "gzip")])
+def test_a_shard_that_is_not_what_was_read_does_not_get_its_name(
+    index, tmp_path, monkeypatch, workers, compression
+):
+    """As where the disk changed a byte between writing and verifying."""
+    require = Shard.require_checksums
+
+    def then_damage(shard, crc32):
+        require(shard, crc32)
+        with h5py.File(shard.path, locking=False) as file:
+            hu = file["hu"].id
+            if compression is None:
+                offset = hu.get_offset() + 2 * SLICE_BYTES + 7
+            else:
+                offset = hu.get_chunk_info(2).byte_offset + 40
+        flip_bit(shard.path, offset)
+
+    monkeypatch.setattr(Shard, "require_checksums", then_damage)
+    with pytest.raises(StaleError, match=r"slice 2 of the shard .*slice 2 of the cache"):
+        build(index, tmp_path / "cache", workers=workers, compression=compression)
+    assert not list(tmp_path.glob("cache*/shard-*.h5"))
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "blosc2"])

@@ -7,9 +7,10 @@ renamed. See `ich_keras.data.cache.cache` for what the result looks like.
 """
 
 import contextlib
+import functools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ich_keras import files
 from ich_keras.ct.plausibility import Content, implausible_rows
 from ich_keras.ct.rejects import rejects_kept, require_few_rejects
 from ich_keras.ct.tables import shown_paths, write_table
-from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper
+from ich_keras.data.cache.fill import Filled, blocks, fill_block, mapper, verify_rows
 from ich_keras.data.cache.plan import PlannedShard, Settings, plan_build
 from ich_keras.data.cache.shards import CRC_DTYPE, Shard, ShardEntry, digest_of
 from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, tables_after_reading
@@ -36,7 +37,14 @@ from ich_keras.data.cache.unfinished import (
     working_folder,
     write_record,
 )
-from ich_keras.data.cache.writer import copy_shard, create_raw_shard, raw_shard_bytes, write_at
+from ich_keras.data.cache.writer import (
+    Chunk,
+    copy_shard,
+    create_raw_shard,
+    raw_shard_bytes,
+    write_at,
+    write_compressed,
+)
 from ich_keras.data.reading import indexed_slices
 from ich_keras.disk import full_disk_told, require_free
 from ich_keras.errors import DataError, EnvironmentProblem
@@ -51,6 +59,7 @@ MANIFEST = "manifest.json"
 TABLES = ("slices", "series", "rejects")
 LABEL_TABLE = "labels"
 PROGRESS_CALLS = 200
+VERIFIED_SLICES = 256  # by one task
 _KEPT = "Finished shards are kept: build again to resume."
 OF_THE_PLAN = ("schema", "size", "resampling", "compression", "inputs", "versions")
 
@@ -172,7 +181,7 @@ def _build_shards(
     series = index.slices["series_uid"].tolist()
 
     def finish(shard: _StartedShard) -> None:
-        record = _finish(partial, settings, shard, count)
+        record = _finish(partial, settings, shard, run, count)
         record["times"] = times[shard.plan.start : shard.plan.stop]
         records[shard.plan.name] = write_record(partial, plan, shard.plan.name, record)
 
@@ -185,7 +194,8 @@ def _build_shards(
             path = partial / f"{TEMPORARY}raw-{shard.name}"
             crc_offset, offset = create_raw_shard(path, shard.stop - shard.start, settings.size)
             own = sources[shard.start : shard.stop]
-            filled = run(fill_block, blocks(path, offset, shard.start, own, settings.size))
+            tasks = blocks(path, offset, shard.start, own, settings.size, settings.compression)
+            filled = run(fill_block, tasks)
             own_series = series[shard.start : shard.stop]
             started.append(_StartedShard(shard, own_series, path, crc_offset, offset, filled))
             if len(started) == 2:
@@ -212,13 +222,16 @@ class _Counter:
             self.progress("caching", self.done, self.total)
 
 
-def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _Counter) -> dict:
+def _finish(
+    partial: Path, settings: Settings, started: _StartedShard, run: Callable, count: _Counter
+) -> dict:
     """Wait for a shard's blocks, then verify, sync and rename it; return its record."""
     plan, raw = started.plan, started.path
     num_slices = plan.stop - plan.start
     all_crc32 = np.zeros(num_slices, CRC_DTYPE)
     hashes = [""] * num_slices
     contents: list[Content | None] = [None] * num_slices
+    chunks: list[Chunk | None] = [None] * num_slices
     rejected: dict[int, tuple[str, str, str]] = {}
     repaired: list[int] = []
     for block in started.filled:
@@ -226,6 +239,8 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
             all_crc32[row - plan.start] = block.crc32[number]
             hashes[row - plan.start] = block.hashes[number]
             contents[row - plan.start] = block.contents[number]
+            if block.chunks:
+                chunks[row - plan.start] = block.chunks[number]
         rejected |= block.rejected
         repaired += block.repaired
         count.add(len(block.rows))
@@ -236,7 +251,7 @@ def _finish(partial: Path, settings: Settings, started: _StartedShard, count: _C
     crc32 = all_crc32[kept]
     entry = ShardEntry(plan.name, 0, 0, len(crc32), started.offset)
     if kept.any():
-        entry = _write_final(partial, settings, started, kept, crc32)
+        entry = _write_final(partial, settings, started, run, kept, chunks, crc32)
     raw.unlink(missing_ok=True)
     return {
         "num_bytes": entry.num_bytes,
@@ -253,23 +268,41 @@ def _write_final(
     partial: Path,
     settings: Settings,
     started: _StartedShard,
+    run: Callable,
     kept: np.ndarray,
+    chunks: list[Chunk | None],
     crc32: np.ndarray,
 ) -> ShardEntry:
-    """Make the raw shard final, or copy it when it has holes or is to be compressed."""
+    """Make the raw shard final, or copy it when it has holes or is compressed."""
     name, path = started.plan.name, started.path
     offset: int | None = started.offset
     if settings.compression is None and kept.all():
         write_at(path, started.crc_offset, crc32)
     else:
         path = partial / f"{TEMPORARY}{name}"
-        offset = copy_shard(
-            started.path, started.offset, path, kept, crc32, settings.size, settings.compression
-        )
+        if settings.compression is None:
+            offset = copy_shard(started.path, started.offset, path, kept, crc32, settings.size)
+        else:
+            there = [(row, chunk) for row, chunk in enumerate(chunks) if kept[row] and chunk]
+            write_compressed(
+                started.path,
+                started.offset,
+                path,
+                there,
+                crc32,
+                settings.size,
+                settings.compression,
+            )
+            offset = None
     with full_disk_told(path), open(path, "rb+") as stream:
         os.fsync(stream.fileno())
     entry = ShardEntry(name, path.stat().st_size, 0, len(crc32), offset, digest_of(crc32))
-    Shard(path, entry, settings.size, settings.compression).verify(crc32)
+    shard = Shard(path, entry, settings.size, settings.compression)
+    shard.require_checksums(crc32)
+    starts = range(0, len(crc32), VERIFIED_SLICES)
+    parts = [(start, min(start + VERIFIED_SLICES, len(crc32))) for start in starts]
+    for _ in run(functools.partial(verify_rows, shard), parts):
+        pass
     files.replace(path, partial / name)
     return entry
 

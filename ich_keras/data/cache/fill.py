@@ -1,7 +1,7 @@
 """Reading slices in parallel, each straight into its place in an unfinished shard.
 
-Pixels never travel between processes: a worker reads, resizes and writes a block of slices, and
-hands back checksums and rejects only. Handing arrays back through the pool is four times slower.
+Pixels never travel between processes: a worker reads, resizes, compresses and writes a block of
+slices, and hands back checksums and rejects only. Later, workers verify the finished shards.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import pydicom
 from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.plausibility import Content, content_of_reject
 from ich_keras.ct.rejects import RejectedFile
-from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE
-from ich_keras.data.cache.writer import write_at
+from ich_keras.data.cache.shards import CRC_DTYPE, HU_DTYPE, Shard
+from ich_keras.data.cache.writer import Chunk, compressed, write_at
 from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.executors import Workers, broken_told, map_on
@@ -48,6 +48,7 @@ class Block:
         sources: what the index says of the slices.
         size: rows and columns of a cached slice.
         places: (slices,), each one's row of the index less `first_row`; () stands for 0, 1, 2, ...
+        compression: None, "gzip" or "blosc2": of what is written.
     """
 
     shard: Path
@@ -56,6 +57,7 @@ class Block:
     sources: tuple[IndexedSlice, ...]
     size: int
     places: tuple[int, ...] = ()
+    compression: str | None = None
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -75,6 +77,8 @@ class Filled:
         rejected: row -> reject code, detail and hint.
         repaired: rows to which the 12-bit repair was applied.
         contents: (slices,), for `ich_keras.ct.plausibility.implausible_rows`.
+        chunks: (slices,), what was written of each into the beginning of its place; () when not
+            compressed.
     """
 
     rows: tuple[int, ...]
@@ -83,6 +87,7 @@ class Filled:
     rejected: dict[int, tuple[str, str, str]]
     repaired: tuple[int, ...]
     contents: tuple[Content | None, ...]
+    chunks: tuple[Chunk, ...] = ()
 
 
 def pixel_versions() -> dict[str, str]:
@@ -92,7 +97,12 @@ def pixel_versions() -> dict[str, str]:
 
 
 def blocks(
-    shard: Path, offset: int, first_row: int, sources: Sequence[IndexedSlice], size: int
+    shard: Path,
+    offset: int,
+    first_row: int,
+    sources: Sequence[IndexedSlice],
+    size: int,
+    compression: str | None = None,
 ) -> list[Block]:
     """Divide the slices of a shard into tasks for `fill_block`.
 
@@ -104,6 +114,7 @@ def blocks(
         first_row: row of its first slice in the index.
         sources: one for each of its slices.
         size: rows and columns of a cached slice.
+        compression: None, "gzip" or "blosc2".
     """
     slice_bytes = size * size * HU_DTYPE.itemsize
     step = max(1, min(BLOCK_SLICES, BLOCK_BYTES // slice_bytes))
@@ -114,7 +125,15 @@ def blocks(
         )
         parts = [tuple(stored[start : start + step]) for start in range(0, len(stored), step)]
         return [
-            Block(shard, offset, first_row, tuple(sources[row] for row in part), size, part)
+            Block(
+                shard=shard,
+                offset=offset,
+                first_row=first_row,
+                sources=tuple(sources[row] for row in part),
+                size=size,
+                places=part,
+                compression=compression,
+            )
             for part in parts
         ]
     return [
@@ -124,6 +143,7 @@ def blocks(
             first_row=first_row + start,
             sources=tuple(sources[start : start + step]),
             size=size,
+            compression=compression,
         )
         for start in range(0, len(sources), step)
     ]
@@ -200,11 +220,31 @@ def fill_block(block: Block) -> Filled:
             hashes[number] = read.pixel_hash
             if read.repaired:
                 repaired.append(rows[number])
-    for start, stop in _runs(rows):
-        offset = block.offset + (rows[start] - block.first_row) * pixels[0].nbytes
-        write_at(block.shard, offset, pixels[start:stop])
+    offsets = [block.offset + (row - block.first_row) * pixels[0].nbytes for row in rows]
+    chunks = []
+    if block.compression is None:
+        for start, stop in _runs(rows):
+            write_at(block.shard, offsets[start], pixels[start:stop])
+    else:
+        for offset, (chunk, content) in zip(
+            offsets, compressed(pixels, block.compression), strict=True
+        ):
+            write_at(block.shard, offset, np.frombuffer(content, np.uint8))
+            chunks.append(chunk)
     crc32 = np.array([zlib.crc32(hu.data) for hu in pixels], CRC_DTYPE)
-    return Filled(rows, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents))
+    return Filled(
+        rows, crc32, tuple(hashes), rejected, tuple(repaired), tuple(contents), tuple(chunks)
+    )
+
+
+def verify_rows(shard: Shard, rows: tuple[int, int]) -> list[str]:
+    """Check the checksums of the slices from `rows[0]` to before `rows[1]`; return nothing.
+
+    Raises:
+        StaleError: the shard is damaged; names the slice.
+    """
+    shard.verify_rows(range(*rows))
+    return []
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -150,28 +150,50 @@ class Shard:
                     raise self._damaged(row, "does not match its checksum")
                 seen[row] = True
 
-    def verify(self, crc32: np.ndarray | None = None, look: Look | None = None) -> None:
+    def verify(self, look: Look | None = None) -> None:
         """Read every slice and check its checksum.
 
         Args:
-            crc32: uint32 (slices,), what the checksums stored in the file must be, if known.
             look: called with the cache's number of each slice and its HU.
 
         Raises:
             StaleError: the shard is damaged; names the slice.
         """
         self.check()
-        opened = self._open()
-        if crc32 is not None and not np.array_equal(crc32, opened.crc32):
-            row = int(np.flatnonzero(crc32 != opened.crc32)[0])
-            raise self._damaged(row, "has another checksum than was written")
-        block = np.empty((VERIFY_SLICES, self.size, self.size), HU_DTYPE)
-        for start in range(0, self.entry.num_slices, VERIFY_SLICES):
-            rows = range(start, min(start + VERIFY_SLICES, self.entry.num_slices))
-            self.read_into(block, range(len(rows)), rows, verify=True)
+        self.verify_rows(range(self.entry.num_slices), look)
+
+    def verify_rows(self, rows: range, look: Look | None = None) -> None:
+        """Read slices and check their checksums.
+
+        Args:
+            rows: successive slices of this shard.
+            look: called with the cache's number of each slice and its HU.
+
+        Raises:
+            StaleError: the shard is damaged; names the slice.
+        """
+        block = np.empty((min(len(rows), VERIFY_SLICES), self.size, self.size), HU_DTYPE)
+        for start in range(0, len(rows), VERIFY_SLICES):
+            some = rows[start : start + VERIFY_SLICES]
+            self.read_into(block, range(len(some)), some, verify=True)
             if look is not None:
-                for row, hu in zip(rows, block, strict=False):
+                for row, hu in zip(some, block, strict=False):
                     look(self.entry.first_slice + row, hu)
+
+    def require_checksums(self, crc32: np.ndarray) -> None:
+        """Check that the checksums stored in the file are those that were computed.
+
+        Args:
+            crc32: uint32 (slices,).
+
+        Raises:
+            StaleError: one differs; names the slice.
+        """
+        self.check()
+        stored = self._open().crc32
+        if not np.array_equal(crc32, stored):
+            row = int(np.flatnonzero(crc32 != stored)[0])
+            raise self._damaged(row, "has another checksum than was written")
 
     def _open(self) -> "_Opened":
         opened = self._opened

@@ -1,6 +1,8 @@
 """Writing one shard of a cache: space first, pixels in place, then the final file."""
 
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -80,14 +82,8 @@ def write_at(path: Path, offset: int, array: np.ndarray) -> None:
 
 
 def copy_shard(
-    source: Path,
-    source_offset: int,
-    target: Path,
-    kept: np.ndarray,
-    crc32: np.ndarray,
-    size: int,
-    compression: str | None,
-) -> int | None:
+    source: Path, source_offset: int, target: Path, kept: np.ndarray, crc32: np.ndarray, size: int
+) -> int:
     """Copy the kept slices of an unfinished raw shard into a new, final shard.
 
     Args:
@@ -97,37 +93,101 @@ def copy_shard(
         kept: bool (slices of the source,), the slices to copy, in order.
         crc32: uint32 (kept slices,), their checksums.
         size: rows and columns of a slice.
-        compression: None, "gzip" or "blosc2".
 
     Returns:
-        The byte at which `hu` starts in the new file; None when compressed.
+        The byte at which `hu` starts in the new file.
     """
     rows = np.flatnonzero(kept)
     shape = (len(kept), size, size)
     pixels = np.memmap(source, HU_DTYPE, "r", source_offset, shape).view(np.ndarray)
-    if compression is None:
-        crc_offset, offset = create_raw_shard(target, len(rows), size)
-        slice_bytes = size * size * HU_DTYPE.itemsize
-        for start in range(0, len(rows), COPIED_SLICES):
-            block = pixels[rows[start : start + COPIED_SLICES]]
-            write_at(target, offset + start * slice_bytes, block)
-        write_at(target, crc_offset, crc32)
-        return offset
+    crc_offset, offset = create_raw_shard(target, len(rows), size)
+    slice_bytes = size * size * HU_DTYPE.itemsize
+    for start in range(0, len(rows), COPIED_SLICES):
+        block = pixels[rows[start : start + COPIED_SLICES]]
+        write_at(target, offset + start * slice_bytes, block)
+    write_at(target, crc_offset, crc32)
+    return offset
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A compressed slice.
+
+    Args:
+        num_bytes: its length.
+        skipped: the filters that were not applied, as they did not make it shorter; HDF5's mask.
+    """
+
+    num_bytes: int
+    skipped: int
+
+
+def compressed(pixels: np.ndarray, compression: str) -> Iterator[tuple[Chunk, bytes]]:
+    """Compress slices as HDF5 would, without a file; none gets longer than it was.
+
+    Args:
+        pixels: int16 (slices, size, size), HU.
+        compression: "gzip" or "blosc2".
+    """
+    num_bytes = pixels[0].nbytes
+    with h5py.File("memory", "w", driver="core", backing_store=False) as file:
+        dataset = _create_compressed(file, len(pixels), pixels.shape[1], compression)
+        every = (1 << dataset.id.get_create_plist().get_nfilters()) - 1
+        for row, hu in enumerate(pixels):
+            dataset[row] = hu
+            skipped, content = dataset.id.read_direct_chunk((row, 0, 0))
+            if len(content) > num_bytes:
+                skipped, content = every, hu.tobytes()
+            yield Chunk(len(content), skipped), content
+
+
+def write_compressed(
+    source: Path,
+    source_offset: int,
+    target: Path,
+    chunks: Sequence[tuple[int, Chunk]],
+    crc32: np.ndarray,
+    size: int,
+    compression: str,
+) -> None:
+    """Write a final shard of the compressed slices that lie in an unfinished one.
+
+    Args:
+        source: the raw shard.
+        source_offset: byte at which the place of its first slice begins.
+        target: the new file.
+        chunks: the slices to keep, in order: each one's row in the source, and what is there.
+        crc32: uint32 (kept slices,), their checksums.
+        size: rows and columns of a slice.
+        compression: "gzip" or "blosc2".
+    """
+    slice_bytes = size * size * HU_DTYPE.itemsize
     try:
-        with full_disk_told(target), h5py.File(target, "w") as file:
+        with (
+            full_disk_told(target),
+            open(source, "rb") as stream,
+            h5py.File(target, "w") as file,
+        ):
             file.create_dataset(CRC32, data=crc32.astype(CRC_DTYPE))
-            dataset = file.create_dataset(
-                HU,
-                (len(rows), size, size),
-                HU_DTYPE,
-                chunks=(1, size, size),
-                **_filters(compression),
-            )
-            for position, row in enumerate(rows):
-                dataset[position] = pixels[row]
+            dataset = _create_compressed(file, len(chunks), size, compression)
+            for position, (row, chunk) in enumerate(chunks):
+                stream.seek(source_offset + row * slice_bytes)
+                content = stream.read(chunk.num_bytes)
+                dataset.id.write_direct_chunk((position, 0, 0), content, chunk.skipped)
     except (OSError, RuntimeError) as error:
         raise _cannot_write(target, error) from error
-    return None
+
+
+def _create_compressed(
+    file: h5py.File, num_slices: int, size: int, compression: str
+) -> h5py.Dataset:
+    return file.create_dataset(
+        HU,
+        (num_slices, size, size),
+        HU_DTYPE,
+        chunks=(1, size, size),
+        **_filters(compression),
+    )
 
 
 def _cannot_write(path: Path, error: Exception) -> EnvironmentProblem:
