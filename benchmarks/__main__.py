@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.cases import CASES, MONAI, OURS, PLAIN, STOCK
-from ich_keras.processes import usable_threads
+from ich_keras.processes import usable_cores, usable_threads
 from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
 if TYPE_CHECKING:
@@ -106,6 +106,37 @@ def checks(is_tiny: bool, repeats: int | None, out: Path | None) -> None:
     path = (out or (TRIALS if is_tiny else RESULTS)) / file_name(bench, place, "int16")
     series, matrix = (1, 64) if is_tiny else (2, 512)
     measure(series, matrix, repeats or (1 if is_tiny else 7), path, place, click.echo)
+    click.echo(f"Results: {path}")
+
+
+@main.command()
+@TINY
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=usable_cores,
+    show_default="one per core",
+    help="Processes that read; one is measured, too.",
+)
+@click.option("--series", type=click.IntRange(min=1), help="Series to draw; default: 30.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Timed runs of each way; default: 5.")
+@click.option("--out", type=PathType(), metavar="DIR", help="Folder of the CSV; as for model.")
+def building(
+    is_tiny: bool, workers: int, series: int | None, repeats: int | None, out: Path | None
+) -> None:
+    """Measure how long index and cache take, beside pydicom and a process pool.
+
+    From a folder and a zip, in processes and on a Dask cluster of this machine, uncompressed and
+    compressed, and of ten times as many slices. The files are in the page cache.
+    """
+    from benchmarks.building import measure
+    from benchmarks.records import RESULTS, TRIALS, describe_place, file_name
+
+    place = describe_place("cpu", workers)
+    bench = "building-tiny" if is_tiny else "building"
+    path = (out or (TRIALS if is_tiny else RESULTS)) / file_name(bench, place, "int16")
+    series, matrix = (series or 1, 64) if is_tiny else (series or 30, 512)
+    measure(series, matrix, workers, repeats or (1 if is_tiny else 5), path, place, click.echo)
     click.echo(f"Results: {path}")
 
 

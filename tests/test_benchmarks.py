@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from ich_keras.ct.series import index_folder
+from ich_keras.data.cache.cache import build_cache
 from ich_keras.errors import UsageError
+from ich_keras.phantom.dicom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 # At the end: the package under test is the installed one, the benchmarks lie beside it.
@@ -20,6 +24,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import harness  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.building import BY_PYDICOM, read_resized  # noqa: E402
 from benchmarks.cases import CASES, OURS, Setting, choose_cases, tiny  # noqa: E402
 from benchmarks.records import Place, file_name, slug, table  # noqa: E402
 
@@ -355,3 +360,32 @@ def test_the_cost_of_the_checks_is_told_for_each_kind_of_file(tmp_path):
         share = 100 * float(row["us_median"]) / float(beside["us_median"])
         assert float(row["percent"]) == pytest.approx(share, rel=1e-4)
         assert int(row["slices"]) >= 5
+
+
+def test_ways_to_build_a_cache_are_told_beside_pydicom_and_a_process_pool(tmp_path):
+    command = ["building", "--tiny", "--workers", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    ways = {(row["what"], row["way"]): row for row in rows}
+    for way in ("folder", "zip", "folder, dask"):
+        assert ways["index", way]["speed_ratio"] == ""
+        assert float(ways["cache", way]["speed_ratio"]) > 0
+    assert {"folder, gzip", "folder, blosc2", BY_PYDICOM} < {way for _, way in ways}
+    assert float(ways["cache", BY_PYDICOM]["speed_ratio"]) == 1
+    few, many = (
+        int(ways["cache", f"folder{of}"]["slices"]) for of in ("", " of ten times as many slices")
+    )
+    assert 5 <= few < many / 5
+    for row in rows:
+        assert float(row["slices_per_s"]) == pytest.approx(1e6 / float(row["us_median"]), rel=1e-4)
+
+
+def test_pydicom_and_a_cache_give_the_same_pixels(tmp_path):
+    index = index_folder(write_phantoms(tmp_path / "dicom", 1, seed=1, matrix=64))
+    cache = build_cache(index, tmp_path / "cache", 32)
+    paths = index.slices["container"]
+    by_pydicom = np.stack([read_resized(path, 32) for path in paths])
+    assert by_pydicom.std() > 300
+    np.testing.assert_array_equal(cache.slices_hu(range(len(paths))), by_pydicom)
