@@ -196,8 +196,12 @@ def changed(array, value):
 
 
 BAD = {
-    "label 2": (changed(TRUTH, 2), PROBABILITIES, r"row 1, any: label 2\.0; expected 0 or 1"),
-    "no label": (changed(TRUTH, -1), PROBABILITIES, r"row 1, any: label -1\.0"),
+    "label 2": (
+        changed(TRUTH, 2),
+        PROBABILITIES,
+        r"row 1, any: label 2\.0; expected 0 or 1, or -1",
+    ),
+    "no label": (np.array([TRUTH[0], [-1] * 6, TRUTH[2]]), PROBABILITIES, "row 1 has no label"),
     "label NaN": (changed(TRUTH, np.nan), PROBABILITIES, "row 1, any: label nan"),
     "NaN": (TRUTH, changed(PROBABILITIES, np.nan), r"row 1, any: probability nan; .*\(1 such"),
     "infinite": (TRUTH, changed(PROBABILITIES, np.inf), "row 1, any: probability inf"),

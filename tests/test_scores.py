@@ -16,7 +16,7 @@ from sklearn.metrics import (
 )
 
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS, NUM_LABELS
+from ich_keras.labels import LABELS, NUM_LABELS, SIX
 from ich_keras.metrics.aggregation import RULES, aggregate, choose_rule
 from ich_keras.metrics.binary import binary_metrics
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
@@ -65,8 +65,8 @@ def test_rules_by_hand():
         assert list(found.columns) == list(LABELS)
         np.testing.assert_allclose(found["epidural"], epidural, atol=1e-6)
         np.testing.assert_allclose(found["any"], any_bleed, atol=1e-6)
-    with pytest.raises(UsageError, match="aggregation 'mean'; expected one of max, mean of"):
-        aggregate(values, uids, "mean")
+    with pytest.raises(UsageError, match="aggregation 'median'; expected one of max, mean of"):
+        aggregate(values, uids, "median")
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99))
@@ -126,7 +126,7 @@ def test_weights_count_rows_as_often(n, seed, digits):
     weights = np.random.default_rng(seed).integers(0, 4, n)
     if not weights.any():
         weights[0] = 1
-    found = _Columns(truth == 1, values).metrics(weights[np.newaxis].astype(float))
+    found = _Columns(truth, values, SIX).metrics(weights[np.newaxis].astype(float))
     again, chances = np.repeat(truth, weights, axis=0), np.repeat(values, weights, axis=0)
     expected = binary_metrics(again, chances)
     assert found["log_loss"][0] == pytest.approx(expected["log_loss"])
@@ -234,7 +234,7 @@ def test_what_is_undefined_has_no_interval():
     assert 40 < rare["resamples"] < 90
     with pytest.raises(DataError, match=r"1 patient\(s\); resampling needs at least two"):
         bootstrap(truth, values, ["a"] * 40)
-    with pytest.raises(DataError, match="expected the same rows and six labels"):
+    with pytest.raises(DataError, match="expected the same rows and labels"):
         bootstrap(truth, values[:9], patients)
 
 

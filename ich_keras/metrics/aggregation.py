@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.errors import UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.binary import CLIP, binary_metrics
 
 DEFAULT_RULE = "max"
@@ -25,33 +25,49 @@ def _mean_of_highest(values: np.ndarray) -> np.ndarray:
     return np.sort(values, axis=0)[-TOP:].mean(axis=0)
 
 
+def _mean(values: np.ndarray) -> np.ndarray:
+    return values.mean(axis=0)
+
+
 def _noisy_or(values: np.ndarray) -> np.ndarray:
     # In logarithms, so that the product of many small numbers keeps its digits.
     return -np.expm1(np.log1p(-np.minimum(values, 1 - CLIP)).sum(axis=0))
 
 
-# Name -> function of float64 (slices, 6) that gives (6,).
+# Name -> function of float64 (slices, labels) that gives (labels,).
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max": _highest,
     f"mean of the top {TOP}": _mean_of_highest,
     "noisy-or": _noisy_or,
 }
+# The rules above take a positive slice for a positive series. Of exclusive labels none is negative.
+EXCLUSIVE_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": _mean}
+
+
+def rules_of(label_set: LabelSet) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Return the rules that suit some labels; the first is the usual one."""
+    return EXCLUSIVE_RULES if label_set.exclusive else RULES
 
 
 def aggregate(
-    values: np.ndarray, series_uids: Sequence[str], rule: str = DEFAULT_RULE
+    values: np.ndarray,
+    series_uids: Sequence[str],
+    rule: str = DEFAULT_RULE,
+    label_set: LabelSet = SIX,
 ) -> pd.DataFrame:
     """Turn the probabilities of slices into those of their series.
 
     Args:
-        values: float (slices, 6).
+        values: float (slices, labels).
         series_uids: str (slices,).
         rule: a key of `RULES`: the highest; the mean of the three highest (of all, if a series has
             fewer); or noisy-or, 1 - product of (1 - p), the chance that at least one slice is
-            positive if slices were independent, which they are not.
+            positive if slices were independent, which they are not. Or "mean", for exclusive
+            labels.
+        label_set: what the columns mean.
 
     Returns:
-        float64, indexed by series_uid in the order of first appearance; six columns.
+        float64, indexed by series_uid in the order of first appearance; a column for each label.
 
     Raises:
         UsageError: the rule is unknown.
@@ -63,29 +79,32 @@ def aggregate(
     >>> noisy.round(6).to_dict()  # 1 - 0.5 * 0.8
     {'a': 0.6, 'b': 0.1}
     """
-    if rule not in RULES:
-        raise UsageError(f"aggregation {rule!r}; expected one of {', '.join(RULES)}.")
+    rules = RULES | EXCLUSIVE_RULES
+    if rule not in rules:
+        raise UsageError(f"aggregation {rule!r}; expected one of {', '.join(rules)}.")
     values = np.asarray(values, np.float64)
     numbers, uids = pd.factorize(np.asarray(series_uids, object))
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     parts = np.split(values[order], starts[1:]) if len(uids) else []
-    table = np.array([RULES[rule](part) for part in parts]).reshape(-1, len(LABELS))
-    return pd.DataFrame(table, index=pd.Index(uids, name="series_uid"), columns=list(LABELS))
+    table = np.array([rules[rule](part) for part in parts]).reshape(-1, len(label_set))
+    index = pd.Index(uids, name="series_uid")
+    return pd.DataFrame(table, index=index, columns=list(label_set.names))
 
 
 def choose_rule(
-    truth: np.ndarray, values: np.ndarray, series_uids: Sequence[str]
+    truth: np.ndarray, values: np.ndarray, series_uids: Sequence[str], label_set: LabelSet = SIX
 ) -> tuple[str, dict[str, float]]:
     """Choose the rule with the lowest log loss over series.
 
     Args:
-        truth: int (slices, 6), of the validation split.
-        values: float (slices, 6), probabilities.
+        truth: int (slices, labels), of the validation split; -1 is missing.
+        values: float (slices, labels), probabilities.
         series_uids: str (slices,).
+        label_set: what the columns mean.
 
     Returns:
-        (rule, log loss per rule). Of rules with equal loss, the first in `RULES`.
+        (rule, log loss per rule). Of rules with equal loss, the first in `rules_of`.
 
     >>> truth = np.zeros((4, 6), int)
     >>> values = np.repeat([[0.5], [0.1], [0.1], [0.1]], 6, axis=1)  # one slice is wrongly 0.5
@@ -93,9 +112,10 @@ def choose_rule(
     >>> rule, round(losses["max"], 4)  # -ln(1 - 0.5)
     ('mean of the top 3', 0.6931)
     """
-    labels = aggregate(truth, series_uids).to_numpy().astype(np.int64)
-    losses = {
-        rule: binary_metrics(labels, aggregate(values, series_uids, rule).to_numpy())["log_loss"]
-        for rule in RULES
-    }
+    # A series is positive where any slice is; one of exclusive labels is the same in all of them.
+    labels = aggregate(truth, series_uids, "max", label_set).to_numpy().astype(np.int64)
+    losses = {}
+    for rule in rules_of(label_set):
+        found = aggregate(values, series_uids, rule, label_set).to_numpy()
+        losses[rule] = binary_metrics(labels, found, label_set=label_set)["log_loss"]
     return min(losses, key=losses.__getitem__), losses

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.errors import DataError
-from ich_keras.labels import LABELS, RSNA_WEIGHTS
-from ich_keras.metrics.binary import CLIP, THRESHOLD
+from ich_keras.labels import SIX, UNLABELLED, LabelSet
+from ich_keras.metrics.binary import CLIP, predictions
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -31,19 +31,22 @@ def bootstrap(
     patients: Sequence[str] | np.ndarray,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    label_set: LabelSet = SIX,
 ) -> dict[str, dict]:
     """Compute metrics with their 95 % percentile intervals.
 
     Args:
-        truth: int (n, 6), 0 or 1.
-        values: float (n, 6), probabilities.
+        truth: int (n, labels), 0 or 1; -1 is missing, and left out as in `binary_metrics`.
+        values: float (n, labels), probabilities.
         patients: str (n,), the patient of each row.
         resamples: number of resamples; each draws as many patients as there are.
         seed: of the draws.
+        label_set: what the columns mean.
 
     Returns:
         JSON-able: metric -> {"value", "low", "high", "resamples"}; metrics are log_loss,
-        rsna_log_loss, brier, exact_match, and auroc/<label>, ap/<label>, log_loss/<label>.
+        rsna_log_loss (with a label that stands for the others), brier, exact_match, and
+        auroc/<label>, ap/<label>, log_loss/<label>.
         `resamples` is the number of resamples in which the metric was defined; low and high are
         None where that is fewer than nine in ten.
 
@@ -56,13 +59,14 @@ def bootstrap(
     >>> {name: round(number, 6) for name, number in found["brier"].items()}
     {'value': 0.01, 'low': 0.01, 'high': 0.01, 'resamples': 20}
     """
-    return mean_bootstrap([(truth, values, patients)], resamples, seed)
+    return mean_bootstrap([(truth, values, patients)], resamples, seed, label_set)
 
 
 def mean_bootstrap(
     models: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str] | np.ndarray]],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    label_set: LabelSet = SIX,
 ) -> dict[str, dict]:
     """Compute the means of several models' metrics, such as those of one training's seeds.
 
@@ -71,9 +75,9 @@ def mean_bootstrap(
     who appears in several models' rows weighs the same in each.
 
     Args:
-        models: for each, truth int (n, 6), probabilities float (n, 6), patients str (n,); n may
-            differ.
-        resamples, seed: as in `bootstrap`.
+        models: for each, truth int (n, labels), probabilities float (n, labels), patients str
+            (n,); n may differ.
+        resamples, seed, label_set: as in `bootstrap`.
 
     Returns:
         As `bootstrap`; a mean is defined where the metric is for every model.
@@ -81,7 +85,7 @@ def mean_bootstrap(
     Raises:
         DataError: as `bootstrap`.
     """
-    whole, drawn = _resampled(models, resamples, seed)
+    whole, drawn = _resampled(models, resamples, seed, label_set)
     return {name: _interval(_mean(whole, name), _mean(drawn, name)) for name in whole[0]}
 
 
@@ -92,13 +96,14 @@ def paired_bootstrap(
     patients: Sequence[str] | np.ndarray,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    label_set: LabelSet = SIX,
 ) -> dict[str, dict]:
     """Compute how much one model's metrics exceed another's on the same rows.
 
     Args:
-        truth: int (n, 6), 0 or 1.
-        values, others: float (n, 6), probabilities of the two models.
-        patients, resamples, seed: as in `bootstrap`.
+        truth: int (n, labels), 0 or 1; -1 is missing.
+        values, others: float (n, labels), probabilities of the two models.
+        patients, resamples, seed, label_set: as in `bootstrap`.
 
     Returns:
         As `bootstrap`, for metric(values) - metric(others), with "share_above_0": the share of
@@ -112,20 +117,21 @@ def paired_bootstrap(
     >>> round(found["brier"]["value"], 6), found["brier"]["share_above_0"]  # 0.3^2 - 0.1^2
     (0.08, 1.0)
     """
-    return mean_paired_bootstrap([(truth, values, others, patients)], resamples, seed)
+    return mean_paired_bootstrap([(truth, values, others, patients)], resamples, seed, label_set)
 
 
 def mean_paired_bootstrap(
     pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[str] | np.ndarray]],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    label_set: LabelSet = SIX,
 ) -> dict[str, dict]:
     """Compute the mean of `paired_bootstrap`'s differences over several pairs of models.
 
     Args:
-        pairs: for each, truth int (n, 6), probabilities of the two models float (n, 6), patients
-            str (n,); n may differ between pairs. All pairs share the same draws.
-        resamples, seed: as in `bootstrap`.
+        pairs: for each, truth int (n, labels), probabilities of the two models float (n, labels),
+            patients str (n,); n may differ between pairs. All pairs share the same draws.
+        resamples, seed, label_set: as in `bootstrap`.
 
     Returns:
         As `paired_bootstrap`; a mean is defined where the metric is for every model.
@@ -135,7 +141,7 @@ def mean_paired_bootstrap(
     """
     ones = [(truth, values, patients) for truth, values, _, patients in pairs]
     others = [(truth, values, patients) for truth, _, values, patients in pairs]
-    whole, drawn = _resampled([*ones, *others], resamples, seed)
+    whole, drawn = _resampled([*ones, *others], resamples, seed, label_set)
     found = {}
     for name in whole[0]:
         value, differences = (
@@ -163,17 +169,19 @@ def _interval(value: float, drawn: np.ndarray) -> dict:
     return {"value": rounded, "low": low, "high": high, "resamples": len(defined)}
 
 
-def _resampled(sets: Sequence[tuple], resamples: int, seed: int) -> tuple[list, list]:
+def _resampled(
+    sets: Sequence[tuple], resamples: int, seed: int, label_set: LabelSet
+) -> tuple[list, list]:
     """Score sets of rows (truth, probabilities, patients), whole and with patients resampled."""
     columns, owners = [], []
     for truth, values, patients in sets:
-        truth, values = np.asarray(truth) == 1, np.asarray(values, np.float64)
+        truth, values = np.asarray(truth), np.asarray(values, np.float64)
         if values.shape != truth.shape or len(patients) != len(truth):
             raise DataError(
                 f"truth {truth.shape}, probabilities {values.shape}, patients ({len(patients)},);"
-                " expected the same rows and six labels."
+                " expected the same rows and labels."
             )
-        columns.append(_Columns(truth, values))
+        columns.append(_Columns(truth, values, label_set))
         owners.append(np.asarray(patients, object))
     numbers, names = pd.factorize(np.concatenate(owners))
     if len(names) < 2:
@@ -203,16 +211,27 @@ def _draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]
 
 
 class _Columns:
-    """Six labels and their probabilities, sorted once, scored under many weights."""
+    """Labels and their probabilities, sorted once, scored under many weights."""
 
-    def __init__(self, truth: np.ndarray, values: np.ndarray):
+    def __init__(self, truth: np.ndarray, values: np.ndarray, label_set: LabelSet):
+        present, truth = truth != UNLABELLED, truth == 1
+        whole = present.all(axis=1)
         clipped = np.clip(values, CLIP, 1 - CLIP)
-        self._truth = truth
-        self._entropy = -np.log(np.where(truth, clipped, 1 - clipped))
-        self._squares = ((values - truth) ** 2).mean(axis=1)
-        self._is_exact = ((values >= THRESHOLD) == truth).all(axis=1)
+        self._labels = label_set
+        # None where nothing is missing: sums are then over all rows, and faster.
+        self._present = None if whole.all() else present.astype(np.float64)
+        self._whole = whole
+        self._entropy = np.where(present, -np.log(np.where(truth, clipped, 1 - clipped)), 0.0)
+        self._true_entropy = -np.log(np.where(truth, clipped, 1.0)).sum(axis=1)
+        squares = (values - truth) ** 2
+        counts = np.maximum(present.sum(axis=1), 1)
+        self._squares = np.where(present, squares, 0).sum(axis=1) / counts
+        if self._present is None:
+            self._squares = squares.mean(axis=1)
+        self._is_exact = (predictions(values, label_set) == truth).all(axis=1) & whole
         self._rankings = [
-            _ranking(truth[:, column], values[:, column]) for column in range(len(LABELS))
+            _ranking(truth[:, column], values[:, column], np.flatnonzero(present[:, column]))
+            for column in range(len(label_set))
         ]
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -220,12 +239,28 @@ class _Columns:
         total = weights.sum(axis=1)
         # With several models of few patients each, a resample may hold none of one model's.
         total[total == 0] = np.nan
-        entropy = weights @ self._entropy / total[:, np.newaxis]
-        found = {
-            "log_loss": entropy.mean(axis=1),
-            "rsna_log_loss": entropy @ np.array(RSNA_WEIGHTS) / sum(RSNA_WEIGHTS),
+        summed = weights @ self._entropy
+        if self._present is None:
+            entropy = summed / total[:, np.newaxis]
+            log_loss, whole = entropy.mean(axis=1), total
+        else:
+            counts = weights @ self._present
+            with np.errstate(invalid="ignore"):
+                entropy = summed / counts
+                log_loss = summed.sum(axis=1) / counts.sum(axis=1)
+            whole = weights @ self._whole
+            whole[whole == 0] = np.nan
+        if self._labels.exclusive:
+            log_loss = weights @ (self._true_entropy * self._whole) / whole
+        found = {"log_loss": log_loss}
+        if self._labels.competition_weights is not None:
+            shares = np.array(self._labels.competition_weights)
+            defined = ~np.isnan(entropy)
+            with np.errstate(invalid="ignore"):
+                found["rsna_log_loss"] = np.where(defined, entropy, 0) @ shares / (defined @ shares)
+        found |= {
             "brier": weights @ self._squares / total,
-            "exact_match": weights @ self._is_exact / total,
+            "exact_match": weights @ self._is_exact / whole,
         }
         # Rows first: the gathers below then read contiguous memory. Sums are whole numbers, which
         # float32 holds exactly up to 2**24.
@@ -234,9 +269,9 @@ class _Columns:
         )
         scored = [ranking.score(by_row) for ranking in self._rankings]
         for number, metric in enumerate(("auroc", "ap")):
-            for name, score in zip(LABELS, scored, strict=True):
+            for name, score in zip(self._labels.names, scored, strict=True):
                 found[f"{metric}/{name}"] = score[number]
-        for column, name in enumerate(LABELS):
+        for column, name in enumerate(self._labels.names):
             found[f"log_loss/{name}"] = entropy[:, column]
         return found
 
@@ -249,7 +284,7 @@ class _Ranking:
     tie, for precision as if at its end.
 
     Args:
-        order: int (n,), the rows.
+        order: int (n,), the rows that have the label.
         positive: int (p,), positions of the positive rows in `order`.
         tie: int (2, p), positions where each positive's tie begins and ends.
         ahead: int (2, p), number of positive rows before those positions.
@@ -281,10 +316,12 @@ class _Ranking:
         return auroc, ap
 
 
-def _ranking(truth: np.ndarray, values: np.ndarray) -> _Ranking:
+def _ranking(truth: np.ndarray, values: np.ndarray, rows: np.ndarray) -> _Ranking:
+    """Sort some rows of a label: those that have it."""
+    truth, values = truth[rows], values[rows]
     order = np.argsort(-values, kind="stable")
     positive = np.flatnonzero(truth[order])
     starts = np.flatnonzero(np.diff(values[order], prepend=np.inf))
     group = np.searchsorted(starts, positive, side="right") - 1
     tie = np.stack([starts[group], np.append(starts[1:], len(order))[group]])
-    return _Ranking(order, positive, tie, np.searchsorted(positive, tie))
+    return _Ranking(rows[order], positive, tie, np.searchsorted(positive, tie))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, UNLABELLED, LabelSet
 from ich_keras.metrics.binary import RATES, binary_metrics
 
 SPECIFICITIES = (0.90, 0.95, 0.99)
@@ -37,12 +37,15 @@ def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: floa
     return float(np.nextafter(negatives[needed - 1], np.inf))
 
 
-def choose_thresholds(truth: np.ndarray, values: np.ndarray) -> dict[str, dict[str, float | None]]:
+def choose_thresholds(
+    truth: np.ndarray, values: np.ndarray, label_set: LabelSet = SIX
+) -> dict[str, dict[str, float | None]]:
     """Choose one threshold per label and specificity. Use the validation split, never test.
 
     Args:
-        truth: int (n, 6), 0 or 1.
-        values: float (n, 6), probabilities.
+        truth: int (n, labels), 0 or 1; -1 is missing.
+        values: float (n, labels), probabilities.
+        label_set: what the columns mean.
 
     Returns:
         {"0.90": {label: threshold or None}, ...} for `SPECIFICITIES`.
@@ -52,25 +55,31 @@ def choose_thresholds(truth: np.ndarray, values: np.ndarray) -> dict[str, dict[s
     >>> {wanted: round(limits["any"], 6) for wanted, limits in chosen.items()}
     {'0.90': 0.89, '0.95': 0.94, '0.99': 0.98}
     """
-    truth, values = np.asarray(truth) == 1, np.asarray(values)
+    truth, values = np.asarray(truth), np.asarray(values)
+    columns = [(truth[:, n], values[:, n]) for n in range(len(label_set))]
+    present = [(t[t != UNLABELLED] == 1, v[t != UNLABELLED]) for t, v in columns]
     return {
         f"{wanted:.2f}": {
-            name: threshold_at_specificity(truth[:, column], values[:, column], wanted)
-            for column, name in enumerate(LABELS)
+            name: threshold_at_specificity(*column, wanted)
+            for name, column in zip(label_set.names, present, strict=True)
         }
         for wanted in SPECIFICITIES
     }
 
 
 def rates_at(
-    truth: np.ndarray, values: np.ndarray, thresholds: dict[str, float | None]
+    truth: np.ndarray,
+    values: np.ndarray,
+    thresholds: dict[str, float | None],
+    label_set: LabelSet = SIX,
 ) -> dict[str, dict[str, float | None]]:
     """Score one threshold per label.
 
     Args:
-        truth: int (n, 6), 0 or 1.
-        values: float (n, 6), probabilities.
+        truth: int (n, labels), 0 or 1; -1 is missing.
+        values: float (n, labels), probabilities.
         thresholds: label -> threshold; None leaves the label out.
+        label_set: what the columns mean.
 
     Returns:
         label -> {"threshold", "recall" (sensitivity), "specificity", "precision", "f1"}; undefined
@@ -78,23 +87,28 @@ def rates_at(
 
     >>> truth = np.repeat([[1], [1], [0], [0]], 6, axis=1)
     >>> values = np.repeat([[0.9], [0.2], [0.6], [0.1]], 6, axis=1)
-    >>> rates = rates_at(truth, values, dict.fromkeys(LABELS, 0.15))["any"]
+    >>> rates = rates_at(truth, values, dict.fromkeys(SIX.names, 0.15))["any"]
     >>> {name: round(float(rate), 4) for name, rate in rates.items()}
     {'threshold': 0.15, 'precision': 0.6667, 'recall': 1.0, 'f1': 0.8, 'specificity': 0.5}
     """
-    limits = np.array([np.inf if thresholds[name] is None else thresholds[name] for name in LABELS])
+    names = label_set.names
+    limits = np.array([np.inf if thresholds[name] is None else thresholds[name] for name in names])
     predicted = (np.asarray(values, np.float64) >= limits).astype(np.float64)
-    per_label = binary_metrics(truth, predicted)["per_label"]
+    # Each label on its own, whether or not they are exclusive.
+    per_label = binary_metrics(truth, predicted, label_set=LabelSet(names))["per_label"]
     return {
         name: {"threshold": thresholds[name]}
         | {rate: None if thresholds[name] is None else per_label[name][rate] for rate in RATES}
-        for name in LABELS
+        for name in names
     }
 
 
-def threshold_table(truth: np.ndarray, values: np.ndarray) -> list[dict]:
+def threshold_table(truth: np.ndarray, values: np.ndarray, label_set: LabelSet = SIX) -> list[dict]:
     """Score each threshold of `THRESHOLDS`, the same for all labels, with `rates_at`."""
     return [
-        {"threshold": limit, "labels": rates_at(truth, values, dict.fromkeys(LABELS, limit))}
+        {
+            "threshold": limit,
+            "labels": rates_at(truth, values, dict.fromkeys(label_set.names, limit), label_set),
+        }
         for limit in THRESHOLDS
     ]
