@@ -35,7 +35,7 @@ _PUBLIC = {
     "SeriesIndex": "ich_keras.ct.series",
     "Window": "ich_keras.ct.window",
     "write_phantoms": "ich_keras.phantom.dicom",
-    "read_rsna_labels": "ich_keras.data.labels",
+    "read_rsna_labels": "ich_keras.data.rsna_labels",
     "join_labels": "ich_keras.data.labels",
     "CTCache": "ich_keras.data.cache.cache",
     "build_cache": "ich_keras.data.cache.cache",

@@ -13,14 +13,14 @@ from ich_keras.data.labels import series_labels
 from ich_keras.data.pixels import part_digests
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
-from ich_keras.data.views import make_samples, series_of_rows
+from ich_keras.data.views import series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, lock, write_json
 from ich_keras.inference import load_run, probabilities, probability_table
-from ich_keras.labels import LABELS
+from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.leftovers import remove_leftovers
-from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, choose_rule
-from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.metrics.aggregation import aggregate, choose_rule, rules_of
+from ich_keras.metrics.binary import binary_metrics, truth_columns
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
@@ -91,13 +91,13 @@ def evaluate(
     return metrics
 
 
-def _require_same_truth(path: Path, table: pd.DataFrame) -> None:
+def _require_same_truth(path: Path, table: pd.DataFrame, labels: LabelSet) -> None:
     """Refuse other labels than a finished run was scored with: its report would contradict it."""
     if not path.is_file():
         return
     key = "sop_instance_uid" if "sop_instance_uid" in table else "series_instance_uid"
-    before = pd.read_csv(path, dtype={key: str}).set_index(key)[list(TRUTH_COLUMNS)]
-    now = table.set_index(key)[list(TRUTH_COLUMNS)].reindex(before.index)
+    before = pd.read_csv(path, dtype={key: str}).set_index(key)[truth_columns(labels)]
+    now = table.set_index(key)[truth_columns(labels)].reindex(before.index)
     count = int((before.to_numpy() != now.to_numpy()).any(axis=1).sum())
     if count:
         raise StaleError(
@@ -125,14 +125,20 @@ def evaluate_network(
         is_again: refuse other labels than the split was scored with before.
     """
     _require_size(recipe, cache)
+    labels = recipe.labels
+    if cache.labels != labels:
+        raise DataError(
+            f"{cache.path} has the labels {cache.labels}; the run was trained for {labels}.",
+            "Evaluate with the labels of the training.",
+        )
     members = run.split()
     _require_members(members, split, cache)
     _require_pixels(run, members, split, cache)
 
     from ich_keras.data.batches import view_batches
 
-    indices = members.indices(cache.slices, split)
-    train_indices = members.indices(cache.slices, "train")
+    indices = members.indices(cache.slices, split, labels)
+    train_indices = members.indices(cache.slices, "train", labels)
     for part, rows in ((split, indices), ("train", train_indices)):
         if len(rows) == 0:
             raise DataError(
@@ -141,7 +147,7 @@ def evaluate_network(
                 " prevalence: give the labels of both.",
             )
     view = recipe.inputs.view
-    samples = make_samples(cache.slices, cache.series, view)
+    samples = cache.samples(view)
     chosen = samples.of_rows(cache.slices, indices, split)
     batches = view_batches(
         cache,
@@ -160,27 +166,27 @@ def evaluate_network(
     truth = samples.labels[chosen]
     scored = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
     if view.kind == "series":
-        table = _series_table(scored, values)
+        table = _series_table(scored, values, labels)
     else:
-        table = probability_table(scored, values)
-    table[list(TRUTH_COLUMNS)] = truth
+        table = probability_table(scored, values, labels)
+    table[truth_columns(labels)] = truth
     # Leave out what the view skips, as the network's numbers do.
     scored_rows, train_rows = (
         samples.usable_rows(cache.slices, part) for part in (indices, train_indices)
     )
     train = cache.slices.iloc[train_rows]
     prevalence = {
-        "slice": train[list(LABELS)].mean().to_list(),
-        "series": series_labels(train).mean().to_list(),
+        "slice": _prevalence(train[list(labels.names)]),
+        "series": _prevalence(series_labels(train, labels)),
     }
     # From only some of its slices, a series has neither a valid label nor a valid probability.
-    is_whole = not series_of_rows(cache.slices, indices)[1].any()
+    is_whole = not series_of_rows(cache.slices, indices, labels)[1].any()
     metrics = _metrics(
-        run, split, view.kind, is_whole, scored, truth, values, prevalence, keeps=not notice
+        run, split, view.kind, is_whole, scored, truth, values, prevalence, labels, not notice
     )
     if is_again:
-        _require_same_truth(run.predictions_file(split), table)
-    if is_synthetic(cache.slices):
+        _require_same_truth(run.predictions_file(split), table, labels)
+    if is_synthetic(cache.slices) and labels.any_label is not None:
         trivial = trivial_auroc(cache, train_rows, scored_rows)
         for level in metrics:
             metrics[level]["trivial_auroc_any"] = trivial[level]
@@ -197,14 +203,21 @@ class _Level:
     """Probabilities and truth of slices, or of series.
 
     Args:
-        truth: int (n, 6).
-        values: float (n, 6), probabilities.
+        truth: int (n, labels), 0 or 1; -1 is missing.
+        values: float (n, labels), probabilities.
         patients: str (n,), the patient of each row.
+        labels: their order.
     """
 
     truth: np.ndarray
     values: np.ndarray
     patients: np.ndarray
+    labels: LabelSet
+
+
+def _prevalence(labels: pd.DataFrame) -> list[float]:
+    """Return how often each label is 1 where it is not missing; 0 where it always is."""
+    return labels.astype(float).where(labels != UNLABELLED).mean().fillna(0.0).to_list()
 
 
 def _metrics(
@@ -216,12 +229,13 @@ def _metrics(
     truth: np.ndarray,
     values: np.ndarray,
     prevalence: dict[str, list[float]],
+    labels: LabelSet,
     keeps: bool,
 ) -> dict:
     """Score both levels; on the validation split, first choose rule, temperature and thresholds."""
     # Only splits by name allow slices without a PatientID.
     patients = patient_or_series(rows).to_numpy()
-    levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients)}
+    levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients, labels)}
     choices = run.choices()
     # Only once: predictions and the metrics of other splits depend on the choices.
     is_choosing = split == CHOOSING and not choices
@@ -229,14 +243,16 @@ def _metrics(
     if is_aggregated:
         uids = rows["series_uid"].to_numpy()
         if is_choosing:
-            rule, losses = choose_rule(truth, values, uids)
+            rule, losses = choose_rule(truth, values, uids, labels)
             choices["aggregation"] = {"rule": rule, "chosen_on": CHOOSING, "log_loss": losses}
-        rule = choices.get("aggregation", {"rule": DEFAULT_RULE})["rule"]
-        series = aggregate(values, uids, rule)
+        usual = {"rule": next(iter(rules_of(labels)))}
+        rule = choices.get("aggregation", usual)["rule"]
+        series = aggregate(values, uids, rule, labels)
         levels["series"] = _Level(
-            aggregate(truth, uids).to_numpy().astype(np.int8),
+            aggregate(truth, uids, "max", labels).to_numpy().astype(np.int8),
             series.to_numpy(),
             pd.Series(patients, index=uids).groupby(level=0).first()[series.index].to_numpy(),
+            labels,
         )
     if is_choosing:
         choices |= {name: _choose(level) for name, level in levels.items()}
@@ -244,7 +260,7 @@ def _metrics(
             write_json(run.choices_file, choices)
     metrics = {
         name: {
-            **binary_metrics(level.truth, level.values, prevalence[name]),
+            **binary_metrics(level.truth, level.values, prevalence[name], labels),
             "intervals": _intervals(level),
             "calibration": _calibration(level, choices.get(name, {}).get("temperature")),
             "operating": _operating(level, choices.get(name, {}).get("thresholds")),
@@ -252,48 +268,52 @@ def _metrics(
         for name, level in levels.items()
     }
     if is_aggregated:
-        metrics["series"]["aggregation"] = choices.get("aggregation", {"rule": DEFAULT_RULE})
+        metrics["series"]["aggregation"] = choices.get("aggregation", usual)
     return metrics
 
 
 def _choose(level: _Level) -> dict:
     return {
-        "temperature": fit_temperature(level.truth, level.values),
-        "thresholds": choose_thresholds(level.truth, level.values),
+        "temperature": fit_temperature(level.truth, level.values, level.labels),
+        "thresholds": choose_thresholds(level.truth, level.values, level.labels),
     }
 
 
 def _intervals(level: _Level) -> dict | None:
     if len(set(level.patients)) < 2:
         return None
-    intervals = bootstrap(level.truth, level.values, level.patients)
+    intervals = bootstrap(level.truth, level.values, level.patients, label_set=level.labels)
     return {"patients": len(set(level.patients)), "metrics": intervals}
 
 
 def _calibration(level: _Level, temperature: float | None) -> dict:
-    found = {"labels": calibration(level.truth, level.values), "temperature": temperature}
+    truth, labels = level.truth, level.labels
+    found = {
+        "labels": calibration(truth, level.values, label_set=labels),
+        "temperature": temperature,
+    }
     if temperature is not None:
-        scaled = with_temperature(level.values, temperature)
-        found["scaled"] = calibration(level.truth, scaled)
-        found["scaled_log_loss"] = binary_metrics(level.truth, scaled)["log_loss"]
+        scaled = with_temperature(level.values, temperature, labels)
+        found["scaled"] = calibration(truth, scaled, label_set=labels)
+        found["scaled_log_loss"] = binary_metrics(truth, scaled, label_set=labels)["log_loss"]
     return found
 
 
 def _operating(level: _Level, thresholds: dict | None) -> dict:
     return {
         "at_specificity": {
-            wanted: rates_at(level.truth, level.values, limits)
+            wanted: rates_at(level.truth, level.values, limits, level.labels)
             for wanted, limits in (thresholds or {}).items()
         },
-        "thresholds": threshold_table(level.truth, level.values),
+        "thresholds": threshold_table(level.truth, level.values, level.labels),
     }
 
 
-def _series_table(series: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+def _series_table(series: pd.DataFrame, values: np.ndarray, labels: LabelSet) -> pd.DataFrame:
     """Add the probabilities to the table of their series."""
     table = series[["series_uid", "num_slices"]].reset_index(drop=True)
     table = table.rename(columns={"series_uid": "series_instance_uid"})
-    return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)
+    return pd.concat([table, pd.DataFrame(values, columns=list(labels.names))], axis=1)
 
 
 def _require_members(members: Split, split: str, cache: CTCache) -> None:

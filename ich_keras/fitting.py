@@ -14,7 +14,6 @@ from ich_keras.errors import DataError, DivergedError, LostState, StaleError, Us
 from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities
 from ich_keras.keras_settings import require_trainable_settings
-from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.models.options import SYNCHRONISED
 from ich_keras.progress import Progress, Tell
@@ -60,7 +59,7 @@ class Fit:
         run: where its files go.
         model: compiled.
         loader, validation: batches of the two splits.
-        valid_labels: int (samples, 6).
+        valid_labels: int (samples, labels).
         marks: what each state says of its run (`marks_of`), read once: an edit of the files while
             the training runs is then noticed when it is resumed.
         group: the processes that train together; None for one alone. Only the first writes, and
@@ -107,11 +106,12 @@ def compiled_network(
     require_trainable_settings()
     training = recipe.training
     keras.utils.set_random_seed(training.seed)
-    model = classifier(recipe.network, output="logits", precision=recipe.precision)
+    labels = recipe.labels
+    model = classifier(recipe.network, output="logits", precision=recipe.precision, labels=labels)
     loaded = None
     if loads_weights and training.weights is not None:
         path = find_weights(training.weights, recipe.preset)
-        loaded = load_weights(model, path, recipe.network)
+        loaded = load_weights(model, path, recipe.network, labels=labels)
     if training.freeze is not None:
         freeze(model, training.freeze)
     compile_classifier(
@@ -141,7 +141,11 @@ def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
     random = np.random.default_rng(0)
     size = recipe.training.batch_size
     inputs = random.standard_normal((size, *recipe.inputs.shape), np.float32)
-    labels = random.integers(0, 2, (size, len(LABELS))).astype(np.float32)
+    if recipe.labels.exclusive:
+        classes = random.integers(0, len(recipe.labels), size)
+        labels = np.eye(len(recipe.labels), dtype=np.float32)[classes]
+    else:
+        labels = random.integers(0, 2, (size, len(recipe.labels))).astype(np.float32)
     model.train_on_batch(inputs, labels)
     seconds = []
     for _ in range(repeats):
@@ -255,6 +259,7 @@ def _keep_best(training: Fit, course: Course) -> None:
     recipe, data = training.recipe, training.run.data()
     record = {
         "network": recipe.network.to_dict(),
+        "labels": list(recipe.labels.names),
         "preset": recipe.preset,
         "intensity": recipe.inputs.intensity.name,
         RECIPE: recipe.to_dict(),
@@ -322,6 +327,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
 
     model, labels = training.model, training.valid_labels
     epochs = training.recipe.training.epochs
+    shown = training.recipe.labels.any_label or training.recipe.labels.names[0]
 
     class Validation(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -350,7 +356,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
             if not training.rank.is_first:
                 course.rows.append({})  # the first process judges and writes
                 return
-            metrics = binary_metrics(labels, values)
+            metrics = binary_metrics(labels, values, label_set=training.recipe.labels)
             loss = metrics["log_loss"]
             is_best = loss < course.best_loss
             if is_best:
@@ -362,7 +368,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                     "learning_rate": rate,
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
-                    "valid_auroc_any": metrics["auroc"]["any"],
+                    f"valid_auroc_{shown.replace(' ', '_')}": metrics["auroc"][shown],
                     # Of this epoch alone, including its validation.
                     "seconds": round(time.perf_counter() - self.began, 1),
                 }
@@ -378,7 +384,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
             save_state(training.run.state_folder, model, epoch + 1, state)
             tell(
                 f"epoch {epoch + 1}/{epochs}: training loss {train_loss:.4f}, validation log loss"
-                f" {loss:.4f}, AUROC(any) {format_metric(metrics['auroc']['any'])}"
+                f" {loss:.4f}, AUROC({shown}) {format_metric(metrics['auroc'][shown])}"
                 + (" (best so far)" if is_best else "")
             )
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ich_keras.environment import choose_backend, choose_device, loaded_backend
 from ich_keras.errors import DataError, StaleError
-from ich_keras.labels import LABELS, NUM_LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import require_unchanged
@@ -60,8 +60,9 @@ def load_network(
     from ich_keras.models.classifier import classifier
     from ich_keras.models.weights import load_weights
 
-    model = classifier(recipe.network, precision=precision or recipe.precision)
-    loaded = load_weights(model, run.best_weights, recipe.network, needs_head=True)
+    labels = recipe.labels
+    model = classifier(recipe.network, precision=precision or recipe.precision, labels=labels)
+    loaded = load_weights(model, run.best_weights, recipe.network, needs_head=True, labels=labels)
     _require_own_weights(run, loaded.record)
     if run.is_finished:
         require_unchanged(run, loaded.digest)
@@ -112,7 +113,7 @@ def probabilities(
     """Run a network over batches.
 
     Args:
-        model: gives logits or probabilities, float32 (n, 6).
+        model: gives logits or probabilities, float32 (n, labels).
         batches: of inputs (n, size, size, channels) or (n, slices, size, size, channels), or of
             (inputs, labels).
         total: number of samples, for the progress.
@@ -120,12 +121,12 @@ def probabilities(
         step: name of the step in the progress.
 
     Returns:
-        float32 (total, 6), probabilities in the order of `LABELS`.
+        float32 (total, labels), probabilities in the order of the model's labels.
 
     Raises:
         DataError: the network gave values that are not finite.
     """
-    from ich_keras.models.classifier import ends_in_logits
+    from ich_keras.models.classifier import ends_in_logits, labels_of
 
     parts, done = [], 0
     if progress is not None:
@@ -139,25 +140,32 @@ def probabilities(
         done += len(parts[-1])
         if progress is not None:
             progress(step, done, total)
-    outputs = np.concatenate(parts) if parts else np.zeros((0, NUM_LABELS), np.float32)
+    labels = labels_of(model)
+    outputs = np.concatenate(parts) if parts else np.zeros((0, len(labels)), np.float32)
     if not np.isfinite(outputs).all():
         raise DataError(
             f"{int((~np.isfinite(outputs)).any(axis=1).sum())} of {len(outputs)} predictions are"
             " not finite.",
             "The weights or the inputs are damaged.",
         )
-    if ends_in_logits(model):
+    if ends_in_logits(model) and labels.exclusive:
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        outputs = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+    elif ends_in_logits(model):
         # Written with tanh, which cannot overflow.
         outputs = (0.5 * (1.0 + np.tanh(0.5 * outputs))).astype(np.float32)
     return outputs
 
 
-def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+def probability_table(
+    slices: pd.DataFrame, values: np.ndarray, labels: LabelSet = SIX
+) -> pd.DataFrame:
     """Add probabilities to the table of their slices.
 
     Args:
         slices: rows of a SeriesIndex' or cache's slice table.
-        values: float32 (len(slices), 6).
+        values: float32 (len(slices), labels).
+        labels: their order.
 
     Returns:
         `SLICE_COLUMNS`, then one column per label. `series_instance_uid` ends in "#2", "#3" where
@@ -165,4 +173,4 @@ def probability_table(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
     """
     table = slices[[*SLICE_COLUMNS]].reset_index(drop=True)
     table["series_instance_uid"] = slices["series_uid"].to_numpy()
-    return pd.concat([table, pd.DataFrame(values, columns=list(LABELS))], axis=1)
+    return pd.concat([table, pd.DataFrame(values, columns=list(labels.names))], axis=1)

@@ -120,9 +120,22 @@ class LabelSet:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any] | None) -> Self:
-        """Read a record; None stands for the six, which older records do not mention."""
+        """Read a record; None stands for the six, which older records do not mention.
+
+        Raises:
+            UsageError: it is not one that `to_dict` made.
+        """
         if record is None:
             return cls(LABELS, ANY)
+        kinds: dict[str, Any] = {
+            "names": list,
+            "any_label": (str, type(None)),
+            "exclusive": bool,
+        }
+        if set(record) != set(kinds) or not all(
+            isinstance(record[name], kind) for name, kind in kinds.items()
+        ):
+            raise UsageError(f"labels {record!r}; expected {', '.join(kinds)}.")
         return cls(tuple(record["names"]), record["any_label"], record["exclusive"])
 
 
@@ -157,3 +170,47 @@ def label_set(labels: "LabelSet | Sequence[str] | int | None", exclusive: bool =
     if ANY in found.names and len(found) > 1 and not exclusive:
         return LabelSet(found.names, ANY)
     return found
+
+
+# What one row of a label table is of -> the column of the slice table that names it.
+LEVELS = {
+    "slice": "sop_instance_uid",
+    "series": "series_instance_uid",
+    "study": "study_instance_uid",
+    "patient": "patient_id",
+}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Which labels the tables of a data set have, and of what.
+
+    Args:
+        labels: the label columns.
+        level: of `LEVELS`. Labels of series, studies or patients stand in the row of every slice,
+            and say nothing about it alone: slices and slabs cannot be trained with them.
+
+    Raises:
+        UsageError: an unknown level.
+    """
+
+    labels: LabelSet = SIX
+    level: str = "slice"
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise UsageError(f"label level {self.level!r}; expected one of {', '.join(LEVELS)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` reads, for JSON."""
+        return {"labels": self.labels.to_dict(), "level": self.level}
+
+    @classmethod
+    def from_dict(cls, record: dict | None) -> Self:
+        """Read a record; None stands for RSNA's labels of slices, as in older caches."""
+        if record is None:
+            return cls()
+        return cls(LabelSet.from_dict(record["labels"]), record["level"])
+
+
+RSNA_LABELLING = Labelling()

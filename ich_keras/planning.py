@@ -8,12 +8,12 @@ import pandas as pd
 from ich_keras.config import RunConfig
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.labels import has_labels
 from ich_keras.data.pixels import require_distinct
 from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.distribution import distribution_lines, samples_per_statistics
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS
 from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 
@@ -73,13 +73,14 @@ def split_indices(slices: pd.DataFrame, recipe: Recipe) -> tuple[Split, dict[str
     Raises:
         DataError: no labels, missing PatientID, too few patients, or a leaking split.
     """
-    if not set(LABELS) <= set(slices):
+    labels = recipe.labels
+    if not has_labels(slices, labels):
         raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
     training = recipe.training
     rows = limit_series(slices, training.limit_series)
     chosen = slices.iloc[rows]
-    split = make_split(training.split, chosen, training.seed)
-    return split, {name: rows[split.indices(chosen, name)] for name in SPLITS}
+    split = make_split(training.split, chosen, training.seed, labels)
+    return split, {name: rows[split.indices(chosen, name, labels)] for name in SPLITS}
 
 
 def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingPlan:
@@ -93,25 +94,28 @@ def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingP
         UsageError, DataError: as `train`.
     """
     cache = tables if isinstance(tables, CTCache) else None
-    recipe = Recipe.of(config, None if cache is None else cache.size)
-    return plan_of(tables.slices, tables.series, recipe, cache)
+    if tables.labelling is None:
+        raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
+    size = None if cache is None else cache.size
+    recipe = Recipe.of(config, size, tables.labelling.labels)
+    return plan_of(tables, recipe, cache)
 
 
 def plan_of(
-    slices: pd.DataFrame, series: pd.DataFrame, recipe: Recipe, cache: CTCache | None = None
+    tables: SeriesIndex | CTCache, recipe: Recipe, cache: CTCache | None = None
 ) -> TrainingPlan:
     """Plan a training by a recipe; see `plan_training`.
 
     Args:
-        slices: the slice table of an index or a cache, with labels.
-        series: its series table.
+        tables: an index or a cache, with labels.
         recipe: of the training.
         cache: that of the tables, to compare the pixels of the splits; None does not.
     """
+    slices = tables.slices
     split, indices = split_indices(slices, recipe)
     if cache is not None:
         require_distinct(cache, split, indices)
-    samples = make_samples(slices, series, recipe.inputs.view)
+    samples = make_samples(slices, tables.series, recipe.inputs.view, tables.labelling)
     return count_plan(slices, recipe, split, indices, samples)
 
 
@@ -148,7 +152,9 @@ def count_plan(
         num_slices={name: len(table) for name, table in tables.items()},
         num_series={name: table["series_uid"].nunique() for name, table in tables.items()},
         num_patients={name: table["patient_id"].nunique() for name, table in tables.items()},
-        num_positive={label: int(tables["train"][label].sum()) for label in LABELS},
+        num_positive={
+            label: int((tables["train"][label] == 1).sum()) for label in recipe.labels.names
+        },
         samples_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
         steps_per_epoch=epoch.num_batches,
         total_steps=total_steps,

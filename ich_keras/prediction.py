@@ -165,7 +165,8 @@ def predict_index(
             if journal is not None:
                 journal.add(predicted)
             results |= {result.series_uid: result for result in predicted}
-    return tables_of(index, [results[one.series_uid] for one in series], view, rule)
+    found_in_order = [results[one.series_uid] for one in series]
+    return tables_of(index, found_in_order, view, rule, recipe.labels)
 
 
 @contextlib.contextmanager

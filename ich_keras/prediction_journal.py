@@ -30,7 +30,6 @@ from ich_keras.files import (
     new_folder,
     read_checked_line,
 )
-from ich_keras.labels import NUM_LABELS
 from ich_keras.leftovers import remove_leftovers
 
 JOURNAL_FILE = "prediction.journal"
@@ -88,7 +87,7 @@ class SeriesResult:
     def from_json(cls, content: list) -> "SeriesResult":
         """Make it from what `to_json` returned."""
         uid, times, hashes, rejects, values = content
-        found = np.array(values, np.float32).reshape(-1, NUM_LABELS)
+        found = np.array(values, np.float32) if values else np.zeros((0, 0), np.float32)
         return cls(uid, tuple(times), tuple(hashes), tuple(map(tuple, rejects)), found)
 
 

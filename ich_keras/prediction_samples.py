@@ -10,7 +10,6 @@ import pandas as pd
 from ich_keras.ct.tables import shown_paths
 from ich_keras.data.inputs import slice_input, stack_slices, volume_input
 from ich_keras.data.views import Samples, View, make_samples
-from ich_keras.labels import NUM_LABELS
 from ich_keras.prediction_journal import SeriesResult
 from ich_keras.recipe import InputRecipe
 
@@ -89,7 +88,7 @@ def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> Seri
             # The remaining files are rejects already.
             rejects += [(row, code, f"series {series.series_uid} {what}", "") for row in found]
     times = tuple(table["file_mtime_ns"].tolist())
-    nothing = np.zeros((0, NUM_LABELS), np.float32)
+    nothing = np.zeros((0, 0), np.float32)
     result = SeriesResult(series.series_uid, times, tuple(hashes), tuple(rejects), nothing)
     return SeriesReading(hu, samples, usable, result)
 

@@ -16,7 +16,7 @@ from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.views import View
 from ich_keras.files import atomic_write
 from ich_keras.inference import SLICE_COLUMNS, probability_table
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.notices import NOT_CLINICAL
 from ich_keras.prediction_journal import (
@@ -37,20 +37,22 @@ class FolderPrediction:
     """The result of `predict_folder`.
 
     Args:
-        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and six probabilities; None for
-            a run on whole series, which does not predict single slices.
+        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and a probability for each
+            label; None for a run on whole series, which does not predict single slices.
         series: one row per series: its UID, number of slices, verdict, number of refused files and
-            six probabilities, aggregated from its slices by the run's rule, or from a run on whole
-            series.
+            a probability for each label, aggregated from its slices by the run's rule, or from a
+            run on whole series.
         rejects: one row per file that could not be used.
         notice: for every reader of the probabilities: they are not for clinical use, and, if so,
             the network was trained only on phantoms.
+        labels: the columns of probabilities.
     """
 
     slices: pd.DataFrame | None
     series: pd.DataFrame
     rejects: pd.DataFrame
     notice: str = NOT_CLINICAL
+    labels: LabelSet = SIX
 
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "
@@ -58,7 +60,11 @@ class FolderPrediction:
 
 
 def tables_of(
-    index: SeriesIndex, results: Sequence[SeriesResult], view: View, rule: str
+    index: SeriesIndex,
+    results: Sequence[SeriesResult],
+    view: View,
+    rule: str,
+    labels: LabelSet = SIX,
 ) -> FolderPrediction:
     """Make the tables of a prediction.
 
@@ -67,6 +73,7 @@ def tables_of(
         results: one for each of its series, in order.
         view: what a sample of the network is.
         rule: for aggregating slices.
+        labels: what the network answers.
 
     Returns:
         The prediction, with absolute paths.
@@ -92,28 +99,30 @@ def tables_of(
             "There is no usable slice.",
         )
     chosen = np.concatenate(kept)
-    slices, values = index.slices.iloc[chosen], np.concatenate([r.values for r in results])
+    slices = index.slices.iloc[chosen]
+    values = np.concatenate([result.values for result in results if len(result.values)])
     if view.kind == "series":
         table = None
-        series = _series_predictions(slices, values)
+        series = _series_predictions(slices, values, labels)
     else:
-        table = _with_places(probability_table(slices, values), slices)
-        series = _aggregated(table, rule)
+        table = _with_places(probability_table(slices, values, labels), slices)
+        series = _aggregated(table, rule, labels)
     is_kept = np.zeros(len(index.slices), bool)
     is_kept[chosen] = True
-    return FolderPrediction(table, _with_verdicts(series, index, is_kept), rejected)
+    verdicts = _with_verdicts(series, index, is_kept)
+    return FolderPrediction(table, verdicts, rejected, labels=labels)
 
 
-def _aggregated(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+def _aggregated(table: pd.DataFrame, rule: str, labels: LabelSet) -> pd.DataFrame:
     uids = table["series_instance_uid"]
-    series = aggregate(table[list(LABELS)].to_numpy(), uids, rule)
+    series = aggregate(table[list(labels.names)].to_numpy(), uids, rule, labels)
     series.insert(0, "num_slices", uids.value_counts().reindex(series.index))
     return series.rename_axis("series_instance_uid")
 
 
-def _series_predictions(slices: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+def _series_predictions(slices: pd.DataFrame, values: np.ndarray, labels: LabelSet) -> pd.DataFrame:
     counts = slices.groupby("series_uid", sort=False).size()
-    series = pd.DataFrame(values, index=counts.index, columns=list(LABELS))
+    series = pd.DataFrame(values, index=counts.index, columns=list(labels.names))
     series.insert(0, "num_slices", counts)
     return series.rename_axis("series_instance_uid")
 

@@ -19,6 +19,7 @@ from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.options import PER_PROCESS
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
 from ich_keras.models.spec import ModelSpec
@@ -153,6 +154,7 @@ class Recipe:
         backend: "torch", "jax" or "tensorflow".
         device: "cpu" or "cuda".
         precision: "float32", "bfloat16" or "float16".
+        labels: what the network answers; in recipes of older versions RSNA's six.
     """
 
     preset: str
@@ -162,9 +164,12 @@ class Recipe:
     backend: str
     device: str
     precision: str
+    labels: LabelSet = field(default=SIX, metadata={WHERE_ABSENT: SIX.to_dict()})
 
     @classmethod
-    def of(cls, config: RunConfig, cache_size: int | None = None) -> "Recipe":
+    def of(
+        cls, config: RunConfig, cache_size: int | None = None, labels: LabelSet = SIX
+    ) -> "Recipe":
         """Decide everything that a configuration leaves open.
 
         This also sets backend and device, so call it before Keras is imported.
@@ -172,6 +177,7 @@ class Recipe:
         Args:
             config: the request.
             cache_size: rows and columns of the cached slices; None takes the input's size.
+            labels: of the data.
 
         Raises:
             UsageError: the view does not fit the preset, the network needs more slices, the
@@ -223,6 +229,7 @@ class Recipe:
             backend=backend,
             device=device,
             precision=precision,
+            labels=labels,
         )
 
     @property
@@ -272,6 +279,7 @@ class Recipe:
         content = dataclasses.asdict(self)
         content["network"] = self.network.to_dict()
         content["inputs"]["intensity"] = self.inputs.intensity.to_dict()
+        content["labels"] = self.labels.to_dict()
         return {"schema": SCHEMA, **content}
 
     @classmethod

@@ -8,6 +8,7 @@ from ich_keras.config import kinds_of
 from ich_keras.data.intensity import Intensity
 from ich_keras.data.views import View, with_absent_choices
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.labels import LabelSet
 from ich_keras.models.spec import ModelSpec
 
 # In the metadata of a field that older versions did not write: what its absence means.
@@ -30,7 +31,7 @@ def read_strictly(cls: Any, content: object, place: str, source: str) -> Any:
     name = place or "it"
     if not isinstance(content, dict):
         raise StaleError(f"{source}: {name} is {content!r}; expected an object.", hint)
-    if cls in (ModelSpec, Intensity):
+    if cls in (ModelSpec, Intensity, LabelSet):
         try:
             return cls.from_dict(content)
         except UsageError as error:

@@ -5,7 +5,6 @@ import shlex
 import pandas as pd
 
 from ich_keras.errors import StaleError
-from ich_keras.labels import LABELS
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.run_folder import PLAN, SYNTHETIC, RunFolder
@@ -71,7 +70,7 @@ def _split_section(title: str, metrics: dict) -> list[str]:
                         f"{part['n']['positive'][label]:,}",
                         *(_with_interval(part, label, metric) for metric in PER_LABEL),
                     ]
-                    for label in LABELS
+                    for label in part["per_label"]
                 ],
             ),
             "",
@@ -119,7 +118,7 @@ def _beyond_rankings(part: dict) -> list[str]:
                             for rates in part["operating"]["at_specificity"].values()
                         ),
                     ]
-                    for label in LABELS
+                    for label in part["per_label"]
                 ],
             ),
             "",
@@ -131,9 +130,9 @@ def _beyond_rankings(part: dict) -> list[str]:
             f" {part['log_loss']:.4f} to {found['scaled_log_loss']:.4f}. Expected calibration error"
             " before and after:"
             + ",".join(
-                f" {label} {found['labels'][label]['ece']:.3f}"
-                f" to {found['scaled'][label]['ece']:.3f}"
-                for label in LABELS
+                f" {label} {format_metric(found['labels'][label]['ece'], 3)}"
+                f" to {format_metric(found['scaled'][label]['ece'], 3)}"
+                for label in part["per_label"]
             )
             + ".",
             "",

@@ -10,7 +10,7 @@ from ich_keras.config import RunConfig
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, lock, read_json
-from ich_keras.metrics.aggregation import DEFAULT_RULE, RULES
+from ich_keras.metrics.aggregation import DEFAULT_RULE, EXCLUSIVE_RULES, RULES, rules_of
 from ich_keras.recipe import Recipe
 
 # Entries of data.json.
@@ -304,7 +304,7 @@ class RunFolder:
             isinstance(part, dict) for part in choices.values()
         )
         rule = choices.get("aggregation", {"rule": DEFAULT_RULE}) if is_object else {}
-        if rule.get("rule") not in RULES:
+        if rule.get("rule") not in RULES | EXCLUSIVE_RULES:
             raise StaleError(
                 f"{self.choices_file} is damaged: it holds no rule of {', '.join(RULES)}.",
                 f"Remove it, then: ich evaluate --run {shlex.quote(str(self))} --cache CACHE"
@@ -314,7 +314,8 @@ class RunFolder:
 
     def rule(self) -> str:
         """Return the rule for aggregating slices, chosen on the validation split."""
-        return self.choices().get("aggregation", {"rule": DEFAULT_RULE})["rule"]
+        usual = next(iter(rules_of(self.recipe().labels)))
+        return self.choices().get("aggregation", {"rule": usual})["rule"]
 
     def best_epoch(self) -> int:
         """Return the epoch of the best weights, counted from 1."""

@@ -102,7 +102,7 @@ def require_space_with_cache(
 def _network(recipe: Recipe) -> Any:
     from ich_keras.models.classifier import classifier, freeze
 
-    model = classifier(recipe.network, output="logits")
+    model = classifier(recipe.network, output="logits", labels=recipe.labels)
     if recipe.training.freeze is not None:
         freeze(model, recipe.training.freeze)
     return model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.binary import format_metric
 from ich_keras.report import summary_rows, trivial_line
 from ich_keras.run_folder import SYNTHETIC, RunFolder
@@ -107,7 +107,8 @@ def _level_table(level: str, splits: dict[str, dict], width: int) -> str:
     """Return AUROC and log loss of one level, one column per split."""
     metrics = splits.values()
     rows = [[f"AUROC per {level}", *splits]]
-    rows += [[label, *(_auroc(part, label, width) for part in metrics)] for label in LABELS]
+    names = next(iter(metrics))["per_label"]
+    rows += [[label, *(_auroc(part, label, width) for part in metrics)] for label in names]
     if any("trivial_auroc_any" in part for part in metrics):
         counted = [format_metric(part.get("trivial_auroc_any"), 3) for part in metrics]
         rows.append(["any, voxel counts", *counted])
@@ -147,7 +148,7 @@ def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
                 _auroc(part, label, width),
                 format_metric(part["per_label"][label]["ap"], 3),
             ]
-            for label in LABELS
+            for label in part["per_label"]
         ]
         parts.append(_fitted([header, *rows], width))
         parts.append(_fitted([["label", "positive", "AUROC", "AP"], *labels], width))
@@ -163,18 +164,19 @@ def evaluation_summary(metrics: dict[str, dict], split: str, width: int) -> str:
     return "\n\n".join(parts)
 
 
-def prediction_table(series: pd.DataFrame, width: int) -> str:
+def prediction_table(series: pd.DataFrame, width: int, labels: LabelSet = SIX) -> str:
     """Lay out the probabilities of each series.
 
     Args:
         series: as `FolderPrediction.series`: series_instance_uid, verdict and one column per label.
         width: columns of the terminal; a long UID loses its middle, a long verdict its end.
+        labels: the columns of probabilities.
 
     Returns:
         At most `SHOWN_SERIES` rows, and the number of further series.
 
     >>> row = {"series_instance_uid": "ID_4f3d994c83", "verdict": "ok"}
-    >>> print(prediction_table(pd.DataFrame([row | dict.fromkeys(LABELS, 0.5)]), 60))
+    >>> print(prediction_table(pd.DataFrame([row | dict.fromkeys(SIX.names, 0.5)]), 60))
     series        verdict   EDH   IPH   IVH   SAH   SDH   any
     ID_4f3d994c83 ok      0.500 0.500 0.500 0.500 0.500 0.500
     EDH epidural, IPH intraparenchymal, IVH intraventricular,
@@ -185,10 +187,14 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
     verdicts = [str(verdict) for verdict in shown["verdict"]]
     longest_verdict = min(max(map(len, ["verdict", *verdicts])), _LONGEST_VERDICT)
     longest_uid = max(map(len, ["series", *map(str, shown["series_instance_uid"])]))
-    names = list(LABELS)
+    names = list(labels.names)
     # Full names take the room they need; abbreviations fit in that of a probability.
     needed = sum(2 + max(len(name), 5) for name in names) + longest_verdict + 2
     is_short = width < needed + min(longest_uid, 2 * _LEAST_UID)
+    is_short &= set(names) <= set(ABBREVIATIONS)
+    if not is_short and width < needed + _LEAST_UID:
+        # Labels of a person's own have no abbreviations: only the highest is shown.
+        return _highest_table(series, shown, verdicts, width, labels)
     gap = 1 if is_short else 2
     if is_short:
         names = [ABBREVIATIONS[name] for name in names]
@@ -196,16 +202,36 @@ def prediction_table(series: pd.DataFrame, width: int) -> str:
     room = width - numbers - gap
     longest_verdict = min(longest_verdict, room - _LEAST_UID)
     rows = [["series", "verdict", *names]]
-    for row, verdict in zip(shown.itertuples(index=False), verdicts, strict=True):
-        values = row._asdict()
+    for values, verdict in zip(shown.to_dict("records"), verdicts, strict=True):
         uid = shorten_middle(str(values["series_instance_uid"]), room - longest_verdict)
         if len(verdict) > longest_verdict:
             verdict = f"{verdict[: longest_verdict - 1]}…"
-        rows.append([uid, verdict, *(f"{values[label]:.3f}" for label in LABELS)])
+        rows.append([uid, verdict, *(f"{values[label]:.3f}" for label in labels.names)])
     lines = [text_table(rows, left=2, gap=gap)]
     if is_short:
-        legend = ", ".join(f"{ABBREVIATIONS[name]} {name}" for name in LABELS if name != "any")
+        legend = ", ".join(
+            f"{ABBREVIATIONS[name]} {name}" for name in labels.names if name != "any"
+        )
         lines.append(textwrap.fill(f"{legend}.", width))
-    if len(series) > len(shown):
-        lines.append(f"{len(series) - len(shown):,} more series are in series.csv.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_more(series, shown)])
+
+
+def _more(series: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
+    more = len(series) - len(shown)
+    return [f"{more:,} more series are in series.csv."] if more else []
+
+
+def _highest_table(
+    series: pd.DataFrame, shown: pd.DataFrame, verdicts: list[str], width: int, labels: LabelSet
+) -> str:
+    """Lay out the label with the highest probability of each series."""
+    values = shown[list(labels.names)].to_numpy(float)
+    best = values.argmax(axis=1)
+    rows = [["series", "verdict", "highest", ""]]
+    for uid, verdict, row, column in zip(
+        shown["series_instance_uid"], verdicts, values, best, strict=True
+    ):
+        name = shorten_middle(labels.names[column], width // 4)
+        rows.append([shorten_middle(str(uid), width // 4), verdict[: width // 4], name])
+        rows[-1].append(f"{row[column]:.3f}")
+    return "\n".join([text_table(rows, left=3), *_more(series, shown)])

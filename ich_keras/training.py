@@ -13,7 +13,7 @@ from ich_keras.config import RunConfig
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import notices_of, part_digests, require_distinct
-from ich_keras.data.views import Samples, make_samples
+from ich_keras.data.views import Samples
 from ich_keras.distribution import (
     distribution_lines,
     join_group,
@@ -95,14 +95,14 @@ def train(
         config.require_no_own_augment()
     else:
         config = replace(config, data=replace(config.data, augment="own"))
-    recipe = Recipe.of(config, cache.size)
+    recipe = Recipe.of(config, cache.size, cache.labels)
     require_distributable(recipe, rank)
     if augment is not None:
         own = replace(recipe.training, own_augment=augmentation_name(augment))
         recipe = replace(recipe, training=own)
     split, indices = split_indices(cache.slices, recipe)
     require_distinct(cache, split, indices)
-    samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
+    samples = cache.samples(recipe.inputs.view)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
     model, loaded = compiled_network(recipe, plan.total_steps, loads_weights=rank.is_first)
     group = join_group(recipe, rank)
@@ -133,7 +133,7 @@ def train(
                     CACHE_PATH: str(cache.path.absolute()),
                     PIXELS: cache.pixels_digest,
                     PIXELS_OF: part_digests(cache, split),
-                    LABELS_DIGEST: labels_digest(cache.slices),
+                    LABELS_DIGEST: labels_digest(cache.slices, recipe.labels),
                     "slices": len(cache.slices),
                     PLAN: plan.to_dict(),
                     SYNTHETIC: is_synthetic(cache.slices),
@@ -215,7 +215,7 @@ def resume(
         # The split as stored in the run: the file it came from may have changed or gone.
         by_file = replace(recipe.training, split=str(run.split_file))
         _, indices = split_indices(cache.slices, replace(recipe, training=by_file))
-        samples = make_samples(cache.slices, cache.series, recipe.inputs.view)
+        samples = cache.samples(recipe.inputs.view)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
         group = join_group(recipe, rank)

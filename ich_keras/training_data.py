@@ -9,7 +9,7 @@ import pandas as pd
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.distribution import require_agreement
 from ich_keras.errors import StaleError
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import CACHE, LABELS_DIGEST, PIXELS, RunFolder
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ich_keras.models.torch.distributed import Group
 
 
-def labels_digest(slices: pd.DataFrame) -> str:
+def labels_digest(slices: pd.DataFrame, labels: LabelSet = SIX) -> str:
     """Return the SHA-256 of the labels of a slice table, 64 digits."""
-    return hashlib.sha256(slices[list(LABELS)].to_numpy(np.int8).tobytes()).hexdigest()
+    return hashlib.sha256(slices[list(labels.names)].to_numpy(np.int8).tobytes()).hexdigest()
 
 
 def require_same_data(run: RunFolder, cache: CTCache) -> None:
@@ -41,8 +41,11 @@ def require_same_data(run: RunFolder, cache: CTCache) -> None:
             f" {(cache.pixels_digest or 'none')[:12]}, expected {before[PIXELS][:12]}.",
             "Give the cache it began with, or start a new training.",
         )
-    if not set(LABELS) <= set(cache.slices) or (
-        before.get(LABELS_DIGEST) not in (None, labels_digest(cache.slices))
+    labels = run.recipe().labels
+    if (
+        cache.labelling is None
+        or cache.labels != labels
+        or before.get(LABELS_DIGEST) not in (None, labels_digest(cache.slices, labels))
     ):
         raise StaleError(
             f"the labels are not those that the training in {run} began with.",
@@ -54,6 +57,6 @@ def require_one_training(group: "Group | None", recipe: Recipe, cache: CTCache) 
     """Refuse processes with other settings, labels or pixels than the first; see
     `require_agreement`.
     """
-    facts = {"recipe": recipe.to_dict(), "labels": labels_digest(cache.slices)}
+    facts = {"recipe": recipe.to_dict(), "labels": labels_digest(cache.slices, recipe.labels)}
     pixels = {"cache": cache.fingerprint, "pixels": cache.pixels_digest}
     require_agreement(group, facts | pixels)

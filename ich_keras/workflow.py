@@ -19,9 +19,10 @@ from ich_keras.ct.rejects import (
 )
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
-from ich_keras.data.labels import join_labels, read_rsna_labels
+from ich_keras.data.label_files import read_labels
+from ich_keras.data.labels import join_labels
 from ich_keras.distribution import require_distributable
-from ich_keras.errors import UsageError
+from ich_keras.errors import DataError, UsageError
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.planning import TrainingPlan, plan_lines, plan_of
 from ich_keras.progress import Progress, Tell
@@ -64,7 +65,7 @@ def prepare_index(
     """
     require_share(max_rejects)
     # Labels first: a fault in them shows before the long walk through the folder.
-    table = None if labels is None else read_rsna_labels(labels)
+    table = None if labels is None else read_labels(labels)
     index = index_folder(
         dicom, workers, journal, progress, any_body_part, None, any_image_type, executor
     )
@@ -105,7 +106,7 @@ def open_cache(path: Path | str, labels: Path | str | None = None) -> CTCache:
         StaleError: not a complete cache.
         DataError: a faulty label file, or labels that match no image.
     """
-    table = None if labels is None else read_rsna_labels(labels)
+    table = None if labels is None else read_labels(labels)
     return CTCache.open(path, labels=table)
 
 
@@ -325,10 +326,13 @@ def prepare_training(
         tables = index.usable()
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
-    recipe = Recipe.of(config, None if cache is None else cache.size)
+    if tables.labelling is None:
+        raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
+    size = None if cache is None else cache.size
+    recipe = Recipe.of(config, size, tables.labelling.labels)
     require_distributable(recipe, this_rank())
     require_trainable_settings()  # before a cache is built; imports Keras, so not before mistakes
-    plan = plan_of(tables.slices, tables.series, recipe, cache)
+    plan = plan_of(tables, recipe, cache)
     return Preparation(config, recipe, plan, out, cache_dir, cache, index, max_rejects)
 
 

@@ -24,6 +24,7 @@ class Cache:
         self.slices, self.series, self.path = cache.slices.copy(), cache.series, cache.path
         self._hu = cache.slices_hu(np.arange(len(cache)))
         self.read = 0
+        self.labelling, self.labels = cache.labelling, cache.labels
         if not with_hashes:
             self.slices = self.slices.drop(columns="pixel_hash")
 

@@ -12,11 +12,11 @@ from ich_keras.data.labels import (
     attach_labels,
     is_labelled,
     join_labels,
-    read_rsna_labels,
     series_labels,
 )
+from ich_keras.data.rsna_labels import read_rsna_labels
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import LABELS, Labelling
 
 SHARED = Path(os.environ.get("ICH_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -31,6 +31,7 @@ class Tables:
 
     slices: pd.DataFrame
     series: pd.DataFrame
+    labelling: Labelling | None = None
 
 
 def text_of(rows, header="ID,Label", end="\n"):
@@ -176,7 +177,7 @@ def test_inconsistent_any_is_kept_and_counted_on_request(write):
     labels = read_rsna_labels(path, allow_inconsistent_any=True)
     assert labels.table.loc["ID_a"].tolist() == [0, 0, 0, 0, 0, 1]
     assert labels.num_inconsistent == 1
-    assert "1 images whose any is not the OR" in repr(labels)
+    assert "1 rows whose any is not the OR" in repr(labels)
 
 
 def slices_of(*rows):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ich_keras.ct.dicom import read_hu, read_slice
 from ich_keras.ct.series import index_folder
-from ich_keras.data.labels import read_rsna_labels
+from ich_keras.data.rsna_labels import read_rsna_labels
 from ich_keras.data.trivial import hu_band_counts, inside_skull, trivial_detector
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS, SUBTYPES

@@ -18,8 +18,9 @@ from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.labels import join_labels, read_rsna_labels
+from ich_keras.data.labels import join_labels
 from ich_keras.data.pixels import NO_HASHES, OTHER_READING, notices_of
+from ich_keras.data.rsna_labels import read_rsna_labels
 from ich_keras.errors import DataError, LostState, StaleError
 from ich_keras.evaluation import evaluate
 from ich_keras.inference import load_run

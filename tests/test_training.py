@@ -32,7 +32,7 @@ from ich_keras.errors import (
 from ich_keras.evaluation import evaluate
 from ich_keras.files import write_json
 from ich_keras.inference import load_run, probabilities
-from ich_keras.labels import LABELS
+from ich_keras.labels import LABELS, RSNA_LABELLING, SIX
 from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature
@@ -157,7 +157,7 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
             assert interval["low"] <= found["log_loss"] <= interval["high"]
             assert interval["value"] == pytest.approx(found["log_loss"])
     # Not on slices of another size, which would become other images.
-    larger = types.SimpleNamespace(size=64, slices=phantom_cache.slices, path="larger")
+    larger = types.SimpleNamespace(size=64, slices=phantom_cache.slices, path="larger", labels=SIX)
     with pytest.raises(UsageError, match="have 64x64 pixels; the run was trained from 48x48"):
         evaluate(run, larger, "valid")
     # Evaluating again changes no choice; the series' probabilities follow the kept rule.
@@ -436,7 +436,7 @@ def test_the_plan_tells_counts_and_writes_nothing(phantom_cache):
 
 
 def tables_of(cache, slices):
-    return types.SimpleNamespace(slices=slices, series=cache.series)
+    return types.SimpleNamespace(slices=slices, series=cache.series, labelling=RSNA_LABELLING)
 
 
 def test_data_that_cannot_train_are_refused(phantom_cache, tmp_path):
@@ -975,7 +975,7 @@ def test_a_training_without_a_single_step_is_refused(phantom_cache):
 
 
 def test_an_input_larger_than_the_cache_is_refused(run, phantom_cache):
-    small = types.SimpleNamespace(size=32, path="small")
+    small = types.SimpleNamespace(size=32, path="small", labels=SIX)
     with pytest.raises(UsageError, match="small have 32x32 pixels; the run was trained from 48x48"):
         evaluate(run, small)
     with pytest.raises(UsageError, match="data.size is 48, but the cache holds 32x32"):

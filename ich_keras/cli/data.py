@@ -320,7 +320,7 @@ def audit(
     if out is not None:
         out = require_absent(out)
     cached = open_cache(cache_dir, labels)
-    chosen = None if split is None else find_split(split, cached.slices, seed)
+    chosen = None if split is None else find_split(split, cached.slices, seed, cached.labels)
     with open_terminal() as terminal:
         result = audit_data(cached, chosen, terminal.progress)
     if out is not None:

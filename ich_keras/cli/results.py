@@ -126,7 +126,7 @@ def predict(
             max_rejects=share_of_rejects(max_rejects),
             tell=terminal.tell,
         )
-    click.echo(prediction_table(result.series, terminal_width()))
+    click.echo(prediction_table(result.series, terminal_width(), result.labels))
     click.echo(textwrap.fill(result.notice, terminal_width()))
     for line in summary(result.rejects):
         click.echo(line)

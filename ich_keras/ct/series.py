@@ -1,5 +1,6 @@
 """The index: the slices in a folder, the series they form, and the files that are refused."""
 
+import dataclasses
 import math
 import shutil
 from collections import Counter
@@ -40,6 +41,7 @@ from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
 from ich_keras.ct.walk import read_all, walk, walk_archive
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, replace, write_json
+from ich_keras.labels import LABELS, Labelling
 from ich_keras.leftovers import partial_of, remove_leftovers
 from ich_keras.progress import Progress
 
@@ -69,11 +71,13 @@ class SeriesIndex:
             as the headers have them; `body_width_mm` is that of the middle slice (`body`), NaN
             where it was not measured.
         rejects: one row per unusable file (REJECT_COLUMNS), sorted by path.
+        labelling: the label columns of slices and series; None where there are none.
     """
 
     slices: pd.DataFrame
     series: pd.DataFrame
     rejects: pd.DataFrame
+    labelling: Labelling | None = None
 
     def __repr__(self) -> str:
         return f"SeriesIndex: {self}"
@@ -142,7 +146,8 @@ class SeriesIndex:
             )
             for row in self.slices[left_out].itertuples()
         ]
-        return SeriesIndex(
+        return dataclasses.replace(
+            self,
             slices=self.slices[~left_out].reset_index(drop=True),
             series=self.series[~self.series["series_uid"].isin(codes)].reset_index(drop=True),
             rejects=joined(self.rejects, found),
@@ -168,7 +173,9 @@ class SeriesIndex:
             tables = {
                 name: write_table(partial / f"{name}.csv", getattr(self, name)) for name in _TABLES
             }
-            content = {"schema": SCHEMA, "tables": tables}
+            content: dict[str, Any] = {"schema": SCHEMA, "tables": tables}
+            if self.labelling is not None:
+                content["labelling"] = self.labelling.to_dict()
             write_json(partial / MANIFEST, {**content, "checksum": fingerprint(content)})
             if folder.is_dir():
                 remove_rejects(folder)
@@ -209,7 +216,11 @@ class SeriesIndex:
         series = completed(tables["series"], SERIES_COLUMNS)
         require_turned(series, folder)
         slices = completed(tables["slices"], SLICE_COLUMNS)
-        return cls(slices, series, explained(tables["rejects"]))
+        labelling = None
+        # Older indexes with labels have RSNA's, without saying so.
+        if "labelling" in manifest or set(LABELS) <= set(slices):
+            labelling = Labelling.from_dict(manifest.get("labelling"))
+        return cls(slices, series, explained(tables["rejects"]), labelling)
 
 
 def require_new(folder: Path | str) -> Path:

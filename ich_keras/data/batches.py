@@ -28,9 +28,8 @@ from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.memory import recycled
 from ich_keras.data.seeds import sample_seeds
-from ich_keras.data.views import AIR, Samples, View, make_samples
+from ich_keras.data.views import AIR, Samples, View
 from ich_keras.errors import UsageError
-from ich_keras.labels import LABELS
 
 
 class CTDataset(Dataset):
@@ -93,13 +92,14 @@ class CTDataset(Dataset):
 
         Returns:
             float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
-            of slabs and series; and float32 (n, 6) labels (NaN where there are none). With
+            of slabs and series; and float32 (n, labels) labels (NaN where there are none). With
             `is_raw`, a `RawBatch`.
         """
         epoch, indices = key
         hu = self._hu(np.asarray(indices))
         if self._samples.labels is None:
-            labels = np.full((len(indices), len(LABELS)), np.nan, np.float32)
+            shape = len(indices), len(self._samples.label_set)
+            labels = np.full(shape, np.nan, np.float32)
         else:
             labels = self._samples.labels[indices].astype(np.float32)
             labels[labels < 0] = np.nan
@@ -232,9 +232,9 @@ def view_batches(
             same. None makes arrays of the CPU, for every backend.
 
     Returns:
-        A torch DataLoader of (float32 inputs, float32 (n, 6)) for `fit`, `evaluate` and `predict`
-        on every backend; the inputs are (n, size, size, channels) or
-        (n, slices, size, size, channels).
+        A torch DataLoader of (float32 inputs, float32 (n, labels), NaN where one is missing) for
+        `fit`, `evaluate` and `predict` on every backend; the inputs are (n, size, size, channels)
+        or (n, slices, size, size, channels).
 
     Raises:
         UsageError: an argument cannot be used. Asking for a batch raises it too, when a function
@@ -254,7 +254,7 @@ def view_batches(
             "reverse turns augmented slabs or series upside down; here there are none.",
             "Leave it out, or give `augment` and a view of slabs or series.",
         )
-    samples = samples or make_samples(cache.slices, cache.series, view)
+    samples = samples or cache.samples(view)
     intensity = intensity or ("wide" if view.is_volume else "windows")
     plan = epoch_plan(samples, indices, batch_size, seed, balance)
     size, intensity = size or cache.size, intensity_of(intensity)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ich_keras.data.labels import is_positive
 from ich_keras.data.views import Samples
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY, LABELS
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ def epoch_plan(
     must_be_labelled = seed is not None and labels is not None
     is_given = indices is not None
     if indices is None:
-        is_labelled = labels[:, 0] >= 0 if must_be_labelled and labels is not None else True
-        indices = np.flatnonzero(samples.usable & is_labelled)
+        usable = samples.usable
+        if must_be_labelled and labels is not None:
+            usable = usable & (labels >= 0).any(axis=1)
+        indices = np.flatnonzero(usable)
     indices = np.asarray(indices)
     kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
     if len(indices) == 0:
@@ -102,7 +104,7 @@ def epoch_plan(
             f"indices of {kind} are {indices.dtype} from {indices.min()} to {indices.max()};"
             f" expected whole numbers from 0 to {len(samples) - 1}."
         )
-    lacks = np.zeros(len(indices), bool) if labels is None else (labels[indices] < 0).any(axis=1)
+    lacks = np.zeros(len(indices), bool) if labels is None else (labels[indices] < 0).all(axis=1)
     if must_be_labelled and lacks.any():
         without = int(lacks.sum())
         raise DataError(
@@ -111,7 +113,12 @@ def epoch_plan(
         )
     positive = np.zeros(len(indices), bool)
     if labels is not None:
-        positive = labels[indices, LABELS.index(ANY)] == 1
+        positive = is_positive(labels[indices], samples.label_set)
+    if balance and samples.label_set.exclusive:
+        raise UsageError(
+            "balancing is of positive and negative samples; exclusive labels have neither.",
+            "Train without --balance.",
+        )
     if balance and (positive.all() or not positive.any()):
         raise DataError(
             f"{positive.sum()} of {len(positive)} {kind} are positive; balancing needs both kinds.",

@@ -1,43 +1,30 @@
-"""The label table: RSNA's CSV in, six int8 columns per image out; doubtful files are refused.
+"""Labels of a data set: what they are of, and how they join the tables of images.
 
-A slice that is in the index but not in the label table gets `UNLABELLED` (-1) in all six columns.
-It stays in place as a neighbour of other slices, but no split holds it.
+An image that is in the index but not in the label table gets `UNLABELLED` (-1) in all label
+columns. It stays in place as a neighbour of other slices, but no split holds it. A label may also
+be missing alone: it then counts in no loss and no metric.
 """
 
 import dataclasses
-from array import array
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ich_keras.data.csv_rows import (
-    FAULTS_SHOWN,
-    CsvRows,
-    RowFaults,
-    excerpt,
-    first_few,
-    is_identifier,
-    open_csv,
-)
+from ich_keras.data.csv_rows import excerpt, first_few
 from ich_keras.errors import DataError
-from ich_keras.labels import ANY, LABELS, NUM_LABELS
+from ich_keras.labels import LEVELS, RSNA_LABELLING, SIX, UNLABELLED, Labelling, LabelSet
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
-UNLABELLED = -1
-
-HEADER = ["ID", "Label"]
-# pandas writes 0.0 and 1.0 when a column of 0 and 1 once had a missing value.
-VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
-
-_COLUMNS = {name: column for column, name in enumerate(LABELS)}
-_ANY_COLUMN = _COLUMNS[ANY]
-_FORMAT_HINT = (
-    "Expected RSNA's stage_2_train.csv: the header ID,Label, then rows like ID_000012eaf_any,0."
-)
+_PLURALS = {"slice": "images", "series": "series", "study": "studies", "patient": "patients"}
+_TAGS = {
+    "sop_instance_uid": "SOPInstanceUIDs",
+    "series_instance_uid": "SeriesInstanceUIDs",
+    "study_instance_uid": "StudyInstanceUIDs",
+    "patient_id": "PatientIDs",
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -45,12 +32,15 @@ class LabelTable:
     """The labels of a data set.
 
     Attributes:
-        table: indexed by sop_instance_uid (str, unique, in the file's order); six int8 columns,
-            0 or 1, in the order of `LABELS`.
+        table: indexed by what identifies a slice, series, study or patient (str, unique, in the
+            file's order); an int8 column for each label, 0, 1 or -1 where it is missing.
         source: the file.
         num_rows: rows of the file, without its header and empty lines.
         num_duplicates: rows that repeated an earlier one and were merged with it.
-        num_inconsistent: images whose `any` is not the OR of the subtypes; 0 unless allowed.
+        num_inconsistent: rows whose `any` is not the OR of the subtypes; 0 unless allowed.
+        labelling: which labels, and of what.
+        kind: the format that was recognised.
+        num_readers: int8, by the same index: how many people read each; None if it is not known.
     """
 
     table: pd.DataFrame
@@ -58,6 +48,9 @@ class LabelTable:
     num_rows: int
     num_duplicates: int = 0
     num_inconsistent: int = 0
+    labelling: Labelling = RSNA_LABELLING
+    kind: str = "RSNA's table of slices"
+    num_readers: pd.Series | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,14 +61,26 @@ class LabelTable:
     def __str__(self) -> str:
         positives = ", ".join(f"{name} {count:,}" for name, count in self.num_positive.items())
         notes = f"{self.num_rows:,} rows, {self.num_duplicates:,} duplicates merged"
+        missing = int((self.table.to_numpy() == UNLABELLED).sum())
+        if missing:
+            notes += f", {missing:,} labels missing"
+        if self.num_readers is not None:
+            low, high = int(self.num_readers.min()), int(self.num_readers.max())
+            notes += f", {low if low == high else f'{low} to {high}'} readers each"
         if self.num_inconsistent:
-            notes += f", {self.num_inconsistent:,} images whose any is not the OR of the subtypes"
-        return f"{len(self):,} images; positive: {positives}; {notes}; {self.source}"
+            notes += f", {self.num_inconsistent:,} rows whose any is not the OR of the subtypes"
+        what = _PLURALS[self.labelling.level]
+        return f"{len(self):,} {what}; positive: {positives}; {notes}; {self.kind}; {self.source}"
+
+    @property
+    def labels(self) -> LabelSet:
+        """The label columns."""
+        return self.labelling.labels
 
     @property
     def num_positive(self) -> dict[str, int]:
-        """Number of positive images per label."""
-        return {name: int(self.table[name].sum()) for name in LABELS}
+        """Number of positive rows per label."""
+        return {name: int((self.table[name] == 1).sum()) for name in self.labels.names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class LabelJoin:
     """How a label table and an index match.
 
     Attributes:
-        num_labelled: slices with labels.
+        num_labelled: slices with labels, of their own or of their series, study or patient.
         num_unlabelled: slices without labels; they stay in the table, and out of every split.
         num_labels_unused: rows of the label table without an image.
     """
@@ -99,146 +104,13 @@ class LabelJoin:
         )
 
 
-def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> LabelTable:
-    """Read RSNA's label file: one row per image and label, `<SOPInstanceUID>_<label>,<0 or 1>`.
-
-    The order of rows does not matter. Identical rows are merged and counted (RSNA's file has 24).
-    Anything else unusual is refused with line numbers: a header other than `ID,Label`, other
-    columns, an unknown label, a value other than 0, 1, 0.0 or 1.0, two rows that contradict each
-    other, an image that lacks one of its six rows, `any` that is not the OR of the five subtypes.
-
-    Args:
-        path: the CSV file, UTF-8, any line ends.
-        allow_inconsistent_any: keep images whose `any` is not the OR of the subtypes as they are,
-            and count them, instead of refusing the file.
-
-    Raises:
-        UsageError: the file cannot be opened.
-        DataError: its content is refused; the message names the first lines.
-
-    >>> import tempfile
-    >>> rows = [f"ID_1_{name},{int(name in ('subdural', 'any'))}" for name in LABELS]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "labels.csv"
-    ...     _ = path.write_text("\\n".join(["ID,Label", *rows]))
-    ...     labels = read_rsna_labels(path)
-    >>> len(labels), labels.num_positive["subdural"], labels.num_positive["epidural"]
-    (1, 1, 0)
-    """
-    with open_csv(path) as reader:
-        header = next(reader, None)
-        if header is None:
-            raise DataError(f"{path} is empty.", _FORMAT_HINT)
-        if header != HEADER:
-            shown = excerpt(",".join(header))
-            raise DataError(f"{path}: the header is {shown}; expected 'ID,Label'.", _FORMAT_HINT)
-        uids, found, lines, num_rows, num_duplicates = _read_rows(reader, path)
-    if num_rows == 0:
-        raise DataError(f"{path} has a header but no rows.", _FORMAT_HINT)
-    _refuse_missing(path, uids, found, lines)
-    wrong_any = found[:, _ANY_COLUMN] != found[:, :_ANY_COLUMN].max(axis=1)
-    if wrong_any.any() and not allow_inconsistent_any:
-        _refuse_wrong_any(path, uids, found, lines, np.flatnonzero(wrong_any))
-    index = pd.Index(uids, dtype="str", name="sop_instance_uid")
-    table = pd.DataFrame(found, index=index, columns=list(LABELS))
-    return LabelTable(table, str(path), num_rows, num_duplicates, int(wrong_any.sum()))
+def has_labels(table: pd.DataFrame, labels: LabelSet = SIX) -> bool:
+    """Tell whether a table of slices or series has the columns of some labels."""
+    return set(labels.names) <= set(table.columns)
 
 
-def _read_rows(
-    reader: CsvRows, path: Path | str
-) -> tuple[list[str], np.ndarray, np.ndarray, int, int]:
-    """Return UIDs, int8 values (images, 6) with -1 where no row was seen, the rows' line numbers
-    (images, 6), and the numbers of rows and duplicates.
-
-    One pass with a dict: pandas needs three times the time and five times the memory.
-    """
-    positions: dict[str, int] = {}
-    found = array("b")
-    lines = array("q")
-    no_values, no_lines = array("b", [UNLABELLED] * NUM_LABELS), array("q", [0] * NUM_LABELS)
-    faults = RowFaults(path)
-    num_rows = num_duplicates = 0
-    for row in reader:
-        if not row:
-            continue
-        num_rows += 1
-        if len(row) != 2:
-            faults.add(reader.line_num, f"{len(row)} fields, expected 2")
-            continue
-        name, text = row
-        uid, _, label = name.rpartition("_")
-        column = _COLUMNS.get(label)
-        value = VALUES.get(text)
-        if column is None:
-            faults.add(reader.line_num, f"{excerpt(name)} does not end in one of the six labels")
-            continue
-        if value is None:
-            faults.add(
-                reader.line_num, f"label {excerpt(text)} of {excerpt(name)}, expected 0 or 1"
-            )
-            continue
-        position = positions.get(uid)
-        if position is None:
-            if not is_identifier(uid):
-                faults.add(reader.line_num, f"{excerpt(name)} names no image")
-                continue
-            position = positions[uid] = len(positions)
-            found.extend(no_values)
-            lines.extend(no_lines)
-        cell = position * NUM_LABELS + column
-        if found[cell] == UNLABELLED:
-            found[cell] = value
-            lines[cell] = reader.line_num
-        elif found[cell] == value:
-            num_duplicates += 1
-        else:
-            earlier = f"but {found[cell]} on line {lines[cell]}"
-            faults.add(reader.line_num, f"{excerpt(name)} is {value} here, {earlier}")
-    faults.refuse(f"Correct or remove these rows. {_FORMAT_HINT}")
-    shape = (len(positions), NUM_LABELS)
-    values = np.frombuffer(found, dtype=np.int8) if found else np.empty(0, np.int8)
-    numbers = np.frombuffer(lines, dtype=np.int64) if lines else np.empty(0, np.int64)
-    return list(positions), values.reshape(shape), numbers.reshape(shape), num_rows, num_duplicates
-
-
-def _refuse_missing(
-    path: Path | str, uids: list[str], found: np.ndarray, lines: np.ndarray
-) -> None:
-    holes = np.flatnonzero((found == UNLABELLED).any(axis=1))
-    if not len(holes):
-        return
-    shown = []
-    for image in holes[:FAULTS_SHOWN]:
-        missing = ", ".join(np.array(LABELS)[found[image] == UNLABELLED])
-        line = lines[image][lines[image] > 0].min()
-        shown.append(f"{uids[image]} (line {line}) has no row for {missing}")
-    raise DataError(
-        f"{path}: every image needs six rows: {first_few(shown, len(holes))}.",
-        "Add the missing rows or remove the image's others.",
-    )
-
-
-def _refuse_wrong_any(
-    path: Path | str,
-    uids: list[str],
-    found: np.ndarray,
-    lines: np.ndarray,
-    images: np.ndarray,
-) -> None:
-    shown = []
-    for image in images[:FAULTS_SHOWN]:
-        positive = [name for name in LABELS[:_ANY_COLUMN] if found[image, _COLUMNS[name]]]
-        subtypes = f"{', '.join(positive)} is 1" if positive else "no subtype is 1"
-        line = lines[image, _ANY_COLUMN]
-        shown.append(f"line {line}: any of {uids[image]} is {found[image, -1]}, but {subtypes}")
-    raise DataError(
-        f"{path}: any must be the OR of the five subtypes: {first_few(shown, len(images))}.",
-        "Correct the file, or keep the labels as they are with allow_inconsistent_any=True.",
-    )
-
-
-def is_labelled(slices: pd.DataFrame) -> np.ndarray:
-    """Tell for each row whether it has labels.
+def is_labelled(slices: pd.DataFrame, labels: LabelSet = SIX) -> np.ndarray:
+    """Tell for each row whether it has a label.
 
     Returns:
         bool (rows,).
@@ -246,67 +118,98 @@ def is_labelled(slices: pd.DataFrame) -> np.ndarray:
     Raises:
         DataError: no labels were joined to this table.
 
-    >>> table = pd.DataFrame({name: [0, UNLABELLED] for name in LABELS})
+    >>> table = pd.DataFrame({name: [0, UNLABELLED] for name in SIX.names})
     >>> is_labelled(table).tolist()
     [True, False]
     """
-    absent = [name for name in LABELS if name not in slices.columns]
+    absent = [name for name in labels.names if name not in slices.columns]
     if absent:
         raise DataError(
             f"the slices have no labels (columns {', '.join(absent)} are absent).",
             "Join a label file first.",
         )
-    return slices[ANY].to_numpy() != UNLABELLED
+    return (slices[list(labels.names)].to_numpy() != UNLABELLED).any(axis=1)
 
 
-def series_labels(slices: pd.DataFrame) -> pd.DataFrame:
+def is_positive(values: np.ndarray, labels: LabelSet = SIX) -> np.ndarray:
+    """Tell which rows are positive: by the label that stands for the others, or by any of them.
+
+    Args:
+        values: int (n, labels); of exclusive labels, none is positive.
+        labels: what the columns mean.
+
+    Returns:
+        bool (n,).
+    """
+    if labels.exclusive:
+        return np.zeros(len(values), bool)
+    if labels.any_column is not None:
+        return values[:, labels.any_column] == 1
+    return (values == 1).any(axis=1)
+
+
+def series_labels(slices: pd.DataFrame, labels: LabelSet = SIX) -> pd.DataFrame:
     """Return the labels of whole series: positive when any of its labelled slices is.
 
     Args:
-        slices: with the columns series_uid and the six labels (int8; -1 = no label).
+        slices: with the columns series_uid and the labels (int8; -1 = no label).
+        labels: the columns.
 
     Returns:
-        Indexed by series_uid in the order of first appearance; six int8 columns; -1 throughout
-        where no slice of the series has a label.
+        Indexed by series_uid in the order of first appearance; int8 columns; -1 where no slice of
+        the series has the label.
 
     Raises:
         DataError: no labels were joined to this table.
 
-    >>> slices = pd.DataFrame({name: [0, 1, UNLABELLED] for name in LABELS})
+    >>> slices = pd.DataFrame({name: [0, 1, UNLABELLED] for name in SIX.names})
     >>> series_labels(slices.assign(series_uid=["a", "a", "b"]))["any"].to_dict()
     {'a': 1, 'b': -1}
     """
-    is_labelled(slices)
-    return slices.groupby("series_uid", sort=False)[list(LABELS)].max()
+    is_labelled(slices, labels)
+    return slices.groupby("series_uid", sort=False)[list(labels.names)].max()
 
 
 def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFrame, LabelJoin]:
-    """Add the six label columns to a table of slices; rows, order and positions stay as they are.
+    """Add the label columns to a table of slices; rows, order and positions stay as they are.
 
     Args:
-        slices: with the column sop_instance_uid.
+        slices: with the column that identifies what the labels are of (`LEVELS`).
 
     Returns:
-        A new table, with six int8 columns (-1 where the image has no label), and the counts.
+        A new table, with int8 columns (-1 where there is no label), and the counts.
 
     Raises:
-        DataError: no label belongs to any of the images.
+        DataError: no label belongs to any of the images, or a label is called as another column.
 
-    >>> table = pd.DataFrame({name: [1] for name in LABELS}, index=["ID_1"], dtype="int8")
+    >>> table = pd.DataFrame({name: [1] for name in SIX.names}, index=["ID_1"], dtype="int8")
     >>> labels = LabelTable(table, "labels.csv", num_rows=6)
     >>> slices, join = attach_labels(pd.DataFrame({"sop_instance_uid": ["ID_2", "ID_1"]}), labels)
     >>> slices["any"].tolist(), join.num_unlabelled
     ([-1, 1], 1)
     """
-    uids = slices["sop_instance_uid"]
+    names = labels.labels.names
+    clashing = [name for name in names if name in slices.columns]
+    if clashing:
+        raise DataError(
+            f"{labels.source}: a label is called {clashing[0]!r}, as a column of the table of"
+            " images is.",
+            "Give it another name.",
+        )
+    key = LEVELS[labels.labelling.level]
+    uids = slices[key]
     positions = labels.table.index.get_indexer(pd.Index(uids))
     matched = positions >= 0
     if not matched.any():
-        ours = first_few([excerpt(uid) for uid in uids[:2]], len(uids)) or "none"
+        ours = uids.drop_duplicates()
+        shown = first_few([excerpt(uid) for uid in ours[:2]], len(ours)) or "none"
         theirs = first_few([excerpt(uid) for uid in labels.table.index[:2]], len(labels))
+        what = _PLURALS[labels.labelling.level]
+        # A PatientID must not reach a log.
+        shown = shown if key != "patient_id" else "not shown"
         raise DataError(
-            f"{labels.source}: the labels match no image. Labels are for {theirs}. "
-            f"SOPInstanceUIDs of the images: {ours}.",
+            f"{labels.source}: the labels match no image. Labels are for {theirs}."
+            f" {_TAGS[key]} of the {what}: {shown}.",
             "Give the label file that belongs to these DICOM files.",
         )
     values = labels.table.to_numpy()[positions]
@@ -318,23 +221,38 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         num_unlabelled=int((~matched).sum()),
         num_labels_unused=int((~used).sum()),
     )
-    return slices.assign(**dict(zip(LABELS, values.T, strict=True))), join
+    return slices.assign(**dict(zip(names, values.T, strict=True))), join
 
 
 def join_labels(index: "SeriesIndex", labels: LabelTable) -> tuple["SeriesIndex", LabelJoin]:
     """Give an index its labels, per slice and per series.
 
     Args:
-        index: as `index_folder` returns it.
-        labels: as `read_rsna_labels` returns it.
+        index: as `index_folder` returns it, or with other labels.
+        labels: as `read_labels` returns them.
 
     Returns:
-        A new index whose tables have the six int8 columns (-1 = no label), and the counts.
+        A new index whose tables have the int8 columns (-1 = no label), and the counts.
 
     Raises:
         DataError: no label belongs to any of the images.
     """
+    index = without_labels(index)
     slices, join = attach_labels(index.slices, labels)
-    per_series = series_labels(slices).reindex(index.series["series_uid"], fill_value=UNLABELLED)
-    columns = {name: per_series[name].to_numpy(np.int8) for name in LABELS}
-    return dataclasses.replace(index, slices=slices, series=index.series.assign(**columns)), join
+    per_series = series_labels(slices, labels.labels)
+    per_series = per_series.reindex(index.series["series_uid"], fill_value=UNLABELLED)
+    columns = {name: per_series[name].to_numpy(np.int8) for name in labels.labels.names}
+    series = index.series.assign(**columns)
+    found = dataclasses.replace(index, slices=slices, series=series, labelling=labels.labelling)
+    return found, join
+
+
+def without_labels(index: "SeriesIndex") -> "SeriesIndex":
+    """Return an index without its label columns, if it has any."""
+    if index.labelling is None:
+        return index
+    slices, series = (
+        table.drop(columns=list(index.labelling.labels.names), errors="ignore")
+        for table in (index.slices, index.series)
+    )
+    return dataclasses.replace(index, slices=slices, series=series, labelling=None)

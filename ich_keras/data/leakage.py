@@ -10,7 +10,7 @@ from ich_keras.data.labels import is_labelled
 from ich_keras.data.pixels import equal_slices
 from ich_keras.data.split_audit import count_split
 from ich_keras.data.split_record import SPLITS, Split
-from ich_keras.labels import ANY, LABELS, SUBTYPES
+from ich_keras.labels import SIX, UNLABELLED, LabelSet
 from ich_keras.progress import Progress
 
 
@@ -35,10 +35,14 @@ def audit_data(
         DataError: a part of the split is empty, or there are no labels.
     """
     pixels = equal_slices(cache, progress)
-    found = {"labels": label_faults(cache.slices), "equal_pixels": _count_equal(cache, pixels)}
+    labels = cache.labels
+    found = {
+        "labels": label_faults(cache.slices, labels),
+        "equal_pixels": _count_equal(cache, pixels),
+    }
     if split is None:
         return found
-    counts = count_split(split, cache.slices)
+    counts = count_split(split, cache.slices, labels)
     leaks = []
     unknown = int((cache.slices["patient_id"] == "").sum())
     if unknown:
@@ -47,7 +51,9 @@ def audit_data(
         for group, count in counts["shared"][f"{one}/{other}"].items():
             if count:
                 leaks.append(f"{one} and {other} share {count:,} {group}")
-        rows = {part: set(split.indices(cache.slices, part).tolist()) for part in (one, other)}
+        rows = {
+            part: set(split.indices(cache.slices, part, labels).tolist()) for part in (one, other)
+        }
         across = sum(
             bool(rows[one] & set(group)) and bool(rows[other] & set(group)) for group in pixels
         )
@@ -58,7 +64,7 @@ def audit_data(
 
 def _count_equal(cache: CTCache, groups: list[list[int]]) -> dict:
     slices = cache.slices
-    labels = slices[list(LABELS)] if set(LABELS) <= set(slices) else None
+    labels = None if cache.labelling is None else slices[list(cache.labels.names)]
 
     def differ(group: list[int], column: str) -> bool:
         return slices[column].iloc[group].nunique() > 1
@@ -74,30 +80,34 @@ def _count_equal(cache: CTCache, groups: list[list[int]]) -> dict:
     }
 
 
-def label_faults(slices: pd.DataFrame) -> dict:
+def label_faults(slices: pd.DataFrame, labels: LabelSet = SIX) -> dict:
     """Count labels that contradict each other.
 
     Args:
         slices: the slice table, with labels.
+        labels: which.
 
     Returns:
-        Ready for JSON: "any_without_subtype" and "subtype_without_any" (slices), "unlabelled"
-        (slices), "partly_labelled_series", and "same_place_other_labels": pairs of neighbouring
-        slices of a series at one position with different labels.
+        Ready for JSON: "any_without_subtype" and "subtype_without_any" (slices; 0 where no label
+        stands for the others), "unlabelled" (slices), "partly_labelled_series", and
+        "same_place_other_labels": pairs of neighbouring slices of a series at one position with
+        different labels.
 
     Raises:
         DataError: no labels were joined.
     """
-    labelled = is_labelled(slices)
+    labelled = is_labelled(slices, labels)
     table = slices[labelled]
-    subtype = (table[list(SUBTYPES)] == 1).any(axis=1)
-    positive = table[ANY] == 1
+    subtype = (table[list(labels.parts)] == 1).any(axis=1)
+    positive = subtype if labels.any_label is None else table[labels.any_label] == 1
+    # Where one is missing, the two do not contradict each other.
+    complete = (table[list(labels.names)] != UNLABELLED).all(axis=1)
     by_series = pd.Series(labelled).groupby(slices["series_uid"].to_numpy())
     step = table.groupby("series_uid", sort=False)["position_mm"].diff()
-    changes = (table[list(LABELS)].diff() != 0).any(axis=1)
+    changes = (table[list(labels.names)].diff() != 0).any(axis=1)
     return {
-        "any_without_subtype": int((positive & ~subtype).sum()),
-        "subtype_without_any": int((subtype & ~positive).sum()),
+        "any_without_subtype": int((complete & positive & ~subtype).sum()),
+        "subtype_without_any": int((complete & subtype & ~positive).sum()),
         "unlabelled": int((~labelled).sum()),
         "partly_labelled_series": int((by_series.any() & ~by_series.all()).sum()),
         "same_place_other_labels": int(((step.abs() < SAME_POSITION_MM) & changes).sum()),

@@ -27,13 +27,15 @@ from ich_keras.data.split_record import (
 )
 from ich_keras.data.stratify import stratify
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.paths import path_of
 
 FRACTIONS = (0.70, 0.15, 0.15)
 
 
-def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:
+def make_split(
+    name_or_path: str | Path, slices: pd.DataFrame, seed: int, labels: LabelSet = SIX
+) -> Split:
     """Make a split by name, or read one from a file, and refuse it when it leaks.
 
     Args:
@@ -41,12 +43,13 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
             `split_from_file`), or a JSON file that `Split.save` wrote.
         slices: the slice table, with labels.
         seed: of the draw; used by "patient" only.
+        labels: the label columns.
 
     Raises:
         UsageError: neither a name nor a file.
         DataError: the split cannot be made, or leaks (see `audit`).
 
-    >>> slices = pd.DataFrame({name: [0, 1] * 10 for name in LABELS}).assign(
+    >>> slices = pd.DataFrame({name: [0, 1] * 10 for name in SIX.names}).assign(
     ...     sop_instance_uid=[f"ID_{number}" for number in range(20)]
     ... )
     >>> for key in ("series_uid", "study_instance_uid", "patient_id"):
@@ -57,25 +60,31 @@ def make_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
     >>> split.indices(slices, "valid").tolist()
     [2, 3, 12, 13]
     """
-    split = find_split(name_or_path, slices, seed)
-    audit(split, slices)
+    split = find_split(name_or_path, slices, seed, labels)
+    audit(split, slices, labels)
     return split
 
 
-def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Split:
+def find_split(
+    name_or_path: str | Path, slices: pd.DataFrame, seed: int, labels: LabelSet = SIX
+) -> Split:
     """Make or read a split as `make_split` does, without checking whether it leaks."""
     name = str(path_of(str(name_or_path), "split"))
     if name == "patient":
-        split = split_by_patient(slices, seed)
+        split = split_by_patient(slices, seed, labels=labels)
     elif name == "none":
-        split = split_none(slices)
+        split = split_none(slices, labels)
     elif name == "thesis-slices":
-        split = thesis_slice_split(slices)
+        split = thesis_slice_split(slices, labels)
     elif name == "thesis-series":
-        split = thesis_series_split(slices)
+        split = thesis_series_split(slices, labels)
     elif Path(name).is_file():
         is_ours = Path(name).suffix == ".json"
-        split = known_part(Split.load(name), slices) if is_ours else split_from_file(name, slices)
+        split = (
+            known_part(Split.load(name), slices, labels)
+            if is_ours
+            else split_from_file(name, slices, labels)
+        )
     else:
         near = difflib.get_close_matches(name, NAMES, n=1)
         guess = f"Did you mean {near[0]!r}? " if near else ""
@@ -87,9 +96,12 @@ def find_split(name_or_path: str | Path, slices: pd.DataFrame, seed: int) -> Spl
 
 
 def split_by_patient(
-    slices: pd.DataFrame, seed: int, fractions: Sequence[float] = FRACTIONS
+    slices: pd.DataFrame,
+    seed: int,
+    fractions: Sequence[float] = FRACTIONS,
+    labels: LabelSet = SIX,
 ) -> Split:
-    """Split into train, valid and test by patient, alike in all six labels and in size.
+    """Split into train, valid and test by patient, alike in all labels and in size.
 
     A patient is positive for a label when any of its slices is; see `stratify`. The result depends
     on the seed and the data, not on the order of rows.
@@ -98,6 +110,7 @@ def split_by_patient(
         slices: the slice table, with labels.
         seed: of the draw.
         fractions: of patients in train, valid and test; positive, summing to 1.
+        labels: the label columns.
 
     Raises:
         UsageError: the fractions are unusable.
@@ -110,11 +123,11 @@ def split_by_patient(
             f"split fractions {tuple(fractions)} are unusable.",
             "Give three positive numbers that sum to 1.",
         )
-    labelled = slices[is_labelled(slices)]
+    labelled = slices[is_labelled(slices, labels)]
     require_patient_ids(labelled)
-    require_two_classes(labelled)
+    require_two_classes(labelled, labels)
     by_patient = labelled.groupby("patient_id", sort=True)
-    positive = by_patient[list(LABELS)].max().to_numpy(np.int64)
+    positive = (by_patient[list(labels.names)].max().to_numpy() == 1).astype(np.int64)
     num_slices = by_patient.size().to_numpy()
     if len(num_slices) < len(SPLITS):
         raise DataError(
@@ -127,37 +140,37 @@ def split_by_patient(
     return series_split("patient", seed, series["series_uid"], series["patient_id"].map(part_of))
 
 
-def split_none(slices: pd.DataFrame) -> Split:
+def split_none(slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:
     """Put every labelled slice into train, valid and test alike, for deliberate overfitting."""
-    series = slices.loc[is_labelled(slices), "series_uid"].unique()
+    series = slices.loc[is_labelled(slices, labels), "series_uid"].unique()
     everything = tuple(sorted(series))
     require_members({"train": everything}, "none")
     return Split("none", None, "series_uid", dict.fromkeys(SPLITS, everything), LEAKING["none"])
 
 
-def thesis_slice_split(slices: pd.DataFrame) -> Split:
+def thesis_slice_split(slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:
     """Split slices two ways as the thesis did for its 2D network.
 
     Imitated: single slices, not patients, are split; sorted by image ID (SOPInstanceUID); the
     first 80 % train, rounded down (602,242 of RSNA's 752,803); the others (150,561) both choose
     the model and give the reported numbers. Not imitated: that its unreadable files became zeros.
     """
-    return _two_way_split("thesis-slices", slices, "sop_instance_uid")
+    return _two_way_split("thesis-slices", slices, "sop_instance_uid", labels)
 
 
-def thesis_series_split(slices: pd.DataFrame) -> Split:
+def thesis_series_split(slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:
     """Split series two ways as the thesis did for its 3D network.
 
     Imitated: whole series, not patients, are split, in their order (here: sorted by series UID);
     the first 80 % train, rounded down (5,400 of its 6,750); the others (1,350) both choose the
     model and give the reported numbers. Not imitated: which 6,750 series it had.
     """
-    return _two_way_split("thesis-series", slices, "series_uid")
+    return _two_way_split("thesis-series", slices, "series_uid", labels)
 
 
-def _two_way_split(name: str, slices: pd.DataFrame, key: str) -> Split:
-    labelled = slices[is_labelled(slices)]
-    require_two_classes(labelled)
+def _two_way_split(name: str, slices: pd.DataFrame, key: str, labels: LabelSet) -> Split:
+    labelled = slices[is_labelled(slices, labels)]
+    require_two_classes(labelled, labels)
     uids = sorted(labelled[key].unique())
     num_train = len(uids) * 4 // 5
     held_out = tuple(uids[num_train:])

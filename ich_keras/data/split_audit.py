@@ -15,7 +15,7 @@ from ich_keras.data.split_record import (
     require_patient_ids,
 )
 from ich_keras.errors import DataError
-from ich_keras.labels import LABELS
+from ich_keras.labels import SIX, LabelSet
 
 _GROUPS = {
     "patients": "patient_id",
@@ -25,7 +25,7 @@ _GROUPS = {
 }
 
 
-def audit(split: Split, slices: pd.DataFrame) -> dict:
+def audit(split: Split, slices: pd.DataFrame, labels: LabelSet = SIX) -> dict:
     """Count what is in each part and check that no two parts share patients, studies or slices.
 
     Returns:
@@ -35,16 +35,16 @@ def audit(split: Split, slices: pd.DataFrame) -> dict:
         DataError: two parts share something, a PatientID is missing so that nobody can tell, or
             a part is empty; not for splits chosen by a name in `LEAKING`, which carry a warning.
     """
-    counts = count_split(split, slices)
+    counts = count_split(split, slices, labels)
     if split.name not in LEAKING:
-        tables = _tables(split, slices)
+        tables = _tables(split, slices, labels)
         for one, other in combinations(SPLITS, 2):
             _refuse_shared(split, one, other, _common(tables[one], tables[other]), tables)
         require_patient_ids(pd.concat(tables.values()))
     return counts
 
 
-def count_split(split: Split, slices: pd.DataFrame) -> dict:
+def count_split(split: Split, slices: pd.DataFrame, labels: LabelSet = SIX) -> dict:
     """Count what is in each part and what two parts share.
 
     Returns:
@@ -55,12 +55,12 @@ def count_split(split: Split, slices: pd.DataFrame) -> dict:
     Raises:
         DataError: a part is empty.
     """
-    tables = _tables(split, slices)
+    tables = _tables(split, slices, labels)
     require_members(tables, split.name)
     used = pd.concat(tables.values())["sop_instance_uid"].nunique()
-    num_labelled = int(np.count_nonzero(is_labelled(slices)))
+    num_labelled = int(np.count_nonzero(is_labelled(slices, labels)))
     return {
-        "parts": {part: _count(table) for part, table in tables.items()},
+        "parts": {part: _count(table, labels) for part, table in tables.items()},
         # "" is not a patient or a study: slices without an identifier share it.
         "shared": {
             f"{one}/{other}": {
@@ -74,8 +74,8 @@ def count_split(split: Split, slices: pd.DataFrame) -> dict:
     }
 
 
-def _tables(split: Split, slices: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {part: slices.iloc[split.indices(slices, part)] for part in SPLITS}
+def _tables(split: Split, slices: pd.DataFrame, labels: LabelSet) -> dict[str, pd.DataFrame]:
+    return {part: slices.iloc[split.indices(slices, part, labels)] for part in SPLITS}
 
 
 def _common(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, set]:
@@ -85,9 +85,9 @@ def _common(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, set]:
     }
 
 
-def _count(table: pd.DataFrame) -> dict:
+def _count(table: pd.DataFrame, labels: LabelSet) -> dict:
     counts = {group: int(table[column].nunique()) for group, column in _GROUPS.items()}
-    return {**counts, "positive": {name: int(table[name].sum()) for name in LABELS}}
+    return {**counts, "positive": {name: int((table[name] == 1).sum()) for name in labels.names}}
 
 
 def _refuse_shared(split: Split, one: str, other: str, common: dict, tables: dict) -> None:

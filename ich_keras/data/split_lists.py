@@ -16,6 +16,7 @@ from ich_keras.data.split_record import (
     series_split,
 )
 from ich_keras.errors import DataError
+from ich_keras.labels import SIX, LabelSet
 
 FILE_KEYS = (
     "patient_id",
@@ -26,7 +27,7 @@ FILE_KEYS = (
 )
 
 
-def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
+def split_from_file(path: Path | str, slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:
     """Read the user's own lists: a CSV with a column `split` and one column of identifiers.
 
     `split` holds train, valid or test. The identifiers are patient_id, study_instance_uid,
@@ -40,8 +41,8 @@ def split_from_file(path: Path | str, slices: pd.DataFrame) -> Split:
             splits, nothing that is in the index, or an empty split.
     """
     key, part_of, line_of, num_duplicates = _read_lists(path)
-    labelled = slices[is_labelled(slices)]
-    require_two_classes(labelled)
+    labelled = slices[is_labelled(slices, labels)]
+    require_two_classes(labelled, labels)
     parts = labelled[key].map(part_of)
     listed = labelled[parts.notna()]
     if listed.empty:

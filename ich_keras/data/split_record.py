@@ -13,9 +13,9 @@ import pandas as pd
 
 from ich_keras import files
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
-from ich_keras.data.labels import is_labelled
+from ich_keras.data.labels import is_labelled, is_positive
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY
+from ich_keras.labels import SIX, LabelSet
 
 SPLITS = ("train", "valid", "test")
 _SCHEMA = 1
@@ -66,12 +66,13 @@ class Split:
         counts = ", ".join(f"{part} {len(self.members[part]):,}" for part in SPLITS)
         return f"Split({self.name!r}, seed={self.seed}, {self.key}: {counts})"
 
-    def indices(self, slices: pd.DataFrame, part: str) -> np.ndarray:
+    def indices(self, slices: pd.DataFrame, part: str, labels: LabelSet = SIX) -> np.ndarray:
         """Return the positions of a split's labelled slices, ascending.
 
         Args:
             slices: the table the split was made for, or one of the same UIDs in any order.
             part: "train", "valid" or "test".
+            labels: the label columns.
 
         Returns:
             int64 (slices of this part,), positions of rows.
@@ -79,7 +80,7 @@ class Split:
         if part not in SPLITS:
             raise UsageError(f"unknown split {part!r}.", f"Known: {', '.join(SPLITS)}.")
         member = slices[self.key].isin(self.members[part]).to_numpy(bool)
-        return np.flatnonzero(member & is_labelled(slices))
+        return np.flatnonzero(member & is_labelled(slices, labels))
 
     def save(self, path: Path | str) -> None:
         """Write the split as JSON, in one step."""
@@ -134,13 +135,13 @@ def _check_content(content: dict, path: Path | str) -> None:
         )
 
 
-def known_part(split: Split, slices: pd.DataFrame) -> Split:
+def known_part(split: Split, slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:
     """Return a split that was read from a file, with what does not fit the slices in its note.
 
     Raises:
         DataError: none of its UIDs is that of a labelled slice.
     """
-    labelled = slices.loc[is_labelled(slices), split.key]
+    labelled = slices.loc[is_labelled(slices, labels), split.key]
     members = set().union(*split.members.values())
     unknown, unnamed = len(members - set(labelled)), int((~labelled.isin(members)).sum())
     if unknown == len(members):
@@ -213,17 +214,22 @@ def require_patient_ids(slices: pd.DataFrame) -> None:
         )
 
 
-def require_two_classes(labelled: pd.DataFrame) -> None:
+def require_two_classes(labelled: pd.DataFrame, labels: LabelSet = SIX) -> None:
     """Refuse labels that are all alike.
 
     Raises:
-        DataError: all slices are positive, or all are negative.
+        DataError: all slices are positive, or all are negative; or all have the same labels, where
+            none stands for the others.
     """
-    num_positive = int((labelled[ANY] == 1).sum())
-    if num_positive in (0, len(labelled)):
-        only = "negative" if num_positive == 0 else "positive"
+    values = labelled[list(labels.names)].to_numpy()
+    if labels.any_column is None:
+        only = "alike" if len(np.unique(values, axis=0)) < 2 else ""
+    else:
+        num_positive = int(is_positive(values, labels).sum())
+        only = {0: "negative", len(labelled): "positive"}.get(num_positive, "")
+        only += f" (label {labels.any_label})" if only else ""
+    if only:
         raise DataError(
-            f"all {len(labelled):,} labelled slices are {only} (label any); there is nothing to "
-            "tell apart.",
+            f"all {len(labelled):,} labelled slices are {only}; there is nothing to tell apart.",
             "Add the other class, or overfit deliberately with --split none.",
         )

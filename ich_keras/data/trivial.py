@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.labels import is_positive
 from ich_keras.errors import DataError
-from ich_keras.labels import ANY
 
 _SLICES_AT_A_TIME = 1000  # a whole data set does not fit into memory
 BONE_HU = 300
@@ -119,7 +119,8 @@ def trivial_auroc(
         AUROC of `any` at "slice" and at "series" level (a series is as bad as its worst slice);
         None where the training or the scored slices are all alike.
     """
-    truth = cache.slices[ANY].to_numpy()
+    values = cache.slices[list(cache.labels.names)].to_numpy()
+    truth = is_positive(values, cache.labels).astype(np.int64)
     if len(np.unique(truth[train])) != 2:
         return {"slice": None, "series": None}
     train_counts, scored_counts = (

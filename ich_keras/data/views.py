@@ -14,9 +14,9 @@ import pandas as pd
 from ich_keras.ct.verdict import DUPLICATE as DUPLICATE_WORD
 from ich_keras.ct.verdict import TILTED as TILTED_WORD
 from ich_keras.ct.verdict import has_word
-from ich_keras.data.labels import is_labelled, series_labels
+from ich_keras.data.labels import has_labels, is_labelled, series_labels
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import RSNA_LABELLING, SIX, Labelling, LabelSet
 
 VIEWS = ("slice", "slab", "series")
 EDGES = ("air", "repeat")
@@ -159,8 +159,9 @@ class Samples:
         shifts: float64 (samples, slices, 2), how far each slice has to move, in units of a
             slice's side, along columns of pixels (down) and along rows of pixels (right); None
             where nothing moves.
-        labels: int8 (samples, 6), -1 without label; None where the table has none.
+        labels: int8 (samples, labels), -1 without label; None where the table has none.
         usable: bool (samples,), False for what the view skips.
+        label_set: what the columns of `labels` mean.
     """
 
     view: View
@@ -168,6 +169,7 @@ class Samples:
     shifts: np.ndarray | None
     labels: np.ndarray | None
     usable: np.ndarray
+    label_set: LabelSet = SIX
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,7 +213,7 @@ class Samples:
         return rows[self.usable[numbers[rows]]]
 
     def _whole_series(self, slices: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
-        touched, is_torn = series_of_rows(slices, rows)
+        touched, is_torn = series_of_rows(slices, rows, self.label_set)
         torn = touched[is_torn]
         if len(torn):
             uid = slices["series_uid"].drop_duplicates().iloc[torn[0]]
@@ -223,12 +225,15 @@ class Samples:
         return touched
 
 
-def series_of_rows(slices: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def series_of_rows(
+    slices: pd.DataFrame, rows: np.ndarray, labels: LabelSet = SIX
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the series that some slices belong to, and which of those are only partly covered.
 
     Args:
         slices: the table, series after series.
         rows: int (n,), rows of it.
+        labels: its label columns, if it has any.
 
     Returns:
         (int64 (m,), numbers of series in the order of the table; bool (m,), whether a labelled
@@ -237,21 +242,27 @@ def series_of_rows(slices: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, 
     numbers, uids = pd.factorize(slices["series_uid"])
     inside = np.zeros(len(slices), bool)
     inside[rows] = True
-    has_labels = set(LABELS) <= set(slices)
-    outside = is_labelled(slices) & ~inside if has_labels else np.zeros(len(slices), bool)
+    outside = np.zeros(len(slices), bool)
+    if has_labels(slices, labels):
+        outside = is_labelled(slices, labels) & ~inside
     touched = np.flatnonzero(np.bincount(numbers, inside, len(uids)))
     return touched, np.bincount(numbers, outside, len(uids))[touched] > 0
 
 
-def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samples:
+def make_samples(
+    slices: pd.DataFrame, series: pd.DataFrame, view: View, labelling: Labelling | None = None
+) -> Samples:
     """Find the samples of a view in the tables of an index or a cache.
 
     Args:
         slices: one row per slice, series after series, each inferior to superior.
         series: one row per series, in the same order.
         view: what a sample is.
+        labelling: the label columns; None takes RSNA's, where the tables have them.
 
     Raises:
+        DataError: the labels are of something else than the view's samples, and do not say what
+            these show.
         StaleError: `deshear` needs the shear of each series, which older tables lack.
 
     >>> slices = pd.DataFrame({"series_uid": ["a", "a", "b"]})
@@ -269,10 +280,8 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
     ]
     no_rows = np.zeros((0, view.num_slices), np.int64)
     rows = np.concatenate(rows_of_series) if rows_of_series else no_rows
-    labels = None
-    if set(LABELS) <= set(slices):
-        table = series_labels(slices) if view.kind == "series" else slices[list(LABELS)]
-        labels = table.to_numpy(np.int8)
+    labelling = labelling or RSNA_LABELLING
+    labels = _labels(slices, view, labelling)
     tilted = series["verdict"].map(lambda verdict: has_word(verdict, TILTED_WORD))
     tilted = tilted.to_numpy(bool)
     is_used = series["verdict"].map(view.why_skipped).to_numpy() == ""
@@ -280,7 +289,32 @@ def make_samples(slices: pd.DataFrame, series: pd.DataFrame, view: View) -> Samp
     shifts = None
     if view.is_volume and view.tilted == "deshear" and tilted.any():
         shifts = _shifts(slices, series, rows, np.repeat(tilted, lengths))
-    return Samples(view, rows, shifts, labels, usable)
+    return Samples(view, rows, shifts, labels, usable, labelling.labels)
+
+
+def _labels(slices: pd.DataFrame, view: View, labelling: Labelling) -> np.ndarray | None:
+    """Return the label of each sample, int8 (samples, labels); None where there are none."""
+    labels, level = labelling.labels, labelling.level
+    if not has_labels(slices, labels):
+        return None
+    if view.kind != "series":
+        if level != "slice":
+            raise DataError(
+                f"the labels are of a {level} as a whole: they do not say which of its slices"
+                f" shows what, which a network for a {view.kind} learns from.",
+                "Train on whole series (--preset resnet18_3d), or give labels of slices.",
+            )
+        return slices[list(labels.names)].to_numpy(np.int8)
+    if labels.exclusive and level == "slice":
+        of_slices = slices.groupby("series_uid", sort=False)[list(labels.names)]
+        torn = of_slices.nunique().max(axis=1)
+        if (torn > 1).any():
+            raise DataError(
+                f"exclusive labels differ between the slices of series {torn.idxmax()}: they do"
+                " not say what the whole series is.",
+                "Give labels of series.",
+            )
+    return series_labels(slices, labels).to_numpy(np.int8)
 
 
 def _shifts(

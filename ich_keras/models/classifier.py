@@ -1,11 +1,13 @@
-"""From pooled features to six probabilities, and how a classifier is compiled."""
+"""From pooled features to probabilities, and how a classifier is compiled."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import layers
+from keras.activations import softmax
 
-from ich_keras.labels import NUM_LABELS
+from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import (
@@ -23,17 +25,23 @@ from ich_keras.models.weights import HEAD, load_weights
 from ich_keras.models.weights_lookup import find_weights
 
 PROBABILITIES = "probabilities"
+_LABELS = "ich_labels"  # attribute of a model
 
 
 def classifier(
-    spec: ModelSpec, output: str = "probabilities", precision: str | None = None
+    spec: ModelSpec,
+    output: str = "probabilities",
+    precision: str | None = None,
+    labels: LabelSet = SIX,
 ) -> keras.Model:
-    """Build the network with its head: backbone, dropout, dense six, sigmoid or logits.
+    """Build the network with its head: backbone, dropout, dense layer, probabilities or logits.
 
     Args:
         spec: the network.
-        output: "probabilities" (sigmoid; what users build and save) or "logits" (what training
-            uses, with the same weights). Both are float32 (N, 6) in the order of `LABELS`.
+        output: "probabilities" (sigmoids, or a softmax of exclusive labels; what users build and
+            save) or "logits" (what training uses, with the same weights). Both are float32
+            (N, labels) in the order of `labels`.
+        labels: what the head answers.
         precision: "float32", "bfloat16" or "float16"; None is float32, whatever Keras' global
             policy. The head computes in float32 in any case.
 
@@ -55,17 +63,46 @@ def classifier(
     x = backbone.output
     if spec.dropout:
         x = layers.Dropout(spec.dropout, dtype=DTYPE, name="dropout")(x)
-    x = layers.Dense(NUM_LABELS, dtype=DTYPE, name=HEAD)(x)
+    x = layers.Dense(len(labels), dtype=DTYPE, name=HEAD)(x)
     model = functional(backbone.input, x, f"{backbone.name}_classifier")
     if output == "probabilities":
-        return with_probabilities(model)
-    return choose_step(model)
+        return with_probabilities(model, labels)
+    return _called(choose_step(model), labels)
 
 
-def with_probabilities(model: keras.Model) -> keras.Model:
-    """Return a model that shares all layers of a logits model and ends in a sigmoid."""
-    x = layers.Activation("sigmoid", dtype=DTYPE, name=PROBABILITIES)(model.output)
-    return choose_step(functional(model.input, x, model.name))
+def with_probabilities(model: keras.Model, labels: LabelSet | None = None) -> keras.Model:
+    """Return a model that shares all layers of a logits model and ends in probabilities.
+
+    Args:
+        model: from `classifier`.
+        labels: of its head; None takes `labels_of`.
+    """
+    labels = labels or labels_of(model)
+    activation = "softmax" if labels.exclusive else "sigmoid"
+    x = layers.Activation(activation, dtype=DTYPE, name=PROBABILITIES)(model.output)
+    return _called(choose_step(functional(model.input, x, model.name)), labels)
+
+
+def _called(model: keras.Model, labels: LabelSet) -> keras.Model:
+    setattr(model, _LABELS, labels)
+    return model
+
+
+def labels_of(model: keras.Model) -> LabelSet:
+    """Return the labels that a network was built with.
+
+    A model that was saved and loaded has them no more. It then answers the six if it has six
+    outputs, and others without names; exclusive ones if it ends in a softmax.
+    """
+    found = getattr(model, _LABELS, None)
+    if isinstance(found, LabelSet):
+        return found
+    number = int(model.output_shape[-1])
+    last = model.layers[-1]
+    is_softmax = isinstance(last, layers.Activation) and last.activation is softmax
+    if number == len(SIX) and not is_softmax:
+        return SIX
+    return label_set(number, exclusive=is_softmax)
 
 
 def build_classifier(
@@ -75,8 +112,10 @@ def build_classifier(
     output: str = "probabilities",
     precision: str | None = None,
     norm: str = "batch",
+    labels: LabelSet | Sequence[str] | int | None = None,
+    exclusive: bool = False,
 ) -> keras.Model:
-    """Build a preset with its six-way head.
+    """Build a preset with its head: RSNA's six labels, or your own.
 
     Keras' global settings (keras.json, `keras.config`) do not change it: every layer names its data
     format, its types and its epsilon. Channels come last, and `precision` decides which layers
@@ -95,10 +134,12 @@ def build_classifier(
         precision: see `classifier`.
         norm: "batch"; "frozen" (the statistics of the weights) or "group" for batches of one
             volume.
+        labels: names of the outputs, or their number; None takes RSNA's six (`ich_keras.LABELS`).
+        exclusive: exactly one label is true in each sample: a softmax, and its loss.
 
     Returns:
         A functional `keras.Model`: normalised windows float32 (N, *input_shape) to float32
-        (N, 6) in the order of `ich_keras.LABELS`.
+        (N, labels), in the order of `labels`.
 
     Raises:
         UsageError: an unknown name or value.
@@ -107,11 +148,14 @@ def build_classifier(
     >>> model = build_classifier("resnet10_2d", input_shape=(32, 32, 1))
     >>> model.input_shape, model.output_shape
     ((None, 32, 32, 1), (None, 6))
+    >>> build_classifier("resnet10_3d", input_shape=(16, 32, 32, 1), labels=3).output_shape
+    (None, 3)
     """
     spec = preset(name, input_shape, norm)
-    model = classifier(spec, output=output, precision=precision)
+    found = label_set(labels, exclusive)
+    model = classifier(spec, output=output, precision=precision, labels=found)
     if weights is not None:
-        load_weights(model, find_weights(weights, name), spec)
+        load_weights(model, find_weights(weights, name), spec, labels=found)
     return model
 
 

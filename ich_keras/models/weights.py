@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ich_keras.errors import DataError
 from ich_keras.files import atomic_path
-from ich_keras.labels import LABELS
+from ich_keras.labels import LABELS, SIX, LabelSet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import (
     MAX_RECORD_BYTES,
@@ -67,12 +67,17 @@ def own_variables(layer: Any) -> list[Any]:
 
 
 def load_weights(
-    model: Any, path: str | Path, spec: ModelSpec | None = None, needs_head: bool = False
+    model: Any,
+    path: str | Path,
+    spec: ModelSpec | None = None,
+    needs_head: bool = False,
+    labels: LabelSet = SIX,
 ) -> LoadedWeights:
     """Load a `.weights.h5` file into a model of the same network.
 
     The head may be missing from the file (then it stays random), or from the model (then the
-    file's is not used); every other layer must be in both.
+    file's is not used); every other layer must be in both. A head for labels of other names is not
+    used; one with the same labels in another order is refused.
 
     Args:
         model: a `keras.Model` from `resnet` or `classifier`.
@@ -80,7 +85,8 @@ def load_weights(
             `model.save_weights`.
         spec: of the model; weights made for other strides or dilations are then refused, although
             their shapes fit.
-        needs_head: the file must hold the head, too.
+        needs_head: the file must hold the head, too, for the same labels.
+        labels: of the model's head.
 
     Returns:
         What was loaded, what stayed new, what was not used.
@@ -92,8 +98,15 @@ def load_weights(
     """
     file = read_weights(path)
     _require_same_network(file, spec)
+    other_head: tuple[str, ...] = ()
     targets = {layer.name: own_variables(layer) for layer in model.layers}
     targets = {name: variables for name, variables in targets.items() if variables}
+    if HEAD in targets and HEAD in file.layers and not needs_head:
+        there = file.record.get("labels", LABELS)
+        is_theirs = len(there) == file.layers[HEAD][0].shape[-1]
+        if is_theirs and set(map(str, there)) != set(labels.names):
+            file = replace(file, layers={n: a for n, a in file.layers.items() if n != HEAD})
+            other_head = (f"{HEAD} (of other labels)",)
     missing = [name for name in targets if name not in file.layers]
     surplus = [name for name in file.layers if name not in targets]
     _require_same_shapes(file, targets)
@@ -105,12 +118,12 @@ def load_weights(
             "Weights and preset must belong together.",
         )
     if HEAD in targets and HEAD in file.layers:
-        _require_same_labels(file)
+        _require_same_labels(file, labels)
     loaded = [name for name in targets if name in file.layers]
     for name in loaded:
         for variable, array in zip(targets[name], file.layers[name], strict=True):
             variable.assign(array)
-    unused = tuple(surplus)
+    unused = (*surplus, *other_head)
     return LoadedWeights(file.path, tuple(loaded), tuple(missing), unused, file.record, file.digest)
 
 
@@ -170,12 +183,12 @@ def _require_same_shapes(file: WeightsFile, targets: dict[str, list[Any]]) -> No
             )
 
 
-def _require_same_labels(file: WeightsFile) -> None:
-    labels = file.record.get("labels", list(LABELS))
-    if list(labels) != list(LABELS):
+def _require_same_labels(file: WeightsFile, labels: LabelSet) -> None:
+    there = file.record.get("labels", list(LABELS))
+    if list(there) != list(labels.names):
         raise DataError(
-            f"{file.path}: its head gives {', '.join(map(str, labels))}; expected the order"
-            f" {', '.join(LABELS)}.",
+            f"{file.path}: its head gives {', '.join(map(str, there))}; expected the order"
+            f" {labels}.",
             "Its probabilities would be read under wrong names.",
         )
 
@@ -186,7 +199,7 @@ def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = N
     Args:
         model: a `keras.Model`, compiled or not.
         path: ends in `.weights.h5`.
-        record: JSON-able; the label order and checksums are added.
+        record: JSON-able; checksums are added, and the order of RSNA's labels where it has none.
 
     Returns:
         The digest of the weights; see `WeightsFile`.

@@ -49,7 +49,7 @@ from ich_keras.data.reading import indexed_slices
 from ich_keras.disk import full_disk_told, require_free
 from ich_keras.errors import DataError, EnvironmentProblem
 from ich_keras.executors import Workers
-from ich_keras.labels import LABELS
+from ich_keras.labels import Labelling
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 TABLES = ("slices", "series", "rejects")
-LABEL_TABLE = "labels"
+LABEL_TABLE, LABELLING = "labels", "labelling"
 PROGRESS_CALLS = 200
 VERIFIED_SLICES = 256  # by one task
 _KEPT = "Finished shards are kept: build again to resume."
@@ -145,7 +145,7 @@ def finish_folder(
         entries, tables = _collect(index, shards, records)
         with rejects_kept(partial):
             require_few_rejects(tables.slices, tables.rejects, max_rejects)
-        _write_manifest(partial, plan, entries, tables, _labels(index, tables))
+        _write_manifest(partial, plan, entries, tables, _labels(index, tables), index.labelling)
     if out.is_dir():
         out.rmdir()  # empty, as `require_absent` made sure; Windows renames onto nothing
     files.replace(partial, out)
@@ -335,10 +335,11 @@ def _collect(
 
 
 def _labels(index: "SeriesIndex", tables: CacheTables) -> pd.DataFrame | None:
-    """Return sop_instance_uid and the six label columns of the cached slices, if there are any."""
-    if not set(LABELS) <= set(index.slices.columns):
+    """Return sop_instance_uid and the label columns of the cached slices, if there are any."""
+    if index.labelling is None:
         return None
-    return tables.slices[[UID]].merge(index.slices[[UID, *LABELS]], on=UID, how="left")
+    columns = [UID, *index.labelling.labels.names]
+    return tables.slices[[UID]].merge(index.slices[columns], on=UID, how="left")
 
 
 def _write_manifest(
@@ -347,6 +348,7 @@ def _write_manifest(
     entries: list[ShardEntry],
     tables: CacheTables,
     labels: pd.DataFrame | None,
+    labelling: Labelling | None,
 ) -> None:
     written = {name: write_table(partial / f"{name}.csv", getattr(tables, name)) for name in TABLES}
     if labels is not None:
@@ -359,4 +361,6 @@ def _write_manifest(
         "tables": written,
         "shards": [asdict(entry) for entry in entries],
     }
+    if labelling is not None:
+        manifest[LABELLING] = labelling.to_dict()
     files.write_json(partial / MANIFEST, {**manifest, "checksum": files.fingerprint(manifest)})

@@ -25,7 +25,13 @@ from ich_keras import files
 from ich_keras.ct.rejects import require_few_rejects
 from ich_keras.ct.tables import read_table
 from ich_keras.ct.turning import require_turned
-from ich_keras.data.cache.build import LABEL_TABLE, MANIFEST, TABLES, build_folder
+from ich_keras.data.cache.build import (
+    LABEL_TABLE,
+    LABELLING,
+    MANIFEST,
+    TABLES,
+    build_folder,
+)
 from ich_keras.data.cache.plan import SCHEMA, Settings
 from ich_keras.data.cache.shards import (
     REBUILD,
@@ -40,8 +46,9 @@ from ich_keras.data.cache.tables import PIXEL_HASH, UID, CacheTables, with_label
 from ich_keras.data.cache.unfinished import working_folder
 from ich_keras.data.labels import LabelTable, attach_labels, join_labels
 from ich_keras.data.reading import pixel_hash
+from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.labels import LABELS
+from ich_keras.labels import Labelling, LabelSet
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
@@ -168,10 +175,16 @@ class CTCache:
         pixels: the slices without the tables: the part that a loader's workers need.
         slices, series, rejects: the tables of SeriesIndex; `slices` has also `repaired` (bool) and
             `pixel_hash` (`ich_keras.data.reading.pixel_hash`; not in caches of schema 1).
+        labelling: which labels slices and series have, and of what; None without labels.
     """
 
     def __init__(
-        self, path: Path, manifest: dict, pixels: CachedSlices, tables: CacheTables
+        self,
+        path: Path,
+        manifest: dict,
+        pixels: CachedSlices,
+        tables: CacheTables,
+        labelling: Labelling | None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -179,6 +192,7 @@ class CTCache:
         self.slices = tables.slices
         self.series = tables.series
         self.rejects = tables.rejects
+        self.labelling = labelling
         stops = self.series["num_slices"].cumsum().tolist()
         starts = [0, *stops[:-1]]
         self._rows = {
@@ -212,12 +226,17 @@ class CTCache:
             raise StaleError(
                 f"{path}: tables and shards hold different numbers of slices.", REBUILD
             )
+        labelling = None
         if labels is not None:
-            tables = with_labels(tables, attach_labels(tables.slices, labels)[0])
+            labelling = labels.labelling
+            slices = attach_labels(tables.slices, labels)[0]
+            tables = with_labels(tables, slices, labelling.labels)
         elif LABEL_TABLE in manifest["tables"]:
+            labelling = Labelling.from_dict(manifest.get(LABELLING))
             stored = _read_table(path, LABEL_TABLE, manifest)
-            tables = with_labels(tables, tables.slices.assign(**stored[list(LABELS)]))
-        return cls(path, manifest, CachedSlices(shards, size), tables)
+            slices = tables.slices.assign(**stored[list(labelling.labels.names)])
+            tables = with_labels(tables, slices, labelling.labels)
+        return cls(path, manifest, CachedSlices(shards, size), tables, labelling)
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -239,6 +258,21 @@ class CTCache:
     def size(self) -> int:
         """Rows and columns of a slice, pixels."""
         return self.pixels.size
+
+    @property
+    def labels(self) -> LabelSet:
+        """The label columns of slices and series.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.labelling is None:
+            raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
+        return self.labelling.labels
+
+    def samples(self, view: View) -> Samples:
+        """Find the samples of a view; see `make_samples`."""
+        return make_samples(self.slices, self.series, view, self.labelling)
 
     @property
     def fingerprint(self) -> str:

@@ -9,8 +9,8 @@ import pandas as pd
 from ich_keras.ct.rejects import Reject, joined
 from ich_keras.ct.tables import shown_paths
 from ich_keras.ct.verdict import GAP, INCOMPLETE, with_words
-from ich_keras.data.labels import series_labels
-from ich_keras.labels import LABELS
+from ich_keras.data.labels import series_labels, without_labels
+from ich_keras.labels import LabelSet
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
@@ -56,10 +56,11 @@ def tables_after_reading(
     Returns:
         Tables without label columns.
     """
+    index = without_labels(index)
     rows = np.array(sorted(rejected), np.int64)
     kept = np.ones(len(index.slices), bool)
     kept[rows] = False
-    all_slices = index.slices.drop(columns=list(LABELS), errors="ignore").assign(
+    all_slices = index.slices.assign(
         **{
             REPAIRED: np.isin(np.arange(len(index.slices)), sorted(repaired)),
             PIXEL_HASH: pd.Series(hashes, index=index.slices.index, dtype="str"),
@@ -75,13 +76,13 @@ def tables_after_reading(
     )
 
     lengths = by_series.size()
-    series = index.series.drop(columns=list(LABELS), errors="ignore").set_index("series_uid")
+    series = index.series.set_index("series_uid")
     series = series.loc[lengths.index].assign(num_slices=lengths)
     series["verdict"] = verdicts_after_reading(series["verdict"], all_slices, kept)
     if "num_rejected" in series:  # not in older indexes
         lost = all_slices.loc[~kept, "series_uid"].value_counts()
         series["num_rejected"] += lost.reindex(series.index, fill_value=0)
-    return CacheTables(slices, series.reset_index()[_columns(index.series)], rejects)
+    return CacheTables(slices, series.reset_index()[list(index.series.columns)], rejects)
 
 
 def verdicts_after_reading(
@@ -100,20 +101,17 @@ def verdicts_after_reading(
     return [with_words(text, *words.get(uid, ())) for uid, text in verdicts.items()]
 
 
-def with_labels(tables: CacheTables, slices: pd.DataFrame) -> CacheTables:
-    """Return the tables with the six label columns, the series' being derived from the slices'.
+def with_labels(tables: CacheTables, slices: pd.DataFrame, labels: LabelSet) -> CacheTables:
+    """Return the tables with label columns, the series' being derived from the slices'.
 
     Args:
         tables: without labels.
-        slices: `tables.slices` with the six label columns.
+        slices: `tables.slices` with the label columns.
+        labels: which.
     """
-    per_series = series_labels(slices).loc[tables.series["series_uid"]]
-    columns = {name: per_series[name].to_numpy(np.int8) for name in LABELS}
+    per_series = series_labels(slices, labels).loc[tables.series["series_uid"]]
+    columns = {name: per_series[name].to_numpy(np.int8) for name in labels.names}
     return CacheTables(slices, tables.series.assign(**columns), tables.rejects)
-
-
-def _columns(table: pd.DataFrame) -> list[str]:
-    return [name for name in table.columns if name not in LABELS]
 
 
 def _series_with_new_gaps(all_slices: pd.DataFrame, kept: np.ndarray) -> set[str]:
