@@ -567,6 +567,9 @@ def test_names_of_files(tmp_path, read):
     (tmp_path / "weights.h5").touch()
     with pytest.raises(UsageError, match=r"expected a file ending in \.weights\.h5"):
         read(tmp_path / "weights.h5")
+    (tmp_path / f"folder{SUFFIX}").mkdir()
+    with pytest.raises(UsageError, match="is a folder; expected a weights file"):
+        read(tmp_path / f"folder{SUFFIX}")
 
 
 # --- Loading --------------------------------------------------------------------------------
