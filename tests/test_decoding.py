@@ -1,5 +1,6 @@
 """Compressed pixels: damage seen in their bytes, and decoders that fail."""
 
+import dataclasses
 import io
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from pydicom.encaps import generate_frames
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder, get_encoder
 from pydicom.uid import (
     HTJ2K,
@@ -28,7 +29,9 @@ from pydicom.uid import (
 from tiny_dicom import encapsulated_file, head_hu, tiny_dataset, tiny_file, to_bytes
 
 from ich_keras.ct import decoding
+from ich_keras.ct.codestream import check_codestream
 from ich_keras.ct.dicom import read_hu
+from ich_keras.ct.encoding import StoredPixels
 from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
 from ich_keras.errors import EnvironmentProblem
 
@@ -375,6 +378,23 @@ def test_good_streams_are_read_in_one_fragment_and_in_several(name):
     for fragments in (1, 3):
         hu = read_hu(io.BytesIO(file_of(name, stream, fragments)))
         assert_decoded(hu, stored, name)
+
+
+@pytest.mark.parametrize("name", ["JPEG lossless", "JPEG 2000", *GOLDEN_NAMES])
+def test_good_streams_pass_the_checks_that_need_no_decoder(name):
+    if name in GOLDEN_NAMES:
+        stream, stored = golden(GOLDEN_NAMES[name])
+    else:
+        stored = head_hu(SIDE) + 1024
+        stream = {"JPEG lossless": jpeg_lossless, "JPEG 2000": jpeg_2000}[name](stored)
+    rows, columns = stored.shape
+    for fragments in (1, 3):
+        raw = encapsulate([stream], fragments_per_frame=fragments)
+        pixels = StoredPixels(rows, columns, False, 12, SYNTAXES[name], 0, len(raw))
+        check_codestream(raw, pixels)
+        larger = dataclasses.replace(pixels, rows=rows + 1)
+        with pytest.raises(RejectedFile, match=f"{rows} x {columns} x 1; expected {rows + 1} x"):
+            check_codestream(raw, larger)
 
 
 @pytest.mark.parametrize("name", WITH_END_MARKER)

@@ -12,6 +12,7 @@ import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -30,7 +31,7 @@ from pydicom.uid import (
 )
 from tiny_dicom import encapsulated_file, tiny_dataset, tiny_file, tiny_values, to_bytes
 
-from ich_keras.ct import pixels
+from ich_keras.ct import encoding, pixels
 from ich_keras.ct.dicom import read_header, read_hu, read_slice
 from ich_keras.ct.rejects import REJECT_CODES, RejectedFile
 from ich_keras.ct.window import BRAIN
@@ -284,7 +285,7 @@ def test_no_transfer_syntax():
 
 @pytest.mark.parametrize("compression", [None, RLELossless])
 def test_every_cut_is_refused(compression):
-    content = tiny_file(compress=compression)
+    content = tiny_file(compress=compression, StudyDescription="stepped over, not read")
     codes = {length: refused(content[:length]).code for length in range(len(content))}
     assert codes[0] == "NOT_DICOM"
     for length in (100, 131, 200, len(content) // 2, len(content) - 2, len(content) - 1):
@@ -292,7 +293,7 @@ def test_every_cut_is_refused(compression):
     # Between two elements the rest looks as if it never was.
     others = {length for length, code in codes.items() if code != "TRUNCATED"} - {0}
     assert {codes[length] for length in others} <= {"MISSING_TAG", "BAD_RESCALE"}
-    assert len(others) < 40
+    assert len(others) < len(pydicom.dcmread(io.BytesIO(content)))
 
 
 def test_a_header_cut_off_is_noticed_without_the_pixels():
@@ -649,9 +650,9 @@ def test_deflated_is_refused_before_it_is_inflated():
     assert peak < 10 << 20
 
 
-def test_jpeg_lossless_without_codecs_names_the_extra():
-    if get_decoder(JPEGLosslessSV1).is_available:
-        pytest.skip("the codecs extra is installed")
+def test_jpeg_lossless_without_codecs_names_the_extra(monkeypatch):
+    without = SimpleNamespace(is_available=False, UID=JPEGLosslessSV1)
+    monkeypatch.setattr(encoding, "get_decoder", lambda uid: without)
     error = refused(encapsulated_file(b"\xff\xd8\xff\xd9", JPEGLosslessSV1))
     assert error.code == "NO_DECODER"
     assert "pip install 'ich_keras[codecs]'" in error.hint
@@ -670,6 +671,7 @@ def test_unknown_transfer_syntax():
         b"\xff\xd8\xff\xe0\xff\xff",
         b"\xff\x4f\xff\x51" + bytes(9),
     ],
+    ids=["text", "zeros", "JPEG", "JPEG 2000"],
 )
 def test_garbage_codestream(codestream):
     if not get_decoder(JPEGLSLossless).is_available:
@@ -697,6 +699,7 @@ def jpeg_2000(rows, columns, components=1):
         (jpeg_2000(16, 16, 16384), JPEG2000Lossless),
         (b"\0\0\0\x0cjP  \r\n\x87\n" + jpeg_2000(16, 60000), JPEG2000Lossless),
     ],
+    ids=["JPEG-LS", "JPEG-LS in colour", "JPEG 2000", "JPEG 2000 in colour", "JPEG 2000 in a box"],
 )
 def test_a_bomb_inside_the_codestream_is_not_decoded(codestream, syntax, monkeypatch):
     if not get_decoder(syntax).is_available:

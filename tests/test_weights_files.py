@@ -403,6 +403,10 @@ BAD_CONTENTS = {
         replace(shape=(2**40,), dtype="float32"),
         "/vars/0 declares 4,398,046,511,104 bytes and holds 0; refused",
     ),
+    "few bytes without data": (
+        replace(shape=(8,), dtype="float32"),
+        "/vars/0 declares 32 bytes and holds 0; refused",
+    ),
     "compressed zeros": (
         replace(data=np.zeros(2**20, "float32"), compression="gzip"),
         "/vars/0 is compressed; refused",
@@ -563,6 +567,9 @@ def test_names_of_files(tmp_path, read):
     (tmp_path / "weights.h5").touch()
     with pytest.raises(UsageError, match=r"expected a file ending in \.weights\.h5"):
         read(tmp_path / "weights.h5")
+    (tmp_path / f"folder{SUFFIX}").mkdir()
+    with pytest.raises(UsageError, match="is a folder; expected a weights file"):
+        read(tmp_path / f"folder{SUFFIX}")
 
 
 # --- Loading --------------------------------------------------------------------------------

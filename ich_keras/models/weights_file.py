@@ -105,6 +105,8 @@ def require_weights_file(path: str | Path) -> Path:
             f"weights {str(path)!r}; expected a file ending in {SUFFIX}.",
             "Give the best.weights.h5 of a run, or convert a checkpoint with weights-convert.",
         )
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; expected a weights file.", "Give the file in it.")
     if not path.is_file():
         raise UsageError(f"the weights file {path} does not exist.")
     return path
