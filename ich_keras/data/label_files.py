@@ -1,16 +1,326 @@
-"""Reading a label file of any known format."""
+"""Label files of any known format: recognised by their header, and said.
 
+- RSNA 2019: `ID,Label`, a row per image and label (`rsna_labels`).
+- A table with a row per image, series, study, patient or file, and a column per label.
+- CQ500's `reads.csv`: three readers per patient; the majority counts.
+- PhysioNet CT-ICH's table of diagnoses: a row per patient and slice number.
+
+An empty cell is a missing label. Rows that repeat each other are merged, rows that contradict each
+other are refused. Sources of the formats: Chilamkurthy et al., Lancet 2018;392:2388 (CQ500);
+Hssayeni et al., PhysioNet 2020, doi:10.13026/4nae-zg36 (CT-ICH).
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from ich_keras.data.csv_rows import CsvRows, RowFaults, excerpt, is_identifier, open_csv
+from ich_keras.data.label_columns import ALIASES, Columns, find_columns, parse_label_map, plain
 from ich_keras.data.labels import LabelTable
-from ich_keras.data.rsna_labels import read_rsna_labels
+from ich_keras.data.rsna_labels import HEADER, VALUES, read_rsna_labels
+from ich_keras.errors import DataError, UsageError
+from ich_keras.labels import ANY, SIX, UNLABELLED, Labelling, LabelSet
+
+MISSING = ("", "na", "nan", "n/a", "null", "none")
+MAX_KEY_CHARACTERS = 1024  # of a path
+_READERS = ("R1", "R2", "R3")
+_HINT = "Labels are 0 or 1; leave a cell empty where a label is missing."
+_LEVEL_OF = {
+    "sop_instance_uid": "slice",
+    "place": "slice",
+    "path": "slice",  # or a series, as the files turn out to hold one or more
+    "series_instance_uid": "series",
+    "study_instance_uid": "study",
+    "patient_id": "patient",
+}
 
 
-def read_labels(path: Path | str) -> LabelTable:
-    """Read a label file, whatever its format.
+def read_labels(
+    path: Path | str,
+    label_map: Mapping[str, str] | str | Path | None = None,
+    exclusive: bool = False,
+    allow_inconsistent_any: bool = False,
+) -> LabelTable:
+    """Read a label file; its header tells which format it has.
+
+    Args:
+        path: a CSV file in UTF-8.
+        label_map: column -> label, as a mapping, as "COLUMN=LABEL,COLUMN=LABEL", or a JSON file
+            that holds an object; "!label" where the column says the opposite. Columns that it does
+            not name are not used. For tables with a column per label.
+        exclusive: exactly one label is 1 in every row.
+        allow_inconsistent_any: keep rows whose `any` is not the OR of the subtypes.
 
     Raises:
-        UsageError: the file cannot be opened.
-        DataError: its content is refused; the message names the first lines.
+        UsageError: a file cannot be opened, or the map cannot be used for this format.
+        DataError: the content is refused; the message names the first lines.
     """
-    return read_rsna_labels(path)
+    label_map = _label_map(label_map)
+    with open_csv(path) as reader:
+        header = next(reader, None)
+        kind = None if header is None else _kind(header)
+        if kind in ("rsna", "cq500") and (label_map or exclusive):
+            option = "--label-map" if label_map else "--exclusive"
+            raise UsageError(f"{path} has a format of its own; {option} does not apply to it.")
+        if header is not None and kind == "cq500":
+            return _finish(_cq500(reader, header, path), path, allow_inconsistent_any)
+        if header is not None and kind == "physionet":
+            found = _table(reader, header, path, label_map, exclusive, "PhysioNet's diagnoses")
+            return _finish(found, path, allow_inconsistent_any)
+        if header is not None and kind == "table":
+            found = _table(reader, header, path, label_map, exclusive, "a table of labels")
+            return _finish(found, path, allow_inconsistent_any)
+    return read_rsna_labels(path, allow_inconsistent_any)
+
+
+def _label_map(given: Mapping[str, str] | str | Path | None) -> dict[str, str] | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return parse_label_map(",".join(f"{column}={label}" for column, label in given.items()))
+    text = str(given)
+    if "=" in text:
+        return parse_label_map(text)
+    try:
+        content = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"--label-map {text} is neither COLUMN=LABEL,... nor a file that can be read"
+            f" ({error.strerror}).",
+            "For instance: --label-map 'ICH=any,IPH=intraparenchymal'.",
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--label-map {text} is not JSON ({error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise UsageError(f'--label-map {text}: expected an object such as {{"ICH": "any"}}.')
+    return _label_map(content)
+
+
+def _kind(header: list[str]) -> str:
+    """Return the format: "rsna", "cq500", "physionet" or "table"."""
+    names = [plain(name) for name in header]
+    if names[:1] == ["name"] and "r1ich" in names:
+        return "cq500"
+    if header == HEADER or len(header) < 2 or names == ["id", "label"]:
+        return "rsna"  # whose reader says what is wrong with it
+    return "physionet" if {"patientnumber", "slicenumber"} <= set(names) else "table"
+
+
+class _Found:
+    """Rows as they are read: values and lines by identifier.
+
+    Args:
+        path: for messages.
+        labels: the columns.
+        key: what identifies a row; "place" is patient and slice number.
+        kind: what the format is called.
+    """
+
+    def __init__(self, path: Path | str, labels: LabelSet, key: str, kind: str) -> None:
+        self.labels, self.key, self.kind = labels, key, kind
+        self.faults = RowFaults(path)
+        self.places: dict[str, int] = {}
+        self.values = array("b")
+        self.lines = array("q")
+        self.readers = array("b")
+        self.num_rows = self.num_duplicates = 0
+        self.is_loose = False
+
+    def add(self, line: int, key: str, values: list[int], readers: int = 0) -> None:
+        """Add a row, or compare it with an earlier one of the same identifier."""
+        place = self.places.get(key)
+        if place is None:
+            self.places[key] = len(self.places)
+            self.values.extend(values)
+            self.lines.append(line)
+            self.readers.append(readers)
+            return
+        width = len(self.labels)
+        before = self.values[place * width : (place + 1) * width].tolist()
+        if before == values:
+            self.num_duplicates += 1
+            return
+        names = [
+            name
+            for name, one, other in zip(self.labels.names, before, values, strict=True)
+            if one != other
+        ]
+        # Of a patient, the identifier is not shown: messages end up in logs.
+        whose = "the same patient" if self.key in ("patient_id", "place") else excerpt(key)
+        self.faults.add(line, f"{whose} has another {names[0]} on line {self.lines[place]}")
+
+
+def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> LabelTable:
+    """Refuse what is wrong as a whole, and make the table."""
+    if found.num_rows == 0:
+        raise DataError(f"{path} has a header but no rows.", _HINT)
+    found.faults.refuse(f"Correct or remove these rows. {_HINT}")
+    values = np.frombuffer(found.values, np.int8).reshape(-1, len(found.labels)).copy()
+    keys = list(found.places)
+    labels = found.labels
+    num_inconsistent = 0
+    if labels.any_column is not None and len(labels) > 1:
+        parts = np.delete(values, labels.any_column, axis=1)
+        own = values[:, labels.any_column]
+        # Known whatever is missing: one part is 1, or none is and all are there.
+        wrong = ((parts == 1).any(axis=1) & (own == 0)) | ((parts == 0).all(axis=1) & (own == 1))
+        # A bleed of a kind that no column names may be there unless all subtypes have columns.
+        if set(labels.parts) != set(SIX.parts):
+            wrong = (parts == 1).any(axis=1) & (own == 0)
+        num_inconsistent = int(wrong.sum())
+        if num_inconsistent and not allow_inconsistent_any:
+            for row in np.flatnonzero(wrong).tolist():
+                positive = [name for name in labels.parts if values[row, labels.index(name)] == 1]
+                said = f"{', '.join(positive)} is 1" if positive else "no subtype is 1"
+                found.faults.add(
+                    found.lines[row], f"{labels.any_label} is {int(own[row])}, but {said}"
+                )
+            found.faults.refuse("Correct the file: any is the OR of the subtypes.")
+    table = pd.DataFrame(
+        values, index=pd.Index(keys, dtype="str", name=found.key), columns=list(labels.names)
+    )
+    readers = np.frombuffer(found.readers, np.int8)
+    return LabelTable(
+        table=table,
+        source=str(path),
+        num_rows=found.num_rows,
+        num_duplicates=found.num_duplicates,
+        num_inconsistent=num_inconsistent,
+        labelling=Labelling(labels, _LEVEL_OF[found.key]),
+        kind=found.kind,
+        num_readers=pd.Series(readers, table.index) if readers.any() else None,
+        key=found.key,
+        is_loose=found.is_loose,
+    )
+
+
+def _rows(reader: CsvRows, width: int, found: _Found) -> Iterator[tuple[int, list[str]]]:
+    """Yield line and fields of the rows that have as many fields as the header."""
+    for row in reader:
+        if not row:
+            continue
+        found.num_rows += 1
+        if len(row) != width:
+            found.faults.add(reader.line_num, f"{len(row)} fields, expected {width}")
+            continue
+        yield reader.line_num, [field.strip() for field in row]
+
+
+def _table(
+    reader: CsvRows,
+    header: list[str],
+    path: Path | str,
+    label_map: Mapping[str, str] | None,
+    exclusive: bool,
+    kind: str,
+) -> _Found:
+    columns = find_columns(header, label_map, exclusive, str(path))
+    slice_number = None
+    if kind.startswith("PhysioNet"):
+        slice_number = [plain(name) for name in header].index("slicenumber")
+    key = columns.key if slice_number is None else "place"
+    found = _Found(path, columns.labels, key, kind)
+    found.is_loose = slice_number is not None
+    for line, row in _rows(reader, len(header), found):
+        identifier = row[columns.key_column]
+        if slice_number is not None:
+            if not row[slice_number].isdecimal():
+                found.faults.add(
+                    line, f"slice number {excerpt(row[slice_number])}, expected 1, 2, ..."
+                )
+                continue
+            identifier = f"{identifier}/{int(row[slice_number])}"
+        is_name = len(identifier) <= MAX_KEY_CHARACTERS and identifier.isprintable()
+        if not identifier or not (
+            is_name if key in ("path", "place") else is_identifier(identifier)
+        ):
+            found.faults.add(
+                line, f"{excerpt(header[columns.key_column])} is {excerpt(identifier)}"
+            )
+            continue
+        values = _values(row, header, columns, line, found.faults)
+        if values is None:
+            continue
+        if exclusive and sorted(values) != [0] * (len(values) - 1) + [1] and max(values) >= 0:
+            found.faults.add(line, "exclusive labels: expected exactly one 1")
+            continue
+        found.add(line, identifier, values)
+    return found
+
+
+def _values(
+    row: list[str], header: list[str], columns: Columns, line: int, faults: RowFaults
+) -> list[int] | None:
+    """Return the labels of a row, -1 where one is missing; None if a cell is refused."""
+    values = []
+    for name in columns.labels.names:
+        if name not in columns.columns:
+            values.append(UNLABELLED)  # `any`, derived below
+            continue
+        text = row[columns.columns[name]]
+        if text.lower() in MISSING:
+            values.append(UNLABELLED)
+            continue
+        value = VALUES.get(text)
+        if value is None:
+            column = header[columns.columns[name]]
+            faults.add(line, f"{excerpt(column)} is {excerpt(text)}, expected 0, 1 or nothing")
+            return None
+        values.append(1 - value if name in columns.negated else value)
+    if columns.is_any_derived:
+        place = columns.labels.index(ANY)
+        parts = values[:place] + values[place + 1 :]
+        values[place] = 1 if 1 in parts else UNLABELLED if UNLABELLED in parts else 0
+    return values
+
+
+def _cq500(reader: CsvRows, header: list[str], path: Path | str) -> _Found:
+    """Read CQ500's reads: what most readers of a scan saw. A tie counts as missing."""
+    names = [name.strip() for name in header]
+    places: dict[str, list[int]] = {}
+    for label in SIX.names:
+        short = [alias for alias, name in ALIASES.items() if name == label]
+        found = [
+            names.index(name)
+            for name in names
+            for prefix, _, rest in [name.partition(":")]
+            if prefix in _READERS and plain(rest) in short
+        ]
+        if not found:
+            raise DataError(
+                f"{path}: no reader has a column for {label}.",
+                "Expected CQ500's reads.csv, with R1:ICH, R1:IPH, ... to R3:SAH.",
+            )
+        places[label] = found
+    table = _Found(path, SIX, "patient_id", "CQ500's reads (majority of the readers)")
+    table.is_loose = True
+    for line, row in _rows(reader, len(names), table):
+        if not is_identifier(row[0]):
+            table.faults.add(line, f"name is {excerpt(row[0])}")
+            continue
+        values, most = [], 0
+        for label, columns in places.items():
+            cells = [row[column] for column in columns if row[column].lower() not in MISSING]
+            bad = [cell for cell in cells if cell not in VALUES]
+            if bad:
+                table.faults.add(line, f"{label} is {excerpt(bad[0])}, expected 0, 1 or nothing")
+                break
+            votes = [VALUES[cell] for cell in cells]
+            most = max(most, len(votes))
+            twice = 2 * sum(votes)
+            tied = not votes or twice == len(votes)
+            values.append(UNLABELLED if tied else int(twice > len(votes)))
+        else:
+            table.add(line, row[0], _with_any(values), most)
+    return table
+
+
+def _with_any(values: list[int]) -> list[int]:
+    """Let `any` be 1 where a majority saw a subtype: majorities of each need not agree."""
+    place = SIX.index(ANY)
+    parts = values[:place] + values[place + 1 :]
+    return [*values[:place], 1, *values[place + 1 :]] if 1 in parts else values

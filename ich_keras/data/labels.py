@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.tables import shown_paths
 from ich_keras.data.csv_rows import excerpt, first_few
+from ich_keras.data.label_matching import PATH, PLACE, match, prefix_hint
 from ich_keras.errors import DataError
 from ich_keras.labels import LEVELS, RSNA_LABELLING, SIX, UNLABELLED, Labelling, LabelSet
 
@@ -23,7 +25,7 @@ _TAGS = {
     "sop_instance_uid": "SOPInstanceUIDs",
     "series_instance_uid": "SeriesInstanceUIDs",
     "study_instance_uid": "StudyInstanceUIDs",
-    "patient_id": "PatientIDs",
+    PATH: "Paths",
 }
 
 
@@ -41,6 +43,9 @@ class LabelTable:
         labelling: which labels, and of what.
         kind: the format that was recognised.
         num_readers: int8, by the same index: how many people read each; None if it is not known.
+        key: what identifies a row: a column of the slice table; "path" of a file or folder;
+            "place", patient and slice number ("7/12"); "" takes that of the level.
+        is_loose: compare identifiers without case, signs and leading zeros.
     """
 
     table: pd.DataFrame
@@ -51,6 +56,8 @@ class LabelTable:
     labelling: Labelling = RSNA_LABELLING
     kind: str = "RSNA's table of slices"
     num_readers: pd.Series | None = None
+    key: str = ""
+    is_loose: bool = False
 
     def __len__(self) -> int:
         return len(self.table)
@@ -91,16 +98,20 @@ class LabelJoin:
         num_labelled: slices with labels, of their own or of their series, study or patient.
         num_unlabelled: slices without labels; they stay in the table, and out of every split.
         num_labels_unused: rows of the label table without an image.
+        labelling: which labels, and of what: rows for files may turn out to be of whole series.
     """
 
     num_labelled: int
     num_unlabelled: int
     num_labels_unused: int
+    labelling: Labelling = RSNA_LABELLING
 
     def __str__(self) -> str:
+        level = self.labelling.level
+        whose = "" if level == "slice" else f" (each those of its {level})"
         return (
-            f"{self.num_labelled:,} slices with labels; {self.num_unlabelled:,} without (not used "
-            f"for training); {self.num_labels_unused:,} labels without an image"
+            f"{self.num_labelled:,} slices with labels{whose}; {self.num_unlabelled:,} without (not"
+            f" used for training); {self.num_labels_unused:,} labels without an image"
         )
 
 
@@ -196,22 +207,15 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
             " images is.",
             "Give it another name.",
         )
-    key = LEVELS[labels.labelling.level]
-    uids = slices[key]
-    positions = labels.table.index.get_indexer(pd.Index(uids))
+    level = labels.labelling.level
+    key = labels.key or LEVELS[level]
+    keys = labels.table.index.tolist()
+    positions, is_shared = match(slices, keys, key, labels.is_loose, labels.source)
+    if key == PATH and is_shared:
+        level = "series"
     matched = positions >= 0
     if not matched.any():
-        ours = uids.drop_duplicates()
-        shown = first_few([excerpt(uid) for uid in ours[:2]], len(ours)) or "none"
-        theirs = first_few([excerpt(uid) for uid in labels.table.index[:2]], len(labels))
-        what = _PLURALS[labels.labelling.level]
-        # A PatientID must not reach a log.
-        shown = shown if key != "patient_id" else "not shown"
-        raise DataError(
-            f"{labels.source}: the labels match no image. Labels are for {theirs}."
-            f" {_TAGS[key]} of the {what}: {shown}.",
-            "Give the label file that belongs to these DICOM files.",
-        )
+        raise _nothing_matched(slices, labels, key)
     values = labels.table.to_numpy()[positions]
     values[~matched] = UNLABELLED
     used = np.zeros(len(labels), dtype=bool)
@@ -220,8 +224,22 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         num_labelled=int(matched.sum()),
         num_unlabelled=int((~matched).sum()),
         num_labels_unused=int((~used).sum()),
+        labelling=Labelling(labels.labels, level),
     )
     return slices.assign(**dict(zip(names, values.T, strict=True))), join
+
+
+def _nothing_matched(slices: pd.DataFrame, labels: LabelTable, key: str) -> DataError:
+    hint = "Give the label file that belongs to these DICOM files."
+    start = f"{labels.source}: the labels match no image."
+    if key in ("patient_id", PLACE):  # must not reach a log
+        return DataError(f"{start} They are for patients; no PatientID is the same.", hint)
+    theirs = first_few([excerpt(uid) for uid in labels.table.index[:2]], len(labels))
+    ours = (shown_paths(slices) if key == PATH else slices[key]).drop_duplicates()
+    shown = first_few([excerpt(uid) for uid in ours[:2]], len(ours)) or "none"
+    hint = prefix_hint(slices, labels.table.index.tolist(), key) or hint
+    what = _PLURALS[labels.labelling.level]
+    return DataError(f"{start} Labels are for {theirs}. {_TAGS[key]} of the {what}: {shown}.", hint)
 
 
 def join_labels(index: "SeriesIndex", labels: LabelTable) -> tuple["SeriesIndex", LabelJoin]:
@@ -243,7 +261,7 @@ def join_labels(index: "SeriesIndex", labels: LabelTable) -> tuple["SeriesIndex"
     per_series = per_series.reindex(index.series["series_uid"], fill_value=UNLABELLED)
     columns = {name: per_series[name].to_numpy(np.int8) for name in labels.labels.names}
     series = index.series.assign(**columns)
-    found = dataclasses.replace(index, slices=slices, series=series, labelling=labels.labelling)
+    found = dataclasses.replace(index, slices=slices, series=series, labelling=join.labelling)
     return found, join
 
 

@@ -228,8 +228,8 @@ class CTCache:
             )
         labelling = None
         if labels is not None:
-            labelling = labels.labelling
-            slices = attach_labels(tables.slices, labels)[0]
+            slices, join = attach_labels(tables.slices, labels)
+            labelling = join.labelling
             tables = with_labels(tables, slices, labelling.labels)
         elif LABEL_TABLE in manifest["tables"]:
             labelling = Labelling.from_dict(manifest.get(LABELLING))
