@@ -8,6 +8,7 @@ row.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from ich_keras.errors import UsageError
@@ -214,3 +215,23 @@ class Labelling:
 
 
 RSNA_LABELLING = Labelling()
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """A label file, and what a person says about it; `ich_keras.data.label_files` reads it.
+
+    Args:
+        path: the file.
+        label_map, exclusive: see `read_labels` there.
+    """
+
+    path: Path
+    label_map: str | None = None
+    exclusive: bool = False
+
+    def words(self) -> list[str]:
+        """Return the options of the command line that name it."""
+        words = ["--labels", str(self.path)]
+        words += [] if self.label_map is None else ["--label-map", self.label_map]
+        return [*words, "--exclusive"] if self.exclusive else words

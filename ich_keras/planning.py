@@ -14,6 +14,7 @@ from ich_keras.data.split import SPLITS, Split, make_split
 from ich_keras.data.views import Samples, make_samples
 from ich_keras.distribution import distribution_lines, samples_per_statistics
 from ich_keras.errors import DataError, UsageError
+from ich_keras.labels import LabelSet
 from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 
@@ -94,11 +95,19 @@ def plan_training(tables: SeriesIndex | CTCache, config: RunConfig) -> TrainingP
         UsageError, DataError: as `train`.
     """
     cache = tables if isinstance(tables, CTCache) else None
+    recipe = Recipe.of(config, None if cache is None else cache.size, labels_in(tables))
+    return plan_of(tables, recipe, cache)
+
+
+def labels_in(tables: SeriesIndex | CTCache) -> LabelSet:
+    """Return the labels of an index or a cache.
+
+    Raises:
+        DataError: it has none.
+    """
     if tables.labelling is None:
         raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
-    size = None if cache is None else cache.size
-    recipe = Recipe.of(config, size, tables.labelling.labels)
-    return plan_of(tables, recipe, cache)
+    return tables.labelling.labels
 
 
 def plan_of(

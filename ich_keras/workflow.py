@@ -19,12 +19,12 @@ from ich_keras.ct.rejects import (
 )
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
-from ich_keras.data.label_files import read_labels
+from ich_keras.data.label_files import Labels, label_table
 from ich_keras.data.labels import join_labels
 from ich_keras.distribution import require_distributable
-from ich_keras.errors import DataError, UsageError
+from ich_keras.errors import UsageError
 from ich_keras.keras_settings import require_trainable_settings
-from ich_keras.planning import TrainingPlan, plan_lines, plan_of
+from ich_keras.planning import TrainingPlan, labels_in, plan_lines, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
@@ -34,7 +34,7 @@ from ich_keras.training import train
 
 def prepare_index(
     dicom: Path | str,
-    labels: Path | str | None = None,
+    labels: Labels | None = None,
     limit_series: int | None = None,
     workers: int = 0,
     journal: Path | str | None = None,
@@ -49,14 +49,14 @@ def prepare_index(
 
     Args:
         dicom: the folder.
-        labels: RSNA's csv; None leaves the index without labels.
+        labels: a label file, or what is in it; None leaves the index without labels.
         limit_series: keep only this many series, the first ones.
         workers: processes that read headers; 0 reads them in this one.
         journal: a file from which an interrupted indexing continues.
         progress: called as progress(step, done, total).
         tell: called with lines about the index and the labels.
         any_body_part, any_image_type, executor: as for `index_folder`.
-        max_rejects: the largest share of refused files; see `require_few_rejects`.
+        max_rejects: as for `require_few_rejects`.
 
     Raises:
         UsageError: a path does not exist, or `max_rejects` is not a share.
@@ -65,7 +65,7 @@ def prepare_index(
     """
     require_share(max_rejects)
     # Labels first: a fault in them shows before the long walk through the folder.
-    table = None if labels is None else read_labels(labels)
+    table = None if labels is None else label_table(labels)
     index = index_folder(
         dicom, workers, journal, progress, any_body_part, None, any_image_type, executor
     )
@@ -99,14 +99,14 @@ def first_series(index: SeriesIndex, count: int | None) -> SeriesIndex:
     )
 
 
-def open_cache(path: Path | str, labels: Path | str | None = None) -> CTCache:
-    """Open a cache with labels from a csv, or with those it was built with.
+def open_cache(path: Path | str, labels: Labels | None = None) -> CTCache:
+    """Open a cache with other labels, or with those it was built with.
 
     Raises:
         StaleError: not a complete cache.
         DataError: a faulty label file, or labels that match no image.
     """
-    table = None if labels is None else read_labels(labels)
+    table = None if labels is None else label_table(labels)
     return CTCache.open(path, labels=table)
 
 
@@ -121,10 +121,7 @@ def make_cache(
     compression: str | None = None,
     executor: Executor | None = None,
 ) -> CTCache:
-    """Cache the usable series of an index (`SeriesIndex.usable`); others become rejects.
-
-    The arguments are those of `build_cache`.
-    """
+    """Cache the usable series of an index, as `build_cache` does; others become rejects."""
     return build_cache(
         index.usable(),
         out,
@@ -140,7 +137,7 @@ def make_cache(
 
 def cache_dicom(
     dicom: Path | str,
-    labels: Path | str | None,
+    labels: Labels | None,
     cache_dir: Path | str,
     size: int,
     index_dir: Path | str | None = None,
@@ -262,7 +259,7 @@ def prepare_training(
     config: RunConfig,
     out: Path | str,
     dicom: Path | str | None = None,
-    labels: Path | str | None = None,
+    labels: Labels | None = None,
     cache_dir: Path | str | None = None,
     takes_cache_size: bool = False,
     workers: int = 0,
@@ -278,7 +275,7 @@ def prepare_training(
         config: of the training.
         out: the new run folder.
         dicom: a folder of DICOM files; None requires an existing cache.
-        labels: RSNA's csv; required with `dicom`, otherwise the cache's labels are the default.
+        labels: a label file, or what is in it; required with `dicom`; by default the cache's.
         cache_dir: the cache, used when it exists; None is `cache_beside(out)`.
         takes_cache_size: use the size of an existing cache instead of the config's.
         workers: processes that read headers; 0 reads them in this one.
@@ -326,10 +323,7 @@ def prepare_training(
         tables = index.usable()
     else:
         raise UsageError(f"the cache {cache_dir} does not exist.", "Add --dicom to build it.")
-    if tables.labelling is None:
-        raise DataError("the data have no labels.", "Give --labels stage_2_train.csv.")
-    size = None if cache is None else cache.size
-    recipe = Recipe.of(config, size, tables.labelling.labels)
+    recipe = Recipe.of(config, None if cache is None else cache.size, labels_in(tables))
     require_distributable(recipe, this_rank())
     require_trainable_settings()  # before a cache is built; imports Keras, so not before mistakes
     plan = plan_of(tables, recipe, cache)
@@ -339,7 +333,7 @@ def prepare_training(
 def train_dicom(
     config: RunConfig,
     dicom: Path | str,
-    labels: Path | str,
+    labels: Labels,
     out: Path | str,
     cache_dir: Path | str | None = None,
     index_dir: Path | str | None = None,

@@ -14,6 +14,7 @@ from ich_keras.cli.options import (
     DICOM,
     EXECUTOR,
     FOLDER,
+    LABELS,
     LABELS_BESIDE,
     MAX_REJECTS,
     NAME_OR_PATH,
@@ -25,6 +26,7 @@ from ich_keras.cli.options import (
     share_of_rejects,
 )
 from ich_keras.errors import EXIT_ENVIRONMENT, DataError, UsageError
+from ich_keras.labels import LabelSource
 from ich_keras.progress import Progress
 from ich_keras.terminal import Command, open_terminal
 
@@ -90,7 +92,7 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 
 @click.command(cls=Command)
 @DICOM
-@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@LABELS
 @click.option("--out", type=FOLDER, required=True, metavar="INDEX", help="New folder.")
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
@@ -100,7 +102,7 @@ def phantom(out: Path, num_series: int, seed: int, workers: int | None, **option
 @SCHEDULER
 def index(
     dicom: Path | None,
-    labels: Path | None,
+    labels: LabelSource | None,
     out: Path,
     any_body_part: bool,
     any_image_type: bool,
@@ -304,7 +306,7 @@ _FINDINGS = {
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", type=FOLDER, metavar="JSON", help="Also write all findings to this file.")
 def audit(
-    cache_dir: Path, labels: Path | None, split: str | None, seed: int, out: Path | None
+    cache_dir: Path, labels: LabelSource | None, split: str | None, seed: int, out: Path | None
 ) -> None:
     """Check for leakage between splits, and for contradictory labels.
 

@@ -1,13 +1,16 @@
 """Options and checks that several commands share."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from ich_keras.errors import UsageError
+from ich_keras.labels import LabelSource
 from ich_keras.processes import usable_cores
 from ich_keras.terminal import HELP as HELP
 from ich_keras.terminal import NameOrPathType, PathType
@@ -28,9 +31,43 @@ CACHE = click.option(
 RUN = click.option(
     "--run", "run_dir", type=FOLDER, required=True, metavar="RUN", help="From `ich train`."
 )
-LABELS_BESIDE = click.option(
-    "--labels", type=FOLDER, metavar="CSV", help="Default: the labels the cache was built with."
+
+
+def label_options(text: str) -> Callable[[Callable], Callable]:
+    """Add --labels, --label-map and --exclusive; the function gets `labels`, a LabelSource."""
+
+    def add(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def with_source(
+            *args: Any, labels: Path | None, label_map: str | None, exclusive: bool, **others: Any
+        ) -> Any:
+            if labels is None and (label_map is not None or exclusive):
+                option = "--exclusive" if label_map is None else "--label-map"
+                raise UsageError(f"{option} is about --labels, which is missing.")
+            source = None if labels is None else LabelSource(labels, label_map, exclusive)
+            return function(*args, labels=source, **others)
+
+        for option in (_EXCLUSIVE, _LABEL_MAP):
+            with_source = option(with_source)
+        return click.option("--labels", type=FOLDER, metavar="CSV", help=text)(with_source)
+
+    return add
+
+
+_LABEL_MAP = click.option(
+    "--label-map",
+    metavar="MAP",
+    help="Columns of --labels to use, and their labels: 'ICH=any,IPH=intraparenchymal,Normal=!any'"
+    " (! for the opposite), or a JSON file. RSNA's labels and their abbreviations are known.",
 )
+_EXCLUSIVE = click.option(
+    "--exclusive", is_flag=True, help="Exactly one of the labels is 1 in every row (a softmax)."
+)
+LABELS = label_options(
+    "Labels: RSNA's stage_2_train.csv, CQ500's reads.csv, PhysioNet's hemorrhage_diagnosis.csv, or"
+    " a table with one column of identifiers and one per label."
+)
+LABELS_BESIDE = label_options("Default: the labels the cache was built with.")
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(min=0),

@@ -6,10 +6,11 @@ from typing import Any
 
 from ich_keras.cli.configuration import run_config
 from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.labels import LabelSource
 from ich_keras.ranks import Rank, this_rank
 
 
-def follow(labels: Path | None, device: str) -> None:
+def follow(labels: LabelSource | None, device: str) -> None:
     """Train as one of the other processes, once the first has said on what."""
     from ich_keras.config import RunConfig
     from ich_keras.models.torch.distributed import join

@@ -22,6 +22,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
+from ich_keras.labels import LabelSource
 from ich_keras.terminal import Command, open_terminal, terminal_width
 
 
@@ -36,7 +37,7 @@ from ich_keras.terminal import Command, open_terminal, terminal_width
 def evaluate(
     run_dir: Path,
     cache_dir: Path,
-    labels: Path | None,
+    labels: LabelSource | None,
     split: str,
     unfinished: bool,
     backend: str | None,

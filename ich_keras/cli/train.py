@@ -17,6 +17,7 @@ from ich_keras.cli.options import (
     DICOM,
     FOLDER,
     HELP,
+    LABELS,
     MAX_REJECTS,
     WORKERS,
     num_workers,
@@ -26,6 +27,7 @@ from ich_keras.cli.options import (
 from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.labels import LabelSource
 from ich_keras.launching import run_ranks
 from ich_keras.ranks import Rank, this_rank
 from ich_keras.terminal import (
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, name=TRAIN, context_settings=HELP)
 @DICOM
-@click.option("--labels", type=FOLDER, metavar="CSV", help="RSNA's stage_2_train.csv.")
+@LABELS
 @click.option(
     "--cache",
     "cache_dir",
@@ -80,7 +82,7 @@ if TYPE_CHECKING:
 )
 def train_main(
     dicom: Path | None,
-    labels: Path | None,
+    labels: LabelSource | None,
     cache_dir: Path | None,
     out: Path | None,
     config_file: Path | None,
@@ -169,7 +171,7 @@ def _train(
     config: "RunConfig",
     out: Path,
     dicom: Path | None,
-    labels: Path | None,
+    labels: LabelSource | None,
     cache_dir: Path | None,
     takes_cache_size: bool,
     workers: int,
@@ -278,7 +280,7 @@ def _demo(out: Path, config: "RunConfig", plan: str | None, workers: int) -> Non
 def _resume(
     run_dir: Path,
     cache_dir: Path | None,
-    labels: Path | None,
+    labels: LabelSource | None,
     device: str | None,
     options: dict[str, Any],
 ) -> None:
@@ -310,7 +312,7 @@ def _resume(
 
 
 @contextlib.contextmanager
-def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> Iterator[None]:
+def _how_to_resume(run_dir: Path, labels: LabelSource | None, terminal: Terminal) -> Iterator[None]:
     """When a training is interrupted, say which command resumes it.
 
     By Ctrl-C or SIGTERM, or by something of the machine: a worker that died, a full disk, memory.
@@ -322,7 +324,7 @@ def _how_to_resume(run_dir: Path, labels: Path | None, terminal: Terminal) -> It
     except _ENDINGS as error:
         if RunFolder(run_dir).is_interrupted:
             words = ["ich-train", "--resume", str(run_dir)]
-            words += [] if labels is None else ["--labels", str(labels)]
+            words += [] if labels is None else labels.words()
             rank = this_rank()
             words += [] if rank.is_alone else ["--gpus", str(rank.of)]
             terminal.warn(f"To resume: {shlex.join(words)}")

@@ -23,8 +23,10 @@ from ich_keras.data.label_columns import ALIASES, Columns, find_columns, parse_l
 from ich_keras.data.labels import LabelTable
 from ich_keras.data.rsna_labels import HEADER, VALUES, read_rsna_labels
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY, SIX, UNLABELLED, Labelling, LabelSet
+from ich_keras.labels import ANY, SIX, UNLABELLED, Labelling, LabelSet, LabelSource
 
+# What a person gives as labels: what was read, or the file to read (`label_table`).
+Labels = LabelTable | LabelSource | Path | str
 MISSING = ("", "na", "nan", "n/a", "null", "none")
 MAX_KEY_CHARACTERS = 1024  # of a path
 _READERS = ("R1", "R2", "R3")
@@ -75,6 +77,19 @@ def read_labels(
             found = _table(reader, header, path, label_map, exclusive, "a table of labels")
             return _finish(found, path, allow_inconsistent_any)
     return read_rsna_labels(path, allow_inconsistent_any)
+
+
+def label_table(given: Labels) -> LabelTable:
+    """Read labels that a person gave in any way.
+
+    Raises:
+        UsageError, DataError: as `read_labels`.
+    """
+    if isinstance(given, LabelTable):
+        return given
+    if isinstance(given, LabelSource):
+        return read_labels(given.path, given.label_map, given.exclusive)
+    return read_labels(given)
 
 
 def _label_map(given: Mapping[str, str] | str | Path | None) -> dict[str, str] | None:
