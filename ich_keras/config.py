@@ -9,7 +9,14 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.options import PER_PROCESS, RANGES, require_choice, require_in_range
+from ich_keras.labels import LABELS
+from ich_keras.models.options import (
+    PER_PROCESS,
+    RANGES,
+    LossSettings,
+    require_choice,
+    require_in_range,
+)
 from ich_keras.models.presets import require_preset
 from ich_keras.paths import path_of
 
@@ -72,7 +79,9 @@ class FitConfig:
         schedule: "constant" or "cosine".
         warmup_steps: batches over which the learning rate rises linearly from zero.
         weight_decay: decoupled; applies to kernels only.
-        loss: "bce" or "rsna" (`any` counted twice).
+        loss: "bce", "rsna" (`any` counted twice), "focal" or "asymmetric".
+        label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
+            margin: see `LossSettings`.
         freeze: freeze the network up to and including "stem", "layer1", ... "layer4"; None trains
             all of it.
         backbone_factor: the backbone's learning rate, as a multiple of `learning_rate`.
@@ -99,6 +108,18 @@ class FitConfig:
     recompute: str | None = None
     compiled: bool | None = None
     batch_norm: str = PER_PROCESS
+    label_weight: dict[str, float] | None = None
+    positive_weight: dict[str, float] | None = None
+    focal_gamma: float | None = None
+    focal_alpha: float | None = None
+    gamma_positive: float | None = None
+    gamma_negative: float | None = None
+    margin: float | None = None
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What is asked of the loss."""
+        return loss_settings_of(self)
 
 
 @dataclass(frozen=True)
@@ -144,9 +165,10 @@ class RunConfig:
         for name, path in (("weights", self.weights), ("data.split", self.data.split)):
             if path is not None:
                 path_of(str(path), name)
+        self.fit.loss_settings.require_sound(LABELS, "fit.")
         for name in RANGES:
             number = getattr(self.fit, name)
-            if number is not None:
+            if isinstance(number, int | float):
                 require_in_range(name, number, f"fit.{name}")
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
@@ -164,7 +186,7 @@ class RunConfig:
             )
         require_choice("norm", self.norm)
         require_choice("precision", self.precision, also=("auto",))
-        for name in ("step", "schedule", "loss", "batch_norm"):
+        for name in ("step", "schedule", "batch_norm"):
             require_choice(name, getattr(self.fit, name), f"fit.{name}")
         for name in ("recompute", "freeze"):
             if getattr(self.fit, name) is not None:
@@ -206,6 +228,12 @@ class RunConfig:
         return _from_dict(cls, content, "")
 
 
+def loss_settings_of(settings: Any) -> LossSettings:
+    """Return what a `FitConfig`, or the training of a recipe, asks of the loss."""
+    names = [field.name for field in dataclasses.fields(LossSettings)]
+    return LossSettings(**{name: getattr(settings, name) for name in names})
+
+
 def _from_dict(cls: Any, content: object, place: str) -> Any:
     if not isinstance(content, dict):
         raise UsageError(
@@ -243,4 +271,5 @@ def kinds_of(annotation: Any) -> tuple[tuple[type, ...], str]:
     """
     is_union = isinstance(annotation, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
+    options = tuple(typing.get_origin(t) or t for t in options)  # dict[str, float] is a dict
     return options, " or ".join("null" if t is type(None) else t.__name__ for t in options)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
+from ich_keras.config import loss_settings_of
 from ich_keras.data.seeds import sample_seed
 from ich_keras.distribution import begin_together, come_together
 from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
@@ -117,7 +118,7 @@ def compiled_network(
     compile_classifier(
         model,
         learning_rate=training.learning_rate,
-        loss=training.loss,
+        loss=loss_settings_of(training),
         schedule=training.schedule,
         total_steps=total_steps,
         warmup_steps=training.warmup_steps,

@@ -5,13 +5,14 @@ from typing import Any
 import keras
 from keras import layers
 
-from ich_keras.labels import NUM_LABELS
-from ich_keras.models.loss import BinaryCrossEntropy
+from ich_keras.labels import LABELS, NUM_LABELS
+from ich_keras.models.loss import make_loss
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import (
     FREEZABLE,
     LOSSES,
     PRECISIONS,
+    LossSettings,
     require_choice,
     require_in_range,
 )
@@ -180,7 +181,7 @@ def ends_in_logits(model: keras.Model) -> bool:
 def compile_classifier(
     model: keras.Model,
     learning_rate: float = 3e-4,
-    loss: str = "bce",
+    loss: str | LossSettings = "bce",
     schedule: str = "constant",
     total_steps: int | None = None,
     warmup_steps: int = 0,
@@ -201,7 +202,7 @@ def compile_classifier(
     Args:
         model: from `build_classifier`, with logits or probabilities.
         learning_rate: 3e-4 from scratch, 1e-5 with pretrained weights (the thesis's values).
-        loss: "bce" or "rsna" (`any` counted twice).
+        loss: "bce", "rsna" (`any` counted twice), "focal" or "asymmetric"; or `LossSettings`.
         schedule: "constant" or "cosine".
         total_steps: batches of the whole training (for "cosine"): Keras' schedules count batches,
             also where `accumulate` of them make one step.
@@ -224,7 +225,8 @@ def compile_classifier(
     >>> compile_classifier(model, 1e-4, loss="rsna").loss.name
     'rsna'
     """
-    require_choice("loss", loss)
+    settings = loss if isinstance(loss, LossSettings) else LossSettings(loss)
+    settings.require_sound(LABELS)
     require_in_range("learning_rate", learning_rate)
     require_in_range("weight_decay", weight_decay)
     require_in_range("backbone_factor", backbone_factor)
@@ -247,7 +249,7 @@ def compile_classifier(
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(
         optimizer=optimizer,
-        loss=BinaryCrossEntropy(ends_in_logits(model), LOSSES[loss], name=loss),
+        loss=make_loss(settings, ends_in_logits(model), LABELS, LOSSES[settings.loss]),
         # Keras reads precision from the global policy; what needs scaling is wrapped above.
         auto_scale_loss=False,
     )
