@@ -92,6 +92,8 @@ class FitConfig:
         compiled: run the training function through `torch.compile`; None does so on CUDA.
         batch_norm: where several processes train, "per-process" takes the batch statistics of each
             one's samples, "synchronised" those of all.
+        patience: stop after so many epochs without a lower validation log loss, by which the best
+            weights are chosen; None trains for all epochs.
     """
 
     batch_size: int | None = None
@@ -115,6 +117,7 @@ class FitConfig:
     gamma_positive: float | None = None
     gamma_negative: float | None = None
     margin: float | None = None
+    patience: int | None = None
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -158,6 +161,7 @@ class RunConfig:
             ("data.loader_workers", self.data.loader_workers, 0, 1024),
             ("fit.batch_size", self.fit.batch_size, 1, 2**16),
             ("fit.epochs", self.fit.epochs, 1, 10**6),
+            ("fit.patience", self.fit.patience, 1, 10**6),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
             if value is not None and not least <= value <= most:

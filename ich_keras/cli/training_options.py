@@ -55,6 +55,12 @@ _OPTIONS = (
     ),
     click.option("--epochs", type=int, help="Default 6."),
     click.option(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="Stop after N epochs without a lower validation log loss; default: train for all.",
+    ),
+    click.option(
         "--batch-size",
         type=int,
         help="Samples per batch, of all processes together; default 32 slices, 16 slabs or 1"

@@ -68,7 +68,6 @@ class BinaryCrossEntropy(keras.losses.Loss):
         y_true = ops.cast(y_true, y_pred.dtype)
         is_missing = y_true < 0
         each = self.of_labels(ops.where(is_missing, 0.0, y_true), y_pred)
-        each = ops.where(is_missing, 0.0, each)
         shares = ops.ones_like(each) if self.shares is None else self._tensor(self.shares, each)
         shares = ops.where(is_missing, 0.0, shares)
         total = ops.sum(shares, axis=-1)

@@ -47,8 +47,7 @@ class PlainLoss:
         each = F.binary_cross_entropy_with_logits(outputs, y.clamp(min=0), reduction="none")
         present = torch.where(is_missing, 0.0, shares)
         total = present.sum(-1)
-        one = torch.where(is_missing, 0.0, each) * present
-        return (one.sum(-1) / torch.where(total > 0, total, 1.0)).mean()
+        return ((each * present).sum(-1) / torch.where(total > 0, total, 1.0)).mean()
 
     def _shares_of(self, loss: BinaryCrossEntropy, outputs: torch.Tensor) -> torch.Tensor:
         if self._shares is None or self._shares[0] is not loss:
