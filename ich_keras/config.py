@@ -1,9 +1,9 @@
 """RunConfig: all settings of a training, frozen; saved as one JSON file in its run folder."""
 
 import dataclasses
-import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ich_keras.models.options import (
 )
 from ich_keras.models.presets import require_preset
 from ich_keras.paths import path_of
+from ich_keras.synonyms import meant_by, question
 
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
@@ -217,6 +218,28 @@ class RunConfig:
                 "Call ich_keras.train(..., augment=FUNCTION), or choose thesis, flip or none.",
             )
 
+    def with_settings(self, settings: Mapping[str, Any]) -> "RunConfig":
+        """Return the configuration with other values of any fields, `data` and `fit` included.
+
+        Args:
+            settings: by name, such as {"preset": "resnet18_3d", "epochs": 3}.
+
+        Raises:
+            UsageError: a name is unknown (the hint names the nearest), or a value cannot be.
+
+        >>> RunConfig().with_settings({"epochs": 3}).fit.epochs
+        3
+        """
+        content = self.to_dict()
+        places = [content["data"], content["fit"], content]
+        known = [name for place in places for name in place if name not in ("data", "fit")]
+        for name, value in settings.items():
+            if name not in known:
+                hint = question(meant_by(name, known)) or f"Known: {', '.join(known)}."
+                raise UsageError(f"there is no setting {name!r}.", hint)
+            next(place for place in places if name in place)[name] = value
+        return RunConfig.from_dict(content)
+
     def to_dict(self) -> dict:
         """Return the configuration as nested dictionaries, ready for JSON."""
         return dataclasses.asdict(self)
@@ -248,8 +271,8 @@ def _from_dict(cls: Any, content: object, place: str) -> Any:
     values = {}
     for key, value in content.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            near = meant_by(key, known)
+            hint = question(near[:1]) or f"Known: {', '.join(known)}."
             raise UsageError(f"config: unknown key {place + key!r}.", hint)
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _from_dict(hints[key], value, f"{place}{key}.")

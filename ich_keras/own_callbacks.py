@@ -24,16 +24,16 @@ def own_callbacks(given: Any) -> tuple[Any, ...]:
     found = (given,) if is_one or isinstance(given, str) else tuple(given)
     for callback in found:
         if not isinstance(callback, keras.callbacks.Callback):
-            made = (
-                " Call the class: it is not an instance yet." if isinstance(callback, type) else ""
-            )
+            is_class = isinstance(callback, type)
+            call = " Call the class: it is not an instance yet." if is_class else ""
             raise UsageError(
-                f"callbacks holds {callback!r}; expected instances of keras.callbacks.Callback.{made}",
+                f"callbacks holds {callback!r}; expected instances of"
+                f" keras.callbacks.Callback.{call}",
                 "For instance callbacks=[keras.callbacks.CSVLogger('log.csv')].",
             )
         if isinstance(callback, keras.callbacks.BackupAndRestore):
             raise UsageError(
-                "callbacks holds keras.callbacks.BackupAndRestore; a training keeps its own states.",
+                "callbacks holds a BackupAndRestore: a training keeps its own states.",
                 "Leave it out; ich_keras.resume goes on after an interruption.",
             )
     return found
