@@ -1,17 +1,24 @@
 """RunConfig: all settings of a training, frozen; saved as one JSON file in its run folder."""
 
 import dataclasses
-import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
-from ich_keras.models.options import PER_PROCESS, RANGES, require_choice, require_in_range
+from ich_keras.models.options import (
+    PER_PROCESS,
+    RANGES,
+    LossSettings,
+    require_choice,
+    require_in_range,
+)
 from ich_keras.models.presets import require_preset
 from ich_keras.paths import path_of
+from ich_keras.synonyms import meant_by, question
 
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
@@ -72,7 +79,9 @@ class FitConfig:
         schedule: "constant" or "cosine".
         warmup_steps: batches over which the learning rate rises linearly from zero.
         weight_decay: decoupled; applies to kernels only.
-        loss: "bce" or "rsna" (`any` counted twice).
+        loss: "bce", "rsna" (`any` counted twice), "focal" or "asymmetric".
+        label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
+            margin: see `LossSettings`.
         freeze: freeze the network up to and including "stem", "layer1", ... "layer4"; None trains
             all of it.
         backbone_factor: the backbone's learning rate, as a multiple of `learning_rate`.
@@ -83,6 +92,8 @@ class FitConfig:
         compiled: run the training function through `torch.compile`; None does so on CUDA.
         batch_norm: where several processes train, "per-process" takes the batch statistics of each
             one's samples, "synchronised" those of all.
+        patience: stop after so many epochs without a lower validation log loss, by which the best
+            weights are chosen; None trains for all epochs.
     """
 
     batch_size: int | None = None
@@ -99,6 +110,19 @@ class FitConfig:
     recompute: str | None = None
     compiled: bool | None = None
     batch_norm: str = PER_PROCESS
+    label_weight: dict[str, float] | None = None
+    positive_weight: dict[str, float] | None = None
+    focal_gamma: float | None = None
+    focal_alpha: float | None = None
+    gamma_positive: float | None = None
+    gamma_negative: float | None = None
+    margin: float | None = None
+    patience: int | None = None
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What is asked of the loss."""
+        return loss_settings_of(self)
 
 
 @dataclass(frozen=True)
@@ -137,6 +161,7 @@ class RunConfig:
             ("data.loader_workers", self.data.loader_workers, 0, 1024),
             ("fit.batch_size", self.fit.batch_size, 1, 2**16),
             ("fit.epochs", self.fit.epochs, 1, 10**6),
+            ("fit.patience", self.fit.patience, 1, 10**6),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
             if value is not None and not least <= value <= most:
@@ -144,9 +169,10 @@ class RunConfig:
         for name, path in (("weights", self.weights), ("data.split", self.data.split)):
             if path is not None:
                 path_of(str(path), name)
+        self.fit.loss_settings.require_sound(None, "fit.")
         for name in RANGES:
             number = getattr(self.fit, name)
-            if number is not None:
+            if isinstance(number, int | float):
                 require_in_range(name, number, f"fit.{name}")
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
@@ -164,7 +190,7 @@ class RunConfig:
             )
         require_choice("norm", self.norm)
         require_choice("precision", self.precision, also=("auto",))
-        for name in ("step", "schedule", "loss", "batch_norm"):
+        for name in ("step", "schedule", "batch_norm"):
             require_choice(name, getattr(self.fit, name), f"fit.{name}")
         for name in ("recompute", "freeze"):
             if getattr(self.fit, name) is not None:
@@ -191,6 +217,28 @@ class RunConfig:
                 "Call ich_keras.train(..., augment=FUNCTION), or choose thesis, flip or none.",
             )
 
+    def with_settings(self, settings: Mapping[str, Any]) -> "RunConfig":
+        """Return the configuration with other values of any fields, `data` and `fit` included.
+
+        Args:
+            settings: by name, such as {"preset": "resnet18_3d", "epochs": 3}.
+
+        Raises:
+            UsageError: a name is unknown (the hint names the nearest), or a value cannot be.
+
+        >>> RunConfig().with_settings({"epochs": 3}).fit.epochs
+        3
+        """
+        content = self.to_dict()
+        places = [content["data"], content["fit"], content]
+        known = [name for place in places for name in place if name not in ("data", "fit")]
+        for name, value in settings.items():
+            if name not in known:
+                hint = question(meant_by(name, known)) or f"Known: {', '.join(known)}."
+                raise UsageError(f"there is no setting {name!r}.", hint)
+            next(place for place in places if name in place)[name] = value
+        return RunConfig.from_dict(content)
+
     def to_dict(self) -> dict:
         """Return the configuration as nested dictionaries, ready for JSON."""
         return dataclasses.asdict(self)
@@ -206,6 +254,12 @@ class RunConfig:
         return _from_dict(cls, content, "")
 
 
+def loss_settings_of(settings: Any) -> LossSettings:
+    """Return what a `FitConfig`, or the training of a recipe, asks of the loss."""
+    names = [field.name for field in dataclasses.fields(LossSettings)]
+    return LossSettings(**{name: getattr(settings, name) for name in names})
+
+
 def _from_dict(cls: Any, content: object, place: str) -> Any:
     if not isinstance(content, dict):
         raise UsageError(
@@ -216,8 +270,8 @@ def _from_dict(cls: Any, content: object, place: str) -> Any:
     values = {}
     for key, value in content.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            near = meant_by(key, known)
+            hint = question(near[:1]) or f"Known: {', '.join(known)}."
             raise UsageError(f"config: unknown key {place + key!r}.", hint)
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _from_dict(hints[key], value, f"{place}{key}.")
@@ -243,4 +297,5 @@ def kinds_of(annotation: Any) -> tuple[tuple[type, ...], str]:
     """
     is_union = isinstance(annotation, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
+    options = tuple(typing.get_origin(t) or t for t in options)  # dict[str, float] is a dict
     return options, " or ".join("null" if t is type(None) else t.__name__ for t in options)

@@ -1,21 +1,22 @@
 """Fitting with Keras: the compiled network, and the callbacks that validate and save states."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ich_keras.checkpoints import RUN, load_state, save_state
+from ich_keras.config import loss_settings_of
+from ich_keras.course import Course, auroc_of, write_history
 from ich_keras.data.seeds import sample_seed
 from ich_keras.distribution import begin_together, come_together
 from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
-from ich_keras.files import atomic_write
 from ich_keras.inference import probabilities
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.models.options import SYNCHRONISED
+from ich_keras.own_callbacks import callbacks_name
 from ich_keras.progress import Progress, Tell
 from ich_keras.ranks import Rank
 from ich_keras.recipe import RECIPE, Recipe
@@ -24,30 +25,7 @@ from ich_keras.run_folder import CACHE, EPOCH, PIXELS, RunFolder
 if TYPE_CHECKING:
     from ich_keras.models.torch.distributed import Group
 
-BEST_WEIGHTS = "best_weights"  # key in a state
 SECONDS_BETWEEN_LOSSES = 1.0
-
-
-@dataclass
-class Course:
-    """The progress of a training so far: what validation must remember.
-
-    Args:
-        rows: one entry of history.csv per finished epoch.
-        best_loss: the lowest validation log loss.
-        best_epoch: the epoch that reached it, counted from 1; 0 before the first.
-        best_weights: the digest of its weights; None when an older version saved them.
-    """
-
-    rows: list[dict] = field(default_factory=list)
-    best_loss: float = np.inf
-    best_epoch: int = 0
-    best_weights: str | None = None
-
-    @property
-    def done(self) -> int:
-        """Number of finished epochs."""
-        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -64,6 +42,7 @@ class Fit:
             the training runs is then noticed when it is resumed.
         group: the processes that train together; None for one alone. Only the first writes, and
             needs `marks`. `loader` and `validation` give this process's part; None is an empty one.
+        callbacks: the user's (`own_callbacks`).
     """
 
     recipe: Recipe
@@ -74,6 +53,7 @@ class Fit:
     valid_labels: np.ndarray
     marks: dict[str, Any]
     group: "Group | None" = None
+    callbacks: tuple[Any, ...] = ()
 
     @property
     def rank(self) -> Rank:
@@ -117,7 +97,7 @@ def compiled_network(
     compile_classifier(
         model,
         learning_rate=training.learning_rate,
-        loss=training.loss,
+        loss=loss_settings_of(training),
         schedule=training.schedule,
         total_steps=total_steps,
         warmup_steps=training.warmup_steps,
@@ -183,10 +163,12 @@ def fit(
             verbose=0,
             callbacks=[
                 _epochs(training.loader, training.recipe, progress, course.done),
-                _validation(training, course, progress, tell),
+                _validation(training, course, progress),
+                *training.callbacks,  # between: they see what validation gave, and may stop it
+                _saving(training, course, tell),
             ],
         )
-    if course.done != training.recipe.training.epochs:
+    if not course.is_over(training.recipe.training.epochs):
         raise StaleError(
             f"Keras ended the training in {training.run} after {course.done} of"
             f" {training.recipe.training.epochs} epochs.",
@@ -212,15 +194,14 @@ def restored(training: Fit, tell: Tell) -> Course:
     """
     run = training.run
     state = load_state(run.state_folder, training.model, tell, training.marks[RUN])
-    best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
-    course = Course(state["history"], *best)
+    course = Course.of_state(state)
     write_history(run, course)  # as the state knows it, whatever became of the file
     if not _has_best(run, course):
         # The best weights are from an epoch whose state was lost. That epoch is trained again, and
         # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
             _keep_best(training, course)
-        elif course.done == training.recipe.training.epochs:
+        elif course.is_over(training.recipe.training.epochs):
             raise LostState(
                 f"{run.best_weights} is lost, or not that of the best epoch ({course.best_epoch}),"
                 " and no epoch is left to train.",
@@ -233,11 +214,6 @@ def restored(training: Fit, tell: Tell) -> Course:
             )
             course.best_loss = np.inf
     return course
-
-
-def write_history(run: RunFolder, course: Course) -> None:
-    """Write history.csv: a row per finished epoch."""
-    atomic_write(run.history_file, pd.DataFrame(course.rows).to_csv(index=False))
 
 
 def _has_best(run: RunFolder, course: Course) -> bool:
@@ -319,15 +295,17 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -
     return Epochs()
 
 
-def _validation(training: Fit, course: Course, progress: Progress | None, tell: Tell) -> Any:
-    """Return the callback that validates, keeps the best weights and saves the state."""
+def _validation(training: Fit, course: Course, progress: Progress | None) -> Any:
+    """Return the callback that validates and keeps the best weights.
+
+    It adds `val_loss` (the log loss) and `val_auroc_any` to the logs of the callbacks after it.
+    """
     import keras
 
     from ich_keras.models.weights import require_finite
 
     model, labels = training.model, training.valid_labels
-    epochs = training.recipe.training.epochs
-    shown = training.recipe.labels.any_label or training.recipe.labels.names[0]
+    shown = training.recipe.labels.shown
 
     class Validation(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -358,8 +336,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                 return
             metrics = binary_metrics(labels, values, label_set=training.recipe.labels)
             loss = metrics["log_loss"]
-            is_best = loss < course.best_loss
-            if is_best:
+            if loss < course.best_loss:
                 course.best_loss, course.best_epoch = loss, epoch + 1
                 _keep_best(training, course)
             course.rows.append(
@@ -368,24 +345,56 @@ def _validation(training: Fit, course: Course, progress: Progress | None, tell: 
                     "learning_rate": rate,
                     "train_loss": train_loss,
                     "valid_log_loss": loss,
-                    f"valid_auroc_{shown.replace(' ', '_')}": metrics["auroc"][shown],
+                    auroc_of("valid", shown): metrics["auroc"][shown],
                     # Of this epoch alone, including its validation.
                     "seconds": round(time.perf_counter() - self.began, 1),
                 }
             )
-            write_history(training.run, course)
-            state = {
-                "history": course.rows,
-                "best_loss": course.best_loss,
-                "best_epoch": course.best_epoch,
-                BEST_WEIGHTS: course.best_weights,
-                **training.marks,
-            }
-            save_state(training.run.state_folder, model, epoch + 1, state)
-            tell(
-                f"epoch {epoch + 1}/{epochs}: training loss {train_loss:.4f}, validation log loss"
-                f" {loss:.4f}, AUROC({shown}) {format_metric(metrics['auroc'][shown])}"
-                + (" (best so far)" if is_best else "")
-            )
+            if logs is not None:
+                logs |= {"val_loss": loss, auroc_of("val", shown): metrics["auroc"][shown]}
 
     return Validation()
+
+
+def _saving(training: Fit, course: Course, tell: Tell) -> Any:
+    """Return the callback that saves the state after an epoch, and stops a training in time.
+
+    It comes last: whatever the user's callbacks changed belongs to the state.
+    """
+    import keras
+
+    settings = training.recipe.training
+    shown = training.recipe.labels.shown
+
+    class Saving(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+            if training.group is not None and settings.patience is not None:
+                course.best_epoch = training.group.from_first(course.best_epoch)
+            if course.done < settings.epochs:
+                course.stopped = self.reason_to_stop()
+                self.model.stop_training |= course.stopped is not None
+            if not training.rank.is_first:
+                return
+            write_history(training.run, course)
+            state = {**course.to_state(), **training.marks}
+            save_state(training.run.state_folder, training.model, epoch + 1, state)
+            row = course.rows[-1]
+            tell(
+                f"epoch {epoch + 1}/{settings.epochs}: training loss {row['train_loss']:.4f},"
+                f" validation log loss {row['valid_log_loss']:.4f}, AUROC({shown})"
+                f" {format_metric(row[auroc_of('valid', shown)])}"
+                + (" (best so far)" if course.best_epoch == epoch + 1 else "")
+            )
+            if course.stopped is not None:
+                tell(f"Stopped after epoch {epoch + 1} of {settings.epochs}: {course.stopped}.")
+
+        def reason_to_stop(self) -> str | None:
+            if course.has_no_patience_left(settings.patience):
+                return (
+                    f"no better validation log loss for {settings.patience} epoch"
+                    f"{'' if settings.patience == 1 else 's'} (--patience)"
+                )
+            is_asked = self.model.stop_training and callbacks_name(training.callbacks) is not None
+            return f"by a callback ({callbacks_name(training.callbacks)})" if is_asked else None
+
+    return Saving()

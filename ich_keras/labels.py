@@ -92,6 +92,11 @@ class LabelSet:
         return None if self.any_label is None else self.index(self.any_label)
 
     @property
+    def shown(self) -> str:
+        """The label that stands for all where only one is shown: `any_label`, or the first."""
+        return self.any_label or self.names[0]
+
+    @property
     def competition_weights(self) -> tuple[float, ...] | None:
         """Weights that count `any_label` twice, as the competition's log loss; None without it.
 

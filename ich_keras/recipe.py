@@ -37,6 +37,7 @@ DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
 DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
 # With pretrained weights, and from scratch.
 DEFAULT_RATES = (1e-5, 3e-4)
+_NONE_WHERE_ABSENT = {WHERE_ABSENT: None}
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class TrainingRecipe:
         compiled: as in `FitConfig`; None compiles on CUDA only.
         own_augment: the name of a user's augmentation, which then replaces `augment`.
         batch_norm: as in `FitConfig`; recipes of older versions, all of one process, lack it.
+        label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
+            margin, patience: as in `FitConfig`; recipes of older versions lack them.
+        own_callbacks: the classes of a user's callbacks; lacking where there were none.
     """
 
     weights: str | None
@@ -140,6 +144,15 @@ class TrainingRecipe:
     compiled: bool | None
     own_augment: str | None = None
     batch_norm: str = field(default=PER_PROCESS, metadata={WHERE_ABSENT: PER_PROCESS})
+    label_weight: dict[str, float] | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    positive_weight: dict[str, float] | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    focal_gamma: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    focal_alpha: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    gamma_positive: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    gamma_negative: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    margin: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    patience: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,7 @@ class Recipe:
                 weights do not exist, or Keras already runs on another backend or device.
             EnvironmentProblem: the device or the backend is not available.
         """
+        config.fit.loss_settings.require_sound(labels, "fit.")
         backend, device = choose_backend(config.backend), choose_device(config.device)
         precision = choose_precision(config.precision, device)
         view = _view(config)
@@ -221,6 +235,7 @@ class Recipe:
                 },
                 **{
                     **{f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)},
+                    **fit.loss_settings.decided(),
                     "batch_size": fit.batch_size or DEFAULT_BATCH[view.kind],
                     "accumulate": fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
                     "learning_rate": fit.learning_rate or DEFAULT_RATES[config.weights is None],

@@ -4,10 +4,12 @@ import shlex
 
 import pandas as pd
 
+from ich_keras.config import loss_settings_of
 from ich_keras.errors import StaleError
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
-from ich_keras.run_folder import PLAN, SYNTHETIC, RunFolder
+from ich_keras.recipe import TrainingRecipe
+from ich_keras.run_folder import ENDED_EARLY, PLAN, SYNTHETIC, RunFolder
 
 _SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
 _COUNTED = ("patients", "series", "slices")
@@ -146,6 +148,13 @@ def _range(interval: dict) -> str:
     return f"{interval['low']:.4f}-{interval['high']:.4f}"
 
 
+def _loss_text(training: TrainingRecipe) -> str:
+    """Return the loss with the settings that were given."""
+    settings = vars(loss_settings_of(training)) | {"loss": None}
+    given = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    return f"{training.loss} ({', '.join(given)})" if given else training.loss
+
+
 def report_text(run: RunFolder) -> str:
     """Return the content of report.md, made from the other files of a run folder.
 
@@ -156,7 +165,8 @@ def report_text(run: RunFolder) -> str:
     recipe, data, environment = run.recipe(), run.data(), run.environment()
     training = recipe.training
     history = pd.read_csv(run.history_file)
-    if len(history) < training.epochs:
+    ended_early = environment.get(ENDED_EARLY)
+    if len(history) < training.epochs and ended_early is None:
         raise StaleError(
             f"the training in {run} has done {len(history)} of {training.epochs} epochs: a report"
             " would declare it finished.",
@@ -174,13 +184,18 @@ def report_text(run: RunFolder) -> str:
         lines += [plan["note"], ""]
     if training.own_augment:
         lines += [f"Augmented by a function of the user's: `{training.own_augment}`.", ""]
+    if training.own_callbacks:
+        lines += [f"Trained with callbacks of the user's: `{training.own_callbacks}`.", ""]
+    if ended_early is not None:
+        early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
+        lines += [f"Stopped after {early}.", ""]
     best = history[history["epoch"] == run.best_epoch()].iloc[0]
     size = recipe.inputs.size
     lines += [
         f"{recipe.preset}, {size}x{size} pixels,"
         f" {'weights ' + training.weights if training.weights else 'from scratch'},"
         f" Adam at {training.learning_rate:g} ({training.schedule}),"
-        f" loss {training.loss}, batch {training.batch_size},"
+        f" loss {_loss_text(training)}, batch {training.batch_size},"
         f" seed {training.seed}, on {environment['backend']} ({environment['device']}).",
         "",
         markdown_table(

@@ -21,8 +21,9 @@ PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
-# Entries of environment.json: when the training began; where it was resumed since.
-START, RESUMED = "started", "resumed"
+# Entries of environment.json: when the training began; where it was resumed since; why it ended
+# before its last epoch.
+START, RESUMED, ENDED_EARLY = "started", "resumed", "ended_early"
 EPOCH = "epoch"  # entry of the record of the best weights
 
 # In the names of what was computed with the weights of an unfinished training.

@@ -35,6 +35,7 @@ from ich_keras.keras_private import CPU_OUT_OF_MEMORY
 from ich_keras.paths import path_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.ranks import Rank, this_rank
+from ich_keras.synonyms import meant_by, question
 
 TRACEBACK = "ICH_TRACEBACK"
 # For every group, and for `ich-train`, which runs without the group.
@@ -103,7 +104,10 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the arguments for a command that starts itself in other processes."""
         ctx.meta[ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise _unknown_option(self, ctx, error.option_name) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; on one of our errors, exit with its code."""
@@ -137,6 +141,17 @@ class Command(click.Command):
             if ctx.command.name != TRAIN or _rank().is_first:
                 click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+def _unknown_option(command: click.Command, ctx: click.Context, name: str) -> click.NoSuchOption:
+    """Return the error for an option that does not exist, with those that may be meant."""
+    if not name.startswith("--"):
+        # Of -lr, click tells -l.
+        given = [word.partition("=")[0] for word in ctx.meta[ARGUMENTS]]
+        name = next((w for w in given if w.startswith(name) and not w.startswith("--")), name)
+    known = [o for p in command.params for o in (*p.opts, *p.secondary_opts) if o[:2] == "--"]
+    message = f"No such option {name!r}. {question(meant_by(name, known))}"
+    return click.NoSuchOption(name, message.rstrip(), ctx=ctx)
 
 
 def _is_output_closed() -> bool:

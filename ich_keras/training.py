@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ich_keras.config import RunConfig
+from ich_keras.course import Course
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import notices_of, part_digests, require_distinct
@@ -24,10 +25,16 @@ from ich_keras.environment import PROCESSES, choose_backend, choose_device, envi
 from ich_keras.errors import UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
-from ich_keras.fitting import Course, Fit, compiled_network, fit, restored
+from ich_keras.fitting import Fit, compiled_network, fit, restored
 from ich_keras.inference import load_network
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.model_file import save_model
+from ich_keras.own_callbacks import (
+    callbacks_name,
+    own_callbacks,
+    require_callbacks_alone,
+    require_same_callbacks,
+)
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import count_plan, split_indices, start_lines
 from ich_keras.progress import Progress, Tell
@@ -39,6 +46,7 @@ from ich_keras.run_edits import marks_of, require_unedited
 from ich_keras.run_folder import (
     CACHE,
     CACHE_PATH,
+    ENDED_EARLY,
     LABELS_DIGEST,
     PIXELS,
     PIXELS_OF,
@@ -61,6 +69,7 @@ def train(
     progress: Progress | None = None,
     tell: Tell | None = None,
     augment: Change | Augmentation | None = None,
+    callbacks: Any = None,
 ) -> Path:
     """Train a classifier, keep the best weights by validation loss, and evaluate them.
 
@@ -75,6 +84,10 @@ def train(
         tell: called with one line of text per epoch.
         augment: your own augmentation (`view_batches`), which replaces the one in the
             configuration.
+        callbacks: Keras' callbacks of your own, one or several. They are called between validation
+            and the saving of the state, so that they see `val_loss` (the log loss) and
+            `val_auroc_any` in the logs, and may set `model.stop_training`: the training is then
+            finished. (With several processes only those that look on.)
 
     Returns:
         The run folder; `RunFolder` lists its files.
@@ -100,6 +113,10 @@ def train(
     if augment is not None:
         own = replace(recipe.training, own_augment=augmentation_name(augment))
         recipe = replace(recipe, training=own)
+    own_ones = own_callbacks(callbacks)
+    require_callbacks_alone(own_ones, rank)
+    named = replace(recipe.training, own_callbacks=callbacks_name(own_ones))
+    recipe = replace(recipe, training=named)
     split, indices = split_indices(cache.slices, recipe)
     require_distinct(cache, split, indices)
     samples = cache.samples(recipe.inputs.view)
@@ -148,8 +165,9 @@ def train(
             for line in start_lines(recipe, plan):
                 tell(line)
             training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
-            fit(training, Course(), progress, tell)
-            _finish(run, recipe, cache, progress)
+            training, course = replace(training, callbacks=own_ones), Course()
+            fit(training, course, progress, tell)
+            _finish(run, recipe, cache, progress, course)
         finally:
             # Without a finished epoch there is nothing to resume or evaluate.
             if not run.is_interrupted and not run.is_finished:
@@ -165,6 +183,7 @@ def resume(
     progress: Progress | None = None,
     tell: Tell | None = None,
     augment: Change | Augmentation | None = None,
+    callbacks: Any = None,
 ) -> Path:
     """Resume an interrupted training after its last finished epoch.
 
@@ -179,13 +198,15 @@ def resume(
         device: None takes the run's.
         progress, tell: as in `train`.
         augment: your own augmentation, if the training began with one.
+        callbacks: those of your own, if the training began with some. They are new ones: what they
+            counted before the interruption is lost, unless they keep it themselves.
 
     Returns:
         The run folder, as `train` leaves it.
 
     Raises:
-        UsageError: the run is finished, it began with a different augmentation, or Keras already
-            runs on another backend.
+        UsageError: the run is finished, it began with a different augmentation or other callbacks,
+            or Keras already runs on another backend.
         LostState: all states are damaged.
         StaleError: there is no interrupted training, the cache or the labels are not those it
             began with, one of its files was edited or is damaged, or it is still running.
@@ -207,6 +228,9 @@ def resume(
         _require_augmentation(asked, augment)
         recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
         require_distributable(recipe, rank)
+        own_ones = own_callbacks(callbacks)
+        require_same_callbacks(recipe.training.own_callbacks, own_ones)
+        require_callbacks_alone(own_ones, rank)
         require_same_statistics(run.environment(), recipe, rank)
         changes = changed_environment(run, recipe.device)
         for line in changes:
@@ -221,6 +245,7 @@ def resume(
         group = join_group(recipe, rank)
         require_one_training(group, recipe, cache)
         training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
+        training = replace(training, callbacks=own_ones if rank.is_first else ())
         if not rank.is_first:
             return _follow(training)
         require_space(run, training_space(recipe, len(cache.slices), model))
@@ -240,9 +265,9 @@ def resume(
         )
         for line in distribution_lines(recipe, rank):
             tell(line)
-        if course.done < epochs:
+        if not course.is_over(epochs):
             fit(training, course, progress, tell)
-        _finish(run, recipe, cache, progress)
+        _finish(run, recipe, cache, progress, course)
     run.lock_file.unlink(missing_ok=True)
     return run.path
 
@@ -348,15 +373,20 @@ def _follow(training: Fit) -> Path:
     """Train for the epochs that the first process has left, as another one does."""
     assert training.group is not None
     course = training.group.from_first(None)
-    if course.done < training.recipe.training.epochs:
+    if not course.is_over(training.recipe.training.epochs):
         fit(training, course)
     return training.run.path
 
 
-def _finish(run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None) -> None:
+def _finish(
+    run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None, course: Course
+) -> None:
     """Evaluate the best weights and write the report and the `.keras` file."""
     from ich_keras.models.weights_file import read_weights
 
+    if course.stopped is not None:
+        early = {"epoch": course.done, "why": course.stopped}
+        write_json(run.environment_file, run.environment() | {ENDED_EARLY: early})
     _, model = load_network(run, recipe.device)
     # In float32, because other machines may not support a faster type.
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)

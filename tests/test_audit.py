@@ -14,7 +14,7 @@ from ich_keras.data.reading import pixel_hash
 from ich_keras.data.split import SPLITS, find_split, make_split
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LABELS
-from ich_keras.submission import write_submission
+from ich_keras.submission_file import write_submission
 
 
 class Cache:

@@ -129,6 +129,29 @@ def required(value: T | None, option: str) -> T:
     return value
 
 
+def numbers_of_labels(
+    ctx: click.Context, param: click.Parameter, given: tuple[str, ...]
+) -> dict[str, float] | None:
+    """Read LABEL=NUMBER options; None where none is given. Labels and ranges are checked later."""
+    found: dict[str, float] = {}
+    for text in given:
+        label, _, value = (part.strip() for part in text.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is not LABEL=NUMBER, such as any=3.", ctx, param
+            ) from None
+        if not label or label in found:
+            raise click.BadParameter(
+                f"{text!r} names no label." if not label else f"{label!r} is given twice.",
+                ctx,
+                param,
+            )
+        found[label] = number
+    return found or None
+
+
 def num_workers(given: int | None) -> int:
     """Return the number of worker processes: as given, or one per core."""
     return usable_cores() if given is None else given

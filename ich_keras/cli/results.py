@@ -143,7 +143,7 @@ def predict(
 @click.option("--out", type=FOLDER, required=True, metavar="CSV", help="New file.")
 def submission(predictions: Path, out: Path) -> None:
     """Write predictions in the format of the RSNA 2019 competition."""
-    from ich_keras.submission import write_submission
+    from ich_keras.submission_file import write_submission
 
     click.echo(f"Submission: {write_submission(predictions, out, tell=click.echo)}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ich_keras.cli.options import NAME_OR_PATH
+from ich_keras.cli.options import NAME_OR_PATH, numbers_of_labels
 
 _OPTIONS = (
     click.option("--preset", help="Network; default resnet18_2d."),
@@ -54,6 +54,12 @@ _OPTIONS = (
         help="Turn every second slab or series upside down in training.",
     ),
     click.option("--epochs", type=int, help="Default 6."),
+    click.option(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="Stop after N epochs without a lower validation log loss; default: train for all.",
+    ),
     click.option(
         "--batch-size",
         type=int,
@@ -107,7 +113,36 @@ _OPTIONS = (
         help="With several processes: per-process (default; batch statistics of each one's"
         " samples) or synchronised (of all samples).",
     ),
-    click.option("--loss", help="bce (default) or rsna (any counted twice)."),
+    click.option("--loss", help="bce (default), rsna (any counted twice), focal or asymmetric."),
+    click.option(
+        "--positive-weight",
+        multiple=True,
+        metavar="LABEL=X",
+        callback=numbers_of_labels,
+        help="Count the loss of positive samples of this label X times; may be repeated.",
+    ),
+    click.option(
+        "--label-weight",
+        multiple=True,
+        metavar="LABEL=X",
+        callback=numbers_of_labels,
+        help="Weight of a label in the loss, where others have 1; may be repeated.",
+    ),
+    click.option("--focal-gamma", type=float, help="Of --loss focal; default 2."),
+    click.option(
+        "--focal-alpha",
+        type=float,
+        help="Of --loss focal: weight of positive labels, 1 minus it of negative ones; default: 1"
+        " for both.",
+    ),
+    click.option("--gamma-positive", type=float, help="Of --loss asymmetric; default 0."),
+    click.option("--gamma-negative", type=float, help="Of --loss asymmetric; default 4."),
+    click.option(
+        "--margin",
+        type=float,
+        help="Of --loss asymmetric: negative labels up to this probability add nothing; default"
+        " 0.05.",
+    ),
     click.option(
         "--balance/--no-balance",
         default=None,

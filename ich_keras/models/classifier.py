@@ -8,12 +8,12 @@ from keras import layers
 from keras.activations import softmax
 
 from ich_keras.labels import SIX, LabelSet, label_set
-from ich_keras.models.loss import BinaryCrossEntropy
+from ich_keras.models.loss import make_loss
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import (
     FREEZABLE,
-    LOSSES,
     PRECISIONS,
+    LossSettings,
     require_choice,
     require_in_range,
 )
@@ -224,7 +224,7 @@ def ends_in_logits(model: keras.Model) -> bool:
 def compile_classifier(
     model: keras.Model,
     learning_rate: float = 3e-4,
-    loss: str = "bce",
+    loss: str | LossSettings = "bce",
     schedule: str = "constant",
     total_steps: int | None = None,
     warmup_steps: int = 0,
@@ -245,7 +245,7 @@ def compile_classifier(
     Args:
         model: from `build_classifier`, with logits or probabilities.
         learning_rate: 3e-4 from scratch, 1e-5 with pretrained weights (the thesis's values).
-        loss: "bce" or "rsna" (`any` counted twice).
+        loss: "bce", "rsna" (`any` counted twice), "focal" or "asymmetric"; or `LossSettings`.
         schedule: "constant" or "cosine".
         total_steps: batches of the whole training (for "cosine"): Keras' schedules count batches,
             also where `accumulate` of them make one step.
@@ -268,7 +268,9 @@ def compile_classifier(
     >>> compile_classifier(model, 1e-4, loss="rsna").loss.name
     'rsna'
     """
-    require_choice("loss", loss)
+    settings = loss if isinstance(loss, LossSettings) else LossSettings(loss)
+    labels = labels_of(model)
+    settings.require_sound(labels)
     require_in_range("learning_rate", learning_rate)
     require_in_range("weight_decay", weight_decay)
     require_in_range("backbone_factor", backbone_factor)
@@ -291,7 +293,7 @@ def compile_classifier(
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(
         optimizer=optimizer,
-        loss=BinaryCrossEntropy(ends_in_logits(model), LOSSES[loss], name=loss),
+        loss=make_loss(settings, ends_in_logits(model), labels),
         # Keras reads precision from the global policy; what needs scaling is wrapped above.
         auto_scale_loss=False,
     )

@@ -30,8 +30,8 @@ class Step:
 
     Args:
         kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "mean", "add", "dropout",
-            "dense", "sigmoid", "pad", "channels" (zero channels appended), "subsample" (every
-            n-th position) or "detach".
+            "dense", "sigmoid", "softmax" (of the last axis), "pad", "channels" (zero channels
+            appended), "subsample" (every n-th position) or "detach".
         name: of the layer or operation.
         layer: the Keras layer or operation.
         sources: numbers of the values it reads; 0 is the model's input.
@@ -166,7 +166,9 @@ def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
     if kind is layers.Add:
         return "add", ()
     if kind is layers.Activation:
-        _require(layer.activation is keras.activations.sigmoid, layer, "is not a sigmoid")
+        if layer.activation is keras.activations.softmax:
+            return "softmax", ()
+        _require(layer.activation is keras.activations.sigmoid, layer, "is no sigmoid or softmax")
         return "sigmoid", ()
     raise UnknownStep(f"layer {layer.name} is a {kind.__name__}")
 

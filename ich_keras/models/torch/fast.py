@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-import torch.nn.functional as F
 from keras import tree
 from keras.utils import unpack_x_y_sample_weight
 
@@ -25,7 +24,7 @@ from ich_keras.keras_private import (
     whole_loss,
 )
 from ich_keras.models.graph import UnknownStep, read_graph
-from ich_keras.models.loss import BinaryCrossEntropy
+from ich_keras.models.torch.cross_entropy import PlainLoss
 from ich_keras.models.torch.distributed import GradientSum
 from ich_keras.models.torch.function import FlatFunction
 from ich_keras.models.torch.operations import Across
@@ -112,7 +111,7 @@ class FastSteps:
         # Samples that fit into memory at once; known only after too many were tried.
         self._most: int | None = None
         self._steps_taken = 0
-        self._shares: tuple[BinaryCrossEntropy, torch.Tensor] | None = None  # on the device
+        self._plain_loss = PlainLoss()
 
     def reason_for_stock(self, kind: str) -> str | None:
         """Say what keeps a fast step from being used; None when nothing does.
@@ -333,24 +332,11 @@ class FastSteps:
             return whole_loss(
                 model, x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=training
             )
-        if not self.compilation.is_weighted and _is_plain(own, y, outputs, sample_weight):
-            return self._binary_cross_entropy(own, y, outputs)
+        is_alone = sample_weight is None and not self.compilation.is_weighted
+        if is_alone and self._plain_loss.covers(own, y, outputs):
+            return self._plain_loss(own, y, outputs)
         loss: Any = compiled_loss(model)
         return loss(y, outputs, sample_weight)
-
-    def _binary_cross_entropy(
-        self, loss: BinaryCrossEntropy, y: torch.Tensor, outputs: torch.Tensor
-    ) -> torch.Tensor:
-        """What `loss` gives, in one operation instead of fifteen."""
-        y = y.to(outputs.dtype)
-        loss.require_outputs(outputs.shape[-1])
-        if loss.shares is None:
-            return F.binary_cross_entropy_with_logits(outputs, y)
-        if self._shares is None or self._shares[0] is not loss:
-            shares = torch.tensor(loss.shares, dtype=outputs.dtype, device=outputs.device)
-            self._shares = loss, shares
-        each = F.binary_cross_entropy_with_logits(outputs, y, reduction="none")
-        return (each @ self._shares[1]).mean()
 
     def _track(self, loss: torch.Tensor, num_samples: int) -> None:
         """Update Keras' running mean of the loss, on the device."""
@@ -371,18 +357,6 @@ def _batch(data: Any) -> tuple[Any, Any, Any]:
     x, y, sample_weight = unpack_x_y_sample_weight(data[0])
     leaves = tree.flatten(x)
     return (leaves[0] if len(leaves) == 1 else x), y, sample_weight
-
-
-def _is_plain(loss: Any, y: Any, outputs: Any, sample_weight: Any) -> bool:
-    return (
-        isinstance(loss, BinaryCrossEntropy)
-        and sample_weight is None
-        and loss.from_logits
-        and loss.reduction == "sum_over_batch_size"
-        and isinstance(y, torch.Tensor)
-        and isinstance(outputs, torch.Tensor)
-        and y.shape == outputs.shape
-    )
 
 
 def _half_after(error: RuntimeError, num_samples: int) -> int:

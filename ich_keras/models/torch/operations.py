@@ -24,7 +24,7 @@ from ich_keras.models.torch.layout import (
 from ich_keras.models.torch.synchronised import synchronised_batch_norm
 
 # The head and what follows it stay in float32 whatever the precision.
-FULL_PRECISION = ("dense", "dropout", "sigmoid")
+FULL_PRECISION = ("dense", "dropout", "sigmoid", "softmax")
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,10 @@ class Operations:
     def _sigmoid(self, step: Step, owned: set[int]) -> Operation:
         source, dtype = step.sources[0], self._dtype(step)
         return lambda values, tensors: torch.sigmoid(cast(values[source], dtype))
+
+    def _softmax(self, step: Step, owned: set[int]) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        return lambda values, tensors: torch.softmax(cast(values[source], dtype), -1)
 
     def _pad(self, step: Step, owned: set[int]) -> Operation:
         source, rank = step.sources[0], len(step.amounts)
