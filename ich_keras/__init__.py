@@ -71,6 +71,8 @@ _PUBLIC = {
     "resume": "ich_keras.training",
     "evaluate": "ich_keras.evaluation",
     "predict_folder": "ich_keras.prediction",
+    "predict_arrays": "ich_keras.arrays",
+    "cache_from_arrays": "ich_keras.arrays",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

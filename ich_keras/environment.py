@@ -32,6 +32,7 @@ PACKAGES = (
     "scipy",
     "h5py",
     "hdf5plugin",
+    "nibabel",
     "pydicom",
     "albumentations",
     "opencv-python-headless",
@@ -43,6 +44,7 @@ OPTIONAL = {
     "tensorflow": "",
     "hdf5plugin": " (only caches compressed with blosc2 need it:"
     " pip install 'ich_keras[compression]')",
+    "nibabel": " (only NIfTI volumes need it: pip install 'ich_keras[nifti]')",
 }
 
 

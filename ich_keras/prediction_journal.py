@@ -39,7 +39,7 @@ SERIES_FILE = "series.csv"
 NOTICE_FILE = "notice.txt"
 _TABLES = (PREDICTIONS_FILE, SERIES_FILE, REJECTS_FILE, NOTICE_FILE)
 # Raise the number whenever reading or predicting gives other results, or a line another content.
-_FIRST_LINE = b"ich-prediction-journal 1\n"
+_FIRST_LINE = b"ich-prediction-journal 2\n"
 _FAMILY = b"ich-prediction-journal "
 
 

@@ -108,7 +108,7 @@ def test_what_a_machine_does_not_see_is_read_here(dicom, index, local, tmp_path,
     class Blind(Here):
         def work(self, function, *args, **settings):
             with monkeypatch.context() as patched:
-                patched.setattr(walk, "read_header", unseen)
+                patched.setattr(walk, "read_headers", unseen)
                 patched.setattr(body, "read_slice", unseen)
                 patched.setattr(cache_fill, "read_indexed", unseen)
                 return function(*args, **settings)

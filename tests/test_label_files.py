@@ -37,7 +37,7 @@ def slices_of(**columns):
         "series_instance_uid": ["1", "1", "2", "2"],
         "study_instance_uid": ["s1", "s1", "s1", "s1"],
         "patient_id": ["CQ500-CT-1", "CQ500-CT-1", "049", "049"],
-        "instance_number": [1, 2, 1, 2],
+        "instance_number": ["1", "2", "1", "2"],
         "container": ["/d/a/1.dcm", "/d/a/2.dcm", "/d/b/049.nii", "/d/b/049.nii"],
         "member": ["", "", "", ""],
         "series_uid": ["1", "1", "2", "2"],

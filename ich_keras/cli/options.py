@@ -23,7 +23,8 @@ DICOM = click.option(
     "--dicom",
     type=FOLDER,
     metavar="DIR",
-    help="Folder of DICOM files and archives of them (zip, tar), or one archive.",
+    help="Folder of DICOM files, NIfTI volumes (.nii, .nii.gz) and archives of them (zip, tar), or"
+    " one such file.",
 )
 CACHE = click.option(
     "--cache", "cache_dir", type=FOLDER, required=True, metavar="DIR", help="From `ich cache`."

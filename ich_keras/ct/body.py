@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ich_keras.ct.dicom import read_slice
-from ich_keras.ct.members import Member
 from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.sources import Source
 
 # Below are air, lung, cushions and the foam of tables; above are skin, fat and all other tissue.
 _BODY_ABOVE_HU = -300
@@ -82,9 +82,9 @@ def _longest_run(flags: np.ndarray) -> tuple[int, int]:
 
 
 class SlicePlace(NamedTuple):
-    """The file of a slice, and the distance between its rows and columns once it is turned."""
+    """Where a slice lies, and the distance between its rows and columns once it is turned."""
 
-    source: str | Member
+    source: Source
     row_spacing_mm: float
     column_spacing_mm: float
 

@@ -1,24 +1,26 @@
-"""Reading one DICOM file: its header for the index, and its pixels as Hounsfield units.
+"""Reading one file: its headers for the index, and its pixels as Hounsfield units.
 
-This is the only reader. A file becomes a slice, or a `RejectedFile` that names the faulty tag.
+This is the only reader. A file becomes one slice or several (a NIfTI volume), or a `RejectedFile`
+that names the faulty tag or value.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
 from typing import BinaryIO
 
 import numpy as np
 
 from ich_keras.ct.header import SliceHeader, parse_header
-from ich_keras.ct.members import Member, opened_member
+from ich_keras.ct.nifti import is_nifti, read_volume
 from ich_keras.ct.pixels import hounsfield_units, may_be_wrapped
 from ich_keras.ct.plausibility import Content, judge_slice
 from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.sources import File, Frame, Source, name_of, opened
 
-Source = str | PathLike | Member | BinaryIO
+_FRAMES = (
+    "Name one of them, ich_keras.ct.sources.Frame(path, number), or index the file:"
+    " ich_keras.index_folder(path)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +44,35 @@ def read_header(source: Source, force: bool = False, any_image_type: bool = Fals
     """Read and check the header of one CT slice, without its pixels.
 
     Args:
-        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
-            that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), one slice of a file that
+            holds several (`ich_keras.ct.sources.Frame`), or a seekable binary file that holds the
+            DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
     Raises:
         RejectedFile: the file cannot be used; its `code` says why.
     """
-    with _opened(source, is_whole=False) as stream:
+    if isinstance(source, Frame):
+        return _header_of_frame(source)
+    _require_single(source)
+    with opened(source, is_whole=False) as stream:
         return parse_header(stream, force, any_image_type)
+
+
+def read_headers(file: File, any_image_type: bool = False) -> dict[int, SliceHeader | RejectedFile]:
+    """Read and check the headers of all slices of a file.
+
+    Returns:
+        The number of each slice, from 1 (`ich_keras.ct.sources.Frame`), -> its header, or why it
+        alone cannot be used; 0 for a file that is one slice.
+
+    Raises:
+        RejectedFile: the file cannot be used; its `code` says why.
+    """
+    if is_nifti(name_of(file)):
+        return dict(enumerate(read_volume(file).headers, 1))
+    return {0: read_header(file, any_image_type=any_image_type)}
 
 
 def read_slice(source: Source, force: bool = False, any_image_type: bool = False) -> CTSlice:
@@ -63,8 +84,9 @@ def read_slice(source: Source, force: bool = False, any_image_type: bool = False
     slices are turned until rows run to the patient's left and columns to the back (`turning`).
 
     Args:
-        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
-            that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), one slice of a file that
+            holds several (`ich_keras.ct.sources.Frame`), or a seekable binary file that holds the
+            DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
@@ -74,8 +96,12 @@ def read_slice(source: Source, force: bool = False, any_image_type: bool = False
     Source:
         DICOM PS3.3 C.11.1.1.2, PS3.5 8.1.1.
     """
-    with _opened(source) as stream:
+    if isinstance(source, Frame):
+        return _read_frame(source)
+    _require_single(source)
+    with opened(source) as stream:
         header = parse_header(stream, force, any_image_type)
+        assert header.pixels is not None
         stream.seek(header.pixels.offset)
         raw = stream.read(header.pixels.num_bytes)
     hu, repaired = hounsfield_units(
@@ -92,8 +118,9 @@ def read_hu(source: Source, force: bool = False, any_image_type: bool = False) -
     """Read one CT slice as Hounsfield units; see `read_slice`.
 
     Args:
-        source: path, place in an archive (`ich_keras.ct.members.Member`), or a seekable binary file
-            that holds the DICOM file from its beginning.
+        source: path, place in an archive (`ich_keras.ct.members.Member`), one slice of a file that
+            holds several (`ich_keras.ct.sources.Frame`), or a seekable binary file that holds the
+            DICOM file from its beginning.
         force: also read a file without the 128-byte preamble, guessing its encoding.
         any_image_type: also read what Image Type says is not an acquired slice.
 
@@ -106,23 +133,21 @@ def read_hu(source: Source, force: bool = False, any_image_type: bool = False) -
     return read_slice(source, force, any_image_type).hu
 
 
-def unreadable(error: OSError) -> RejectedFile:
-    """Make the error for a file that the system does not give."""
-    reason = error.strerror or type(error).__name__
-    hint = "Check that it exists and that you may read it."
-    return RejectedFile("UNREADABLE", f"{reason}; expected a readable file", hint)
+def _read_frame(frame: Frame) -> CTSlice:
+    header = _header_of_frame(frame)
+    hu = read_volume(frame.file).hu(frame.number)
+    return CTSlice(header.turn.pixels(hu), False, header, judge_slice(hu))
 
 
-@contextlib.contextmanager
-def _opened(source: Source, is_whole: bool = True) -> Iterator[BinaryIO]:
-    try:
-        if isinstance(source, Member):
-            with opened_member(source, is_whole) as stream:
-                yield stream
-        elif isinstance(source, str | PathLike):
-            with open(source, "rb") as stream:
-                yield stream
-        else:
-            yield source
-    except OSError as error:
-        raise unreadable(error) from error
+def _header_of_frame(frame: Frame) -> SliceHeader:
+    headers = read_volume(frame.file).headers
+    if not 1 <= frame.number <= len(headers):
+        detail = f"there is no slice {frame.number}; the file holds {len(headers)}"
+        raise RejectedFile("CHANGED", detail)
+    return headers[frame.number - 1]
+
+
+def _require_single(source: File | BinaryIO) -> None:
+    """Refuse a volume where one slice is asked for."""
+    if isinstance(source, File) and is_nifti(name_of(source)):
+        raise RejectedFile("MULTIFRAME", "a NIfTI volume, which holds several slices", _FRAMES)

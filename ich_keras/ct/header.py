@@ -96,7 +96,8 @@ class SliceHeader:
             absent.
         times: the values of TIME_TAGS, of the day; "" where absent.
         slope, intercept: HU = slope * stored value + intercept.
-        pixels: the pixels' matrix size, encoding and place in the file, as stored.
+        pixels: the pixels' matrix size, encoding and place in the file, as stored; None for a slice
+            of a NIfTI volume.
         padding: the stored values that are not measurements; None if the header declares none.
 
     Source:
@@ -123,7 +124,7 @@ class SliceHeader:
     times: tuple[str, ...]
     slope: float
     intercept: float
-    pixels: StoredPixels
+    pixels: StoredPixels | None = None
     padding: Padding | None = None
 
 

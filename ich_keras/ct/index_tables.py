@@ -162,6 +162,7 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
             entry.member_offset,
             entry.member_bytes,
             entry.member_crc32,
+            entry.frame,
         )
         for slice_index, (entry, along) in enumerate(zip(volume.slices, volume.along, strict=True))
     ]

@@ -3,25 +3,26 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from ich_keras.ct.members import Member, source_of
-from ich_keras.ct.tables import SEPARATOR
+from ich_keras.ct.sources import Source, source_of
+from ich_keras.ct.tables import FRAME_MARK, SEPARATOR
 from ich_keras.disk import full_disk_told
 from ich_keras.errors import UsageError
 from ich_keras.files import checked_line, read_checked_line
 
-# Raise the number whenever `dicom.read_header` judges files differently: files are then read again.
-_FIRST_LINE = b"ich-index-journal 6\n"
-_FIRST_LINE_ANY = b"ich-index-journal 6, any image type\n"
+# Raise the number whenever `dicom.read_headers` judges files differently: they are read again.
+_FIRST_LINE = b"ich-index-journal 7\n"
+_FIRST_LINE_ANY = b"ich-index-journal 7, any image type\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
 NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
 
 
 class Entry(NamedTuple):
-    """One file that was read: a slice, or a reject when `code` is not empty.
+    """One slice that was read, or a reject when `code` is not empty.
 
-    Of a member of an archive, `path` is what `shown_path` makes of the two, and `file_mtime_ns` is
-    the archive's. What begins with `member` is its place (`ich_keras.ct.members.Member`).
+    `path` is what `shown_path` makes of file, member and frame. Of a member of an archive,
+    `file_mtime_ns` is the archive's. What begins with `member` is its place
+    (`ich_keras.ct.members.Member`). `frame` is 0 for a file as a whole.
     """
 
     path: str
@@ -51,14 +52,16 @@ class Entry(NamedTuple):
     member_offset: int = 0
     member_bytes: int = 0
     member_crc32: int = 0
+    frame: int = 0
 
     @property
     def container(self) -> str:
         """The path of the file, or of the archive that it lies in."""
-        return self.path[: -len(SEPARATOR + self.member)] if self.member else self.path
+        path = self.path.removesuffix(f"{FRAME_MARK}{self.frame}") if self.frame else self.path
+        return path[: -len(SEPARATOR + self.member)] if self.member else path
 
     @property
-    def source(self) -> str | Member:
+    def source(self) -> Source:
         """What `ich_keras.ct.dicom` reads."""
         return source_of(self)
 
@@ -81,13 +84,13 @@ class Journal:
     def __init__(self, path: Path | None, any_image_type: bool = False):
         first_line = _FIRST_LINE_ANY if any_image_type else _FIRST_LINE
         self._path = path
-        self._known: dict[tuple[str, str], Entry] = {}
+        self._known: dict[tuple[str, str], list[Entry]] = {}
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""
         if content.startswith(first_line):
             for line in content[len(first_line) :].splitlines():
-                self._known.update(((entry.path, entry.member), entry) for entry in _parse(line))
+                self._known |= _by_file(_parse(line))
             if not content.endswith(b"\n"):
                 self._append(b"\n")
         elif content.startswith(_FAMILY) or first_line.startswith(content):
@@ -100,19 +103,22 @@ class Journal:
                 "Give the name of a new file, or of the journal of the interrupted run.",
             )
 
-    def find(self, found: Entry) -> Entry | None:
-        """Return what is known of a file; None when that is nothing or the file has changed since.
+    def find(self, found: Entry) -> list[Entry]:
+        """Return what is known of a file; nothing when the file has changed since.
 
         Args:
             found: as `ich_keras.ct.walk.walk` yields it.
         """
-        entry = self._known.get((found.path, found.member))
-        if entry is None or entry.code in NEVER_KEPT or _identity(entry) != _identity(found):
-            return None
-        return entry
+        entries = self._known.get((found.container, found.member), [])
+        if any(e.code in NEVER_KEPT or _identity(e) != _identity(found) for e in entries):
+            return []
+        return entries
 
     def add(self, entries: list[Entry]) -> None:
-        """Write entries; once this returns, a crash of this process cannot lose them."""
+        """Write entries, all those of a file at once.
+
+        Once this returns, a crash of this process cannot lose them.
+        """
         if self._path is not None and entries:
             self._append(checked_line(entries))
 
@@ -129,6 +135,13 @@ class Journal:
 def _identity(entry: Entry) -> tuple:
     place = entry.member_offset, entry.member_bytes, entry.member_crc32
     return (entry.file_size, entry.file_mtime_ns, *place)
+
+
+def _by_file(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    files: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        files.setdefault((entry.container, entry.member), []).append(entry)
+    return files
 
 
 def _parse(line: bytes) -> list[Entry]:

@@ -11,12 +11,14 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 from ich_keras.ct.rejects import RejectedFile
 
 # A member of a zip is unpacked in memory. The largest slice, 4096 x 4096, has 32 MiB.
 MAX_MEMBER_BYTES = 64 * 2**20
+# A file that holds several slices: 512 x 512 x 2000 of 16 bits.
+MAX_VOLUME_BYTES = 2**30
 BLOCK = 512  # of a tar
 STORED, DEFLATED = 0, 8
 ZIP_MAGIC = b"PK\x03\x04"
@@ -48,37 +50,6 @@ class Member(NamedTuple):
     crc32: int
 
 
-class _Place(Protocol):
-    """What a table says of where a file lies."""
-
-    @property
-    def container(self) -> str: ...
-    @property
-    def member(self) -> str: ...
-    @property
-    def member_offset(self) -> int: ...
-    @property
-    def member_bytes(self) -> int: ...
-    @property
-    def file_size(self) -> int: ...
-    @property
-    def member_crc32(self) -> int: ...
-
-
-def source_of(place: _Place) -> "str | Member":
-    """Return what `ich_keras.ct.dicom` reads: a plain file's path, or the place of a member."""
-    if not place.member:
-        return place.container
-    return Member(
-        place.container,
-        place.member,
-        place.member_offset,
-        place.member_bytes,
-        place.file_size,
-        place.member_crc32,
-    )
-
-
 @contextlib.contextmanager
 def opened_member(member: Member, is_whole: bool = True) -> Iterator[BinaryIO]:
     """Open a member as a seekable binary file.
@@ -104,8 +75,15 @@ def opened_member(member: Member, is_whole: bool = True) -> Iterator[BinaryIO]:
             yield io.BytesIO(unpacked.whole())
             return
         yield io.BufferedReader(unpacked)
-        # Its header is that of a slice; its pixels will have to be unpacked as a whole.
+        # Its header is that of a CT; its pixels will have to be unpacked as a whole.
         unpacked.require_size(member.size)
+
+
+def expect_volume(stream: BinaryIO) -> None:
+    """Let a file opened by `opened_member` be as large as one that holds several slices."""
+    raw = getattr(stream, "raw", None)
+    if isinstance(raw, _Unpacked):
+        raw.most_bytes = MAX_VOLUME_BYTES
 
 
 def require_member(member: Member) -> None:
@@ -181,6 +159,7 @@ class _Unpacked(_Part):
 
     def __init__(self, archive: BinaryIO, member: Member, head: bytes) -> None:
         super().__init__(archive, member)
+        self.most_bytes = MAX_MEMBER_BYTES
         if len(head) < _LOCAL_HEADER.size:
             raise bad_member("the archive ends inside its header")
         _, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(head)
@@ -205,10 +184,10 @@ class _Unpacked(_Part):
         return bytes(self._unpacked)
 
     def require_size(self, size: int) -> None:
-        if size > MAX_MEMBER_BYTES:
+        if size > self.most_bytes:
             raise RejectedFile(
                 "TOO_LARGE",
-                f"a member of {self._member.size} bytes; expected at most {MAX_MEMBER_BYTES}",
+                f"a member of {self._member.size} bytes; expected at most {self.most_bytes}",
                 "Unpack the archive.",
             )
 

@@ -26,6 +26,7 @@ LEAVE_OR_ASK = (
 COPY_AGAIN = "Copy or download the file again."
 EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
 SINGLE_FRAME = "Convert it to single-frame CT images first."
+NIFTI = "pip install 'ich_keras[nifti]'"
 CODECS = "pip install 'ich_keras[codecs]'"
 
 
@@ -69,7 +70,7 @@ REJECT_CODES = {
         "not single-channel 16-bit MONOCHROME2 integer pixels", EXPORT_AGAIN
     ),
     "NOT_CT": Explanation(
-        "another modality, a secondary capture, or an object that is not an image",
+        "another modality, a secondary capture, a mask, or an object that is not an image",
         LEAVE_OUT,
         is_loss=False,
     ),
@@ -78,12 +79,12 @@ REJECT_CODES = {
         LEAVE_OR_ASK,
         is_loss=False,
     ),
-    "MULTIFRAME": Explanation(
-        "an enhanced multi-frame object; only single slices are read", SINGLE_FRAME
+    "MULTIFRAME": Explanation("several slices in one file, where one is expected", SINGLE_FRAME),
+    "BAD_NIFTI": Explanation(
+        "a NIfTI file that is not one readable volume with a known place in space",
+        "Write it again as a 3-D volume in HU, with its affine.",
     ),
-    "TOO_LARGE": Explanation(
-        "the header claims more pixels than a CT slice can have", EXPORT_AGAIN
-    ),
+    "TOO_LARGE": Explanation("the header claims more pixels than a CT can have", EXPORT_AGAIN),
     "NO_DECODER": Explanation("no decoder for this transfer syntax is installed", CODECS),
     "DECODE_ERROR": Explanation("the compressed pixel data could not be decoded", COPY_AGAIN),
     "DECODER_CRASH": Explanation("the decoder of the compressed pixels crashed", COPY_AGAIN),

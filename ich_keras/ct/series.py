@@ -38,7 +38,7 @@ from ich_keras.ct.tables import (
 )
 from ich_keras.ct.turning import require_turned
 from ich_keras.ct.verdict import LOCALIZER, NOT_AXIAL, NOT_HEAD, has_word, shown
-from ich_keras.ct.walk import read_all, walk, walk_archive
+from ich_keras.ct.walk import read_all, walk, walk_file
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, replace, write_json
 from ich_keras.labels import LABELS, Labelling
@@ -140,7 +140,7 @@ class SeriesIndex:
         left_out = self.slices["series_uid"].isin(codes)
         found = [
             Reject(
-                shown_path(row.container, row.member),
+                shown_path(row.container, row.member, row.frame),
                 *codes[row.series_uid],
                 series_instance_uid=row.series_instance_uid,
             )
@@ -244,16 +244,17 @@ def index_folder(
     any_image_type: bool = False,
     executor: Executor | None = None,
 ) -> SeriesIndex:
-    """Find the CT slices in a folder or an archive, group them into series and put them in order.
+    """Find the CT slices in a folder or a file, group them into series and put them in order.
 
     Headers are read, and the pixels of one slice per series: to see whether it shows a head. Links
     to folders are followed; a folder is read once. Archives (zip, uncompressed tar) are read as
-    they are, in stored order; nothing is unpacked to disk. A file that is not a CT slice becomes a
-    reject, and so does what has a name that begins with a dot. Of copies with the same
-    SOPInstanceUID, the first by path is kept; of files that differ, none.
+    they are, in stored order; nothing is unpacked to disk. A NIfTI volume is read whole, and is a
+    series. A file that is not CT becomes a reject, and so does what has a name that begins with a
+    dot. Of copies with the same SOPInstanceUID, the first by path is kept; of files that differ,
+    none.
 
     Args:
-        folder: of DICOM files and archives of them, or one archive.
+        folder: of DICOM files, NIfTI volumes and archives of them; or one such file.
         workers: processes that read headers; 0 reads them in this one.
         journal: a file from which an interrupted indexing resumes: files listed there are read
             again only if their size or time has changed. It is kept; remove it when done.
@@ -267,32 +268,31 @@ def index_folder(
             its machines must see the files under the same paths. The result is the same.
 
     Raises:
-        UsageError: the folder does not exist, it is a file that is not an archive, or the journal
-            file is not a journal.
+        UsageError: the folder does not exist, or the journal file is not a journal.
         NothingUsable: no CT slice was found; its `rejects` say why.
     """
     folder = Path(folder).absolute()
     if not folder.exists():
         raise UsageError(
             f"{folder} does not exist.",
-            "Give the folder or the archive (zip, tar) that holds the DICOM files.",
+            "Give a folder, an archive (zip, tar), a DICOM file or a NIfTI volume.",
         )
     if workers < 0:
         raise UsageError(f"workers is {workers}; expected 0 or more.")
     journal = None if journal is None else Path(journal).absolute()
     known = Journal(journal, any_image_type)
     own = () if journal is None else (str(journal), f"{journal}{LOCK}")
-    found, unread = [], []
-    for entry in walk(folder, leave_out) if folder.is_dir() else walk_archive(folder):
+    found, unread, num_files = [], [], 0
+    for entry in walk(folder, leave_out) if folder.is_dir() else walk_file(folder):
         if entry.path in own:
             continue
-        before = None if entry.code else known.find(entry)
-        if entry.code or before is not None:
-            found.append(before or entry)
-        else:
+        before = [entry] if entry.code else known.find(entry)
+        found += before
+        num_files += bool(before)
+        if not before:
             unread.append(entry)
     readers = workers if executor is None else executor
-    found += read_all(unread, len(found), readers, known, progress, any_image_type)
+    found += read_all(unread, num_files, readers, known, progress, any_image_type)
     found.sort(key=lambda entry: entry.path)
     slices, rejects = split_by_uid(entry for entry in found if not entry.code)
     rejects += [

@@ -36,6 +36,8 @@ SLICE_COLUMNS = {
     "member_offset": "int64",
     "member_bytes": "int64",
     "member_crc32": "int64",
+    # Of a file that holds several slices, from 1 (`ich_keras.ct.sources.Frame`); 0 for others.
+    "frame": "int64",
 }
 SERIES_COLUMNS = {
     "series_uid": TEXT,
@@ -67,6 +69,8 @@ _ABSENT = {TEXT: "", "float64": math.nan, "int64": 0}
 
 # Between the path of an archive and the name of its member, wherever a person reads both.
 SEPARATOR = "!/"
+# Between a file that holds several slices and the number of one of them.
+FRAME_MARK = "#"
 
 # Spreadsheets take a cell that begins with one of these for a formula. The last is our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -85,22 +89,29 @@ def patient_or_series(slices: pd.DataFrame) -> pd.Series:
     return slices["patient_id"].where(slices["patient_id"] != "", slices["series_uid"])
 
 
-def shown_path(container: str, member: str) -> str:
-    """Name a file for people: its path, or that of its archive with the member's name.
+def shown_path(container: str, member: str, frame: int = 0) -> str:
+    """Name a slice for people: its file's path, or that of its archive with the member's name.
+
+    Where the file holds several slices, the number of the slice follows.
 
     >>> shown_path("/data/a.dcm", ""), shown_path("/data/all.zip", "one/a.dcm")
     ('/data/a.dcm', '/data/all.zip!/one/a.dcm')
+    >>> shown_path("/data/scan.nii.gz", "", 12)
+    '/data/scan.nii.gz#12'
     """
-    return f"{container}{SEPARATOR}{member}" if member else container
+    file = f"{container}{SEPARATOR}{member}" if member else container
+    return f"{file}{FRAME_MARK}{frame}" if frame else file
 
 
 def shown_paths(slices: pd.DataFrame) -> pd.Series:
     """Return `shown_path` of each row of a table of slices."""
-    containers = slices["container"]
-    if "member" not in slices:
-        return containers
-    members = containers + SEPARATOR + slices["member"]
-    return containers.where(slices["member"] == "", members)
+    paths = slices["container"]
+    if "member" in slices:
+        paths = paths.where(slices["member"] == "", paths + SEPARATOR + slices["member"])
+    if "frame" in slices and slices["frame"].any():
+        numbered = paths + FRAME_MARK + slices["frame"].astype(TEXT)
+        paths = paths.where(slices["frame"] == 0, numbered)
+    return paths
 
 
 def make_table(rows: list[tuple], columns: dict[str, str]) -> pd.DataFrame:

@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from ich_keras.ct.archives import kind_of, list_members
-from ich_keras.ct.dicom import read_header
+from ich_keras.ct.dicom import read_headers
+from ich_keras.ct.header import SliceHeader
 from ich_keras.ct.journal import NEVER_KEPT, Entry, Journal
 from ich_keras.ct.rejects import RejectedFile
-from ich_keras.errors import UsageError
+from ich_keras.ct.sources import file_of
+from ich_keras.ct.tables import shown_path
 from ich_keras.executors import Workers, broken_told, map_on
 from ich_keras.processes import process_pool
 from ich_keras.progress import Progress
@@ -57,25 +59,14 @@ def walk(folder: Path, leave_out: Path | str | None = None) -> Iterator[Entry]:
                 yield from _listed(_look_at(item.path))
 
 
-def walk_archive(path: Path) -> Iterator[Entry]:
-    """Yield every member of an archive that a person named, as `walk` does for files.
-
-    Raises:
-        UsageError: it is not an archive.
-    """
-    entry = _look_at(str(path))
-    kind = None if entry.code else kind_of(entry.path, is_asked_for=True)
-    if kind is None:
-        raise UsageError(
-            f"{path} is neither a folder nor a zip or tar.",
-            "Give the folder or the archive that holds the DICOM files.",
-        )
-    yield from list_members(entry, kind)
+def walk_file(path: Path) -> Iterator[Entry]:
+    """Yield a file that a person named, or if it is an archive its members, as `walk` does."""
+    yield from _listed(_look_at(str(path)), is_asked_for=True)
 
 
-def _listed(entry: Entry) -> Iterator[Entry]:
+def _listed(entry: Entry, is_asked_for: bool = False) -> Iterator[Entry]:
     """Yield a file, or if it is an archive its members."""
-    kind = None if entry.code else kind_of(entry.path)
+    kind = None if entry.code else kind_of(entry.path, is_asked_for)
     if kind is None:
         yield entry
     else:
@@ -122,18 +113,20 @@ def read_all(
     total = done + len(unread)
     size = max(1, min(MAX_CHUNK, math.ceil(len(unread) / _PROGRESS_CALLS)))
     chunks = [unread[start : start + size] for start in range(0, len(unread), size)]
-    found = []
+    found: list[Entry] = []
     told = -1
     if progress is not None and unread:
         progress("indexing", done, total)
     with mapping(workers, len(chunks), "reading headers", _is_doubtful) as apply:
-        for entries in apply(partial(_read_headers, any_image_type), chunks):
+        results = apply(partial(_read_headers, any_image_type), chunks)
+        for chunk, entries in zip(chunks, results, strict=True):
             journal.add(entries)
             found += entries
-            share = (done + len(found)) * _PROGRESS_CALLS // total
+            done += len(chunk)
+            share = done * _PROGRESS_CALLS // total
             if progress is not None and share > told:
                 told = share
-                progress("indexing", done + len(found), total)
+                progress("indexing", done, total)
     if progress is not None and not unread:
         progress("indexing", total, total)
     return found
@@ -178,19 +171,35 @@ def _is_doubtful(entries: list[Entry]) -> bool:
 
 
 def _read_headers(any_image_type: bool, entries: list[Entry]) -> list[Entry]:
-    return [_read_one(entry, any_image_type) for entry in entries]
+    return [found for entry in entries for found in _read_file(entry, any_image_type)]
 
 
-def _read_one(entry: Entry, any_image_type: bool) -> Entry:
+def _read_file(entry: Entry, any_image_type: bool) -> list[Entry]:
+    """Return the slices of a file, or its reject."""
     try:
-        header = read_header(entry.source, any_image_type=any_image_type)
+        headers = read_headers(file_of(entry), any_image_type=any_image_type)
     except RejectedFile as error:
-        return entry._replace(
-            code=error.code,
-            detail=error.detail,
-            hint=error.hint,
-            series_instance_uid=error.series_instance_uid,
-        )
+        return [_refused(entry, error)]
+    return [_read_one(_frame(entry, frame), header) for frame, header in headers.items()]
+
+
+def _frame(entry: Entry, frame: int) -> Entry:
+    path = shown_path(entry.container, entry.member, frame)
+    return entry._replace(path=path, frame=frame)
+
+
+def _refused(entry: Entry, error: RejectedFile) -> Entry:
+    return entry._replace(
+        code=error.code,
+        detail=error.detail,
+        hint=error.hint,
+        series_instance_uid=error.series_instance_uid,
+    )
+
+
+def _read_one(entry: Entry, header: SliceHeader | RejectedFile) -> Entry:
+    if isinstance(header, RejectedFile):
+        return _refused(entry, header)
     return entry._replace(
         sop_instance_uid=header.sop_instance_uid,
         series_instance_uid=header.series_instance_uid,

@@ -72,8 +72,7 @@ def prefix_hint(slices: pd.DataFrame, keys: Sequence[str], key: str) -> str:
 def _identifiers(slices: pd.DataFrame, key: str) -> pd.Series:
     if key != PLACE:
         return slices[key]
-    numbers = slices["instance_number"].fillna(-1).astype(int).astype(str)
-    return slices["patient_id"] + "/" + numbers
+    return slices["patient_id"] + "/" + slices["instance_number"].str.strip()
 
 
 def _require_different(keys: Sequence[str], source: str) -> None:

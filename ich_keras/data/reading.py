@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich_keras.ct.dicom import read_slice, unreadable
+from ich_keras.ct.dicom import read_slice
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
 from ich_keras.ct.header import SliceHeader
-from ich_keras.ct.members import Member, require_member, source_of
+from ich_keras.ct.members import Member, require_member
 from ich_keras.ct.plausibility import Content
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
+from ich_keras.ct.sources import Source, file_of, source_of, unreadable
 from ich_keras.ct.tables import COSINES, shown_path
 from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
@@ -41,6 +42,7 @@ class IndexedSlice(NamedTuple):
         turn: how its pixels are turned when they are read (`ich_keras.ct.turning`).
         member, member_offset, member_bytes, member_crc32: its place in an archive
             (`ich_keras.ct.members.Member`); "" and 0 for a plain file.
+        frame: its number in a file that holds several slices, from 1; 0 for others.
         normal: (3,), unit normal of the series; `position_mm` is the position along it.
         orientation: (6,), direction cosines of the series.
     """
@@ -61,16 +63,17 @@ class IndexedSlice(NamedTuple):
     member_offset: int
     member_bytes: int
     member_crc32: int
+    frame: int
     normal: tuple[float, ...]
     orientation: tuple[float, ...]
 
     @property
     def path(self) -> str:
-        """What people read: see `ich_keras.ct.members.shown_path`."""
-        return shown_path(self.container, self.member)
+        """What people read: see `ich_keras.ct.tables.shown_path`."""
+        return shown_path(self.container, self.member, self.frame)
 
     @property
-    def source(self) -> str | Member:
+    def source(self) -> Source:
         """What `ich_keras.ct.dicom` reads."""
         return source_of(self)
 
@@ -153,8 +156,9 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
 def is_in_place(indexed: IndexedSlice) -> bool:
     """Return whether a file is where the index says, with its size; its content is not read."""
     try:
-        if isinstance(indexed.source, Member):
-            require_member(indexed.source)
+        file = file_of(indexed)
+        if isinstance(file, Member):
+            require_member(file)
             return True
         return os.stat(indexed.container).st_size == indexed.file_size  # noqa: PTH116
     except (OSError, RejectedFile):
