@@ -33,7 +33,7 @@ from ich_keras.data.cache.plan import inputs_fingerprint, plan_shards
 from ich_keras.data.cache.shards import Shard
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.intensity import INTENSITIES
-from ich_keras.data.labels import LabelTable
+from ich_keras.data.labels import LabelTable, join_labels
 from ich_keras.errors import (
     DataError,
     EnvironmentProblem,
@@ -893,6 +893,17 @@ def test_a_moved_data_set_other_labels_and_windows_are_not_stale(own_index, tmp_
     monkeypatch.setitem(INTENSITIES, "windows", other)
     CTCache.open(cache.path).require(size=SIZE, index=moved)
     assert labelled.fingerprint == cache.fingerprint
+
+
+def test_an_index_with_other_labels_makes_no_cache_stale(own_index, tmp_path):
+    uids = own_index.slices["sop_instance_uid"].tolist()
+    one, other = (
+        join_labels(own_index, label_table(uids, positive))[0] for positive in (uids[:1], uids[1:3])
+    )
+    cache = build(one, tmp_path / "cache")
+    assert cache.slices["any"].tolist() == [1] + [0] * (len(uids) - 1)
+    for index in (one, other, own_index):
+        cache.require(size=SIZE, index=index)
 
 
 def test_positions_computed_on_another_processor_are_not_stale(own_index, tmp_path):

@@ -200,7 +200,9 @@ def test_a_forked_process_starts_its_own(fresh_decoder):
 SCRIPT = """
 import os, signal, sys
 from ich_keras.ct import decoding
+from ich_keras.ct.codestream import check_codestream
 from ich_keras.ct.dicom import read_hu
+from ich_keras.ct.encoding import StoredPixels
 print(read_hu(sys.argv[1])[0, 0], decoding._running[0]._process.pid, flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -440,6 +442,48 @@ def test_a_lost_tail_or_block_is_refused_wherever_it_is(name, damage):
             "noise block": stream[:place] + noise[:block] + rest,
         }[damage]
         assert refused(file_of(name, damaged)).code == "DECODE_ERROR", place
+
+
+# Headers of an image of 64 x 64 in JPEG Lossless and JPEG-LS, up to their coded data.
+HEADERS = {
+    name: b"\xff\xd8"
+    + struct.pack(">BBHBHHBBBB", 0xFF, frame, 11, 16, 64, 64, 1, 1, 0x11, 0)
+    + struct.pack(">BBHBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 0, 0, 0)
+    for name, frame in (("JPEG lossless", 0xC3), ("JPEG-LS", 0xF7))
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "message"),
+    [
+        ("JPEG lossless", b"\xff\x00", b"\xff\x01", "the coder never writes ff 01"),
+        ("JPEG lossless", b"\xff\xd7", b"\xff\xd8", "the coder never writes ff d8"),
+        ("JPEG-LS", b"\xff\x7f", b"\xff\x80", "the coder never writes ff 80"),
+        ("JPEG-LS", bytes(255), bytes(256), "over 256 zeros from compressed byte 125 of"),
+    ],
+)
+def test_what_no_coder_writes_is_seen_before_a_decoder_is_asked(name, good, bad, message):
+    pixels = StoredPixels(64, 64, False, 12, SYNTAXES[name], 0, 0)
+    before, after = b"\x11" * 100, b"\x22" * 100
+
+    def check(coded):
+        stream = HEADERS[name] + before + coded + after + b"\xff\xd9"
+        check_codestream(encapsulate([stream]), pixels)
+
+    check(good)
+    with pytest.raises(RejectedFile, match=message) as caught:
+        check(bad)
+    assert caught.value.code == "DECODE_ERROR"
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_the_end_marker_is_missed_before_a_decoder_is_asked(name):
+    pixels = StoredPixels(64, 64, False, 12, SYNTAXES[name], 0, 0)
+    whole = HEADERS[name] + b"\x11" * 100 + b"\xff\xd9"
+    check_codestream(encapsulate([whole]), pixels)
+    for count in (1, 2, 50):
+        with pytest.raises(RejectedFile, match=r"without an end marker \(ff d9\)"):
+            check_codestream(encapsulate([whole[:-count]]), pixels)
 
 
 @pytest.mark.parametrize("name", SYNTAXES)

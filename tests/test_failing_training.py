@@ -132,6 +132,27 @@ def test_nan_in_the_first_epoch_leaves_nothing(phantom_cache, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_beside_finite_weights_ends_a_training(
+    phantom_cache, tmp_path, monkeypatch, loss
+):
+    """As in float16, where steps that overflow are left out."""
+    validation = fitting._validation
+
+    def spoiling(training, *others):
+        callback = validation(training, *others)
+        on_epoch_end = callback.on_epoch_end
+        callback.on_epoch_end = lambda epoch, logs: on_epoch_end(epoch, {**logs, "loss": loss})
+        return callback
+
+    monkeypatch.setattr(fitting, "_validation", spoiling)
+    message = rf"the training loss of epoch 1 is {loss}\."
+    with pytest.raises(DivergedError, match=message) as caught:
+        train(config_of(1), phantom_cache, tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_overflow_in_float16_saves_nothing_that_is_not_finite(phantom_cache, tmp_path):
     config = config_of(2, precision="float16", rate=1e4)
     with pytest.raises(DivergedError) as caught:

@@ -451,6 +451,21 @@ def test_a_keras_json_that_keras_cannot_read_is_one_line(content, message, tmp_p
     assert caught.value.hint
 
 
+def test_a_command_tells_a_faulty_keras_json_in_one_line(tmp_path):
+    (tmp_path / "keras.json").write_text('{"floatx": "bfloat16"}')
+    program = "from ich_keras.cli import main; main(['presets'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "KERAS_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"Error: {tmp_path}/keras.json: floatx is 'bfloat16'; Keras")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_record_tells_the_settings():
     assert keras_settings() == {
         "image_data_format": "channels_last",

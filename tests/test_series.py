@@ -730,6 +730,16 @@ def test_a_folder_that_two_paths_reach_is_read_once_by_its_own(tmp_path):
     assert len(index_folder(tmp_path / "link").slices) == 3
 
 
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="Windows has no devices in folders")
+def test_a_device_is_listed_and_not_opened(tmp_path):
+    write_series(tmp_path, [0, 5, 10])
+    (tmp_path / "device").symlink_to("/dev/null")
+    index = index_folder(tmp_path)
+    assert index.rejects[["code", "detail"]].values.tolist() == [
+        ["UNREADABLE", "a device or pipe; expected a file"]
+    ]
+
+
 def test_what_is_hidden_is_listed(tmp_path):
     write_series(tmp_path, [0, 5, 10])
     write_series(tmp_path / "sub" / ".snapshot", [0, 5], series="1.2.9")

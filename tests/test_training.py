@@ -751,6 +751,26 @@ def test_a_lost_pointer_takes_the_newest_state(tmp_path):
         assert checkpoints.load_state(tmp_path, model)["epoch"] == 10
 
 
+def test_a_crash_between_a_state_and_its_pointer_keeps_the_state_before(tmp_path, monkeypatch):
+    model, batches = narrow_model(0)
+    model.train_on_batch(*batches[0])
+    checkpoints.save_state(tmp_path, model, 1, {})
+
+    def crash_at_the_pointer(path, content):
+        if path.name == checkpoints.POINTER:
+            raise KeyboardInterrupt
+        write_json(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_json", crash_at_the_pointer)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save_state(tmp_path, model, 2, {})
+    assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-0001", "epoch-0002"]
+    assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 1
+    checkpoints.save_state(tmp_path, model, 2, {})
+    assert checkpoints.load_state(tmp_path, narrow_model(1)[0])["epoch"] == 2
+
+
 def test_a_crash_before_the_pointer_moves_keeps_the_state_before(tmp_path, monkeypatch):
     model, batches = narrow_model(0)
     model.train_on_batch(*batches[0])
