@@ -1,6 +1,7 @@
 """The list of known faults names code and tests that exist (`put_back.py` puts them back)."""
 
 import ast
+import functools
 
 import pytest
 from put_back import ROOT, Fault, read_faults
@@ -14,6 +15,10 @@ def test_a_known_fault_can_be_put_back(fault: Fault) -> None:
     assert fault.new != fault.old
     for test in fault.tests:
         path, _, rest = test.partition("::")
-        tree = ast.parse((ROOT / path).read_text())
-        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert rest.split("[")[0] in names, test
+        assert rest.split("[")[0] in functions_in(path), test
+
+
+@functools.cache
+def functions_in(path: str) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
