@@ -77,7 +77,7 @@ def evaluate(
     if split not in SPLITS:
         raise UsageError(f"split {split!r}; expected one of {', '.join(SPLITS)}.")
     run = RunFolder.at(run_dir).require_finished(unfinished)
-    _require_size(run.recipe(), cache)
+    require_size(run.recipe(), cache)
     remove_leftovers(run.path)
     notice = run.notice()
     recipe, model = load_run(run, device, unfinished=unfinished)
@@ -124,7 +124,7 @@ def evaluate_network(
         notice: of weights that are not a training's final ones; "" writes final results.
         is_again: refuse other labels than the split was scored with before.
     """
-    _require_size(recipe, cache)
+    require_size(recipe, cache)
     labels = recipe.labels
     if cache.labels != labels:
         raise DataError(
@@ -199,7 +199,7 @@ def evaluate_network(
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """Probabilities and truth of slices, or of series.
 
     Args:
@@ -235,7 +235,7 @@ def _metrics(
     """Score both levels; on the validation split, first choose rule, temperature and thresholds."""
     # Only splits by name allow slices without a PatientID.
     patients = patient_or_series(rows).to_numpy()
-    levels = {"series" if kind == "series" else "slice": _Level(truth, values, patients, labels)}
+    levels = {"series" if kind == "series" else "slice": Level(truth, values, patients, labels)}
     choices = run.choices()
     # Only once: predictions and the metrics of other splits depend on the choices.
     is_choosing = split == CHOOSING and not choices
@@ -248,23 +248,18 @@ def _metrics(
         usual = {"rule": next(iter(rules_of(labels)))}
         rule = choices.get("aggregation", usual)["rule"]
         series = aggregate(values, uids, rule, labels)
-        levels["series"] = _Level(
+        levels["series"] = Level(
             aggregate(truth, uids, "max", labels).to_numpy().astype(np.int8),
             series.to_numpy(),
             pd.Series(patients, index=uids).groupby(level=0).first()[series.index].to_numpy(),
             labels,
         )
     if is_choosing:
-        choices |= {name: _choose(level) for name, level in levels.items()}
+        choices |= {name: choose(level) for name, level in levels.items()}
         if keeps:
             write_json(run.choices_file, choices)
     metrics = {
-        name: {
-            **binary_metrics(level.truth, level.values, prevalence[name], labels),
-            "intervals": _intervals(level),
-            "calibration": _calibration(level, choices.get(name, {}).get("temperature")),
-            "operating": _operating(level, choices.get(name, {}).get("thresholds")),
-        }
+        name: scored(level, prevalence[name], choices.get(name, {}))
         for name, level in levels.items()
     }
     if is_aggregated:
@@ -272,21 +267,38 @@ def _metrics(
     return metrics
 
 
-def _choose(level: _Level) -> dict:
+def scored(level: Level, prevalence: list[float] | None, chosen: dict) -> dict:
+    """Score slices or series.
+
+    Args:
+        level: what to score.
+        prevalence: of the training set, for the constant baseline; None takes that of `level`.
+        chosen: as `choose` returns it; empty where nothing was chosen.
+    """
+    return {
+        **binary_metrics(level.truth, level.values, prevalence, level.labels),
+        "intervals": _intervals(level),
+        "calibration": _calibration(level, chosen.get("temperature")),
+        "operating": _operating(level, chosen.get("thresholds")),
+    }
+
+
+def choose(level: Level) -> dict:
+    """Fit temperature and thresholds; never to what is then scored."""
     return {
         "temperature": fit_temperature(level.truth, level.values, level.labels),
         "thresholds": choose_thresholds(level.truth, level.values, level.labels),
     }
 
 
-def _intervals(level: _Level) -> dict | None:
+def _intervals(level: Level) -> dict | None:
     if len(set(level.patients)) < 2:
         return None
     intervals = bootstrap(level.truth, level.values, level.patients, label_set=level.labels)
     return {"patients": len(set(level.patients)), "metrics": intervals}
 
 
-def _calibration(level: _Level, temperature: float | None) -> dict:
+def _calibration(level: Level, temperature: float | None) -> dict:
     truth, labels = level.truth, level.labels
     found = {
         "labels": calibration(truth, level.values, label_set=labels),
@@ -299,7 +311,7 @@ def _calibration(level: _Level, temperature: float | None) -> dict:
     return found
 
 
-def _operating(level: _Level, thresholds: dict | None) -> dict:
+def _operating(level: Level, thresholds: dict | None) -> dict:
     return {
         "at_specificity": {
             wanted: rates_at(level.truth, level.values, limits, level.labels)
@@ -345,7 +357,7 @@ def _require_pixels(run: RunFolder, members: Split, split: str, cache: CTCache) 
             )
 
 
-def _require_size(recipe: Recipe, cache: CTCache) -> None:
+def require_size(recipe: Recipe, cache: CTCache) -> None:
     """Refuse a cache of another size: resizing its windowed slices would give other images."""
     expected = recipe.inputs.cache_size
     if cache.size != expected:

@@ -76,6 +76,11 @@ class RunFolder:
         return self.path / "split.json"
 
     @property
+    def seen_file(self) -> Path:
+        """Hashes of the images of training and validation; absent in older runs."""
+        return self.path / "seen.npz"
+
+    @property
     def started_from_file(self) -> Path:
         """What was loaded from pretrained weights; absent for training from scratch."""
         return self.path / "weights.json"

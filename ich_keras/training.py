@@ -13,7 +13,8 @@ from ich_keras.config import RunConfig
 from ich_keras.course import Course
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.pixels import notices_of, part_digests, require_distinct
+from ich_keras.data.pixels import notices_of, require_distinct
+from ich_keras.data.seen import Seen
 from ich_keras.data.views import Samples
 from ich_keras.distribution import (
     distribution_lines,
@@ -35,7 +36,6 @@ from ich_keras.own_callbacks import (
     require_callbacks_alone,
     require_same_callbacks,
 )
-from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.planning import count_plan, split_indices, start_lines
 from ich_keras.progress import Progress, Tell
 from ich_keras.ranks import this_rank
@@ -44,20 +44,15 @@ from ich_keras.report import report_text
 from ich_keras.run_checksums import write_checksums
 from ich_keras.run_edits import marks_of, require_unedited
 from ich_keras.run_folder import (
-    CACHE,
     CACHE_PATH,
     ENDED_EARLY,
-    LABELS_DIGEST,
-    PIXELS,
-    PIXELS_OF,
     PLAN,
     RESUMED,
     START,
-    SYNTHETIC,
     RunFolder,
 )
 from ich_keras.run_space import require_space, training_space
-from ich_keras.training_data import labels_digest, require_one_training, require_same_data
+from ich_keras.training_data import data_record, require_one_training, require_same_data
 
 SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
@@ -143,20 +138,9 @@ def train(
                 run.environment_file,
                 {**environment, "seed": recipe.training.seed, START: started},
             )
-            write_json(
-                run.data_file,
-                {
-                    CACHE: cache.fingerprint,
-                    CACHE_PATH: str(cache.path.absolute()),
-                    PIXELS: cache.pixels_digest,
-                    PIXELS_OF: part_digests(cache, split),
-                    LABELS_DIGEST: labels_digest(cache.slices, recipe.labels),
-                    "slices": len(cache.slices),
-                    PLAN: plan.to_dict(),
-                    SYNTHETIC: is_synthetic(cache.slices),
-                },
-            )
+            write_json(run.data_file, data_record(cache, recipe, split, plan.to_dict()))
             split.save(run.split_file)
+            Seen.of(cache, split).save(run.seen_file)
             if loaded is not None:
                 write_json(run.started_from_file, {**asdict(loaded), "path": str(loaded.path)})
                 tell(f"Weights: {loaded}.")

@@ -7,11 +7,23 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.pixels import part_digests
+from ich_keras.data.split import Split
 from ich_keras.distribution import require_agreement
 from ich_keras.errors import StaleError
 from ich_keras.labels import SIX, LabelSet
+from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.recipe import Recipe
-from ich_keras.run_folder import CACHE, LABELS_DIGEST, PIXELS, RunFolder
+from ich_keras.run_folder import (
+    CACHE,
+    CACHE_PATH,
+    LABELS_DIGEST,
+    PIXELS,
+    PIXELS_OF,
+    PLAN,
+    SYNTHETIC,
+    RunFolder,
+)
 
 if TYPE_CHECKING:
     from ich_keras.models.torch.distributed import Group
@@ -20,6 +32,20 @@ if TYPE_CHECKING:
 def labels_digest(slices: pd.DataFrame, labels: LabelSet = SIX) -> str:
     """Return the SHA-256 of the labels of a slice table, 64 digits."""
     return hashlib.sha256(slices[list(labels.names)].to_numpy(np.int8).tobytes()).hexdigest()
+
+
+def data_record(cache: CTCache, recipe: Recipe, split: Split, plan: dict) -> dict:
+    """Return what data.json says of the data of a training."""
+    return {
+        CACHE: cache.fingerprint,
+        CACHE_PATH: str(cache.path.absolute()),
+        PIXELS: cache.pixels_digest,
+        PIXELS_OF: part_digests(cache, split),
+        LABELS_DIGEST: labels_digest(cache.slices, recipe.labels),
+        "slices": len(cache.slices),
+        PLAN: plan,
+        SYNTHETIC: is_synthetic(cache.slices),
+    }
 
 
 def require_same_data(run: RunFolder, cache: CTCache) -> None:

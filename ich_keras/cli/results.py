@@ -9,7 +9,6 @@ from ich_keras.cli.options import (
     ANY_BODY_PART,
     ANY_IMAGE_TYPE,
     BACKEND,
-    CACHE,
     DEVICE,
     DICOM,
     FOLDER,
@@ -22,40 +21,144 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
+from ich_keras.errors import UsageError
 from ich_keras.labels import LabelSource
 from ich_keras.terminal import Command, open_terminal, terminal_width
 
 
 @click.command(cls=Command)
 @RUN
-@CACHE
+@click.option("--cache", "cache_dir", type=FOLDER, metavar="DIR", help="From `ich cache`.")
+@click.option(
+    "--dicom",
+    type=FOLDER,
+    metavar="DIR",
+    help="With --external: data that have no cache yet; one is made in OUT-cache.",
+)
 @LABELS_BESIDE
-@click.option("--split", default="test", show_default=True, help="train, valid or test.")
+@click.option("--split", help="train, valid or test; default: test.")
+@click.option(
+    "--external",
+    is_flag=True,
+    help="Score all of the data, which the training has not seen; writes into --out, not into the"
+    " run.",
+)
+@click.option("--out", type=FOLDER, metavar="DIR", help="New folder for --external.")
+@click.option(
+    "--recalibrate",
+    type=float,
+    metavar="SHARE",
+    help="With --external: fit temperature and thresholds again to this share of the patients, and"
+    " score the others before and after.",
+)
 @UNFINISHED_RUN
 @BACKEND
 @DEVICE
+@WORKERS
 def evaluate(
     run_dir: Path,
-    cache_dir: Path,
+    cache_dir: Path | None,
+    dicom: Path | None,
     labels: LabelSource | None,
-    split: str,
+    split: str | None,
+    external: bool,
+    out: Path | None,
+    recalibrate: float | None,
     unfinished: bool,
     backend: str | None,
     device: str,
+    workers: int | None,
 ) -> None:
-    """Evaluate a run on one split of its cache; writes metrics and predictions into the run."""
-    from ich_keras import evaluation
+    """Evaluate a run on one split of its cache; writes metrics and predictions into the run.
+
+    With --external, score it on other labelled data, beside its own test numbers.
+    """
     from ich_keras.environment import choose_backend
+
+    choose_backend(backend)
+    for value, option in (
+        (dicom, "--dicom"),
+        (out, "--out"),
+        (recalibrate, "--recalibrate"),
+        (workers, "--workers"),
+    ):
+        if value is not None and not external:
+            raise UsageError(f"{option} is for --external.", "Add it, or leave the option out.")
+    if external:
+        if split is not None or unfinished:
+            option = "--split" if split is not None else "--unfinished"
+            raise UsageError(f"{option} does not go with --external.", "Leave it out.")
+        if (dicom is None) == (cache_dir is None):
+            raise UsageError("--external needs either --cache or --dicom.")
+        _evaluate_external(run_dir, cache_dir, dicom, labels, out, recalibrate, device, workers)
+        return
+    _evaluate_split(run_dir, cache_dir, labels, split or "test", unfinished, device)
+
+
+def _evaluate_external(
+    run_dir: Path,
+    cache_dir: Path | None,
+    dicom: Path | None,
+    labels: LabelSource | None,
+    out: Path | None,
+    recalibrate: float | None,
+    device: str,
+    workers: int | None,
+) -> None:
+    from ich_keras.external import METRICS, evaluate_external
+    from ich_keras.external_summary import external_summary
+    from ich_keras.files import require_absent
+    from ich_keras.run_folder import RunFolder
+    from ich_keras.workflow import cache_dicom, open_cache
+
+    out = require_absent(required(out, "--out"))
+    with open_terminal() as terminal:
+        if dicom is not None:
+            if labels is None:
+                raise UsageError("--labels is missing.", "Give the labels of these data.")
+            # Beside `out`, which is new: a refusal leaves the cache, not half a result.
+            built = out.with_name(f"{out.name}-cache")
+            size = RunFolder.at(run_dir).require_finished().recipe().inputs.cache_size
+            if built.exists():
+                raise UsageError(
+                    f"{built} exists already.", f"If it is the cache of {dicom}: --cache {built}"
+                )
+            cache_dicom(
+                dicom,
+                labels,
+                built,
+                size,
+                workers=num_workers(workers),
+                progress=terminal.progress,
+                tell=terminal.tell,
+            )
+            cache_dir = built
+        cached = open_cache(required(cache_dir, "--cache"), labels)
+        result = evaluate_external(
+            run_dir, cached, out, device, terminal.progress, recalibrate=recalibrate
+        )
+    click.echo(external_summary(result.metrics, terminal_width()))
+    click.echo(f"Written to {out}: {METRICS} and the predictions")
+
+
+def _evaluate_split(
+    run_dir: Path,
+    cache_dir: Path | None,
+    labels: LabelSource | None,
+    split: str,
+    unfinished: bool,
+    device: str,
+) -> None:
+    from ich_keras import evaluation
     from ich_keras.notices import UNFINISHED
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import evaluation_summary
     from ich_keras.workflow import open_cache
 
-    choose_backend(backend)
     with open_terminal() as terminal:
         metrics = evaluation.evaluate(
             run_dir,
-            open_cache(cache_dir, labels),
+            open_cache(required(cache_dir, "--cache"), labels),
             split,
             device=device,
             progress=terminal.progress,

@@ -52,7 +52,7 @@ def equal_slices(cache: CTCache, progress: Progress | None = None) -> list[list[
     for start in range(0, len(cache), _AT_ONCE):
         rows = np.arange(start, min(start + _AT_ONCE, len(cache)))
         hu = cache.slices_hu(rows)
-        has_head = _show_head(hu)
+        has_head = shows_head(hu)
         for row, image in zip(rows[has_head].tolist(), hu[has_head], strict=True):
             digest = hashlib.sha256(image.tobytes()).digest()
             found.setdefault(digest, []).append(row)
@@ -129,8 +129,16 @@ def _groups(cache: CTCache, rows: np.ndarray) -> list[list[int]]:
 
 
 def _with_head(cache: CTCache, groups: list[list[int]]) -> list[list[int]]:
-    return [group for group in groups if _show_head(cache.slices_hu(group[:1]))[0]]
+    return [group for group in groups if shows_head(cache.slices_hu(group[:1]))[0]]
 
 
-def _show_head(hu: np.ndarray) -> np.ndarray:
+def shows_head(hu: np.ndarray) -> np.ndarray:
+    """Tell which slices show enough of a head that two equal ones are no coincidence.
+
+    Args:
+        hu: int16 (n, rows, columns), HU.
+
+    Returns:
+        bool (n,).
+    """
     return (hu > HEAD_ABOVE_HU).mean(axis=(1, 2)) > _HEAD_PIXELS

@@ -1,0 +1,112 @@
+"""The summary that `ich evaluate --external` prints."""
+
+import textwrap
+from typing import Any
+
+from ich_keras.metrics.binary import format_metric
+from ich_keras.summary import SYNTHETIC_LINE, text_table
+
+_LEAST_WIDTH = 40
+
+
+def external_summary(metrics: dict[str, Any], width: int) -> str:
+    """Lay out the scores on external data beside the run's own test numbers.
+
+    Args:
+        metrics: as `ich_keras.external.evaluate_external` gives them.
+        width: columns.
+    """
+    width = max(width, _LEAST_WIDTH)
+    parts = [textwrap.fill(SYNTHETIC_LINE, width)] if metrics["synthetic"] else []
+    parts.append(textwrap.fill(_data_line(metrics["data"]), width))
+    for level in ("slice", "series"):
+        if level in metrics:
+            parts.append(_level(level, metrics[level], metrics["own"].get(level)))
+    for level, found in metrics.get("recalibrated", {}).items():
+        parts.append(_recalibrated(level, found))
+    parts += [_broken_down(groups) for groups in metrics["by"].values()]
+    if metrics["unseen"]["note"]:
+        parts.append(textwrap.fill(metrics["unseen"]["note"], width))
+    parts.append(textwrap.fill(metrics["notice"], width))
+    return "\n\n".join(parts)
+
+
+def _data_line(data: dict[str, Any]) -> str:
+    positive = ", ".join(
+        f"{name} {data['series_positive'][name]:,} of {data['series_with_label'][name]:,}"
+        for name in data["labels"]
+    )
+    line = (
+        f"{data['patients']:,} patients, {data['series']:,} series, {data['slices']:,} slices;"
+        f" labels of each {data['label_level']}. Positive series: {positive}."
+    )
+    if data["missing_labels"]:
+        line += f" Not labelled: {', '.join(data['missing_labels'])}."
+    if data["unused_labels"]:
+        line += f" The run does not answer: {', '.join(data['unused_labels'])}."
+    return line
+
+
+def _level(level: str, found: dict[str, Any], own: dict[str, Any] | None) -> str:
+    rows = [[f"AUROC per {level}", "here", "run's test", "positive"]]
+    for label, row in found["per_label"].items():
+        if row["log_loss"] is None:
+            continue
+        rows.append(
+            [
+                label,
+                _with_interval(found, label),
+                "n/a" if own is None else _with_interval(own, label),
+                f"{row['positive']:,}",
+            ]
+        )
+    for name, title in (("log_loss", "log loss"),):
+        there = "n/a" if own is None else format_metric(own[name])
+        rows.append([title, format_metric(found[name]), there, ""])
+    constant = format_metric(found["baseline"]["prevalence"]["log_loss"])
+    rows.append(["log loss, constant", constant, "", ""])
+    return text_table(rows)
+
+
+def _with_interval(part: dict[str, Any], label: str) -> str:
+    text = format_metric(part["auroc"][label], 3)
+    found = (part.get("intervals") or {"metrics": {}})["metrics"].get(f"auroc/{label}")
+    if found is None or found["low"] is None:
+        return text
+    return f"{text} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def _recalibrated(level: str, found: dict[str, Any]) -> str:
+    count = found["patients"]
+    rows = [
+        [f"recalibrated, {level}", "before", "after"],
+        [
+            "log loss",
+            *(
+                format_metric(found[when]["calibration"].get("scaled_log_loss"))
+                for when in ("before", "after")
+            ),
+        ],
+        ["temperature", *(format_metric(found["temperature"][w], 3) for w in ("run", "local"))],
+    ]
+    return (
+        f"{text_table(rows)}\n{count['fitted']:,} patients fitted, the other {count['scored']:,}"
+        " scored."
+    )
+
+
+def _broken_down(groups: dict[str, Any]) -> str:
+    rows = [["series by", "", "samples", "positive", "AUROC"]]
+    for name, values in groups.items():
+        for value, row in values.items():
+            auroc = next((row[key] for key in row if key.startswith("auroc_")), None)
+            rows.append(
+                [
+                    name.replace("_", " "),
+                    value[:30],
+                    f"{row['samples']:,}",
+                    f"{row['positive']:,}",
+                    format_metric(auroc, 3),
+                ]
+            )
+    return text_table(rows, left=2)
