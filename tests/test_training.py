@@ -84,6 +84,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         "recipe.json",
         "environment.json",
         "data.json",
+        "seen.npz",
         "split.json",
         "history.csv",
         "best.weights.h5",

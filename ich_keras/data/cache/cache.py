@@ -19,20 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 
 from ich_keras import files
 from ich_keras.ct.rejects import require_few_rejects
-from ich_keras.ct.tables import read_table
 from ich_keras.ct.turning import require_turned
 from ich_keras.data.cache.build import (
     LABEL_TABLE,
     LABELLING,
-    MANIFEST,
     TABLES,
     build_folder,
 )
-from ich_keras.data.cache.plan import SCHEMA, Settings
+from ich_keras.data.cache.manifest import MAX_SIZE, MIN_SIZE, read_cache_table, read_manifest
+from ich_keras.data.cache.plan import Settings
 from ich_keras.data.cache.shards import (
     REBUILD,
     SHARD_BYTES,
@@ -53,11 +51,6 @@ from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
-
-MIN_SIZE = 8
-MAX_SIZE = 4096
-# Caches of schema 1 have no hashes of their pixels: what needs those is not checked.
-_READABLE = (1, SCHEMA)
 
 
 def build_cache(
@@ -214,13 +207,13 @@ class CTCache:
             DataError: the labels match no image.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         size, compression = manifest["size"], manifest["compression"]
         entries = [ShardEntry(**entry) for entry in manifest["shards"]]
         shards = [Shard(path / entry.name, entry, size, compression) for entry in entries]
         for shard in shards:
             shard.check()
-        tables = CacheTables(**{name: _read_table(path, name, manifest) for name in TABLES})
+        tables = CacheTables(**{name: read_cache_table(path, name, manifest) for name in TABLES})
         require_turned(tables.series, path)
         if not len(tables.slices) == tables.series["num_slices"].sum() == _count(entries):
             raise StaleError(
@@ -233,7 +226,7 @@ class CTCache:
             tables = with_labels(tables, slices, labelling.labels)
         elif LABEL_TABLE in manifest["tables"]:
             labelling = Labelling.from_dict(manifest.get(LABELLING))
-            stored = _read_table(path, LABEL_TABLE, manifest)
+            stored = read_cache_table(path, LABEL_TABLE, manifest)
             slices = tables.slices.assign(**stored[list(labelling.labels.names)])
             tables = with_labels(tables, slices, labelling.labels)
         return cls(path, manifest, CachedSlices(shards, size), tables, labelling)
@@ -384,33 +377,3 @@ class CTCache:
 
 def _count(entries: list[ShardEntry]) -> int:
     return sum(entry.num_slices for entry in entries)
-
-
-def _read_table(path: Path, name: str, manifest: dict) -> pd.DataFrame:
-    try:
-        return read_table(path / f"{name}.csv", manifest["tables"][name])
-    except StaleError as error:
-        raise StaleError(error.message, REBUILD) from error
-
-
-def _read_manifest(path: Path) -> dict:
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise StaleError(
-            f"{path} is not a finished cache: it has no {MANIFEST}.",
-            "Is it the right folder? If so, build the cache.",
-        )
-    manifest = files.read_json(manifest_path)
-    found = manifest.get("schema") if isinstance(manifest, dict) else None
-    if found not in _READABLE:
-        raise StaleError(
-            f"{manifest_path}: schema is {found} in the cache, {SCHEMA} wanted.", REBUILD
-        )
-    checksum = manifest.pop("checksum", None)
-    if checksum != files.fingerprint(manifest):
-        raise StaleError(f"{manifest_path} does not match its checksum.", REBUILD)
-    if not MIN_SIZE <= manifest["size"] <= MAX_SIZE:
-        raise StaleError(
-            f"{manifest_path}: size {manifest['size']}; expected {MIN_SIZE} to {MAX_SIZE}.", REBUILD
-        )
-    return manifest
