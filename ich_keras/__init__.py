@@ -69,6 +69,7 @@ _PUBLIC = {
     "presets": "ich_keras.shortcuts",
     "submission": "ich_keras.shortcuts",
     "resume": "ich_keras.training",
+    "train_more": "ich_keras.extension",
     "evaluate": "ich_keras.evaluation",
     "predict_folder": "ich_keras.prediction",
 }

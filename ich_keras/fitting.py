@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ich_keras.averaging import add_averages, average_epoch, ema_settings, judged_weights
 from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.config import loss_settings_of
 from ich_keras.course import Course, write_history
@@ -107,7 +108,9 @@ def compiled_network(
         step=training.step,
         recompute=training.recompute,
         compiled=training.compiled,
+        **ema_settings(training),
     )
+    add_averages(model, training)
     return model, loaded
 
 
@@ -196,7 +199,8 @@ def restored(training: Fit, tell: Tell) -> Course:
         # The best weights are from an epoch whose state was lost. That epoch is trained again, and
         # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
-            _keep_best(training, course)
+            with judged_weights(training.model, training.recipe.training, course.done):
+                _keep_best(training, course)
         elif course.is_over(training.recipe.training.epochs):
             raise LostState(
                 f"{run.best_weights} is lost, or not that of the best epoch ({course.best_epoch}),"
@@ -322,7 +326,9 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
                 require_finite(model, f"after epoch {epoch + 1}")
                 if training.group is not None:
                     come_together(model, training.group, f"after epoch {epoch + 1}")
-                values = _validation_values(training, progress)
+                average_epoch(model, training.recipe.training, epoch + 1)
+                with judged_weights(model, training.recipe.training, epoch + 1):
+                    values = _validation_values(training, progress)
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error
             if not training.rank.is_first:
@@ -332,7 +338,8 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
             loss = metrics["log_loss"]
             if loss < course.best_loss:
                 course.best_loss, course.best_epoch = loss, epoch + 1
-                _keep_best(training, course)
+                with judged_weights(model, training.recipe.training, epoch + 1):
+                    _keep_best(training, course)
             course.rows.append(
                 {
                     "epoch": epoch + 1,

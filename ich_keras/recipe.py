@@ -116,7 +116,7 @@ class TrainingRecipe:
         own_augment: the name of a user's augmentation, which then replaces `augment`.
         batch_norm: as in `FitConfig`; recipes of older versions, all of one process, lack it.
         label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
-            margin, patience: as in `FitConfig`; recipes of older versions lack them.
+            margin, patience, ema, swa: as in `FitConfig`; recipes of older versions lack them.
         own_callbacks: the classes of a user's callbacks; lacking where there were none.
     """
 
@@ -151,6 +151,8 @@ class TrainingRecipe:
     gamma_negative: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     margin: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     patience: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    ema: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    swa: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
 
 

@@ -23,7 +23,13 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus
+from ich_keras.cli.ranks import (
+    asked_device,
+    follow,
+    require_data,
+    require_gpus,
+    require_more_alone,
+)
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.launching import run_ranks
@@ -62,6 +68,12 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Resume an interrupted training; takes --cache, --labels, --device and --gpus only.",
 )
+@click.option(
+    "--more-epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --resume, train a finished run for N more epochs, as the new run --out.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @BACKEND
@@ -90,6 +102,7 @@ def train_main(
     demo_plan: str | None,
     download: bool,
     resume: Path | None,
+    more_epochs: int | None,
     any_body_part: bool,
     any_image_type: bool,
     gpus: int | None,
@@ -104,6 +117,8 @@ def train_main(
     """
     catch_termination()
     rank = this_rank()
+    if more_epochs is not None:
+        require_more_alone(rank, gpus, resume)
     if gpus is not None and rank.is_alone and gpus > 1:
         require_data(plan, resume is None and dicom is None and cache_dir is None)
         device = asked_device(Rank(of=gpus), config_file, resume, options)
@@ -127,8 +142,10 @@ def train_main(
     }
     if resume is not None:
         device = options.pop("device")
-        others |= {"dicom": dicom, "out": out, "workers": workers, "plan": plan or None}
-        _resume(resume, cache_dir, labels, device, options | others)
+        others |= {"dicom": dicom, "workers": workers, "plan": plan or None}
+        others |= {"out": out} if more_epochs is None else {}
+        more = None if more_epochs is None else (more_epochs, required(out, "--out"))
+        _resume(resume, cache_dir, labels, device, options | others, more)
         return
     config, reset = run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -281,11 +298,15 @@ def _resume(
     labels: Path | None,
     device: str | None,
     options: dict[str, Any],
+    more: tuple[int, Path] | None = None,
 ) -> None:
+    """Resume a training; with (epochs, new run), train a finished one for more epochs."""
+    from ich_keras.extension import extend
     from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
+    from ich_keras.training_data import require_same_data
     from ich_keras.workflow import cache_beside, open_cache
 
     given = names_of(options)
@@ -294,7 +315,10 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    require_unedited(RunFolder(run_dir).require_interrupted())
+    if more is None:
+        require_unedited(RunFolder(run_dir).require_interrupted())
+    else:
+        RunFolder(run_dir).require_finished()
     cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(
@@ -303,6 +327,9 @@ def _resume(
         )
     cached = open_cache(cache_dir, labels)
     with open_terminal(is_silent=not this_rank().is_first) as terminal:
+        if more is not None:
+            require_same_data(RunFolder(run_dir), cached)
+            run_dir = extend(run_dir, more[1], more[0], terminal.tell).path
         with _how_to_resume(run_dir, labels, terminal):
             resume(run_dir, cached, device, terminal.progress, terminal.tell)
         if this_rank().is_first:
