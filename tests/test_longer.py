@@ -15,6 +15,7 @@ from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.extension import extend, train_more
+from ich_keras.inference import load_run
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
@@ -96,6 +97,8 @@ def test_more_epochs_are_those_of_a_longer_training(long_run, short_run, phantom
     again = extend(out, tmp_path / "again", 2)
     assert [entry["epoch"] for entry in again.environment()["extended"]] == [2, 3]
     assert again.recipe().training.epochs == 5
+    # The best weights so far are its own, too: their record names the new recipe.
+    assert load_run(again, unfinished=True)[0].training.epochs == 5
 
 
 def test_by_command_and_after_an_interruption(

@@ -34,6 +34,7 @@ from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.launching import run_ranks
 from ich_keras.ranks import Rank, this_rank
+from ich_keras.tensorboard_log import require_tensorboard, tensorboard_callback
 from ich_keras.terminal import (
     ARGUMENTS,
     TRAIN,
@@ -74,6 +75,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="With --resume, train a finished run for N more epochs, as the new run --out.",
 )
+@click.option(
+    "--tensorboard",
+    type=FOLDER,
+    metavar="DIR",
+    help="Write losses and AUROC(any) of each epoch for TensorBoard, which must be installed.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @BACKEND
@@ -103,6 +110,7 @@ def train_main(
     download: bool,
     resume: Path | None,
     more_epochs: int | None,
+    tensorboard: Path | None,
     any_body_part: bool,
     any_image_type: bool,
     gpus: int | None,
@@ -119,6 +127,8 @@ def train_main(
     rank = this_rank()
     if more_epochs is not None:
         require_more_alone(rank, gpus, resume)
+    if tensorboard is not None:
+        require_tensorboard(tensorboard)
     if gpus is not None and rank.is_alone and gpus > 1:
         require_data(plan, resume is None and dicom is None and cache_dir is None)
         device = asked_device(Rank(of=gpus), config_file, resume, options)
@@ -145,7 +155,7 @@ def train_main(
         others |= {"dicom": dicom, "workers": workers, "plan": plan or None}
         others |= {"out": out} if more_epochs is None else {}
         more = None if more_epochs is None else (more_epochs, required(out, "--out"))
-        _resume(resume, cache_dir, labels, device, options | others, more)
+        _resume(resume, cache_dir, labels, device, options | others, more, tensorboard)
         return
     config, reset = run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -155,7 +165,7 @@ def train_main(
                 "--plan needs --dicom or --cache.", "The demo takes about four minutes."
             )
         del others["demo_plan"]
-        _refuse_without_data(options | others | {"labels": labels})
+        _refuse_without_data(options | others | {"labels": labels, "tensorboard": tensorboard})
         _demo(out, config, demo_plan, num_workers(workers))
         return
     if demo_plan is not None:
@@ -179,6 +189,7 @@ def train_main(
         any_body_part=any_body_part,
         any_image_type=any_image_type,
         max_rejects=share_of_rejects(max_rejects),
+        tensorboard=tensorboard,
     )
 
 
@@ -196,6 +207,7 @@ def _train(
     any_body_part: bool,
     any_image_type: bool,
     max_rejects: float,
+    tensorboard: Path | None,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.distribution import require_torch
@@ -246,7 +258,8 @@ def _train(
             _show_costs(preparation, terminal)
             return
         with _how_to_resume(out, labels, terminal):
-            preparation.train(None, workers, terminal.progress, terminal.tell)
+            log = None if tensorboard is None else tensorboard_callback(tensorboard)
+            preparation.train(None, workers, terminal.progress, terminal.tell, log)
         terminal.tell(run_summary(out, terminal_width()))
 
 
@@ -298,9 +311,11 @@ def _resume(
     labels: Path | None,
     device: str | None,
     options: dict[str, Any],
-    more: tuple[int, Path] | None = None,
+    more: tuple[int, Path] | None,
+    tensorboard: Path | None,
 ) -> None:
     """Resume a training; with (epochs, new run), train a finished one for more epochs."""
+    from ich_keras.environment import choose_backend, choose_device
     from ich_keras.extension import extend
     from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
@@ -331,7 +346,14 @@ def _resume(
             require_same_data(RunFolder(run_dir), cached)
             run_dir = extend(run_dir, more[1], more[0], terminal.tell).path
         with _how_to_resume(run_dir, labels, terminal):
-            resume(run_dir, cached, device, terminal.progress, terminal.tell)
+            log = None
+            if tensorboard is not None:
+                recipe = RunFolder(run_dir).recipe()
+                # Now: the callback imports Keras.
+                choose_backend(recipe.backend)
+                choose_device(device or recipe.device)
+                log = tensorboard_callback(tensorboard)
+            resume(run_dir, cached, device, terminal.progress, terminal.tell, callbacks=log)
         if this_rank().is_first:
             terminal.tell(run_summary(run_dir, terminal_width()))
 
