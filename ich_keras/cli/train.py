@@ -23,13 +23,7 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.cli.ranks import (
-    asked_device,
-    follow,
-    require_data,
-    require_gpus,
-    require_more_alone,
-)
+from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus, require_more_alone
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.launching import run_ranks
