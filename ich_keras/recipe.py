@@ -195,6 +195,11 @@ class Recipe:
         """
         backend, device = choose_backend(config.backend), choose_device(config.device)
         precision = choose_precision(config.precision, device)
+        if backend != "torch" and (config.fit.ema is not None or config.fit.swa is not None):
+            raise UsageError(
+                f"averages of the weights (ema, swa) on the backend {backend}; they need torch.",
+                "Leave them out, or use --backend torch.",
+            )
         view = _view(config)
         if config.data.reverse and not (view.is_volume and config.data.augment != "none"):
             raise UsageError(

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from interrupted import interrupted_training
 
-from ich_keras import fitting, training
+from ich_keras import fitting, recipe, training
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError, UsageError
@@ -323,6 +323,15 @@ def test_bad_averages_are_one_clear_line(phantom_cache_folder, tmp_path, options
     assert done.exit_code == 2
     assert message in next(line for line in done.output.splitlines() if line.startswith("Error: "))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fit", [{"ema": 0.9}, {"swa": 2}], ids=["ema", "swa"])
+def test_other_backends_refuse_averages(monkeypatch, fit):
+    """On jax, `predict` within a training takes the arrays that an average shares with it."""
+    monkeypatch.setattr(recipe, "choose_backend", lambda asked: "jax")
+    with pytest.raises(UsageError, match=r"\(ema, swa\) on the backend jax; they need torch"):
+        recipe.Recipe.of(config_of(**fit))
+    assert recipe.Recipe.of(config_of()).backend == "jax"
 
 
 def test_too_few_epochs_for_an_average_are_refused(phantom_cache, tmp_path):
