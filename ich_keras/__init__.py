@@ -69,6 +69,8 @@ _PUBLIC = {
     "presets": "ich_keras.shortcuts",
     "submission": "ich_keras.shortcuts",
     "resume": "ich_keras.training",
+    "train_more": "ich_keras.extension",
+    "tensorboard_callback": "ich_keras.tensorboard_log",
     "evaluate": "ich_keras.evaluation",
     "predict_folder": "ich_keras.prediction",
     "predict_arrays": "ich_keras.arrays",

@@ -10,6 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,40 @@ VARIABLES = "variables.npz"
 STATE = "state.json"
 # Entries of the JSON: whose state it is; checksums of the other files, and of the JSON itself.
 RUN, FILES, CHECKSUM = "run", "files", "checksum"
+_AVERAGES = "_ich_averages"  # attribute of a network
 KEPT = 2
 _BYTES_PER_MEMBER = 1024  # two headers in the archive, and that of NumPy
 _NEW = "Start a new training."
 _NAME = re.compile(r"epoch-(\d{4,})")
 
 
+@dataclass(frozen=True)
+class Averages:
+    """Variables of an average over epochs, which belong to the state of a training.
+
+    Not a plain list: Keras would take its variables for weights of the network.
+    """
+
+    variables: list[Any]
+
+
+def set_averages(model: Any, averages: Averages) -> None:
+    """Let the states of a network hold these variables, too."""
+    setattr(model, _AVERAGES, averages)
+
+
+def averages_of(model: Any) -> list[Any]:
+    """Return the variables that `set_averages` gave a network; none without."""
+    found = getattr(model, _AVERAGES, None)
+    return [] if found is None else found.variables
+
+
 def _other_variables(model: Any) -> dict[str, Any]:
-    """Return what `save_weights` leaves out: optimiser slots and random generator states."""
+    """Return what `save_weights` leaves out: optimiser slots, generator states, averages."""
     weights = {id(variable) for variable in model.weights}
     generators = [v for v in model.variables if id(v) not in weights and "seed" in v.path]
     found = {f"optimizer/{n}": v for n, v in enumerate(model.optimizer.variables)}
+    found |= {f"average/{n}": v for n, v in enumerate(averages_of(model))}
     return found | {f"generator/{n}": v for n, v in enumerate(generators)}
 
 

@@ -94,6 +94,11 @@ class FitConfig:
             one's samples, "synchronised" those of all.
         patience: stop after so many epochs without a lower validation log loss, by which the best
             weights are chosen; None trains for all epochs.
+        ema: judge and keep the moving average of the weights, with this decay per optimiser step;
+            None takes the weights themselves.
+        swa: in each of the last `swa` epochs, judge and keep the average of the weights after the
+            epochs from the first of them on, the statistics of batch normalisation included; None
+            averages nothing.
     """
 
     batch_size: int | None = None
@@ -118,6 +123,8 @@ class FitConfig:
     gamma_negative: float | None = None
     margin: float | None = None
     patience: int | None = None
+    ema: float | None = None
+    swa: int | None = None
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -162,6 +169,7 @@ class RunConfig:
             ("fit.batch_size", self.fit.batch_size, 1, 2**16),
             ("fit.epochs", self.fit.epochs, 1, 10**6),
             ("fit.patience", self.fit.patience, 1, 10**6),
+            ("fit.swa", self.fit.swa, 2, self.fit.epochs),
             ("seed", self.seed, 0, 2**32 - 1),
         ):
             if value is not None and not least <= value <= most:
@@ -174,6 +182,10 @@ class RunConfig:
             number = getattr(self.fit, name)
             if isinstance(number, int | float):
                 require_in_range(name, number, f"fit.{name}")
+        if self.fit.swa is not None and (self.fit.ema is not None or self.fit.patience is not None):
+            other = "ema" if self.fit.ema is not None else "patience"
+            why = "both average" if other == "ema" else "the last epochs are not known before"
+            raise UsageError(f"fit.swa with fit.{other}: {why}.", "Leave one of them out.")
         if self.fit.freeze is not None and self.weights is None:
             raise UsageError(
                 "fit.freeze without weights would freeze random numbers.", "Add --weights."

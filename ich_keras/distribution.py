@@ -5,6 +5,7 @@ How they take a step together is in models/torch/distributed.py; which process t
 
 from typing import TYPE_CHECKING, Any
 
+from ich_keras.checkpoints import averages_of
 from ich_keras.environment import PROCESSES
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.inference import network_digest
@@ -168,7 +169,7 @@ def begin_together(model: Any, group: "Group", synchronised: bool) -> None:
     distribute(model, group, synchronised)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    variables = [*model.variables, *model.optimizer.variables]
+    variables = [*model.variables, *model.optimizer.variables, *averages_of(model)]
     group.take_from_first([tensor_of(variable) for variable in variables])
     _require_alike(model, group, "at the beginning")
 

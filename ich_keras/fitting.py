@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ich_keras.averaging import add_averages, average_epoch, ema_settings, judged_weights
 from ich_keras.checkpoints import RUN, load_state, save_state
 from ich_keras.config import loss_settings_of
 from ich_keras.course import Course, auroc_of, write_history
@@ -107,32 +108,10 @@ def compiled_network(
         step=training.step,
         recompute=training.recompute,
         compiled=training.compiled,
+        **ema_settings(training),
     )
+    add_averages(model, training)
     return model, loaded
-
-
-def seconds_per_step(recipe: Recipe, repeats: int = 2) -> float:
-    """Time one training step of a recipe's network on random input, after a warm-up step.
-
-    Returns:
-        Seconds; the shortest of the repeats. Preparing batches and validation come on top.
-    """
-    model, _ = compiled_network(recipe, total_steps=repeats + 1)
-    random = np.random.default_rng(0)
-    size = recipe.training.batch_size
-    inputs = random.standard_normal((size, *recipe.inputs.shape), np.float32)
-    if recipe.labels.exclusive:
-        classes = random.integers(0, len(recipe.labels), size)
-        labels = np.eye(len(recipe.labels), dtype=np.float32)[classes]
-    else:
-        labels = random.integers(0, 2, (size, len(recipe.labels))).astype(np.float32)
-    model.train_on_batch(inputs, labels)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        model.train_on_batch(inputs, labels)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def fit(
@@ -200,7 +179,8 @@ def restored(training: Fit, tell: Tell) -> Course:
         # The best weights are from an epoch whose state was lost. That epoch is trained again, and
         # may give other weights on another machine: the stored ones would match no record.
         if course.best_epoch == course.done:
-            _keep_best(training, course)
+            with judged_weights(training.model, training.recipe.training, course.done):
+                _keep_best(training, course)
         elif course.is_over(training.recipe.training.epochs):
             raise LostState(
                 f"{run.best_weights} is lost, or not that of the best epoch ({course.best_epoch}),"
@@ -328,7 +308,9 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
                 require_finite(model, f"after epoch {epoch + 1}")
                 if training.group is not None:
                     come_together(model, training.group, f"after epoch {epoch + 1}")
-                values = _validation_values(training, progress)
+                average_epoch(model, training.recipe.training, epoch + 1)
+                with judged_weights(model, training.recipe.training, epoch + 1):
+                    values = _validation_values(training, progress)
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error
             if not training.rank.is_first:
@@ -338,7 +320,8 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
             loss = metrics["log_loss"]
             if loss < course.best_loss:
                 course.best_loss, course.best_epoch = loss, epoch + 1
-                _keep_best(training, course)
+                with judged_weights(model, training.recipe.training, epoch + 1):
+                    _keep_best(training, course)
             course.rows.append(
                 {
                     "epoch": epoch + 1,

@@ -117,7 +117,7 @@ class TrainingRecipe:
         own_augment: the name of a user's augmentation, which then replaces `augment`.
         batch_norm: as in `FitConfig`; recipes of older versions, all of one process, lack it.
         label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
-            margin, patience: as in `FitConfig`; recipes of older versions lack them.
+            margin, patience, ema, swa: as in `FitConfig`; recipes of older versions lack them.
         own_callbacks: the classes of a user's callbacks; lacking where there were none.
     """
 
@@ -152,6 +152,8 @@ class TrainingRecipe:
     gamma_negative: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     margin: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     patience: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    ema: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    swa: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
 
 
@@ -200,6 +202,11 @@ class Recipe:
         config.fit.loss_settings.require_sound(labels, "fit.")
         backend, device = choose_backend(config.backend), choose_device(config.device)
         precision = choose_precision(config.precision, device)
+        if backend != "torch" and (config.fit.ema is not None or config.fit.swa is not None):
+            raise UsageError(
+                f"averages of the weights (ema, swa) on the backend {backend}; they need torch.",
+                "Leave them out, or use --backend torch.",
+            )
         view = _view(config)
         if config.data.reverse and not (view.is_volume and config.data.augment != "none"):
             raise UsageError(

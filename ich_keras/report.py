@@ -9,7 +9,7 @@ from ich_keras.errors import StaleError
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.recipe import TrainingRecipe
-from ich_keras.run_folder import ENDED_EARLY, PLAN, SYNTHETIC, RunFolder
+from ich_keras.run_folder import ENDED_EARLY, EXTENDED, PLAN, SYNTHETIC, RunFolder
 
 _SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
 _COUNTED = ("patients", "series", "slices")
@@ -186,6 +186,12 @@ def report_text(run: RunFolder) -> str:
         lines += [f"Augmented by a function of the user's: `{training.own_augment}`.", ""]
     if training.own_callbacks:
         lines += [f"Trained with callbacks of the user's: `{training.own_callbacks}`.", ""]
+    for before in environment.get(EXTENDED, ()):
+        lines += [f"Goes on after epoch {before['epoch']} of the finished run {before['run']}.", ""]
+    if training.ema is not None:
+        lines += [f"Judged and kept: the moving average of the weights ({training.ema:g}).", ""]
+    if training.swa is not None:
+        lines += [f"Judged and kept at last: the average of the last {training.swa} epochs.", ""]
     if ended_early is not None:
         early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
         lines += [f"Stopped after {early}.", ""]

@@ -22,8 +22,8 @@ LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
 PLAN = "plan"
 # Entries of environment.json: when the training began; where it was resumed since; why it ended
-# before its last epoch.
-START, RESUMED, ENDED_EARLY = "started", "resumed", "ended_early"
+# before its last epoch; which finished runs it goes on from.
+START, RESUMED, ENDED_EARLY, EXTENDED = "started", "resumed", "ended_early", "extended"
 EPOCH = "epoch"  # entry of the record of the best weights
 
 # In the names of what was computed with the weights of an unfinished training.

@@ -58,7 +58,9 @@ def training_space(recipe: Recipe, num_slices: int, model: Any = None) -> Traini
         model = _network(recipe)
     # Adam keeps two averages, and the sum of the gradients where a step takes several batches.
     slots = [math.prod(variable.shape) for variable in model.trainable_variables]
-    slots *= 3 if recipe.training.accumulate > 1 else 2
+    slots *= 2 + (recipe.training.accumulate > 1) + (recipe.training.ema is not None)
+    if recipe.training.swa is not None:
+        slots += [math.prod(variable.shape) for variable in model.weights]
     weights = weights_bytes(model)
     tables = num_slices * _TABLE_BYTES_PER_SLICE + _OTHER_BYTES
     return TrainingSpace(weights + slots_bytes(slots), weights, tables)

@@ -1,12 +1,12 @@
 """The workflow from DICOM files and labels to a trained run: index, cache, plan, training.
 
-The command line, the demo and the experiments all use it. Existing results are reused, never
-overwritten.
+All commands and the experiments use it. Existing results are reused, never overwritten.
 """
 
 import dataclasses
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from ich_keras.config import RunConfig
 from ich_keras.ct.leftovers import remove_rejects, require_absent_or_rejects
@@ -218,14 +218,14 @@ class Preparation:
         workers: int = 0,
         progress: Progress | None = None,
         tell: Tell | None = None,
+        callbacks: Any = None,
     ) -> Path:
         """Build the cache if there is none, and train.
 
         Args:
             index_dir: a new folder for the index; None keeps none.
             workers: processes that cache; 0 caches in this one.
-            progress: called as progress(step, done, total).
-            tell: called with single lines of text.
+            progress, tell, callbacks: as for `train`.
 
         Returns:
             The run folder.
@@ -252,7 +252,7 @@ class Preparation:
                 max_rejects=self.max_rejects,
             )
         remove_rejects(self.out)  # of a try that refused the same data
-        return train(self.config, cache, self.out, progress=progress, tell=tell)
+        return train(self.config, cache, self.out, progress, tell, callbacks=callbacks)
 
 
 def prepare_training(

@@ -503,3 +503,34 @@ def test_what_the_steps_of_several_processes_do_not_cover_is_refused():
     model.run_eagerly = True
     with pytest.raises(UsageError, match="run_eagerly=True: several processes train on the fast"):
         model.fit(x, y, verbose=0)
+
+
+# What is judged and when a training ends, in all processes alike
+
+
+def history_of(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run / "history.csv").drop(columns="seconds")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--patience", "1", "--learning-rate", "0.3", "--ema", "0.5"],
+        ["--swa", "2", "--loss", "focal", "--positive-weight", "any=3"],
+    ],
+    ids=["patience and ema", "swa and focal"],
+)
+def test_two_processes_judge_and_stop_as_one(phantom_cache_folder, tmp_path, monkeypatch, options):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    command = ["--cache", str(phantom_cache_folder), *OPTIONS, "--epochs", "4", *options]
+    command += ["--limit-series", "14", "--augment", "none", "--batch-norm", "synchronised"]
+    done = CliRunner().invoke(train_main, [*command, "--out", str(tmp_path / "one")])
+    assert done.exit_code == 0, done.output
+    code, output, errors = end(start(PROGRAM, *command, "--out", tmp_path / "two", "--gpus", "2"))
+    assert code == 0, errors
+    one, two = history_of(tmp_path / "one"), history_of(tmp_path / "two")
+    assert ("Stopped after epoch" in output) == ("Stopped after epoch" in done.output)
+    assert ("Stopped after epoch" in output) == ("--patience" in options)
+    assert list(one["epoch"]) == list(two["epoch"])
+    if "--patience" not in options:  # at such a learning rate, rounding grows
+        np.testing.assert_allclose(one, two, rtol=0.02)

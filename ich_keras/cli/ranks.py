@@ -35,6 +35,25 @@ def require_data(is_plan: bool, is_demo: bool) -> None:
             )
 
 
+def require_more_alone(rank: Rank, gpus: int | None, resume: Path | None) -> None:
+    """Refuse `--more-epochs` without a run, and in several processes.
+
+    Raises:
+        UsageError: one of the two.
+    """
+    if resume is None:
+        raise UsageError(
+            "--more-epochs given without --resume.",
+            "Name the finished run: --resume RUN --more-epochs N --out NEW.",
+        )
+    if not rank.is_alone or (gpus or 1) > 1:
+        raise UsageError(
+            "--more-epochs begins in one process.",
+            "In Python, ich_keras.extension.extend(RUN, NEW, N) makes the new run; then: ich-train"
+            " --resume NEW --gpus N.",
+        )
+
+
 def asked_device(
     rank: Rank, config_file: Path | None, resume: Path | None, options: dict[str, Any]
 ) -> str:

@@ -24,12 +24,13 @@ from ich_keras.cli.options import (
     required,
     share_of_rejects,
 )
-from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus
+from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus, require_more_alone
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.labels import LabelSource
 from ich_keras.launching import run_ranks
 from ich_keras.ranks import Rank, this_rank
+from ich_keras.tensorboard_log import require_tensorboard, tensorboard_callback
 from ich_keras.terminal import (
     ARGUMENTS,
     TRAIN,
@@ -64,6 +65,18 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Resume an interrupted training; takes --cache, --labels, --device and --gpus only.",
 )
+@click.option(
+    "--more-epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --resume, train a finished run for N more epochs, as the new run --out.",
+)
+@click.option(
+    "--tensorboard",
+    type=FOLDER,
+    metavar="DIR",
+    help="Write losses and AUROC(any) of each epoch for TensorBoard, which must be installed.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @BACKEND
@@ -92,6 +105,8 @@ def train_main(
     demo_plan: str | None,
     download: bool,
     resume: Path | None,
+    more_epochs: int | None,
+    tensorboard: Path | None,
     any_body_part: bool,
     any_image_type: bool,
     gpus: int | None,
@@ -106,6 +121,10 @@ def train_main(
     """
     catch_termination()
     rank = this_rank()
+    if more_epochs is not None:
+        require_more_alone(rank, gpus, resume)
+    if tensorboard is not None:
+        require_tensorboard(tensorboard)
     if gpus is not None and rank.is_alone and gpus > 1:
         require_data(plan, resume is None and dicom is None and cache_dir is None)
         device = asked_device(Rank(of=gpus), config_file, resume, options)
@@ -129,8 +148,10 @@ def train_main(
     }
     if resume is not None:
         device = options.pop("device")
-        others |= {"dicom": dicom, "out": out, "workers": workers, "plan": plan or None}
-        _resume(resume, cache_dir, labels, device, options | others)
+        others |= {"dicom": dicom, "workers": workers, "plan": plan or None}
+        others |= {"out": out} if more_epochs is None else {}
+        more = None if more_epochs is None else (more_epochs, required(out, "--out"))
+        _resume(resume, cache_dir, labels, device, options | others, more, tensorboard)
         return
     config, reset = run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -140,7 +161,7 @@ def train_main(
                 "--plan needs --dicom or --cache.", "The demo takes about four minutes."
             )
         del others["demo_plan"]
-        _refuse_without_data(options | others | {"labels": labels})
+        _refuse_without_data(options | others | {"labels": labels, "tensorboard": tensorboard})
         _demo(out, config, demo_plan, num_workers(workers))
         return
     if demo_plan is not None:
@@ -164,6 +185,7 @@ def train_main(
         any_body_part=any_body_part,
         any_image_type=any_image_type,
         max_rejects=share_of_rejects(max_rejects),
+        tensorboard=tensorboard,
     )
 
 
@@ -181,6 +203,7 @@ def _train(
     any_body_part: bool,
     any_image_type: bool,
     max_rejects: float,
+    tensorboard: Path | None,
 ) -> None:
     """Train on data, or with --plan show what that would do."""
     from ich_keras.distribution import require_torch
@@ -231,7 +254,8 @@ def _train(
             _show_costs(preparation, terminal)
             return
         with _how_to_resume(out, labels, terminal):
-            preparation.train(None, workers, terminal.progress, terminal.tell)
+            log = None if tensorboard is None else tensorboard_callback(tensorboard)
+            preparation.train(None, workers, terminal.progress, terminal.tell, log)
         terminal.tell(run_summary(out, terminal_width()))
 
 
@@ -245,7 +269,7 @@ def _train_as_rank(arguments: list[str]) -> int:
 
 
 def _show_costs(preparation: "Preparation", terminal: Terminal) -> None:
-    from ich_keras.fitting import seconds_per_step
+    from ich_keras.step_time import seconds_per_step
 
     if preparation.cache is None:
         terminal.tell(f"  cache to build: {preparation.cache_bytes / 2**30:.2f} GiB")
@@ -283,11 +307,17 @@ def _resume(
     labels: LabelSource | None,
     device: str | None,
     options: dict[str, Any],
+    more: tuple[int, Path] | None,
+    tensorboard: Path | None,
 ) -> None:
+    """Resume a training; with (epochs, new run), train a finished one for more epochs."""
+    from ich_keras.environment import choose_backend, choose_device
+    from ich_keras.extension import extend
     from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
+    from ich_keras.training_data import require_same_data
     from ich_keras.workflow import cache_beside, open_cache
 
     given = names_of(options)
@@ -296,7 +326,10 @@ def _resume(
             f"{given} given with --resume: the run's own configuration holds.",
             "Leave it out, or start a new training.",
         )
-    require_unedited(RunFolder(run_dir).require_interrupted())
+    if more is None:
+        require_unedited(RunFolder(run_dir).require_interrupted())
+    else:
+        RunFolder(run_dir).require_finished()
     cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
     if not cache_dir.exists():
         raise UsageError(
@@ -305,8 +338,18 @@ def _resume(
         )
     cached = open_cache(cache_dir, labels)
     with open_terminal(is_silent=not this_rank().is_first) as terminal:
+        if more is not None:
+            require_same_data(RunFolder(run_dir), cached)
+            run_dir = extend(run_dir, more[1], more[0], terminal.tell).path
         with _how_to_resume(run_dir, labels, terminal):
-            resume(run_dir, cached, device, terminal.progress, terminal.tell)
+            log = None
+            if tensorboard is not None:
+                recipe = RunFolder(run_dir).recipe()
+                # Now: the callback imports Keras.
+                choose_backend(recipe.backend)
+                choose_device(device or recipe.device)
+                log = tensorboard_callback(tensorboard)
+            resume(run_dir, cached, device, terminal.progress, terminal.tell, callbacks=log)
         if this_rank().is_first:
             terminal.tell(run_summary(run_dir, terminal_width()))
 

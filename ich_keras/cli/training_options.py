@@ -66,6 +66,18 @@ _OPTIONS = (
         help="Samples per batch, of all processes together; default 32 slices, 16 slabs or 1"
         " series.",
     ),
+    click.option(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="Judge and keep a moving average of the weights, such as 0.999; default: none.",
+    ),
+    click.option(
+        "--swa",
+        type=int,
+        metavar="N",
+        help="Judge and keep the average of the weights of the last N epochs; default: none.",
+    ),
     click.option("--learning-rate", type=float, help="Default 1e-5 with --weights, 3e-4 without."),
     click.option(
         "--backbone-factor",

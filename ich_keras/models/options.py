@@ -82,6 +82,7 @@ class Range:
 RANGES: Mapping[str, Range] = {
     "accumulate": Range(1, 10**6),
     "backbone_factor": Range(0, 1, is_open=True),
+    "ema": Range(0, 0.999999, is_open=True),
     "focal_alpha": Range(0, 1, is_open=True),
     "focal_gamma": Range(0, 100),
     "gamma_negative": Range(0, 100),

@@ -1,0 +1,214 @@
+"""A training's curves elsewhere: TensorBoard by torch, MLflow by its own callback."""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import keras
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import ich_keras
+from ich_keras import fitting, training
+from ich_keras.cli import main
+from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
+from ich_keras.own_callbacks import callbacks_name
+from ich_keras.run_folder import RunFolder
+from ich_keras.tensorboard_log import require_tensorboard, tensorboard_callback
+
+NARROW, SIZE = "narrow-curves", 32
+OPTIONS = ["--preset", NARROW, "--size", "32", "--epochs", "2", "--batch-size", "32"]
+OPTIONS += ["--augment", "none", "--limit-series", "14", "--precision", "float32"]
+NAMES = {
+    "train_loss": "loss/train",
+    "valid_log_loss": "loss/valid",
+    "valid_auroc_any": "AUROC any/valid",
+    "learning_rate": "learning rate",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_preset():
+    PRESETS[NARROW] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "narrow")
+    yield
+    del PRESETS[NARROW]
+
+
+@pytest.fixture(autouse=True)
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(training, "evaluate_network", lambda *_: None)
+    monkeypatch.setattr("ich_keras.summary.run_summary", lambda *_: "")
+
+
+class Writer:
+    """In place of torch's SummaryWriter, where tensorboard is not installed."""
+
+    all: list["Writer"] = []  # noqa: RUF012
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step, self.closed = folder, purge_step, False
+        self.values: dict[str, dict[int, float]] = {}
+        Writer.all.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        assert type(value) is float
+        self.values.setdefault(name, {})[step] = value
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def find_tensorboard(monkeypatch, found) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: found if name == "tensorboard" else find(name, *more),
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """TensorBoard as far as a training sees it."""
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    find_tensorboard(monkeypatch, object())
+    monkeypatch.setattr(Writer, "all", [])
+    return Writer.all
+
+
+def ich_train(*words) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["train", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def test_tensorboard_gets_every_epoch_once(installed, phantom_cache_folder, tmp_path, monkeypatch):
+    run, logs = tmp_path / "run", tmp_path / "logs"
+    data = ("--cache", phantom_cache_folder, "--out", run, *OPTIONS)
+    save = fitting.save_state
+
+    def save_and_die(folder, model, number, state):
+        save(folder, model, number, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "save_state", save_and_die)
+        assert ich_train(*data, "--tensorboard", logs)[0] == 130
+    code, said = ich_train("--resume", run, "--tensorboard", logs)
+    assert code == 0, said
+    first, second = installed
+    assert (first.purge_step, second.purge_step) == (1, 2)
+    assert first.folder == second.folder == str(logs) and second.closed
+    history = pd.read_csv(run / "history.csv")
+    for column, name in NAMES.items():
+        found = first.values[name] | second.values[name]
+        assert list(found) == [1, 2]
+        assert list(found.values()) == pytest.approx(list(history[column]))
+    # It only looks on: nothing of it is part of the run.
+    assert RunFolder(run).recipe().training.own_callbacks is None
+    assert "callbacks" not in (run / "report.md").read_text()
+
+
+def test_the_callback_looks_on(installed, tmp_path):
+    callback = ich_keras.tensorboard_callback(tmp_path / "logs")
+    assert isinstance(callback, keras.callbacks.Callback)
+    assert callbacks_name([callback]) is None
+    callback.on_train_end()  # nothing was trained
+    assert installed == [] and list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_to_tensorboard(installed, phantom_cache_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    data = ("--cache", phantom_cache_folder, "--out", tmp_path / "run", *OPTIONS)
+    for code, message, *options in (
+        (2, "file is a file; expected a folder", *data, "--tensorboard", tmp_path / "file"),
+        (2, "Invalid value for '--tensorboard'", *data, "--tensorboard", ""),
+        (2, "--tensorboard given, but no data", "--tensorboard", tmp_path / "logs"),
+    ):
+        found, said = ich_train(*options)
+        assert found == code, said
+        assert message in next(line for line in said.splitlines() if line.startswith("Error: "))
+    find_tensorboard(monkeypatch, None)
+    found, said = ich_train(*data, "--tensorboard", tmp_path / "logs")
+    assert found == 4
+    assert (
+        "Error: TensorBoard is not installed.\nHint: pip install 'ich_keras[tensorboard]'" in said
+    )
+    with pytest.raises(EnvironmentProblem):
+        tensorboard_callback(tmp_path / "logs")
+    with pytest.raises(UsageError, match="expected a folder"):
+        require_tensorboard(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_torch_writes_files_that_tensorboard_reads(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    for epochs, first in ((2, 0), (3, 1)):  # the second epoch is trained again
+        callback = tensorboard_callback(tmp_path / "logs")
+        data = keras.ops.ones((4, 2)), keras.ops.ones((4, 1))
+        model.fit(*data, epochs=epochs, initial_epoch=first, verbose=0, callbacks=[callback])
+    read = EventAccumulator(str(tmp_path / "logs"))
+    read.Reload()
+    assert [event.step for event in read.Scalars("loss/train")] == [1, 2, 3]
+    assert read.Scalars("learning rate")[0].value == pytest.approx(0.01)
+
+
+class LikeMlflow(keras.callbacks.Callback):
+    """What `mlflow.keras.MlflowCallback` does with a model and its logs, without a server."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings: dict[str, str] = {}
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.summary: list[str] = []
+
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer.get_config()
+        self.settings = {name: str(value) for name, value in optimizer.items()}
+        self.model.summary(print_fn=lambda line, **_: self.summary.append(line))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.metrics.append((epoch, {name: float(value) for name, value in logs.items()}))
+
+
+def small_training(cache, out: Path, callback) -> Path:
+    return ich_keras.train(
+        cache, out, preset=NARROW, size=SIZE, epochs=2, batch_size=32, augment=None,
+        limit_series=14, precision="float32", device="cpu", callbacks=[callback],
+    )  # fmt: skip
+
+
+def test_a_callback_like_that_of_mlflow(phantom_cache, tmp_path):
+    callback = LikeMlflow()
+    run = small_training(phantom_cache, tmp_path / "run", callback)
+    assert float(callback.settings["learning_rate"]) == pytest.approx(3e-4)
+    assert any("conv1" in line for line in callback.summary)
+    history = pd.read_csv(run / "history.csv")
+    assert [epoch for epoch, _ in callback.metrics] == [0, 1]
+    found = [metrics["val_loss"] for _, metrics in callback.metrics]
+    assert found == pytest.approx(list(history["valid_log_loss"]))
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_itself(phantom_cache, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    with mlflow.start_run() as logged:
+        run = small_training(phantom_cache, tmp_path / "run", mlflow.keras.MlflowCallback())
+    history = pd.read_csv(run / "history.csv")
+    seen = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val_loss")
+    assert [metric.value for metric in seen] == pytest.approx(list(history["valid_log_loss"]))
