@@ -248,7 +248,7 @@ def test_another_volume_in_its_place_is_changed(tmp_path):
         read_indexed(sources[0], SIZE)
     assert "PatientID" not in str(caught.value)
     write_nifti(path, image_of(hu[:2]))
-    with pytest.raises(RejectedFile, match="CHANGED: there is no slice 4; the file holds 2"):
+    with pytest.raises(RejectedFile, match="CHANGED: the file has no slice 4; it holds 2"):
         read_indexed(sources[3], SIZE)
 
 
@@ -493,7 +493,7 @@ def test_one_slice_of_a_volume_is_asked_for_by_number(tmp_path):
             read(path)
         assert "Frame(path, number)" in caught.value.hint
     for number in (0, 5, -1):
-        with pytest.raises(RejectedFile, match=f"there is no slice {number}; the file holds 4"):
+        with pytest.raises(RejectedFile, match=f"the file has no slice {number}; it holds 4"):
             read_hu(Frame(path, number))
 
 

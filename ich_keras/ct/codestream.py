@@ -5,6 +5,8 @@ partly invented. Much of that can be seen in the bytes, at a fraction of the pri
 """
 
 import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
@@ -83,6 +85,97 @@ def measure_fragments(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
             detail = f"has over {limit} compressed bytes for {pixels.rows} x {pixels.columns}"
             raise RejectedFile("TOO_LARGE", f"{name('PixelData')} {detail} pixels", EXPORT_AGAIN)
     raise undecodable(f"has over {MAX_FRAGMENTS} fragments; expected one", EXPORT_AGAIN)
+
+
+def frame_places(
+    pixels: StoredPixels, stream: BinaryIO, size: int, count: int, extended: Sequence[int] = ()
+) -> list[tuple[int, int]]:
+    """Find the fragments of each frame of a file.
+
+    An offset table tells. Without one, each frame must have one fragment.
+
+    Args:
+        pixels: `offset` and `num_bytes` as the element says.
+        stream: the file.
+        size: of the file, bytes.
+        count: how many frames it should hold.
+        extended: Extended Offset Table, where there is one.
+
+    Returns:
+        (count,), where the fragments of each frame begin in the file, and their bytes.
+
+    Raises:
+        RejectedFile: TRUNCATED, TOO_LARGE, DECODE_ERROR or BAD_VALUE.
+
+    Source:
+        DICOM PS3.5 A.4, PS3.3 C.7.6.3.1.8.
+    """
+    if pixels.num_bytes != UNDEFINED_LENGTH:
+        detail = f"is not in fragments; its syntax is {pixels.transfer_syntax_uid}"
+        raise undecodable(detail, EXPORT_AGAIN)
+    items = _items(pixels, stream, size, MAX_FRAGMENTS + count)
+    first = next(items, None)
+    if first is None:
+        raise undecodable("holds no offset table", EXPORT_AGAIN)
+    table = list(extended) or _basic_offsets(stream, first[1], count)
+    places = [offset for offset, _ in items]
+    # The next item would begin behind the last one; it is the delimiter.
+    end = stream.tell() - 8
+    if not places:
+        raise undecodable(f"holds no fragment; expected those of {count} frames", EXPORT_AGAIN)
+    if not table:
+        if len(places) != count:
+            found = f"holds {len(places)} fragments and no offset table"
+            raise undecodable(f"{found}; expected one for each of {count} frames", EXPORT_AGAIN)
+        table = [place - places[0] for place in places]
+    begins = [places[0] + offset for offset in table]
+    if begins[0] != places[0] or sorted(set(begins)) != begins or not set(begins) <= set(places):
+        raise undecodable("has an offset table that does not point to its fragments", EXPORT_AGAIN)
+    found_places = [(begin, stop - begin) for begin, stop in pairwise([*begins, end])]
+    limit = 4 * pixels.rows * pixels.columns + (1 << 20)
+    most = max(num_bytes for _, num_bytes in found_places)
+    if most > limit:
+        detail = f"has a frame of {most} compressed bytes for {pixels.rows} x {pixels.columns}"
+        raise RejectedFile("TOO_LARGE", f"{name('PixelData')} {detail} pixels", EXPORT_AGAIN)
+    return found_places
+
+
+def as_single_frame(fragments: bytes) -> bytes:
+    """Return the fragments of a frame as the value of PixelData of a single-frame file."""
+    return _ITEM + bytes(4) + fragments + _DELIMITER + bytes(4)
+
+
+def _items(
+    pixels: StoredPixels, stream: BinaryIO, size: int, most: int
+) -> Iterator[tuple[int, int]]:
+    """Yield where each item of compressed pixels begins, and its length; then read the delimiter.
+
+    The stream is behind the head of the item that was yielded.
+    """
+    offset = pixels.offset
+    for _ in range(most + 1):
+        stream.seek(offset)
+        item = stream.read(8)
+        if len(item) < 8:
+            raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
+        tag, length = struct.unpack("<4sI", item)
+        if tag == _DELIMITER:
+            return
+        if tag != _ITEM or length == UNDEFINED_LENGTH:
+            raise undecodable("holds something other than fragments")
+        if offset + 8 + length > size:
+            raise truncated(size - pixels.offset, offset + 16 + length - pixels.offset)
+        yield offset, length
+        offset += 8 + length
+    raise undecodable(f"has over {most} fragments", EXPORT_AGAIN)
+
+
+def _basic_offsets(stream: BinaryIO, length: int, count: int) -> list[int]:
+    """Return Basic Offset Table, at which the stream is: where each frame begins, or nothing."""
+    if length not in (0, 4 * count):
+        found = f"has an offset table of {length} bytes"
+        raise undecodable(f"{found}; expected 4 for each of {count} frames", EXPORT_AGAIN)
+    return list(struct.unpack(f"<{length // 4}I", stream.read(length)))
 
 
 def joined_fragments(raw: bytes) -> bytes:

@@ -6,9 +6,16 @@ hostile header may hold millions. Only the values of the tags in TAGS are read.
 
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from ich_keras.ct.elements import TAGS, UNDEFINED_LENGTH, Element, Stop
+from ich_keras.ct.elements import TAGS, UNDEFINED_LENGTH, Element, Stop, missing, text_of
+from ich_keras.ct.encoding import (
+    DEFLATED,
+    EXPLICIT_BIG_ENDIAN,
+    EXPLICIT_LITTLE_ENDIAN,
+    IMPLICIT_LITTLE_ENDIAN,
+    require_decoder,
+)
 from ich_keras.ct.rejects import COPY_AGAIN, EXPORT_AGAIN, RejectedFile
 
 # Longer values are not read into memory. A UID or identifier has at most 64 characters.
@@ -20,13 +27,90 @@ MAX_DEPTH = 64
 
 _PREAMBLE = 128
 _WANTED = frozenset(TAGS.values())
-_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # PS3.5 7.1.2: after these, two bytes are reserved and the length has four.
 _LONG_VRS = frozenset(
     (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 )
 # The usual ones of the others, so that most elements need no second look.
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT IS LO PN SH TM UI UL US".split())
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+# Enhanced CT, and legacy converted enhanced CT.
+ENHANCED_CT = (f"{CT_IMAGE}.1", f"{CT_IMAGE}.2")
+SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # functional groups (PS3.3 C.7.6.16)
+SEQUENCES = (SHARED_GROUPS, FRAME_GROUPS)
+_NOWHERE = Stop(0, 0, 0, 0)
+_FIRST_PIXELS, _LAST_PIXELS = TAGS["FloatPixelData"], TAGS["PixelData"]
+
+
+class DataSet(NamedTuple):
+    """What a file holds in front of its pixels.
+
+    Args:
+        elements: tag -> element, of the data set.
+        meta: the same of the file meta information.
+        syntax: the transfer syntax.
+        is_explicit: whether elements name their VR.
+        stop: where the pixels are; None if there are none.
+        sequences: where the sequences of SEQUENCES are.
+        size: of the file, bytes.
+    """
+
+    elements: dict[int, Element]
+    meta: dict[int, Element]
+    syntax: str
+    is_explicit: bool
+    stop: Stop | None
+    sequences: dict[int, Stop]
+    size: int
+
+    @property
+    def sop_class(self) -> str:
+        """What kind of object it is; "" if it does not say so."""
+        return text_of(self.elements, "SOPClassUID") or text_of(
+            self.meta, "MediaStorageSOPClassUID"
+        )
+
+    @property
+    def is_enhanced(self) -> bool:
+        """Whether it is an enhanced CT, which may hold several frames."""
+        return self.sop_class in ENHANCED_CT
+
+
+def read_data_set(stream: BinaryIO, force: bool, elements: dict[int, Element]) -> DataSet:
+    """Read a file up to its pixels; what was read before a fault stays in `elements`.
+
+    Raises:
+        RejectedFile: it is no DICOM file, is cut or damaged, or has no transfer syntax.
+    """
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    meta = read_meta(stream, size, force)
+    if stream.tell() >= size:
+        detail = f"the file ends after the file meta information, at {size} bytes"
+        raise RejectedFile("TRUNCATED", detail, COPY_AGAIN)
+    syntax = text_of(meta, "TransferSyntaxUID")
+    if not syntax and not force:
+        raise missing("TransferSyntaxUID")
+    if syntax == DEFLATED:
+        require_decoder(syntax)  # there is none: nothing may be inflated
+    is_explicit = has_explicit_vr(stream)
+    if not syntax:
+        syntax = EXPLICIT_LITTLE_ENDIAN if is_explicit else IMPLICIT_LITTLE_ENDIAN
+    places = dict.fromkeys(SEQUENCES, _NOWHERE)
+    stop = read_elements(
+        stream,
+        size,
+        not is_explicit,
+        syntax != EXPLICIT_BIG_ENDIAN,
+        lambda tag: _FIRST_PIXELS <= tag <= _LAST_PIXELS,
+        elements,
+        "header",
+        places,
+    )
+    sequences = {tag: place for tag, place in places.items() if place is not _NOWHERE}
+    return DataSet(elements, meta, syntax, is_explicit, stop, sequences, size)
 
 
 def read_meta(stream: BinaryIO, size: int, force: bool) -> dict[int, Element]:
@@ -86,6 +170,7 @@ def read_elements(
     stop_at: Callable[[int], bool],
     elements: dict[int, Element],
     part: str,
+    sequences: dict[int, Stop] | None = None,
 ) -> Stop | None:
     """Collect the elements named in TAGS, and detect a file that ends too early.
 
@@ -96,6 +181,7 @@ def read_elements(
         stop_at: takes a tag; returns whether to stop before its value.
         elements: receives tag -> element. What was read before a fault stays in it.
         part: what is being read, for messages.
+        sequences: has the tags of sequences as keys, and receives where they are.
 
     Returns:
         The element at which reading stopped; None at a clean end.
@@ -106,7 +192,7 @@ def read_elements(
     Source:
         DICOM PS3.5 clause 7.1 and 7.5.
     """
-    walker = _Walker(stream, is_little_endian, part)
+    walker = Walker(stream, is_little_endian, part)
     offset = stream.tell()
     while True:
         head = walker.head(is_implicit)
@@ -119,6 +205,8 @@ def read_elements(
         start = offset + head_bytes
         if stop_at(tag):
             return Stop(tag, length, start, offset)
+        if sequences is not None and tag in sequences:
+            sequences[tag] = Stop(tag, length, start, offset)
         if length == UNDEFINED_LENGTH:
             walker.skip_items(is_implicit)
             offset = stream.tell()
@@ -136,13 +224,16 @@ def read_elements(
             elements[tag] = Element(value, length, is_little_endian)
 
 
-class _Walker:
+class Walker:
     """Reads the heads of elements and items, and counts them."""
 
-    def __init__(self, stream: BinaryIO, is_little_endian: bool, part: str) -> None:
+    def __init__(
+        self, stream: BinaryIO, is_little_endian: bool, part: str, most: int | None = None
+    ) -> None:
         order = "<" if is_little_endian else ">"
         self.stream = stream
         self.part = part
+        self.most = MAX_ELEMENTS if most is None else most
         self.count = 0
         self._implicit = struct.Struct(f"{order}HHL").unpack
         self._short = struct.Struct(f"{order}HH2sH").unpack
@@ -161,8 +252,8 @@ class _Walker:
                 raise self.truncated()
             return None
         self.count += 1
-        if self.count > MAX_ELEMENTS:
-            raise self._bad(f"holds over {MAX_ELEMENTS} elements and items")
+        if self.count > self.most:
+            raise self.bad(f"holds over {self.most} elements and items")
         if not is_implicit:
             group, element, vr, length = self._short(raw)
             # Items have no VR, and some writers switch to implicit elements within a data set.
@@ -190,10 +281,10 @@ class _Walker:
                 raise self.truncated()
             tag, length, *_ = head
             if inside is None:
-                if tag == _SEQUENCE_END:
+                if tag == SEQUENCE_END:
                     opened.pop()
-                elif tag != _ITEM:
-                    raise self._bad("has a sequence that holds something other than items")
+                elif tag != ITEM:
+                    raise self.bad("has a sequence that holds something other than items")
                 elif length == UNDEFINED_LENGTH:
                     outer = next((kind for kind in reversed(opened) if kind is not None), None)
                     encoding = is_implicit if outer is None else outer
@@ -201,19 +292,19 @@ class _Walker:
                     opened.append(encoding or not has_explicit_vr(self.stream))
                 else:
                     self.stream.seek(length, 1)
-            elif tag == _ITEM_END:
+            elif tag == ITEM_END:
                 opened.pop()
             elif length == UNDEFINED_LENGTH:
                 opened.append(None)
             else:
                 self.stream.seek(length, 1)
             if len(opened) > MAX_DEPTH:
-                raise self._bad("has sequences that are nested too deeply")
+                raise self.bad("has sequences that are nested too deeply")
 
     def truncated(self) -> RejectedFile:
         return RejectedFile("TRUNCATED", f"the file ends inside the {self.part}", COPY_AGAIN)
 
-    def _bad(self, what: str) -> RejectedFile:
+    def bad(self, what: str) -> RejectedFile:
         return RejectedFile("BAD_VALUE", f"the {self.part} {what}", EXPORT_AGAIN)
 
 

@@ -1,7 +1,7 @@
 """Reading one file: its headers for the index, and its pixels as Hounsfield units.
 
-This is the only reader. A file becomes one slice or several (a NIfTI volume), or a `RejectedFile`
-that names the faulty tag or value.
+This is the only reader. A file becomes one slice or several (an enhanced CT, a NIfTI volume), or a
+`RejectedFile` that names the faulty tag or value.
 """
 
 import dataclasses
@@ -10,17 +10,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ich_keras.ct.encoding import StoredPixels
 from ich_keras.ct.header import SliceHeader, parse_header
+from ich_keras.ct.multiframe import Headers, open_frames, parse_headers
 from ich_keras.ct.nifti import is_nifti, read_volume
 from ich_keras.ct.pixels import hounsfield_units, may_be_wrapped
 from ich_keras.ct.plausibility import Content, judge_slice
-from ich_keras.ct.rejects import RejectedFile
+from ich_keras.ct.rejects import FRAMES, RejectedFile
 from ich_keras.ct.sources import File, Frame, Source, name_of, opened
-
-_FRAMES = (
-    "Name one of them, ich_keras.ct.sources.Frame(path, number), or index the file:"
-    " ich_keras.index_folder(path)."
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,8 @@ def read_headers(file: File, any_image_type: bool = False) -> dict[int, SliceHea
     """
     if is_nifti(name_of(file)):
         return dict(enumerate(read_volume(file).headers, 1))
-    return {0: read_header(file, any_image_type=any_image_type)}
+    with opened(file, is_whole=False) as stream:
+        return parse_headers(stream, any_image_type)
 
 
 def read_slice(source: Source, force: bool = False, any_image_type: bool = False) -> CTSlice:
@@ -101,17 +99,10 @@ def read_slice(source: Source, force: bool = False, any_image_type: bool = False
     _require_single(source)
     with opened(source) as stream:
         header = parse_header(stream, force, any_image_type)
-        assert header.pixels is not None
+        assert header.pixels is not None  # only those of a NIfTI volume are
         stream.seek(header.pixels.offset)
         raw = stream.read(header.pixels.num_bytes)
-    hu, repaired = hounsfield_units(
-        raw, header.pixels, header.padding, header.slope, header.intercept
-    )
-    content = judge_slice(hu)
-    doubtful = not repaired and may_be_wrapped(hu, header.pixels, header.intercept)
-    if repaired or doubtful:
-        content = dataclasses.replace(content, is_repaired=repaired, may_be_wrapped=doubtful)
-    return CTSlice(header.turn.pixels(hu), repaired, header, content)
+    return _slice_of(raw, header, header.pixels)
 
 
 def read_hu(source: Source, force: bool = False, any_image_type: bool = False) -> np.ndarray:
@@ -133,21 +124,38 @@ def read_hu(source: Source, force: bool = False, any_image_type: bool = False) -
     return read_slice(source, force, any_image_type).hu
 
 
+def _slice_of(raw: bytes, header: SliceHeader, pixels: StoredPixels) -> CTSlice:
+    hu, repaired = hounsfield_units(raw, pixels, header.padding, header.slope, header.intercept)
+    content = judge_slice(hu)
+    doubtful = not repaired and may_be_wrapped(hu, pixels, header.intercept)
+    if repaired or doubtful:
+        content = dataclasses.replace(content, is_repaired=repaired, may_be_wrapped=doubtful)
+    return CTSlice(header.turn.pixels(hu), repaired, header, content)
+
+
 def _read_frame(frame: Frame) -> CTSlice:
     header = _header_of_frame(frame)
-    hu = read_volume(frame.file).hu(frame.number)
-    return CTSlice(header.turn.pixels(hu), False, header, judge_slice(hu))
+    if header.pixels is None:
+        hu = read_volume(frame.file).hu(frame.number)
+        return CTSlice(header.turn.pixels(hu), False, header, judge_slice(hu))
+    return _slice_of(open_frames(frame.file).value(header.pixels), header, header.pixels)
 
 
 def _header_of_frame(frame: Frame) -> SliceHeader:
-    headers = read_volume(frame.file).headers
-    if not 1 <= frame.number <= len(headers):
-        detail = f"there is no slice {frame.number}; the file holds {len(headers)}"
-        raise RejectedFile("CHANGED", detail)
-    return headers[frame.number - 1]
+    if is_nifti(name_of(frame.file)):
+        headers: Headers = dict(enumerate(read_volume(frame.file).headers, 1))
+    else:
+        headers = open_frames(frame.file).headers
+    header = headers.get(frame.number)
+    if header is None or frame.number == 0:
+        count = f"it holds {len(headers)}" if 0 not in headers else "it is one slice"
+        raise RejectedFile("CHANGED", f"the file has no slice {frame.number}; {count}")
+    if isinstance(header, RejectedFile):
+        raise header
+    return header
 
 
 def _require_single(source: File | BinaryIO) -> None:
     """Refuse a volume where one slice is asked for."""
     if isinstance(source, File) and is_nifti(name_of(source)):
-        raise RejectedFile("MULTIFRAME", "a NIfTI volume, which holds several slices", _FRAMES)
+        raise RejectedFile("MULTIFRAME", "a NIfTI volume, which holds several slices", FRAMES)

@@ -107,7 +107,7 @@ def _pixel_difference(one: Entry, other: Entry) -> str:
 def _same_bytes(one: Entry, other: Entry) -> bool:
     # Members of archives are compared by their pixels.
     is_plain = not one.member and not other.member
-    return is_plain and filecmp.cmp(one.path, other.path, shallow=False)
+    return is_plain and filecmp.cmp(one.container, other.container, shallow=False)
 
 
 def _pixels(entry: Entry) -> np.ndarray | None:

@@ -38,6 +38,7 @@ TAGS = {
     "ImagePositionPatient": 0x00200032,
     "ImageOrientationPatient": 0x00200037,
     "FrameOfReferenceUID": 0x00200052,
+    "StackID": 0x00209056,
     "TemporalPositionIdentifier": 0x00200100,
     "SamplesPerPixel": 0x00280002,
     "PhotometricInterpretation": 0x00280004,
@@ -54,6 +55,7 @@ TAGS = {
     "RescaleIntercept": 0x00281052,
     "RescaleSlope": 0x00281053,
     "RescaleType": 0x00281054,
+    "ExtendedOffsetTable": 0x7FE00001,
     "FloatPixelData": 0x7FE00008,  # 0x7FE00009 is DoubleFloatPixelData
     "PixelData": 0x7FE00010,
 }

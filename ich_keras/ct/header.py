@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from ich_keras.ct.data_set import has_explicit_vr, read_elements, read_meta
+from ich_keras.ct.data_set import CT_IMAGE, ENHANCED_CT, DataSet, read_data_set
 from ich_keras.ct.elements import (
     TAGS,
     Element,
-    Stop,
     bad_value,
     decimal,
     decimals_of,
@@ -26,10 +25,6 @@ from ich_keras.ct.elements import (
     uid_of,
 )
 from ich_keras.ct.encoding import (
-    DEFLATED,
-    EXPLICIT_BIG_ENDIAN,
-    EXPLICIT_LITTLE_ENDIAN,
-    IMPLICIT_LITTLE_ENDIAN,
     NATIVE,
     StoredPixels,
     require_decoder,
@@ -38,8 +33,8 @@ from ich_keras.ct.kind import is_acquired, is_localizer
 from ich_keras.ct.padding import Padding, padding_of
 from ich_keras.ct.pixels import locate
 from ich_keras.ct.rejects import (
-    COPY_AGAIN,
     EXPORT_AGAIN,
+    FRAMES,
     LEAVE_OR_ASK,
     LEAVE_OUT,
     SINGLE_FRAME,
@@ -65,14 +60,12 @@ FACT_TAGS = (
     "KVP",
     "TemporalPositionIdentifier",
     "FrameOfReferenceUID",
+    "StackID",
 )
 TIME_TAGS = ("AcquisitionTime", "ContentTime")
 
-_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-_MULTIFRAME_CT = (f"{_CT_IMAGE}.1", f"{_CT_IMAGE}.2")
 # PS3.5 9.1: components without leading zeros.
 _UID = re.compile(r"(?=.{1,64}$)(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
-_FIRST_PIXELS, _LAST_PIXELS = TAGS["FloatPixelData"], TAGS["PixelData"]
 
 
 @dataclass(frozen=True)
@@ -142,50 +135,25 @@ def parse_header(stream: BinaryIO, force: bool, any_image_type: bool = False) ->
     """
     elements: dict[int, Element] = {}
     try:
-        return _parse(stream, force, any_image_type, elements)
+        return single_slice(read_data_set(stream, force, elements), stream, any_image_type)
     except RejectedFile as error:
-        error.series_instance_uid = _series_of(elements)
+        error.series_instance_uid = series_of(elements)
         raise
 
 
-def _series_of(elements: dict[int, Element]) -> str:
+def single_slice(data_set: DataSet, stream: BinaryIO, any_image_type: bool) -> SliceHeader:
+    """Check the header of a single-frame file whose data set was read; see `parse_header`."""
+    _check_kind(data_set, any_image_type)
+    pixels = locate(required_pixels(data_set), stream, data_set.size)
+    return slice_of(data_set, pixels)
+
+
+def series_of(elements: dict[int, Element]) -> str:
+    """Return SeriesInstanceUID for a reject; "" if there is no usable one."""
     try:
         return uid_of(elements, "SeriesInstanceUID")
     except RejectedFile:
         return ""
-
-
-def _parse(
-    stream: BinaryIO, force: bool, any_image_type: bool, elements: dict[int, Element]
-) -> SliceHeader:
-    size = stream.seek(0, 2)
-    stream.seek(0)
-    meta = read_meta(stream, size, force)
-    if stream.tell() >= size:
-        detail = f"the file ends after the file meta information, at {size} bytes"
-        raise RejectedFile("TRUNCATED", detail, COPY_AGAIN)
-    syntax = text_of(meta, "TransferSyntaxUID")
-    if not syntax and not force:
-        raise missing("TransferSyntaxUID")
-    if syntax == DEFLATED:
-        require_decoder(syntax)  # there is none: nothing may be inflated
-    is_explicit = has_explicit_vr(stream)
-    if not syntax:
-        syntax = EXPLICIT_LITTLE_ENDIAN if is_explicit else IMPLICIT_LITTLE_ENDIAN
-    stop = read_elements(
-        stream,
-        size,
-        not is_explicit,
-        syntax != EXPLICIT_BIG_ENDIAN,
-        lambda tag: _FIRST_PIXELS <= tag <= _LAST_PIXELS,
-        elements,
-        "header",
-    )
-    _check_kind(elements, meta, any_image_type)
-    if syntax not in NATIVE:
-        _require_uid(syntax)
-        require_decoder(syntax)
-    return _check_slice(elements, syntax, stop, stream, size)
 
 
 def _require_uid(syntax: str) -> None:
@@ -194,16 +162,27 @@ def _require_uid(syntax: str) -> None:
         raise bad_value("TransferSyntaxUID", show(syntax), "a UID")
 
 
-def _check_kind(
-    elements: dict[int, Element], meta: dict[int, Element], any_image_type: bool
-) -> None:
+def _check_kind(data_set: DataSet, any_image_type: bool) -> None:
     """Refuse anything but a single acquired CT image, before its tags are required."""
-    sop_class = text_of(elements, "SOPClassUID") or text_of(meta, "MediaStorageSOPClassUID")
-    if sop_class in _MULTIFRAME_CT:
-        detail = f"{name('SOPClassUID')} is {sop_class} (enhanced CT); expected {_CT_IMAGE}"
-        raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
-    if sop_class not in ("", _CT_IMAGE):
-        detail = f"{name('SOPClassUID')} is {show(sop_class)}; expected {_CT_IMAGE} (CT image)"
+    if data_set.is_enhanced:
+        found = f"{name('SOPClassUID')} is {data_set.sop_class}"
+        detail = f"{found} (enhanced CT); expected {CT_IMAGE}"
+        raise RejectedFile("MULTIFRAME", detail, FRAMES)
+    frames = text_of(data_set.elements, "NumberOfFrames")
+    check_image(data_set, any_image_type, frames)
+
+
+def check_image(data_set: DataSet, any_image_type: bool, frames: str = "") -> None:
+    """Refuse anything but an acquired CT image whose pixels can be decoded.
+
+    Args:
+        data_set: whose tags are looked at before others are required.
+        any_image_type: also take what Image Type says is not an acquired slice.
+        frames: NumberOfFrames, of what should hold one.
+    """
+    elements, sop_class = data_set.elements, data_set.sop_class
+    if sop_class not in ("", CT_IMAGE, *ENHANCED_CT):
+        detail = f"{name('SOPClassUID')} is {show(sop_class)}; expected {CT_IMAGE} (CT image)"
         raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
     modality = text_of(elements, "Modality")
     if not modality and not sop_class:
@@ -211,7 +190,6 @@ def _check_kind(
     if modality not in ("", "CT"):
         detail = f"{name('Modality')} is {show(modality)}; expected CT"
         raise RejectedFile("NOT_CT", detail, LEAVE_OUT)
-    frames = text_of(elements, "NumberOfFrames")
     if frames not in ("", "1"):
         detail = f"{name('NumberOfFrames')} is {show(frames)}; expected 1 or none"
         raise RejectedFile("MULTIFRAME", detail, SINGLE_FRAME)
@@ -219,11 +197,43 @@ def _check_kind(
     if not any_image_type and not is_acquired(image_type):
         detail = f"{name('ImageType')} is {show(image_type)}; expected an acquired slice"
         raise RejectedFile("NOT_ORIGINAL", detail, LEAVE_OR_ASK)
+    if data_set.syntax not in NATIVE:
+        _require_uid(data_set.syntax)
+        require_decoder(data_set.syntax)
 
 
-def _check_slice(
-    elements: dict[int, Element], syntax: str, stop: Stop | None, stream: BinaryIO, size: int
-) -> SliceHeader:
+def required_pixels(data_set: DataSet) -> StoredPixels:
+    """Return how and where the pixels are stored, as the data set says.
+
+    Raises:
+        RejectedFile: they are absent, or not 16-bit integers of one channel.
+    """
+    elements, stop = data_set.elements, data_set.stop
+    is_signed, bits_stored = _check_encoding(elements)
+    rows, columns = _side(elements, "Rows"), _side(elements, "Columns")
+    if stop is None:
+        raise missing("PixelData")
+    if stop.tag != TAGS["PixelData"]:
+        raise _unsupported("PixelData", "floating-point", "16-bit integers")
+    return StoredPixels(
+        rows=rows,
+        columns=columns,
+        is_signed=is_signed,
+        bits_stored=bits_stored,
+        transfer_syntax_uid=data_set.syntax,
+        offset=stop.value_offset,
+        num_bytes=stop.length,
+    )
+
+
+def slice_of(data_set: DataSet, pixels: StoredPixels) -> SliceHeader:
+    """Check the tags of one slice.
+
+    Args:
+        data_set: its tags.
+        pixels: where its pixels are.
+    """
+    elements = data_set.elements
     names: dict[str, Any] = {
         "sop_instance_uid": uid_of(elements, "SOPInstanceUID"),
         "series_instance_uid": uid_of(elements, "SeriesInstanceUID"),
@@ -232,29 +242,21 @@ def _check_slice(
         "acquisition": text_of(elements, "AcquisitionNumber"),
         "instance_number": text_of(elements, "InstanceNumber"),
     }
-    is_signed, bits_stored = _check_encoding(elements)
-    rows, columns = _side(elements, "Rows"), _side(elements, "Columns")
     row_spacing, column_spacing = decimals_of(elements, "PixelSpacing", 2, MAX_SPACING_MM)
     if min(row_spacing, column_spacing) <= 0:
         found = show(text_of(elements, "PixelSpacing"))
         raise bad_value("PixelSpacing", found, "two numbers above 0, in mm")
     position = decimals_of(elements, "ImagePositionPatient", 3, MAX_POSITION_MM)
-    plane = Plane(rows, columns, row_spacing, column_spacing, position, _orientation(elements))
+    plane = Plane(
+        pixels.rows,
+        pixels.columns,
+        row_spacing,
+        column_spacing,
+        position,
+        _orientation(elements),
+    )
     turn = Turn.of(plane.orientation)
     slope, intercept = _rescale(elements)
-    if stop is None:
-        raise missing("PixelData")
-    if stop.tag != TAGS["PixelData"]:
-        raise _unsupported("PixelData", "floating-point", "16-bit integers")
-    pixels = StoredPixels(
-        rows=rows,
-        columns=columns,
-        is_signed=is_signed,
-        bits_stored=bits_stored,
-        transfer_syntax_uid=syntax,
-        offset=stop.value_offset,
-        num_bytes=stop.length,
-    )
     return SliceHeader(
         **names,
         **turn.plane(plane)._asdict(),
@@ -265,8 +267,8 @@ def _check_slice(
         times=tuple(note_of(elements, keyword) for keyword in TIME_TAGS),
         slope=slope,
         intercept=intercept,
-        pixels=locate(pixels, stream, size),
-        padding=padding_of(elements, is_signed, bits_stored, slope, intercept),
+        pixels=pixels,
+        padding=padding_of(elements, pixels.is_signed, pixels.bits_stored, slope, intercept),
     )
 
 

@@ -29,6 +29,8 @@ _COMPUTED = frozenset(
             "MINIP",
             "MNIP",
             "MAXIP",
+            "MAXIMUM",
+            "MINIMUM",
             "AIP",
             "AVGIP",
             "TMIP",

@@ -51,13 +51,16 @@ class Member(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened_member(member: Member, is_whole: bool = True) -> Iterator[BinaryIO]:
+def opened_member(
+    member: Member, is_whole: bool = True, most_bytes: int = MAX_MEMBER_BYTES
+) -> Iterator[BinaryIO]:
     """Open a member as a seekable binary file.
 
     Args:
         member: its place.
         is_whole: check all bytes of a zip's member against their checksum before any is handed out.
             Otherwise it is unpacked as far as it is read, and not checked.
+        most_bytes: of a zip's member, unpacked.
 
     Raises:
         RejectedFile: BAD_MEMBER, there is no such member, or it is damaged; TOO_LARGE.
@@ -70,7 +73,7 @@ def opened_member(member: Member, is_whole: bool = True) -> Iterator[BinaryIO]:
             _require_tar_header(head, member)
             yield io.BufferedReader(_Window(archive, member))
             return
-        unpacked = _Unpacked(archive, member, head)
+        unpacked = _Unpacked(archive, member, head, most_bytes)
         if is_whole:
             yield io.BytesIO(unpacked.whole())
             return
@@ -157,9 +160,11 @@ class _Window(_Part):
 class _Unpacked(_Part):
     """A member of a zip, unpacked as far as it is read; what was unpacked stays in memory."""
 
-    def __init__(self, archive: BinaryIO, member: Member, head: bytes) -> None:
+    def __init__(
+        self, archive: BinaryIO, member: Member, head: bytes, most_bytes: int = MAX_MEMBER_BYTES
+    ) -> None:
         super().__init__(archive, member)
-        self.most_bytes = MAX_MEMBER_BYTES
+        self.most_bytes = most_bytes
         if len(head) < _LOCAL_HEADER.size:
             raise bad_member("the archive ends inside its header")
         _, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(head)

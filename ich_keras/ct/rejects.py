@@ -25,6 +25,7 @@ LEAVE_OR_ASK = (
 )
 COPY_AGAIN = "Copy or download the file again."
 EXPORT_AGAIN = "Export the series again from where it came from, or leave the file out."
+FRAMES = "Name one, ich_keras.ct.sources.Frame(path, number), or index it: index_folder(path)."
 SINGLE_FRAME = "Convert it to single-frame CT images first."
 NIFTI = "pip install 'ich_keras[nifti]'"
 CODECS = "pip install 'ich_keras[codecs]'"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ich_keras.ct.members import Member, opened_member
+from ich_keras.ct.members import MAX_MEMBER_BYTES, Member, opened_member
 from ich_keras.ct.rejects import RejectedFile
 
 File = str | PathLike | Member
@@ -74,15 +74,21 @@ def name_of(file: File) -> str:
 
 
 @contextlib.contextmanager
-def opened(file: File | BinaryIO, is_whole: bool = True) -> Iterator[BinaryIO]:
+def opened(
+    file: File | BinaryIO, is_whole: bool = True, most_bytes: int = MAX_MEMBER_BYTES
+) -> Iterator[BinaryIO]:
     """Open a file, or a member of an archive; what is open stays so.
+
+    Args:
+        file: what to open.
+        is_whole, most_bytes: as for `ich_keras.ct.members.opened_member`.
 
     Raises:
         RejectedFile: UNREADABLE, or as `ich_keras.ct.members.opened_member` raises it.
     """
     try:
         if isinstance(file, Member):
-            with opened_member(file, is_whole) as stream:
+            with opened_member(file, is_whole, most_bytes) as stream:
                 yield stream
         elif isinstance(file, str | PathLike):
             with open(file, "rb") as stream:
