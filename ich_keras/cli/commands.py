@@ -5,6 +5,7 @@ import click
 from ich_keras import __version__
 from ich_keras.cli.checks import verify
 from ich_keras.cli.data import audit, cache, doctor, index, phantom
+from ich_keras.cli.folds import folds
 from ich_keras.cli.results import evaluate, predict, presets, submission
 from ich_keras.cli.train import train_main
 from ich_keras.terminal import HELP, Group, catch_termination
@@ -25,6 +26,7 @@ for _command in (
     index,
     cache,
     train_main,
+    folds,
     evaluate,
     predict,
     audit,

@@ -74,3 +74,19 @@ def names_of(options: dict[str, Any], but: tuple[str, ...] = ()) -> str:
     """Return the names of the options that were given, except those in `but`."""
     given = [name for name, value in options.items() if value is not None and name not in but]
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def split_option(split: str | None, fold: str | None) -> str | None:
+    """Return what --split and --fold ask for.
+
+    Raises:
+        UsageError: both are given, or the fold is not K/N.
+    """
+    if fold is None:
+        return split
+    if split is not None:
+        raise UsageError("--fold and --split are both given.", "Leave one of them out.")
+    one, slash, of = fold.partition("/")
+    if not (slash and one.isdecimal() and of.isdecimal()):
+        raise UsageError(f"--fold {fold} is not K/N.", "The first of five folds is 1/5.")
+    return f"fold-{int(one)}/{int(of)}"

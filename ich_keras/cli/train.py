@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ich_keras.cli.configuration import names_of, run_config
+from ich_keras.cli.configuration import names_of, run_config, split_option
 from ich_keras.cli.options import (
     ANY_BODY_PART,
     ANY_IMAGE_TYPE,
@@ -121,6 +121,7 @@ def train_main(
     """
     catch_termination()
     rank = this_rank()
+    options["split"] = split_option(options["split"], options.pop("fold"))
     if more_epochs is not None:
         require_more_alone(rank, gpus, resume)
     if tensorboard is not None:

@@ -31,6 +31,12 @@ _OPTIONS = (
         type=NAME_OR_PATH,
         help="patient (default), none, thesis-slices, thesis-series, or a file.",
     ),
+    click.option(
+        "--fold",
+        metavar="K/N",
+        help="Cross-validation by patient: test on part K of N, validate on the next. `ich folds`"
+        " trains all and joins them.",
+    ),
     click.option("--view", help="slice, slab or series; default: to suit the preset."),
     click.option(
         "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."

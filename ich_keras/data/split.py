@@ -5,6 +5,7 @@ split is, and `split_audit` for who leaks.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from ich_keras.labels import SIX, LabelSet
 from ich_keras.paths import path_of
 
 FRACTIONS = (0.70, 0.15, 0.15)
+_FOLD = re.compile(r"fold-(\d{1,4})/(\d{1,4})")
 
 
 def make_split(
@@ -39,10 +41,11 @@ def make_split(
     """Make a split by name, or read one from a file, and refuse it when it leaks.
 
     Args:
-        name_or_path: "patient", "none", "thesis-slices", "thesis-series", a CSV file (see
-            `split_from_file`), or a JSON file that `Split.save` wrote.
+        name_or_path: "patient", "fold-2/5" (`split_by_fold`), "none", "thesis-slices",
+            "thesis-series", a CSV file (see `split_from_file`), or a JSON file that `Split.save`
+            wrote.
         slices: the slice table, with labels.
-        seed: of the draw; used by "patient" only.
+        seed: of the draw; used by "patient" and folds only.
         labels: the label columns.
 
     Raises:
@@ -72,6 +75,8 @@ def find_split(
     name = str(path_of(str(name_or_path), "split"))
     if name == "patient":
         split = split_by_patient(slices, seed, labels=labels)
+    elif (found := _FOLD.fullmatch(name)) is not None:
+        split = split_by_fold(slices, seed, int(found[1]), int(found[2]), labels)
     elif name == "none":
         split = split_none(slices, labels)
     elif name == "thesis-slices":
@@ -90,7 +95,7 @@ def find_split(
         guess = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"split {name!r} is neither a known name nor a file.",
-            f"{guess}Known: {', '.join(NAMES)}, or a CSV file, or a split saved as JSON.",
+            f"{guess}Known: {', '.join(NAMES)}, fold-1/5, or a CSV file, or a split saved as JSON.",
         )
     return split
 
@@ -123,21 +128,63 @@ def split_by_patient(
             f"split fractions {tuple(fractions)} are unusable.",
             "Give three positive numbers that sum to 1.",
         )
+    parts, series = _parts_of_patients(slices, seed, np.array(fractions), labels)
+    names = parts.map(lambda part: SPLITS[part])
+    return series_split("patient", seed, series["series_uid"], series["patient_id"].map(names))
+
+
+def split_by_fold(
+    slices: pd.DataFrame, seed: int, fold: int, of: int, labels: LabelSet = SIX
+) -> Split:
+    """Split for cross-validation: one part of the patients for testing, the next for validation.
+
+    The parts are alike in all labels and in size; see `stratify`. With one seed, each patient is in
+    the test split of exactly one fold.
+
+    Args:
+        slices: the slice table, with labels.
+        seed: of the draw.
+        fold: which, from 1.
+        of: how many there are, 3 or more.
+        labels: the label columns.
+
+    Raises:
+        UsageError: there is no such fold.
+        DataError: as `split_by_patient`, with as many patients as folds.
+    """
+    if not (of >= len(SPLITS) and 1 <= fold <= of):
+        raise UsageError(
+            f"fold {fold} of {of}; expected three folds or more, and one of them.",
+            "The first of five folds is 1/5.",
+        )
+    parts, series = _parts_of_patients(slices, seed, np.full(of, 1 / of), labels)
+    test, valid = fold - 1, fold % of
+    names = parts.map(lambda part: {test: "test", valid: "valid"}.get(part, "train"))
+    members = series["patient_id"].map(names)
+    return series_split(f"fold-{fold}/{of}", seed, series["series_uid"], members)
+
+
+def _parts_of_patients(
+    slices: pd.DataFrame, seed: int, fractions: np.ndarray, labels: LabelSet
+) -> tuple[pd.Series, pd.DataFrame]:
+    """Divide patients: return the part of each, by patient_id, and the table of their series."""
     labelled = slices[is_labelled(slices, labels)]
     require_patient_ids(labelled)
     require_two_classes(labelled, labels)
     by_patient = labelled.groupby("patient_id", sort=True)
     positive = (by_patient[list(labels.names)].max().to_numpy() == 1).astype(np.int64)
     num_slices = by_patient.size().to_numpy()
-    if len(num_slices) < len(SPLITS):
+    if len(num_slices) < len(fractions):
+        count = "three splits need at least three"
+        if len(fractions) > len(SPLITS):
+            count = f"{len(fractions)} folds need as many"
         raise DataError(
-            f"{len(num_slices)} patient(s) with labels; three splits need at least three.",
+            f"{len(num_slices)} patient(s) with labels; {count}.",
             "Add patients, or overfit deliberately with --split none.",
         )
-    parts = stratify(positive, num_slices, np.array(fractions), np.random.default_rng(seed))
-    part_of = pd.Series(np.array(SPLITS)[parts], index=by_patient.size().index)
+    parts = stratify(positive, num_slices, fractions, np.random.default_rng(seed))
     series = labelled[["series_uid", "patient_id"]].drop_duplicates()
-    return series_split("patient", seed, series["series_uid"], series["patient_id"].map(part_of))
+    return pd.Series(parts, index=by_patient.size().index), series
 
 
 def split_none(slices: pd.DataFrame, labels: LabelSet = SIX) -> Split:

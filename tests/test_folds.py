@@ -1,0 +1,185 @@
+"""Cross-validation: folds of patients, and their runs joined."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from sklearn.metrics import roc_auc_score
+
+from ich_keras.cli import main
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.data.split import make_split, split_by_fold
+from ich_keras.errors import DataError, UsageError
+from ich_keras.folds import join_folds
+from ich_keras.labels import LABELS, LabelSet
+from ich_keras.run_folder import RunFolder
+from ich_keras.training import train
+
+
+def patients_of(split, slices, part):
+    rows = slices.iloc[split.indices(slices, part)]
+    return set(rows["patient_id"])
+
+
+@pytest.mark.parametrize("of", [3, 5])
+def test_every_patient_is_tested_once(phantom_cache, of):
+    slices = phantom_cache.slices
+    splits = [make_split(f"fold-{fold}/{of}", slices, 4) for fold in range(1, of + 1)]
+    tested = [patients_of(split, slices, "test") for split in splits]
+    assert set.union(*tested) == set(slices["patient_id"])
+    assert sum(map(len, tested)) == slices["patient_id"].nunique()
+    for number, split in enumerate(splits):
+        parts = {part: patients_of(split, slices, part) for part in ("train", "valid", "test")}
+        assert parts["valid"] == tested[(number + 1) % of]
+        assert not parts["train"] & (parts["valid"] | parts["test"])
+        assert set.union(*parts.values()) == set(slices["patient_id"])
+    # Alike in the labels that several patients have.
+    positive = slices.groupby("patient_id")["any"].max()
+    shares = [positive[sorted(part)].mean() for part in tested]
+    assert max(shares) - min(shares) < 0.35
+    assert split_by_fold(slices, 4, 1, of) == splits[0] != split_by_fold(slices, 5, 1, of)
+
+
+def test_folds_of_other_labels_are_stratified_by_them():
+    random = np.random.default_rng(0)
+    slices = pd.DataFrame({"mass": random.integers(0, 2, 60)}).assign(
+        sop_instance_uid=[f"i{n}" for n in range(60)]
+    )
+    for key in ("series_uid", "study_instance_uid", "patient_id"):
+        slices[key] = [f"{key}-{n // 2}" for n in range(60)]
+    labels = LabelSet(("mass",))
+    split = make_split("fold-2/3", slices, 0, labels)
+    positive = slices.groupby("patient_id")["mass"].max()
+    counts = []
+    for part in ("train", "valid", "test"):
+        rows = slices.iloc[split.indices(slices, part, labels)]
+        counts.append(int(positive[rows["patient_id"].unique()].sum()))
+    assert sum(counts) == int(positive.sum())
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("name", ["fold-0/5", "fold-6/5", "fold-1/2"])
+def test_folds_that_do_not_exist_are_refused(phantom_cache, name):
+    with pytest.raises(UsageError, match="expected three folds or more, and one of them"):
+        make_split(name, phantom_cache.slices, 0)
+
+
+def test_more_folds_than_patients_are_refused(phantom_cache):
+    with pytest.raises(DataError, match=r"\d+ patient\(s\) with labels; 500 folds need as many"):
+        make_split("fold-1/500", phantom_cache.slices, 0)
+
+
+def config_of(fold, **settings):
+    return RunConfig(
+        preset="resnet10_2d",
+        device="cpu",
+        precision="float32",
+        data=DataConfig(size=16, split=f"fold-{fold}/3"),
+        fit=FitConfig(epochs=1, batch_size=64, learning_rate=1e-3, **settings),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(phantom_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    return [train(config_of(n), phantom_cache, folder / f"fold-{n}") for n in (1, 2, 3)]
+
+
+def test_runs_are_joined_out_of_fold(runs, phantom_cache, tmp_path):
+    found = join_folds(runs, phantom_cache, tmp_path / "joined")
+    table = pd.read_csv(tmp_path / "joined" / "out-of-fold-slice.csv")
+    assert len(table) == len(phantom_cache) and not table["sop_instance_uid"].duplicated().any()
+    truth = phantom_cache.slices.set_index("sop_instance_uid").loc[table["sop_instance_uid"]]
+    assert table["true_any"].tolist() == truth["any"].tolist()
+    metrics = found.metrics["slice"]
+    assert metrics["auroc"]["any"] == pytest.approx(roc_auc_score(truth["any"], table["any"]))
+    for fold, run in enumerate(runs, 1):
+        own = RunFolder(run).metrics("test")
+        assert metrics["auroc_of_folds"]["any"][fold] == pytest.approx(own["slice"]["auroc"]["any"])
+        series = found.metrics["series"]["auroc_of_folds"]["any"][fold]
+        assert series == pytest.approx(own["series"]["auroc"]["any"])
+    assert metrics["intervals"]["patients"] == phantom_cache.slices["patient_id"].nunique()
+    assert found.metrics["series"]["n"]["samples"] == len(phantom_cache.series)
+    # Each patient's numbers are those of the run that did not see him.
+    one = RunFolder(runs[1]).split().members["test"][0]
+    rows = table[table["series_instance_uid"] == one]
+    assert set(rows["fold"]) == {2}
+    own = pd.read_csv(RunFolder(runs[1]).predictions_file("test"))
+    own = own[own["series_instance_uid"] == one]
+    np.testing.assert_array_equal(rows[list(LABELS)], own[list(LABELS)])
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs, phantom_cache, tmp_path):
+    with pytest.raises(DataError, match="are both fold 1"):
+        join_folds([runs[0], runs[0], runs[1]], phantom_cache)
+    with pytest.raises(DataError, match=r"fold\(s\) 3 of 3 are missing"):
+        join_folds(runs[:2], phantom_cache)
+    with pytest.raises(UsageError, match="1 run"):
+        join_folds(runs[:1], phantom_cache)
+    other = train(config_of(3, loss="rsna"), phantom_cache, tmp_path / "other")
+    with pytest.raises(DataError, match="was trained in another way than .*: loss"):
+        join_folds([*runs[:2], other], phantom_cache)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs[2], damaged)
+    (damaged / "predictions-test.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(Exception, match="predictions-test"):
+        join_folds([*runs[:2], damaged], phantom_cache, tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_the_command_joins_finished_folds_and_passes_options_on(
+    runs, phantom_cache_folder, tmp_path, monkeypatch
+):
+    for number, run in enumerate(runs, 1):
+        shutil.copytree(run, tmp_path / "cv" / f"fold-{number}")
+    command = ["folds", "--cache", str(phantom_cache_folder), "--out", str(tmp_path / "cv")]
+    done = CliRunner().invoke(main, [*command, "--folds", "3"])
+    assert done.exit_code == 0, done.output
+    assert "out of fold, per slice" in done.output
+    assert (tmp_path / "cv" / "joined" / "out-of-fold-series.csv").is_file()
+    started = []
+
+    class Ended:
+        returncode = 3
+
+    monkeypatch.setattr("subprocess.run", lambda words, check: started.append(words) or Ended())
+    shutil.rmtree(tmp_path / "cv" / "fold-2")
+    done = CliRunner().invoke(main, [*command, "--folds", "3", "--epochs", "2", "--seed=7"])
+    assert done.exit_code == 3
+    (words,) = started
+    assert words[2:] == [
+        "ich_keras.cli.train",
+        *("--fold", "2/3", "--out", str(tmp_path / "cv" / "fold-2"), "--epochs", "2", "--seed=7"),
+        *("--cache", str(phantom_cache_folder)),
+    ]
+
+
+BAD = {
+    "two folds": (["--folds", "2"], "--folds is 2; expected at least 3"),
+    "its own split": (["--split", "patient"], "--split is decided by `ich folds`"),
+    "its own out": (["--resume=x"], "--resume=x is decided by `ich folds`"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_options_that_folds_decide_are_refused(phantom_cache_folder, tmp_path, options, message):
+    command = ["folds", "--cache", str(phantom_cache_folder), "--out", str(tmp_path / "cv")]
+    done = CliRunner().invoke(main, [*command, *options])
+    assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
+    assert not (tmp_path / "cv").exists()
+
+
+BAD_FOLDS = {
+    "text": ["--fold", "first"],
+    "both": ["--fold", "1/3", "--split", "patient"],
+}
+
+
+@pytest.mark.parametrize("options", BAD_FOLDS.values(), ids=BAD_FOLDS)
+def test_a_fold_is_named_by_number(phantom_cache_folder, tmp_path, options):
+    command = ["train", "--cache", str(phantom_cache_folder), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, [*command, *options])
+    assert done.exit_code == 2
+    assert "--fold" in done.output and not (tmp_path / "run").exists()
