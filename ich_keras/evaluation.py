@@ -24,6 +24,7 @@ from ich_keras.metrics.binary import binary_metrics, truth_columns
 from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
 from ich_keras.metrics.intervals import bootstrap
 from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
+from ich_keras.metrics.triage import triage
 from ich_keras.notices import UNFINISHED
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
@@ -280,7 +281,17 @@ def scored(level: Level, prevalence: list[float] | None, chosen: dict) -> dict:
         "intervals": _intervals(level),
         "calibration": _calibration(level, chosen.get("temperature")),
         "operating": _operating(level, chosen.get("thresholds")),
+        "triage": _triage(level),
     }
+
+
+def _triage(level: Level) -> dict | None:
+    """Return the worklist of the label that stands for all; None without it, or of classes."""
+    if level.labels.exclusive:
+        return None
+    column = level.labels.index(level.labels.shown)
+    is_known = level.truth[:, column] != UNLABELLED
+    return triage(level.truth[is_known, column] == 1, level.values[is_known, column])
 
 
 def choose(level: Level) -> dict:

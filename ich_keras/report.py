@@ -125,6 +125,16 @@ def _beyond_rankings(part: dict) -> list[str]:
             ),
             "",
         ]
+    if part.get("triage"):
+        found = part["triage"]
+        reached = dict(zip(found["read"], found["found"], strict=True))
+        lines += [
+            "Read in the order of the network, the likeliest first: "
+            + ", ".join(f"{reached[share]:.0%} found in {share:.0%}" for share in (0.1, 0.2, 0.5))
+            + f"; the first positive is number {found['first_positive']:.1f}"
+            f" ({found['first_positive_as_they_come']:.1f} in random order).",
+            "",
+        ]
     if part.get("calibration", {}).get("temperature"):
         found = part["calibration"]
         lines += [
