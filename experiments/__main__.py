@@ -279,5 +279,23 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+@main.command("published-split")
+@click.option(
+    "--table",
+    type=PathType(dir_okay=False, exists=True),
+    required=True,
+    metavar="CSV",
+    help="With PatientIDs, such as slices.csv of an index.",
+)
+@click.option(
+    "--out", type=PathType(dir_okay=False), required=True, metavar="CSV", help="New file."
+)
+def published_split(table: Path, out: Path) -> None:
+    """Write a split that everybody with these patients can make again; prints its SHA-256."""
+    from experiments.published_splits import write_split
+
+    click.echo(f"{write_split(table, out)}  {out}")
+
+
 if __name__ == "__main__":
     main(prog_name="python -m experiments")
