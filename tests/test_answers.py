@@ -19,6 +19,7 @@ from ich_keras.files import write_json
 from ich_keras.labels import LabelSet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
+from ich_keras.prediction_journal import PredictionJournal
 from ich_keras.prediction_tables import FolderPrediction
 from ich_keras.run_checksums import write_checksums
 from ich_keras.run_folder import RunFolder
@@ -160,6 +161,47 @@ def test_tables_hold_what_the_rules_say(two):
     assert series["raw_any"] == np.float32(0.9)
     assert series["decision_any"] == ("yes" if np.float32(0.9) >= limit else "no")
     assert series["group_any"] in ("low", "unsure", "high")
+
+
+def test_series_are_ranked_by_rules_that_other_patients_chose(copy):
+    """No fold is scored with a rule that its own patients had a say in."""
+    random = np.random.default_rng(38)  # whose folds choose two rules
+    truth, values, uids, patients = rows_of(random)
+    validated(copy, truth, values, uids, patients)
+    rules = answer_rules(RunFolder(copy), OperatingPoint(error_rate=0.2))
+    values = values.astype(np.float32).astype(np.float64)
+    made = {
+        "max": lambda a: a.max(axis=0),
+        "mean of the top 3": lambda a: np.sort(a, axis=0)[-3:].mean(axis=0),
+        "noisy-or": lambda a: 1 - (1 - a).prod(axis=0),
+    }
+    is_true = truth.reshape(PATIENTS, 3, 2).max(axis=1)
+    folds, chosen = np.arange(PATIENTS) % 5, []
+    for fold in range(5):
+        losses = {}
+        for rule, function in made.items():
+            p = np.stack([function(values[patients == n]) for n in range(PATIENTS)])[folds != fold]
+            t = is_true[folds != fold]
+            losses[rule] = -np.mean((t * np.log(p) + (1 - t) * np.log(1 - p)) @ [1 / 3, 2 / 3])
+        chosen.append(min(losses, key=losses.get))
+    assert len(set(chosen)) == 2
+    assert rules.levels["series"].rules == tuple(chosen)
+    raw = random.uniform(0.4, 0.8, (4, 2)).astype(np.float32)
+    found = with_answers(prediction_of(raw), rules).series
+    for column, label in enumerate(TWO.names):
+        p = {}
+        for wanted in (1, 0):
+            count = 1
+            for n in range(PATIENTS):
+                function = made[chosen[n % 5]]
+                score = function(values[patients == n])[column]
+                new = function(raw.astype(np.float64))[column]
+                like = score <= new if wanted else score >= new
+                count += like and is_true[n, column] == wanted
+            p[wanted] = count / (1 + (is_true[:, column] == wanted).sum())
+        out = p[1] <= 0.2, p[0] <= 0.2
+        expected = {(True, False): "low", (False, True): "high"}.get(out, "unsure")
+        assert found[f"group_{label}"].tolist() == [expected]
 
 
 def test_slices_to_look_at_first_are_those_of_the_label_that_is_yes(two):
@@ -323,6 +365,11 @@ def test_missing_labels_and_one_class_leave_the_decision_open(copy):
     rules = answer_rules(RunFolder(copy), OperatingPoint(sensitivity=0.9))
     assert rules.levels["slice"].thresholds["any"] is None
     assert "None for any: validation has no positive slice." in " ".join(rules.sentences())
+    # A missing label is no negative one.
+    rules = answer_rules(RunFolder(copy), OperatingPoint(specificity=0.5))
+    known = np.sort(values[truth[:, 1] == 0, 1].astype(np.float32))
+    half = np.float64(known[len(known) // 2 - 1])
+    assert rules.levels["slice"].thresholds["any"] == np.nextafter(half, 1)
 
 
 def test_a_split_of_slices_leaves_series_without_answers(copy):
@@ -456,8 +503,27 @@ def test_files_that_were_exchanged_since_are_refused(copy, images, tmp_path, nam
     answer_rules(run, OperatingPoint())
     (copy / name).write_text((copy / name).read_text().replace("1", "2", 1))
     with pytest.raises(StaleError, match=f"{name} was changed after the training"):
+        answer_rules(run, OperatingPoint())
+    with pytest.raises(StaleError, match=f"{name} was changed after the training"):
         predict_folder(copy, images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_are_those_of_the_call_that_finishes(two, images, tmp_path, monkeypatch):
+    add = PredictionJournal.add
+
+    def add_and_stop(journal, results):
+        add(journal, results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PredictionJournal, "add", add_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(two, images, tmp_path / "out", batch_size=4)
+    monkeypatch.undo()
+    for out in ("out", "alone"):
+        predict_folder(two, images, tmp_path / out, batch_size=4, sensitivity=0.8)
+    found = [{p.name: p.read_bytes() for p in (tmp_path / o).iterdir()} for o in ("out", "alone")]
+    assert found[0] == found[1]
 
 
 def test_an_unfinished_training_answers_with_what_the_network_gave(copy, images, tmp_path):
