@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.answer_rules import USUAL_ERROR_RATE
 from ich_keras.ct.array_files import ArrayVolume, VolumeUids, write_slices
 from ich_keras.ct.header import MAX_ROWS_COLUMNS, MAX_SPACING_MM
 from ich_keras.ct.rejects import MAX_REJECTS, RejectedFile
@@ -45,6 +46,9 @@ def predict_arrays(
     any_body_part: bool = False,
     unfinished: bool = False,
     max_rejects: float = MAX_REJECTS,
+    specificity: float | None = None,
+    sensitivity: float | None = None,
+    error_rate: float = USUAL_ERROR_RATE,
 ) -> FolderPrediction:
     """Predict volumes in memory with a trained run.
 
@@ -54,7 +58,8 @@ def predict_arrays(
             or floats (which are rounded), inferior to superior, columns to the patient's left, rows
             to the back. Without names they are called volume-1, volume-2, ...
         spacing_mm: between slices, rows and columns; one for all volumes, or one each.
-        batch_size, device, any_body_part, unfinished, max_rejects: as for `predict_folder`.
+        batch_size, device, any_body_part, unfinished, max_rejects, specificity, sensitivity,
+            error_rate: as for `predict_folder`.
 
     Returns:
         The prediction. Paths are `NAME/0001.dcm` for the most inferior slice of a volume.
@@ -75,6 +80,9 @@ def predict_arrays(
             any_body_part=any_body_part,
             unfinished=unfinished,
             max_rejects=max_rejects,
+            specificity=specificity,
+            sensitivity=sensitivity,
+            error_rate=error_rate,
         )
 
 

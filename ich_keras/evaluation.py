@@ -16,7 +16,7 @@ from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, lock, write_json
-from ich_keras.inference import load_run, probabilities, probability_table
+from ich_keras.inference import PATIENT_COLUMN, load_run, probabilities, probability_table
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.metrics.aggregation import aggregate, choose_rule, rules_of
@@ -171,6 +171,7 @@ def evaluate_network(
     else:
         table = probability_table(scored, values, labels)
     table[truth_columns(labels)] = truth
+    table[PATIENT_COLUMN] = pd.factorize(patient_or_series(scored))[0]
     # Leave out what the view skips, as the network's numbers do.
     scored_rows, train_rows = (
         samples.usable_rows(cache.slices, part) for part in (indices, train_indices)

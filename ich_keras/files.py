@@ -120,7 +120,16 @@ def write_json(path: Path | str, content: object) -> None:
     ...     read_json(Path(folder) / "a.json")
     {'epochs': 6}
     """
-    atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    atomic_write(path, json_text(content))
+
+
+def json_text(content: object) -> str:
+    """Return what `write_json` writes.
+
+    >>> json_text({"epochs": 6})
+    '{\\n "epochs": 6\\n}\\n'
+    """
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: Path | str) -> dict:

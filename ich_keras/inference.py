@@ -20,6 +20,8 @@ from ich_keras.run_folder import CACHE, PIXELS, RunFolder
 
 # Columns that identify the slice of a prediction.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
+# In the predictions of a split: which rows are of one patient. It counts from 0; no PatientID.
+PATIENT_COLUMN = "patient_number"
 
 
 def load_run(

@@ -1,4 +1,4 @@
-"""Predicting a folder of DICOM files with a run: six probabilities per slice and per series."""
+"""Predicting a folder of DICOM files with a run: answers per slice and per series."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ich_keras.answer_rules import USUAL_ERROR_RATE, OperatingPoint, answer_rules
+from ich_keras.answers import with_answers
 from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import (
     MAX_REJECTS,
@@ -237,6 +239,9 @@ def predict_folder(
     max_rejects: float = MAX_REJECTS,
     tell: Tell | None = None,
     any_image_type: bool = False,
+    specificity: float | None = None,
+    sensitivity: float | None = None,
+    error_rate: float = USUAL_ERROR_RATE,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run.
 
@@ -247,10 +252,11 @@ def predict_folder(
     Args:
         run_dir: a finished run.
         dicom_dir: any folder; files that are not usable slices are listed in `rejects`.
-        out: a new folder for predictions.csv (not for a run on whole series), series.csv,
-            rejects.csv and notice.txt, which says what the network was trained on; None writes
-            nothing. If no slice is usable, only rejects.csv is written. A folder with an
-            interrupted prediction, or with only the rejects.csv of a refused one, will do.
+        out: a new folder for predictions.csv and look_first.csv (not for a run on whole series),
+            series.csv, rejects.csv, decisions.json, and notice.txt, which says what the network was
+            trained on and how the answers were made; None writes nothing. If no slice is usable,
+            only rejects.csv is written. A folder with an interrupted prediction, or with only the
+            rejects.csv of a refused one, will do.
         batch_size: samples per step; None takes that of the run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
@@ -261,23 +267,30 @@ def predict_folder(
         max_rejects: the largest share of refused files; see `require_few_rejects`. Above it only
             rejects.csv is written; finished series are kept for another try with a higher one.
         tell: called with a line of text when the prediction is resumed.
+        specificity, sensitivity, error_rate: of decisions and groups; see `OperatingPoint`. They
+            may differ when a prediction is resumed: all answers are made at its end.
 
     Returns:
-        The prediction; paths are relative to `dicom_dir`.
+        The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
+        `dicom_dir`.
 
     Raises:
-        UsageError: `out` exists, `max_rejects` is not a share, or `dicom_dir` does not.
+        UsageError: `out` exists, `max_rejects` is not a share, or `dicom_dir` does not; and as
+            `OperatingPoint` and `answer_rules` raise it, before anything is written.
         StaleError: `run_dir` is not a finished run, another process predicts into `out`, or what
-            lies there was begun with another run, other files or other options.
+            lies there was begun with another run, other files or other options; and as
+            `answer_rules` raises it.
         NothingUsable: no slice is usable; its `rejects` say why.
         TooManyRejects: too many files are refused.
         EnvironmentProblem: a worker process died, or `out` cannot be written.
     """
     require_share(max_rejects)
+    point = OperatingPoint(specificity, sensitivity, error_rate)
     run = RunFolder.at(run_dir).require_finished(unfinished)
     if run.is_finished:
         require_choices(run)
     unfinished_notice = run.notice()
+    rules = answer_rules(run, point)
     is_synthetic = bool(run.data().get(SYNTHETIC))
     root = Path(dicom_dir).absolute()
     root = root.parent if root.is_file() else root  # an archive
@@ -310,9 +323,11 @@ def predict_folder(
         if unfinished_notice:
             notice = f"{unfinished_notice} {notice}"
             marks[UNFINISHED] = unfinished_notice
-        result = with_paths_inside(result, root)
+        result = with_paths_inside(dataclasses.replace(result, notice=notice), root)
+        result = with_answers(result, rules)
         slices = None if result.slices is None else result.slices.assign(**marks)
-        result = FolderPrediction(slices, result.series.assign(**marks), result.rejects, notice)
+        series = result.series.assign(**marks)
+        result = dataclasses.replace(result, slices=slices, series=series)
         if folder is not None and journal is not None:
             write_tables(folder, result)
             journal.remove()  # the very last: whoever finds it knows that there is more

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ich_keras.ct.journal import NEVER_KEPT
 from ich_keras.ct.leftovers import require_absent_or_rejects
-from ich_keras.ct.rejects import REJECTS_FILE, RejectedFile
+from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.reading import IndexedSlice, read_indexed
 from ich_keras.disk import full_disk_told
@@ -37,7 +37,8 @@ LOCK_FILE = "prediction.lock"
 PREDICTIONS_FILE = "predictions.csv"
 SERIES_FILE = "series.csv"
 NOTICE_FILE = "notice.txt"
-_TABLES = (PREDICTIONS_FILE, SERIES_FILE, REJECTS_FILE, NOTICE_FILE)
+LOOK_FIRST_FILE = "look_first.csv"
+DECISIONS_FILE = "decisions.json"
 # Raise the number whenever reading or predicting gives other results, or a line another content.
 _FIRST_LINE = b"ich-prediction-journal 2\n"
 _FAMILY = b"ich-prediction-journal "

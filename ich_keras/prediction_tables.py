@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,14 @@ from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import csv_text, shown_paths
 from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.views import View
-from ich_keras.files import atomic_write
+from ich_keras.files import atomic_write, json_text
 from ich_keras.inference import SLICE_COLUMNS, probability_table
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.notices import NOT_CLINICAL
 from ich_keras.prediction_journal import (
+    DECISIONS_FILE,
+    LOOK_FIRST_FILE,
     NOTICE_FILE,
     PREDICTIONS_FILE,
     SERIES_FILE,
@@ -42,10 +45,15 @@ class FolderPrediction:
         series: one row per series: its UID, number of slices, verdict, number of refused files and
             a probability for each label, aggregated from its slices by the run's rule, or from a
             run on whole series.
+
+            `predict_folder` adds answers to both: see `ich_keras.answers.with_answers`.
         rejects: one row per file that could not be used.
         notice: for every reader of the probabilities: they are not for clinical use, and, if so,
-            the network was trained only on phantoms.
+            the network was trained only on phantoms; then how the answers were made, in lines.
         labels: the columns of probabilities.
+        look_first: of each series, the slices with the most evidence for what was decided; None
+            for a run on whole series.
+        decisions: how the answers were made, as decisions.json holds it; None without answers.
     """
 
     slices: pd.DataFrame | None
@@ -53,6 +61,8 @@ class FolderPrediction:
     rejects: pd.DataFrame
     notice: str = NOT_CLINICAL
     labels: LabelSet = SIX
+    look_first: pd.DataFrame | None = None
+    decisions: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "
@@ -162,18 +172,22 @@ def rejects_inside(rejects: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 
 def write_tables(folder: Path, prediction: FolderPrediction) -> None:
-    """Write predictions.csv (not for a run on whole series), series.csv, rejects.csv, notice.txt.
+    """Write predictions.csv and look_first.csv (not for a run on whole series), series.csv,
+    rejects.csv, decisions.json and notice.txt.
 
     Raises:
         EnvironmentProblem: a file cannot be written.
     """
-    texts = {
-        SERIES_FILE: csv_text(prediction.series),
-        REJECTS_FILE: csv_text(prediction.rejects),
-        NOTICE_FILE: f"{prediction.notice}\n",
-    }
+    texts = {}
     if prediction.slices is not None:
-        texts = {PREDICTIONS_FILE: csv_text(prediction.slices), **texts}
+        texts[PREDICTIONS_FILE] = csv_text(prediction.slices)
+    if prediction.look_first is not None:
+        texts[LOOK_FIRST_FILE] = csv_text(prediction.look_first)
+    texts[SERIES_FILE] = csv_text(prediction.series)
+    texts[REJECTS_FILE] = csv_text(prediction.rejects)
+    if prediction.decisions is not None:
+        texts[DECISIONS_FILE] = json_text(prediction.decisions)
+    texts[NOTICE_FILE] = f"{prediction.notice}\n"
     for name, text in texts.items():
         with written(folder / name):
             atomic_write(folder / name, text)

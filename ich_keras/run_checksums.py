@@ -6,6 +6,7 @@ It is written just before report.md, which finishes a run. Runs of older version
 import hashlib
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 from ich_keras.errors import StaleError
 from ich_keras.files import read_json, sha256_of, write_json
@@ -74,9 +75,24 @@ def require_unchanged(run: RunFolder, weights: str | None) -> None:
     if run.choices_file.is_file():  # without it, a run takes the defaults until it chooses again
         used.append(run.choices_file)
     for path in used:
-        checksum = record[_FILES].get(path.name)
-        if checksum is not None and not _is_same(run, path.name, checksum):
-            raise StaleError(f"{path} was changed after the training.", _COPY)
+        _require_recorded(run, record, path)
+
+
+def require_file_unchanged(run: RunFolder, path: Path) -> None:
+    """Refuse a file of a finished run that is lost or was changed since.
+
+    Raises:
+        StaleError: names the file.
+    """
+    record = _read(run)
+    if record is not None:
+        _require_recorded(run, record, path)
+
+
+def _require_recorded(run: RunFolder, record: dict, path: Path) -> None:
+    checksum = record[_FILES].get(path.name)
+    if checksum is not None and not _is_same(run, path.name, checksum):
+        raise StaleError(f"{path} was changed after the training.", _COPY)
 
 
 def require_choices(run: RunFolder) -> None:

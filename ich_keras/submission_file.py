@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ich_keras.answer_rules import RAW
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_write, require_absent
 from ich_keras.labels import LABELS
@@ -21,11 +22,12 @@ def write_submission(
     """Write slice predictions in the format of RSNA's competition.
 
     Each image has six rows, in the order of `LABELS`. Its name is its SOPInstanceUID, which in
-    RSNA's data reads `ID_...`.
+    RSNA's data reads `ID_...`. The values are the network's own (columns `raw_*`), as in a run's
+    metrics, not the calibrated ones.
 
     Args:
         predictions: predictions.csv of `ich predict`, or a table with sop_instance_uid and six
-            probabilities.
+            probabilities, which are taken as they are where it has none in columns `raw_*`.
         out: a new file.
         tell: called with a line about predictions of an unfinished training, for which the format
             has no room.
@@ -50,7 +52,9 @@ def write_submission(
             ) from None
         except (OSError, ValueError) as error:
             raise UsageError(f"{predictions} cannot be read as predictions: {error}.") from error
-    absent = [name for name in ("sop_instance_uid", *LABELS) if name not in predictions]
+    raw = [f"{RAW}{name}" for name in LABELS]
+    columns = raw if set(raw) & set(predictions) else list(LABELS)
+    absent = [name for name in ("sop_instance_uid", *columns) if name not in predictions]
     if absent:
         raise DataError(
             f"the predictions lack the column(s) {', '.join(absent)}.",
@@ -66,7 +70,7 @@ def write_submission(
         )
     if uids.duplicated().any():
         raise DataError(f"image {uids[uids.duplicated()].iloc[0]} is predicted more than once.")
-    values = predictions[list(LABELS)].apply(pd.to_numeric, errors="coerce")
+    values = predictions[columns].apply(pd.to_numeric, errors="coerce")
     outside = ~((values >= 0) & (values <= 1)).all(axis=1)
     if outside.any():
         raise DataError(f"image {uids[outside].iloc[0]} has values outside 0 to 1.")

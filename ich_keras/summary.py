@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ich_keras.answer_rules import DECISION, GROUP
+from ich_keras.answers import NO, YES
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.binary import format_metric
+from ich_keras.metrics.conformal import GROUPS
 from ich_keras.report import summary_rows, trivial_line
 from ich_keras.run_folder import SYNTHETIC, RunFolder
 
@@ -214,6 +217,31 @@ def prediction_table(series: pd.DataFrame, width: int, labels: LabelSet = SIX) -
         )
         lines.append(textwrap.fill(f"{legend}.", width))
     return "\n".join([*lines, *_more(series, shown)])
+
+
+def answers_table(series: pd.DataFrame, width: int, labels: LabelSet = SIX) -> str:
+    """Count the answers of all series, label by label.
+
+    Args:
+        series: as `FolderPrediction.series`, with answers.
+        width: columns of the terminal.
+        labels: those that were answered.
+
+    >>> row = {"decision_bleed": "yes", "group_bleed": "high"}
+    >>> print(answers_table(pd.DataFrame([row] * 3), 60, LabelSet(("bleed",))))
+    series  yes  no  low  unsure  high
+    bleed     3   0    0       0     3
+    """
+    rows = [["series", YES, NO, *GROUPS]]
+    for name in labels.names:
+        decisions, groups = (series[f"{kind}{name}"] for kind in (DECISION, GROUP))
+        counts = [
+            (column == word).sum() if column.ne("").any() else "n/a"
+            for column, words in ((decisions, (YES, NO)), (groups, GROUPS))
+            for word in words
+        ]
+        rows.append([shorten_middle(name, max(width, _LEAST_WIDTH) // 3), *map(str, counts)])
+    return _fitted(rows, max(width, _LEAST_WIDTH))
 
 
 def _more(series: pd.DataFrame, shown: pd.DataFrame) -> list[str]:

@@ -35,7 +35,8 @@ from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS, RSNA_LABELLING, SIX
 from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
-from ich_keras.metrics.calibration import fit_temperature
+from ich_keras.metrics.calibration import fit_temperature, with_temperature
+from ich_keras.metrics.operating import choose_thresholds
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
@@ -47,6 +48,7 @@ from ich_keras.recipe import Recipe
 from ich_keras.run_checksums import update_checksums
 from ich_keras.run_folder import RunFolder
 from ich_keras.training import train
+from ich_keras.validation_scores import read_validation_scores
 
 NARROW = "narrow"
 
@@ -184,6 +186,25 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     assert again["slice"]["intervals"]["patients"] == count
 
 
+def test_thresholds_come_out_again_of_the_predictions_to_the_last_digit(run, phantom_cache):
+    choices = json.loads((run / "choices.json").read_text())
+    found = read_validation_scores(RunFolder(run), SIX)
+    for level in ("slice", "series"):
+        scores = found.level(level, choices["aggregation"]["rule"])
+        assert choose_thresholds(scores.truth, scores.values) == choices[level]["thresholds"]
+
+
+def test_rows_of_one_patient_have_one_number(run, phantom_cache, tmp_path):
+    copy = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    evaluate(copy, phantom_cache, "train")  # where some have several series
+    table = pd.read_csv(copy.predictions_file("train"))
+    owners = phantom_cache.slices.set_index("sop_instance_uid")["patient_id"]
+    owners = owners[table["sop_instance_uid"]]
+    numbers = table["patient_number"]
+    assert len(set(zip(owners, numbers, strict=True))) == owners.nunique() == numbers.nunique()
+    assert owners.nunique() < table["series_instance_uid"].nunique()
+
+
 def test_the_best_epoch_is_kept_and_scored(run):
     history = pd.read_csv(run / "history.csv")
     assert list(history["epoch"]) == [1, 2]
@@ -267,7 +288,7 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
         "path",
         "instance_number",
         "image_position_z_mm",
-        *LABELS,
+        *(f"{kind}{label}" for kind in ("", "raw_", "decision_", "group_") for label in LABELS),
         "trained_on",
     ]
     assert set(written["trained_on"]) == {"drawn phantoms only"}
@@ -280,12 +301,16 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
     assert "not for clinical use" in result.notice
     held_out = pd.read_csv(run / "predictions-test.csv").set_index("sop_instance_uid")
     both = written.set_index("sop_instance_uid").loc[held_out.index]
-    np.testing.assert_allclose(both[list(LABELS)], held_out[list(LABELS)], atol=1e-5)
+    raw = [f"raw_{label}" for label in LABELS]
+    np.testing.assert_allclose(both[raw], held_out[list(LABELS)], atol=1e-5)
+    temperature = json.loads((run / "choices.json").read_text())["slice"]["temperature"]
+    expected = with_temperature(held_out[list(LABELS)].to_numpy(), temperature)
+    np.testing.assert_allclose(both[list(LABELS)], expected, atol=1e-4)
     series = pd.read_csv(tmp_path / "out" / "series.csv").set_index("series_instance_uid")
     rule = json.loads((run / "choices.json").read_text())["aggregation"]["rule"]
     uids = written["series_instance_uid"]
-    joined = aggregate(written[list(LABELS)].to_numpy(), uids, rule)
-    np.testing.assert_allclose(series.loc[joined.index, list(LABELS)], joined, atol=1e-6)
+    joined = aggregate(written[raw].to_numpy(), uids, rule)
+    np.testing.assert_allclose(series.loc[joined.index, raw], joined, atol=1e-6)
     assert series["num_slices"].sum() == len(written) == len(result.slices)
     assert (tmp_path / "out" / "rejects.csv").is_file()
     with pytest.raises(UsageError, match="already exists"):

@@ -182,6 +182,24 @@ def _evaluate_split(
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
 )
+@click.option(
+    "--specificity",
+    type=float,
+    metavar="SHARE",
+    help="Decide with the lowest threshold that has this specificity on validation; default 0.9.",
+)
+@click.option(
+    "--sensitivity",
+    type=float,
+    metavar="SHARE",
+    help="Instead, with the highest threshold that has this sensitivity on validation.",
+)
+@click.option(
+    "--error-rate",
+    type=float,
+    metavar="SHARE",
+    help="Of the groups: low and high are each wrong for at most this share; default 0.1.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @UNFINISHED_RUN
@@ -194,6 +212,9 @@ def predict(
     dicom: Path | None,
     out: Path,
     batch_size: int | None,
+    specificity: float | None,
+    sensitivity: float | None,
+    error_rate: float | None,
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -204,15 +225,18 @@ def predict(
 ) -> None:
     """Predict every head CT slice in a folder: predictions.csv, series.csv, rejects.csv.
 
-    A run trained on whole series predicts series only. After an interruption, the same command
-    resumes it.
+    Each label gets a calibrated probability, the network's own (raw_*), a decision (yes, no) and a
+    group (low, unsure, high); look_first.csv names the slices to look at first, decisions.json the
+    thresholds. A run trained on whole series predicts series only. After an interruption, the same
+    command resumes it.
 
     Not a medical device; not for clinical use.
     """
+    from ich_keras.answer_rules import USUAL_ERROR_RATE
     from ich_keras.ct.rejects import REJECTS_FILE, summary
     from ich_keras.environment import choose_backend
     from ich_keras.prediction import predict_folder
-    from ich_keras.summary import prediction_table
+    from ich_keras.summary import answers_table, prediction_table
 
     choose_backend(backend)
     with open_terminal() as terminal:
@@ -229,9 +253,14 @@ def predict(
             unfinished=unfinished,
             max_rejects=share_of_rejects(max_rejects),
             tell=terminal.tell,
+            specificity=specificity,
+            sensitivity=sensitivity,
+            error_rate=USUAL_ERROR_RATE if error_rate is None else error_rate,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
-    click.echo(textwrap.fill(result.notice, terminal_width()))
+    click.echo(answers_table(result.series, terminal_width(), result.labels))
+    for line in result.notice.splitlines():
+        click.echo(textwrap.fill(line, terminal_width()))
     for line in summary(result.rejects):
         click.echo(line)
     if len(result.rejects):
@@ -245,7 +274,10 @@ def predict(
 )
 @click.option("--out", type=FOLDER, required=True, metavar="CSV", help="New file.")
 def submission(predictions: Path, out: Path) -> None:
-    """Write predictions in the format of the RSNA 2019 competition."""
+    """Write predictions in the format of the RSNA 2019 competition.
+
+    It takes the network's own probabilities (raw_*), not the calibrated ones.
+    """
     from ich_keras.submission_file import write_submission
 
     click.echo(f"Submission: {write_submission(predictions, out, tell=click.echo)}")

@@ -1,4 +1,4 @@
-"""Operating points: the rates at a threshold, and the threshold for a given specificity."""
+"""Operating points: the rates at a threshold, and the threshold for a given rate."""
 
 import numpy as np
 
@@ -35,6 +35,32 @@ def threshold_at_specificity(truth: np.ndarray, values: np.ndarray, wanted: floa
     if needed == 0:
         return 0.0
     return float(np.nextafter(negatives[needed - 1], np.inf))
+
+
+def threshold_at_sensitivity(truth: np.ndarray, values: np.ndarray, wanted: float) -> float | None:
+    """Return the highest threshold at which one label reaches a sensitivity.
+
+    A sample is positive if its probability is at least the threshold.
+
+    Args:
+        truth: bool (n,).
+        values: float (n,), probabilities.
+        wanted: sensitivity, above 0, at most 1.
+
+    Returns:
+        The threshold, which is the probability of a positive. None without positives.
+
+    >>> truth = np.array([False, False, True, True, True])
+    >>> values = np.array([0.1, 0.4, 0.3, 0.6, 0.8])
+    >>> threshold_at_sensitivity(truth, values, 0.6)  # two of three positives reach it
+    0.6
+    """
+    positives = np.sort(np.asarray(values, np.float64)[np.asarray(truth, bool)])[::-1]
+    if not len(positives):
+        return None
+    # This many positives must reach the threshold; 1e-9 absorbs the rounding of `wanted`.
+    needed = int(np.ceil(wanted * len(positives) - 1e-9))
+    return float(positives[max(needed, 1) - 1])
 
 
 def choose_thresholds(
