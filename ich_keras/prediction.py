@@ -28,6 +28,7 @@ from ich_keras.errors import EnvironmentProblem
 from ich_keras.files import fail_point, fingerprint
 from ich_keras.inference import load_run, network_digest, probabilities
 from ich_keras.metrics.aggregation import DEFAULT_RULE
+from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
 from ich_keras.prediction_journal import (
     JOURNAL_FILE,
@@ -69,6 +70,7 @@ def predict_index(
     progress: Progress | None = None,
     journal: PredictionJournal | None = None,
     tell: Tell | None = None,
+    kernel: str = NO_SMOOTHING,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -86,6 +88,7 @@ def predict_index(
         journal: keeps every finished group, and gives back those of an interrupted prediction.
             Their files are read again only where their times differ. None keeps nothing.
         tell: called with a line of text when the prediction is resumed.
+        kernel: for smoothing slices along z, a key of `ich_keras.metrics.smoothing.KERNELS`.
 
     Raises:
         NothingUsable: nothing could be predicted; its `rejects` say why.
@@ -166,7 +169,7 @@ def predict_index(
                 journal.add(predicted)
             results |= {result.series_uid: result for result in predicted}
     found_in_order = [results[one.series_uid] for one in series]
-    return tables_of(index, found_in_order, view, rule, recipe.labels)
+    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel)
 
 
 @contextlib.contextmanager
@@ -289,6 +292,7 @@ def predict_folder(
             require_few_rejects(index.slices, index.rejects, max_rejects)
             recipe, model = load_run(run, device, unfinished=unfinished)
             rule, batch_size = run.rule(), batch_size or recipe.training.batch_size
+            kernel = run.smoothing()
             settings = {
                 "weights": network_digest(model),
                 "backend": recipe.backend,
@@ -296,13 +300,14 @@ def predict_folder(
                 "precision": recipe.precision,
                 "recipe": fingerprint(recipe.to_dict()),
                 "rule": rule,
+                "smoothing": None if kernel == NO_SMOOTHING else kernel,
                 "batch_size": batch_size,
                 "any_body_part": any_body_part,
                 "any_image_type": any_image_type,
             }
             with _journal_in(folder, settings, index, root) as journal:
                 result = predict_index(
-                    model, index, recipe, rule, batch_size, workers, progress, journal, tell
+                    model, index, recipe, rule, batch_size, workers, progress, journal, tell, kernel
                 )
             require_few_rejects(index.slices, result.rejects, max_rejects)
         notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL
@@ -312,7 +317,9 @@ def predict_folder(
             marks[UNFINISHED] = unfinished_notice
         result = with_paths_inside(result, root)
         slices = None if result.slices is None else result.slices.assign(**marks)
-        result = FolderPrediction(slices, result.series.assign(**marks), result.rejects, notice)
+        result = dataclasses.replace(
+            result, slices=slices, series=result.series.assign(**marks), notice=notice
+        )
         if folder is not None and journal is not None:
             write_tables(folder, result)
             journal.remove()  # the very last: whoever finds it knows that there is more

@@ -234,6 +234,8 @@ def _is_whole(line: bytes) -> bool:
 
 def _setting(name: str, value: object) -> str:
     """Name a setting as on the command line: "without --any-body-part", "with batch size 4"."""
+    if value is None:
+        return f"without {name.replace('_', ' ')}"
     if isinstance(value, bool):
         return f"{'with' if value else 'without'} --{name.replace('_', '-')}"
     return f"with {name.replace('_', ' ')} {_short(value)}"

@@ -18,6 +18,7 @@ from ich_keras.files import atomic_write
 from ich_keras.inference import SLICE_COLUMNS, probability_table
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.smoothing import NO_SMOOTHING, smooth
 from ich_keras.notices import NOT_CLINICAL
 from ich_keras.prediction_journal import (
     NOTICE_FILE,
@@ -65,6 +66,7 @@ def tables_of(
     view: View,
     rule: str,
     labels: LabelSet = SIX,
+    kernel: str = NO_SMOOTHING,
 ) -> FolderPrediction:
     """Make the tables of a prediction.
 
@@ -74,6 +76,7 @@ def tables_of(
         view: what a sample of the network is.
         rule: for aggregating slices.
         labels: what the network answers.
+        kernel: for smoothing slices along z.
 
     Returns:
         The prediction, with absolute paths.
@@ -105,6 +108,8 @@ def tables_of(
         table = None
         series = _series_predictions(slices, values, labels)
     else:
+        places = slices["series_uid"], slices["position_mm"]
+        values = smooth(values, *places, kernel, labels)
         table = _with_places(probability_table(slices, values, labels), slices)
         series = _aggregated(table, rule, labels)
     is_kept = np.zeros(len(index.slices), bool)

@@ -36,6 +36,7 @@ from ich_keras.labels import LABELS, RSNA_LABELLING, SIX
 from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature
+from ich_keras.metrics.smoothing import choose_kernel, smooth
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
@@ -139,7 +140,14 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     )
     predictions = pd.read_csv(run / "predictions-valid.csv")
     truth, values = (predictions[list(names)].to_numpy() for names in (TRUTH_COLUMNS, LABELS))
-    rule, losses = choose_rule(truth, values, predictions["series_instance_uid"])
+    uids, positions = predictions["series_instance_uid"], predictions["position_mm"]
+    smoothing = choices["smoothing"]
+    raw = predictions[[f"unsmoothed_{name}" for name in LABELS]].to_numpy()
+    kernel, losses = choose_kernel(truth, raw, uids, positions)
+    assert smoothing["kernel"] == kernel != "none"
+    assert smoothing["log_loss"] == pytest.approx(losses, rel=1e-4)
+    np.testing.assert_allclose(values, smooth(raw, uids, positions, kernel), rtol=1e-4)
+    rule, losses = choose_rule(truth, values, uids)
     assert choices["aggregation"]["rule"] == rule
     assert choices["aggregation"]["log_loss"] == pytest.approx(losses, rel=1e-4)
     assert choices["slice"]["temperature"] == pytest.approx(
@@ -147,8 +155,12 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     )
     for metrics in (valid, test):
         assert metrics["series"]["aggregation"] == choices["aggregation"]
+        assert metrics["slice"]["smoothing"] == smoothing
         for level in ("slice", "series"):
             found = metrics[level]
+            before = found["unsmoothed"]
+            gain = found["log_loss"] - before["log_loss"]
+            assert before["gain"]["log_loss"]["value"] == pytest.approx(gain)
             assert found["calibration"]["temperature"] == choices[level]["temperature"]
             for wanted, rates in found["operating"]["at_specificity"].items():
                 for label, rate in rates.items():
@@ -187,7 +199,8 @@ def test_the_best_epoch_is_kept_and_scored(run):
     history = pd.read_csv(run / "history.csv")
     assert list(history["epoch"]) == [1, 2]
     valid = json.loads((run / "metrics-valid.json").read_text())["slice"]
-    assert valid["log_loss"] == pytest.approx(history["valid_log_loss"].min(), rel=1e-5)
+    found = valid["unsmoothed"]["log_loss"]
+    assert found == pytest.approx(history["valid_log_loss"].min(), rel=1e-5)
 
 
 def test_splits_share_no_patient(run, phantom_cache):
