@@ -25,8 +25,8 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
 from ich_keras.labels import UNLABELLED, Labelling, LabelSet, label_set
 from ich_keras.prediction import predict_folder
+from ich_keras.prediction_members import AnyRun
 from ich_keras.prediction_tables import FolderPrediction
-from ich_keras.run_folder import RunFolder
 
 Volumes = np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]
 Spacing = Sequence[float] | Sequence[Sequence[float]]
@@ -37,7 +37,7 @@ _EXPECTED = "Expected numbers, (slices, rows, columns), in HU."
 
 
 def predict_arrays(
-    run_dir: RunFolder | Path | str,
+    run_dir: AnyRun | Sequence[AnyRun],
     volumes: Volumes,
     spacing_mm: Spacing,
     batch_size: int | None = None,
@@ -45,16 +45,18 @@ def predict_arrays(
     any_body_part: bool = False,
     unfinished: bool = False,
     max_rejects: float = MAX_REJECTS,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
     """Predict volumes in memory with a trained run.
 
     Args:
-        run_dir: a finished run.
+        run_dir: a finished run, or a sequence of them; see `predict_folder`.
         volumes: one array, several, or several by name; each (slices, rows, columns), HU, integers
             or floats (which are rounded), inferior to superior, columns to the patient's left, rows
             to the back. Without names they are called volume-1, volume-2, ...
         spacing_mm: between slices, rows and columns; one for all volumes, or one each.
-        batch_size, device, any_body_part, unfinished, max_rejects: as for `predict_folder`.
+        batch_size, device, any_body_part, unfinished, max_rejects, tta: as for
+            `predict_folder`.
 
     Returns:
         The prediction. Paths are `NAME/0001.dcm` for the most inferior slice of a volume.
@@ -75,6 +77,7 @@ def predict_arrays(
             any_body_part=any_body_part,
             unfinished=unfinished,
             max_rejects=max_rejects,
+            tta=tta,
         )
 
 

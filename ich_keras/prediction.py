@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,25 @@ from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.fill import a_few
 from ich_keras.data.reading import IndexedSlice, indexed_slices, read_indexed
 from ich_keras.errors import EnvironmentProblem
-from ich_keras.files import fail_point, fingerprint
-from ich_keras.inference import load_run, network_digest, probabilities
+from ich_keras.files import fail_point
+from ich_keras.inference import probabilities
 from ich_keras.metrics.aggregation import DEFAULT_RULE
 from ich_keras.metrics.smoothing import NO_SMOOTHING
-from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
 from ich_keras.prediction_journal import (
-    JOURNAL_FILE,
     PredictionJournal,
     content_of,
     prediction_folder,
+)
+from ich_keras.prediction_members import (
+    AnyRun,
+    averaged,
+    cost_line,
+    ensemble_setting,
+    journal_file,
+    load_members,
+    require_members,
+    with_marks,
+    write_members,
 )
 from ich_keras.prediction_samples import (
     SeriesReading,
@@ -50,14 +59,12 @@ from ich_keras.prediction_tables import (
     with_paths_inside,
     write_tables,
 )
+from ich_keras.prediction_variants import TTA, tta_names, turns_of
 from ich_keras.processes import map_ahead, process_pool
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
-from ich_keras.run_checksums import require_choices
-from ich_keras.run_folder import SYNTHETIC, RunFolder
 
 AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
-TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
 
 
 def predict_index(
@@ -71,6 +78,7 @@ def predict_index(
     journal: PredictionJournal | None = None,
     tell: Tell | None = None,
     kernel: str = NO_SMOOTHING,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -89,13 +97,16 @@ def predict_index(
             Their files are read again only where their times differ. None keeps nothing.
         tell: called with a line of text when the prediction is resumed.
         kernel: for smoothing slices along z, a key of `ich_keras.metrics.smoothing.KERNELS`.
+        tta: test-time augmentation; see `predict_folder`.
 
     Raises:
+        UsageError: the augmentation does not suit the view.
         NothingUsable: nothing could be predicted; its `rejects` say why.
         StaleError: files of finished series were replaced.
         EnvironmentProblem: a worker process died, or the journal cannot be written.
     """
     inputs, view = recipe.inputs, recipe.inputs.view
+    turns = turns_of(tta_names(tta, view))
     batch_size = batch_size or recipe.training.batch_size
     index = index.usable()
     rows = index.slices.groupby("series_uid", sort=False).indices
@@ -158,7 +169,7 @@ def predict_index(
         for group in to_do:
             found: list[SeriesReading] = []
             batches = full_batches(parts(group, found), batch_size)
-            values = probabilities(model, batches, sum(samples), report)
+            values = probabilities(model, batches, sum(samples), report, turns=turns)
             done += len(values)
             ends = np.cumsum([len(reading.usable) for reading in found])
             predicted = [
@@ -228,7 +239,7 @@ def _read_series(
 
 
 def predict_folder(
-    run_dir: RunFolder | Path | str,
+    run_dir: AnyRun | Sequence[AnyRun],
     dicom_dir: Path | str,
     out: Path | str | None = None,
     batch_size: int | None = None,
@@ -240,21 +251,27 @@ def predict_folder(
     max_rejects: float = MAX_REJECTS,
     tell: Tell | None = None,
     any_image_type: bool = False,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
-    """Predict every head CT slice below a folder with a trained run.
+    """Predict every head CT slice below a folder with a trained run, or with several.
 
     With `out`, finished series are kept there as it goes (`ich_keras.prediction_journal`). After an
     interruption the same call resumes, and its tables are those of an uninterrupted one. Headers
     are read again, to see whether the files are still the same.
 
+    Several runs make an ensemble: the mean over the logits of what each answers alone, per slice
+    and per series. They need the same labels; size, preset and network may differ, and slices go
+    with slabs. Each reads the files by itself: n runs cost n times as much.
+
     Args:
-        run_dir: a finished run.
+        run_dir: a finished run, or a sequence of them.
         dicom_dir: any folder; files that are not usable slices are listed in `rejects`.
         out: a new folder for predictions.csv (not for a run on whole series), series.csv,
             rejects.csv and notice.txt, which says what the network was trained on; None writes
-            nothing. If no slice is usable, only rejects.csv is written. A folder with an
+            nothing. Of several runs, members.csv says which is which, and members/1/, ... hold what
+            each writes alone. If no slice is usable, only rejects.csv is written. A folder with an
             interrupted prediction, or with only the rejects.csv of a refused one, will do.
-        batch_size: samples per step; None takes that of the run.
+        batch_size: samples per step; None takes that of each run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
@@ -263,79 +280,101 @@ def predict_folder(
             the notice and the column "unfinished" of both tables say so.
         max_rejects: the largest share of refused files; see `require_few_rejects`. Above it only
             rejects.csv is written; finished series are kept for another try with a higher one.
-        tell: called with a line of text when the prediction is resumed.
+        tell: called with a line of text when the prediction is resumed, or costs more than once.
+        tta: test-time augmentation, the mean over the logits of plain and turned inputs: "flip"
+            (left-right), "reverse" (upside down; slabs and series only). One doubles the
+            computation, both together quadruple it.
 
     Returns:
-        The prediction; paths are relative to `dicom_dir`.
+        The prediction; paths are relative to `dicom_dir`. Of an ensemble, `members` holds what each
+        run predicts alone.
 
     Raises:
-        UsageError: `out` exists, `max_rejects` is not a share, or `dicom_dir` does not.
-        StaleError: `run_dir` is not a finished run, another process predicts into `out`, or what
+        UsageError: `out` exists, `max_rejects` is not a share, `dicom_dir` does not exist, the runs
+            cannot be averaged, or `tta` does not suit them.
+        StaleError: a run is not finished, another process predicts into `out`, or what
             lies there was begun with another run, other files or other options.
         NothingUsable: no slice is usable; its `rejects` say why.
         TooManyRejects: too many files are refused.
         EnvironmentProblem: a worker process died, or `out` cannot be written.
     """
     require_share(max_rejects)
-    run = RunFolder.at(run_dir).require_finished(unfinished)
-    if run.is_finished:
-        require_choices(run)
-    unfinished_notice = run.notice()
-    is_synthetic = bool(run.data().get(SYNTHETIC))
+    runs = require_members(run_dir, unfinished, tta)
+    tta = [name for name in TTA if name in tta]
     root = Path(dicom_dir).absolute()
     root = root.parent if root.is_file() else root  # an archive
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
+        members = load_members(runs, device, unfinished)
+        if tell is not None and (cost := cost_line(members, tta)):
+            tell(cost)
         with rejects_kept(folder), _rejects_inside(root):
             index = index_folder(
                 dicom_dir, workers, None, progress, any_body_part, folder, any_image_type
             ).usable()
             require_few_rejects(index.slices, index.rejects, max_rejects)
-            recipe, model = load_run(run, device, unfinished=unfinished)
-            rule, batch_size = run.rule(), batch_size or recipe.training.batch_size
-            kernel = run.smoothing()
-            settings = {
-                "weights": network_digest(model),
-                "backend": recipe.backend,
-                "device": recipe.device,
-                "precision": recipe.precision,
-                "recipe": fingerprint(recipe.to_dict()),
-                "rule": rule,
-                "smoothing": None if kernel == NO_SMOOTHING else kernel,
-                "batch_size": batch_size,
+            shared = {
                 "any_body_part": any_body_part,
                 "any_image_type": any_image_type,
+                "tta": ", ".join(tta) or None,
+                "ensemble": ensemble_setting(members),
             }
-            with _journal_in(folder, settings, index, root) as journal:
-                result = predict_index(
-                    model, index, recipe, rule, batch_size, workers, progress, journal, tell, kernel
-                )
-            require_few_rejects(index.slices, result.rejects, max_rejects)
-        notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL
-        marks = {TRAINED_ON: "drawn phantoms only" if is_synthetic else "head CT"}
-        if unfinished_notice:
-            notice = f"{unfinished_notice} {notice}"
-            marks[UNFINISHED] = unfinished_notice
-        result = with_paths_inside(result, root)
-        slices = None if result.slices is None else result.slices.assign(**marks)
-        result = dataclasses.replace(
-            result, slices=slices, series=result.series.assign(**marks), notice=notice
-        )
-        if folder is not None and journal is not None:
+            own, journals = [], []
+            for number, member in enumerate(members, 1):
+                recipe, size = member.recipe, batch_size or member.recipe.training.batch_size
+                settings = {**member.settings(), "batch_size": size, **shared}
+                step = progress if len(members) == 1 else _of_member(progress, number, len(members))
+                with _journal_in(folder, journal_file(number), settings, index, root) as journal:
+                    answer = predict_index(
+                        member.model,
+                        index,
+                        recipe,
+                        member.rule,
+                        size,
+                        workers,
+                        step,
+                        journal,
+                        tell,
+                        member.kernel,
+                        tta,
+                    )
+                require_few_rejects(index.slices, answer.rejects, max_rejects)
+                own.append(with_marks(with_paths_inside(answer, root), [member], tta))
+                journals.append(journal)
+            result = own[0]
+            if len(members) > 1:
+                result = with_marks(averaged(own), members, tta)
+                require_few_rejects(index.slices, result.rejects, max_rejects)
+        if folder is not None:
+            if len(members) > 1:
+                write_members(folder, members, own)
             write_tables(folder, result)
-            journal.remove()  # the very last: whoever finds it knows that there is more
+            for journal in reversed(journals):
+                assert journal is not None  # there is a folder
+                journal.remove()  # the very last: whoever finds one knows that there is more
             fail_point("after the journal's removal")
     return result
 
 
+def _of_member(progress: Progress | None, number: int, total: int) -> Progress | None:
+    """Name the run in the steps of a progress."""
+    if progress is None:
+        return None
+
+    def report(step: str, done: int, count: int, detail: str = "") -> None:
+        progress(f"{step}, run {number} of {total}", done, count)
+
+    return report
+
+
 @contextlib.contextmanager
 def _journal_in(
-    folder: Path | None, settings: dict, index: SeriesIndex, root: Path
+    folder: Path | None, name: str, settings: dict, index: SeriesIndex, root: Path
 ) -> Iterator[PredictionJournal | None]:
     """Open the journal in the output folder; one without any prediction does not stay."""
     if folder is None:
         yield None
         return
-    journal = PredictionJournal(folder / JOURNAL_FILE, settings, content_of(index, root))
+    journal = PredictionJournal(folder / name, settings, content_of(index, root))
     try:
         yield journal
     finally:

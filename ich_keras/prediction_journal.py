@@ -306,7 +306,9 @@ def _require_own(out: Path | str) -> Path:
     folder = Path(out)
     if (folder / JOURNAL_FILE).is_file():
         return folder
-    return require_absent_or_rejects(folder, own=(LOCK_FILE, JOURNAL_FILE))
+    # Those of an ensemble's further runs stay behind where someone removed the first to start over.
+    others = [path.name for path in folder.glob(f"member-*-{JOURNAL_FILE}")]
+    return require_absent_or_rejects(folder, own=(LOCK_FILE, JOURNAL_FILE, *others))
 
 
 @contextlib.contextmanager

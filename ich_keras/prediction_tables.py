@@ -47,6 +47,7 @@ class FolderPrediction:
         notice: for every reader of the probabilities: they are not for clinical use, and, if so,
             the network was trained only on phantoms.
         labels: the columns of probabilities.
+        members: of an ensemble, what each run predicts alone, in their order.
     """
 
     slices: pd.DataFrame | None
@@ -54,6 +55,7 @@ class FolderPrediction:
     rejects: pd.DataFrame
     notice: str = NOT_CLINICAL
     labels: LabelSet = SIX
+    members: "tuple[FolderPrediction, ...]" = ()
 
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "

@@ -547,9 +547,9 @@ def test_the_journal_names_no_patient(half, images):
 def test_a_record_is_on_disk_before_the_next_group_is_predicted(run, images, tmp_path, monkeypatch):
     events, fsync = [], os.fsync
 
-    def predicted(*arguments):
+    def predicted(*arguments, **others):
         events.append("predicted")
-        return probabilities(*arguments)
+        return probabilities(*arguments, **others)
 
     probabilities = prediction.probabilities
     monkeypatch.setattr(prediction, "probabilities", predicted)

@@ -71,13 +71,29 @@ def evaluate(
 
 
 @click.command(cls=Command)
-@RUN
+@click.option(
+    "--run",
+    "run_dirs",
+    type=FOLDER,
+    required=True,
+    multiple=True,
+    metavar="RUN",
+    help="From `ich train`. Several (--run A --run B) make an ensemble, the mean of their logits;"
+    " n runs take n times as long.",
+)
 @DICOM
 @click.option(
     "--out", type=FOLDER, required=True, metavar="OUT", help="New folder, or one to resume."
 )
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Samples per step; default: as in training."
+)
+@click.option(
+    "--tta",
+    type=click.Choice(["flip", "reverse"]),
+    multiple=True,
+    help="Average with the input flipped left-right, or with volumes upside down; may be given"
+    " twice. Each doubles the computation.",
 )
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
@@ -87,10 +103,11 @@ def evaluate(
 @BACKEND
 @DEVICE
 def predict(
-    run_dir: Path,
+    run_dirs: tuple[Path, ...],
     dicom: Path | None,
     out: Path,
     batch_size: int | None,
+    tta: tuple[str, ...],
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -114,7 +131,7 @@ def predict(
     choose_backend(backend)
     with open_terminal() as terminal:
         result = predict_folder(
-            run_dir,
+            run_dirs,
             required(dicom, "--dicom"),
             out,
             batch_size=batch_size,
@@ -126,6 +143,7 @@ def predict(
             unfinished=unfinished,
             max_rejects=share_of_rejects(max_rejects),
             tell=terminal.tell,
+            tta=tta,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     click.echo(textwrap.fill(result.notice, terminal_width()))
