@@ -27,7 +27,7 @@ from ich_keras.run_folder import RunFolder
 _KEPT_METRICS = (
     *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
     *("precision", "recall", "f1", "specificity", "auroc", "ap", "n", "baseline", "skill"),
-    "aggregation",
+    *("smoothing", "unsmoothed", "aggregation"),
 )
 
 

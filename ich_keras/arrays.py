@@ -26,8 +26,8 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
 from ich_keras.labels import UNLABELLED, Labelling, LabelSet, label_set
 from ich_keras.prediction import predict_folder
+from ich_keras.prediction_members import AnyRun
 from ich_keras.prediction_tables import FolderPrediction
-from ich_keras.run_folder import RunFolder
 
 Volumes = np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]
 Spacing = Sequence[float] | Sequence[Sequence[float]]
@@ -38,7 +38,7 @@ _EXPECTED = "Expected numbers, (slices, rows, columns), in HU."
 
 
 def predict_arrays(
-    run_dir: RunFolder | Path | str,
+    run_dir: AnyRun | Sequence[AnyRun],
     volumes: Volumes,
     spacing_mm: Spacing,
     batch_size: int | None = None,
@@ -49,17 +49,20 @@ def predict_arrays(
     specificity: float | None = None,
     sensitivity: float | None = None,
     error_rate: float = USUAL_ERROR_RATE,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
     """Predict volumes in memory with a trained run.
 
     Args:
-        run_dir: a finished run.
+        run_dir: a finished run, or a sequence of them; see `predict_folder`.
         volumes: one array, several, or several by name; each (slices, rows, columns), HU, integers
             or floats (which are rounded), inferior to superior, columns to the patient's left, rows
             to the back. Without names they are called volume-1, volume-2, ...
         spacing_mm: between slices, rows and columns; one for all volumes, or one each.
         batch_size, device, any_body_part, unfinished, max_rejects, specificity, sensitivity,
             error_rate: as for `predict_folder`.
+        batch_size, device, any_body_part, unfinished, max_rejects, tta: as for
+            `predict_folder`.
 
     Returns:
         The prediction. Paths are `NAME/0001.dcm` for the most inferior slice of a volume.
@@ -83,6 +86,7 @@ def predict_arrays(
             specificity=specificity,
             sensitivity=sensitivity,
             error_rate=error_rate,
+            tta=tta,
         )
 
 

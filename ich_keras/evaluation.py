@@ -1,6 +1,5 @@
 """Evaluating a run on one split of a cache, per slice and per series."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from ich_keras.files import atomic_write, lock, write_json
 from ich_keras.inference import PATIENT_COLUMN, load_run, probabilities, probability_table
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.leftovers import remove_leftovers
-from ich_keras.metrics.aggregation import aggregate, choose_rule, rules_of
-from ich_keras.metrics.binary import binary_metrics, truth_columns
-from ich_keras.metrics.calibration import calibration, fit_temperature, with_temperature
-from ich_keras.metrics.intervals import bootstrap
-from ich_keras.metrics.operating import choose_thresholds, rates_at, threshold_table
-from ich_keras.metrics.triage import triage
+from ich_keras.levels import Level, choose, scored
+from ich_keras.metrics.aggregation import choose_rule, rules_of
+from ich_keras.metrics.binary import truth_columns
+from ich_keras.metrics.smoothing import NO_SMOOTHING, choose_kernel, smooth
 from ich_keras.notices import UNFINISHED
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
@@ -33,7 +30,7 @@ from ich_keras.run_checksums import update_checksums
 from ich_keras.run_folder import PIXELS_OF, RunFolder
 
 _KEYS = {"sop_instance_uid": "slices"}  # by the column that a split names its members with
-CHOOSING = "valid"  # the split on which rule, temperature and thresholds are chosen
+CHOOSING = "valid"  # the split on which smoothing, rule, temperature, thresholds are chosen
 
 
 def evaluate(
@@ -65,8 +62,10 @@ def evaluate(
         `binary_metrics` returns, and "intervals" (by patients), "calibration" and "operating"
         (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
         positive when any slice's is. Its probability comes from a run on whole series, or from its
-        slices by the rule in "aggregation". Rule, temperature and thresholds are chosen when
-        training first evaluates the validation split, and kept in choices.json.
+        slices by the rule in "aggregation". Slices are first smoothed along z by the kernel in
+        "smoothing"; "unsmoothed" then holds log loss, AUROC and AP without it, and in "gain" the
+        paired differences. Smoothing, rule, temperature and thresholds are chosen when training
+        first evaluates the validation split, and kept in choices.json.
 
     Raises:
         UsageError: the split is unknown, or the cache's size is not the one the run was trained on.
@@ -166,10 +165,17 @@ def evaluate_network(
     assert samples.labels is not None  # a cache without labels has no members
     truth = samples.labels[chosen]
     scored = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
+    # From only some of its slices, a series has neither a valid label nor a valid probability.
+    is_whole = not series_of_rows(cache.slices, indices, labels)[1].any()
+    smoothing, unsmoothed = None, values
     if view.kind == "series":
         table = _series_table(scored, values, labels)
     else:
+        smoothing = _smoothing(run, split, is_whole, scored, truth, values, labels)
+        values = _smoothed(scored, values, smoothing["kernel"], labels)
         table = probability_table(scored, values, labels)
+        if values is not unsmoothed:
+            table[[f"unsmoothed_{name}" for name in labels.names]] = unsmoothed
     table[truth_columns(labels)] = truth
     table[PATIENT_COLUMN] = pd.factorize(patient_or_series(scored))[0]
     # Leave out what the view skips, as the network's numbers do.
@@ -181,10 +187,9 @@ def evaluate_network(
         "slice": _prevalence(train[list(labels.names)]),
         "series": _prevalence(series_labels(train, labels)),
     }
-    # From only some of its slices, a series has neither a valid label nor a valid probability.
-    is_whole = not series_of_rows(cache.slices, indices, labels)[1].any()
+    levels = Level(truth, values, patient_or_series(scored).to_numpy(), labels, unsmoothed)
     metrics = _metrics(
-        run, split, view.kind, is_whole, scored, truth, values, prevalence, labels, not notice
+        run, split, levels, scored, smoothing, is_whole, prevalence, keeps=not notice
     )
     if is_again:
         _require_same_truth(run.predictions_file(split), table, labels)
@@ -200,62 +205,72 @@ def evaluate_network(
     return metrics
 
 
-@dataclass(frozen=True)
-class Level:
-    """Probabilities and truth of slices, or of series.
-
-    Args:
-        truth: int (n, labels), 0 or 1; -1 is missing.
-        values: float (n, labels), probabilities.
-        patients: str (n,), the patient of each row.
-        labels: their order.
-    """
-
-    truth: np.ndarray
-    values: np.ndarray
-    patients: np.ndarray
-    labels: LabelSet
-
-
 def _prevalence(labels: pd.DataFrame) -> list[float]:
     """Return how often each label is 1 where it is not missing; 0 where it always is."""
     return labels.astype(float).where(labels != UNLABELLED).mean().fillna(0.0).to_list()
 
 
-def _metrics(
+def _is_choosing(run: RunFolder, split: str) -> bool:
+    # Only once: predictions and the metrics of other splits depend on the choices.
+    return split == CHOOSING and not run.choices()
+
+
+def _smoothing(
     run: RunFolder,
     split: str,
-    kind: str,
     is_whole: bool,
     rows: pd.DataFrame,
     truth: np.ndarray,
     values: np.ndarray,
-    prevalence: dict[str, list[float]],
     labels: LabelSet,
+) -> dict:
+    """Return how slices are smoothed; on the validation split, choose it first."""
+    if not is_whole:  # neighbours are in other splits
+        return {"kernel": NO_SMOOTHING}
+    if not _is_choosing(run, split):
+        return run.choices().get("smoothing", {"kernel": NO_SMOOTHING})
+    kernel, losses = choose_kernel(truth, values, rows["series_uid"], rows["position_mm"], labels)
+    return {"kernel": kernel, "chosen_on": CHOOSING, "log_loss": losses}
+
+
+def _smoothed(rows: pd.DataFrame, values: np.ndarray, kernel: str, labels: LabelSet) -> np.ndarray:
+    return smooth(values, rows["series_uid"], rows["position_mm"], kernel, labels)
+
+
+def _metrics(
+    run: RunFolder,
+    split: str,
+    level: Level,
+    rows: pd.DataFrame,
+    smoothing: dict | None,
+    is_whole: bool,
+    prevalence: dict[str, list[float]],
     keeps: bool,
 ) -> dict:
-    """Score both levels; on the validation split, first choose rule, temperature and thresholds."""
-    # Only splits by name allow slices without a PatientID.
-    patients = patient_or_series(rows).to_numpy()
-    levels = {"series" if kind == "series" else "slice": Level(truth, values, patients, labels)}
-    choices = run.choices()
-    # Only once: predictions and the metrics of other splits depend on the choices.
-    is_choosing = split == CHOOSING and not choices
-    is_aggregated = kind != "series" and is_whole
+    """Score both levels; on the validation split, first choose rule, temperature and thresholds.
+
+    Args:
+        run, split: what is scored.
+        level: the network's samples.
+        rows: their rows of the cache's tables.
+        smoothing: of slices; None for whole series.
+        is_whole: whether the split holds whole series.
+        prevalence: of the training split, by level.
+        keeps: whether choices are written.
+    """
+    labels = level.labels
+    levels = {"series" if smoothing is None else "slice": level}
+    choices, is_choosing = run.choices(), _is_choosing(run, split)
+    is_aggregated = smoothing is not None and is_whole
     if is_aggregated:
         uids = rows["series_uid"].to_numpy()
         if is_choosing:
-            rule, losses = choose_rule(truth, values, uids, labels)
+            rule, losses = choose_rule(level.truth, level.values, uids, labels)
+            choices["smoothing"] = smoothing
             choices["aggregation"] = {"rule": rule, "chosen_on": CHOOSING, "log_loss": losses}
         usual = {"rule": next(iter(rules_of(labels)))}
         rule = choices.get("aggregation", usual)["rule"]
-        series = aggregate(values, uids, rule, labels)
-        levels["series"] = Level(
-            aggregate(truth, uids, "max", labels).to_numpy().astype(np.int8),
-            series.to_numpy(),
-            pd.Series(patients, index=uids).groupby(level=0).first()[series.index].to_numpy(),
-            labels,
-        )
+        levels["series"] = level.aggregated(uids, rule)
     if is_choosing:
         choices |= {name: choose(level) for name, level in levels.items()}
         if keeps:
@@ -266,71 +281,9 @@ def _metrics(
     }
     if is_aggregated:
         metrics["series"]["aggregation"] = choices.get("aggregation", usual)
+    if smoothing is not None:
+        metrics["slice"]["smoothing"] = smoothing
     return metrics
-
-
-def scored(level: Level, prevalence: list[float] | None, chosen: dict) -> dict:
-    """Score slices or series.
-
-    Args:
-        level: what to score.
-        prevalence: of the training set, for the constant baseline; None takes that of `level`.
-        chosen: as `choose` returns it; empty where nothing was chosen.
-    """
-    return {
-        **binary_metrics(level.truth, level.values, prevalence, level.labels),
-        "intervals": _intervals(level),
-        "calibration": _calibration(level, chosen.get("temperature")),
-        "operating": _operating(level, chosen.get("thresholds")),
-        "triage": _triage(level),
-    }
-
-
-def _triage(level: Level) -> dict | None:
-    """Return the worklist of the label that stands for all; None without it, or of classes."""
-    if level.labels.exclusive:
-        return None
-    column = level.labels.index(level.labels.shown)
-    is_known = level.truth[:, column] != UNLABELLED
-    return triage(level.truth[is_known, column] == 1, level.values[is_known, column])
-
-
-def choose(level: Level) -> dict:
-    """Fit temperature and thresholds; never to what is then scored."""
-    return {
-        "temperature": fit_temperature(level.truth, level.values, level.labels),
-        "thresholds": choose_thresholds(level.truth, level.values, level.labels),
-    }
-
-
-def _intervals(level: Level) -> dict | None:
-    if len(set(level.patients)) < 2:
-        return None
-    intervals = bootstrap(level.truth, level.values, level.patients, label_set=level.labels)
-    return {"patients": len(set(level.patients)), "metrics": intervals}
-
-
-def _calibration(level: Level, temperature: float | None) -> dict:
-    truth, labels = level.truth, level.labels
-    found = {
-        "labels": calibration(truth, level.values, label_set=labels),
-        "temperature": temperature,
-    }
-    if temperature is not None:
-        scaled = with_temperature(level.values, temperature, labels)
-        found["scaled"] = calibration(truth, scaled, label_set=labels)
-        found["scaled_log_loss"] = binary_metrics(truth, scaled, label_set=labels)["log_loss"]
-    return found
-
-
-def _operating(level: Level, thresholds: dict | None) -> dict:
-    return {
-        "at_specificity": {
-            wanted: rates_at(level.truth, level.values, limits, level.labels)
-            for wanted, limits in (thresholds or {}).items()
-        },
-        "thresholds": threshold_table(level.truth, level.values, level.labels),
-    }
 
 
 def _series_table(series: pd.DataFrame, values: np.ndarray, labels: LabelSet) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """Scoring a run on labelled data that it was not trained on, beside its own test numbers.
 
 All usable series are scored, not a part of them. What the training has seen is refused: by the UIDs
-of its series and studies, and by equal pixels. Rule, temperature and thresholds are the run's own;
-`recalibrate` fits temperature and thresholds again, to a part of the local patients, and scores the
-others before and after.
+of its series and studies, and by equal pixels. Smoothing, rule, temperature and thresholds are the
+run's own; `recalibrate` fits temperature and thresholds again, to a part of the local patients, and
+scores the others before and after.
 """
 
 from dataclasses import dataclass, replace
@@ -19,13 +19,15 @@ from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
 from ich_keras.data.seen import PARTS, Seen
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.errors import DataError, UsageError
-from ich_keras.evaluation import Level, choose, require_size, scored
+from ich_keras.evaluation import require_size
 from ich_keras.external_data import by_property, described, truth_of
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import UNLABELLED, LabelSet
+from ich_keras.levels import Level, choose, scored
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import truth_columns
+from ich_keras.metrics.smoothing import smooth
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
@@ -250,6 +252,8 @@ def _levels(
         of_series = pd.DataFrame(values, columns=names)
     else:
         slices = cache.slices.iloc[chosen].reset_index(drop=True)
+        uids, positions = slices["series_uid"].to_numpy(), slices["position_mm"].to_numpy()
+        values = smooth(values, uids, positions, run.smoothing(), labels)
         found = aggregate(values, slices["series_uid"].to_numpy(), run.rule(), labels)
         rows = cache.series.set_index("series_uid").loc[found.index].reset_index()
         of_series = found.reset_index(drop=True)

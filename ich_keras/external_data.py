@@ -8,8 +8,8 @@ import pandas as pd
 
 from ich_keras.ct.tables import patient_or_series
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.evaluation import Level
 from ich_keras.labels import UNLABELLED, LabelSet
+from ich_keras.levels import Level
 from ich_keras.metrics.binary import binary_metrics, truth_columns
 from ich_keras.metrics.intervals import bootstrap
 

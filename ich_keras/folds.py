@@ -16,9 +16,9 @@ import pandas as pd
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import DataError, StaleError, UsageError
-from ich_keras.evaluation import Level, scored
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.labels import LabelSet
+from ich_keras.levels import Level, scored
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import truth_columns
 from ich_keras.run_folder import RunFolder

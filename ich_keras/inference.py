@@ -1,7 +1,7 @@
 """Loading a run's network and computing probabilities, for validation, evaluation, prediction."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 from ich_keras.environment import choose_backend, choose_device, loaded_backend
 from ich_keras.errors import DataError, StaleError
 from ich_keras.labels import SIX, LabelSet
+from ich_keras.metrics.logits import mean_answer
 from ich_keras.progress import Progress
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import require_unchanged
@@ -111,6 +112,7 @@ def probabilities(
     total: int,
     progress: Progress | None = None,
     step: str = "predicting",
+    turns: Sequence[Callable[[np.ndarray], np.ndarray]] = (),
 ) -> np.ndarray:
     """Run a network over batches.
 
@@ -121,6 +123,8 @@ def probabilities(
         total: number of samples, for the progress.
         progress: called as progress(step, done, total).
         step: name of the step in the progress.
+        turns: of test-time augmentation: the answers to the inputs as they are, and to what each
+            makes of them, are averaged over their logits. The inputs must then be NumPy arrays.
 
     Returns:
         float32 (total, labels), probabilities in the order of the model's labels.
@@ -138,25 +142,28 @@ def probabilities(
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         inputs = inputs if takes_tensors else np.asarray(inputs)
-        parts.append(np.asarray(model.predict_on_batch(inputs), np.float32))
-        done += len(parts[-1])
+        views = [inputs, *(turn(inputs) for turn in turns)]
+        answers = [np.asarray(model.predict_on_batch(view), np.float32) for view in views]
+        parts.append(np.stack(answers))
+        done += len(answers[0])
         if progress is not None:
             progress(step, done, total)
     labels = labels_of(model)
-    outputs = np.concatenate(parts) if parts else np.zeros((0, len(labels)), np.float32)
+    nothing = np.zeros((1 + len(turns), 0, len(labels)), np.float32)
+    outputs = np.concatenate(parts, axis=1) if parts else nothing  # (views, samples, labels)
     if not np.isfinite(outputs).all():
+        count = int((~np.isfinite(outputs)).any(axis=(0, 2)).sum())
         raise DataError(
-            f"{int((~np.isfinite(outputs)).any(axis=1).sum())} of {len(outputs)} predictions are"
-            " not finite.",
+            f"{count} of {outputs.shape[1]} predictions are not finite.",
             "The weights or the inputs are damaged.",
         )
     if ends_in_logits(model) and labels.exclusive:
-        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        outputs = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+        powers = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+        outputs = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
     elif ends_in_logits(model):
         # Written with tanh, which cannot overflow.
         outputs = (0.5 * (1.0 + np.tanh(0.5 * outputs))).astype(np.float32)
-    return outputs
+    return mean_answer(list(outputs), labels) if turns else outputs[0]
 
 
 def probability_table(

@@ -2,41 +2,46 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ich_keras.answer_rules import USUAL_ERROR_RATE, OperatingPoint, answer_rules
 from ich_keras.answers import with_answers
-from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import (
     MAX_REJECTS,
     RefusedFolder,
-    Reject,
-    RejectedFile,
     rejects_kept,
     require_few_rejects,
     require_share,
 )
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.fill import a_few
-from ich_keras.data.reading import IndexedSlice, indexed_slices, read_indexed
-from ich_keras.errors import EnvironmentProblem
-from ich_keras.files import fail_point, fingerprint
-from ich_keras.inference import load_run, network_digest, probabilities
+from ich_keras.data.reading import IndexedSlice, indexed_slices
+from ich_keras.errors import UsageError
+from ich_keras.files import fail_point
+from ich_keras.inference import probabilities
 from ich_keras.metrics.aggregation import DEFAULT_RULE
-from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
+from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.prediction_journal import (
-    JOURNAL_FILE,
     PredictionJournal,
     content_of,
     prediction_folder,
 )
+from ich_keras.prediction_members import (
+    AnyRun,
+    averaged,
+    cost_line,
+    ensemble_setting,
+    journal_file,
+    load_members,
+    require_members,
+    with_marks,
+    write_members,
+)
+from ich_keras.prediction_reading import series_reading
 from ich_keras.prediction_samples import (
     SeriesReading,
     full_batches,
@@ -51,14 +56,9 @@ from ich_keras.prediction_tables import (
     with_paths_inside,
     write_tables,
 )
-from ich_keras.processes import map_ahead, process_pool
+from ich_keras.prediction_variants import TTA, tta_names, turns_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
-from ich_keras.run_checksums import require_choices
-from ich_keras.run_folder import SYNTHETIC, RunFolder
-
-AHEAD_BYTES = 2**30  # most memory for series read ahead of the network
-TRAINED_ON = "trained_on"  # a column of predictions.csv and series.csv
 
 
 def predict_index(
@@ -71,11 +71,13 @@ def predict_index(
     progress: Progress | None = None,
     journal: PredictionJournal | None = None,
     tell: Tell | None = None,
+    kernel: str = NO_SMOOTHING,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
     One resized series is in memory at a time. Workers read further ones ahead: two per worker, at
-    most `AHEAD_BYTES` in all. Batches are made within groups of series: see `series_groups`.
+    most `prediction_reading.AHEAD_BYTES` in all. Batches are made within groups of series: see `series_groups`.
 
     Args:
         model: from `load_run`.
@@ -88,13 +90,17 @@ def predict_index(
         journal: keeps every finished group, and gives back those of an interrupted prediction.
             Their files are read again only where their times differ. None keeps nothing.
         tell: called with a line of text when the prediction is resumed.
+        kernel: for smoothing slices along z, a key of `ich_keras.metrics.smoothing.KERNELS`.
+        tta: test-time augmentation; see `predict_folder`.
 
     Raises:
+        UsageError: the augmentation does not suit the view.
         NothingUsable: nothing could be predicted; its `rejects` say why.
         StaleError: files of finished series were replaced.
         EnvironmentProblem: a worker process died, or the journal cannot be written.
     """
     inputs, view = recipe.inputs, recipe.inputs.view
+    turns = turns_of(tta_names(tta, view))
     batch_size = batch_size or recipe.training.batch_size
     index = index.usable()
     rows = index.slices.groupby("series_uid", sort=False).indices
@@ -132,7 +138,7 @@ def predict_index(
 
     longest = max(map(len, rows.values()), default=0)
     done = sum(len(result.values) for result in results.values())
-    with _reading(inputs.cache_size, len(rows), longest, workers) as read:
+    with series_reading(inputs.cache_size, len(rows), longest, workers) as read:
         times = index.slices["file_mtime_ns"].to_numpy()
         touched = [
             one
@@ -157,7 +163,7 @@ def predict_index(
         for group in to_do:
             found: list[SeriesReading] = []
             batches = full_batches(parts(group, found), batch_size)
-            values = probabilities(model, batches, sum(samples), report)
+            values = probabilities(model, batches, sum(samples), report, turns=turns)
             done += len(values)
             ends = np.cumsum([len(reading.usable) for reading in found])
             predicted = [
@@ -168,66 +174,11 @@ def predict_index(
                 journal.add(predicted)
             results |= {result.series_uid: result for result in predicted}
     found_in_order = [results[one.series_uid] for one in series]
-    return tables_of(index, found_in_order, view, rule, recipe.labels)
-
-
-@contextlib.contextmanager
-def _reading(
-    size: int, num_series: int, longest: int, workers: int
-) -> Iterator[Callable[[Iterable[list[IndexedSlice]]], Iterator]]:
-    """Yield a function that reads series, each given as a list of slices; see `_read_series`."""
-    one = partial(_read_series, size)
-    ahead = min(2 * workers, num_series, AHEAD_BYTES // max(1, longest * size * size * 2))
-    if ahead <= 1:
-        yield partial(map, one)
-        return
-    # One OpenCV thread per process: the processes already use the cores.
-    pool = process_pool(min(workers, ahead), cv2.setNumThreads, 1)
-    try:
-        yield lambda series: map_ahead(pool, one, series, ahead)
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "a process that was reading slices has died (killed, or out of memory).",
-            "Run again with fewer workers. A script that uses workers needs an"
-            " `if __name__ == '__main__':` guard.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read_series(
-    size: int, slices: list[IndexedSlice]
-) -> tuple[np.ndarray, list[str], list[Reject]]:
-    """Read the files of one series, without those whose values cannot be HU.
-
-    Returns:
-        (HU, int16 (n, size, size); the hashes of all slices' pixels, "" for those without HU; the
-        rejects).
-    """
-    hu, rejects = [], []
-    contents: list[Content | None] = []
-    hashes = [""] * len(slices)
-    for number, indexed in enumerate(slices):
-        try:
-            read = read_indexed(indexed, size)
-        except RejectedFile as reject:
-            rejects.append(Reject.of(indexed.path, reject))
-            contents.append(content_of_reject(reject))
-        else:
-            hu.append(read.hu)
-            contents.append(read.content)
-            hashes[number] = read.pixel_hash
-    implausible = implausible_rows([""] * len(slices), contents)
-    rows = [row for row, pixels in enumerate(hashes) if pixels]
-    hu = [one for row, one in zip(rows, hu, strict=True) if row not in implausible]
-    for row in sorted(implausible.keys() & set(rows)):
-        rejects.append(Reject(slices[row].path, *implausible[row]))
-        hashes[row] = ""
-    return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), hashes, rejects
+    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel)
 
 
 def predict_folder(
-    run_dir: RunFolder | Path | str,
+    run_dir: AnyRun | Sequence[AnyRun],
     dicom_dir: Path | str,
     out: Path | str | None = None,
     batch_size: int | None = None,
@@ -242,22 +193,28 @@ def predict_folder(
     specificity: float | None = None,
     sensitivity: float | None = None,
     error_rate: float = USUAL_ERROR_RATE,
+    tta: Sequence[str] = (),
 ) -> FolderPrediction:
-    """Predict every head CT slice below a folder with a trained run.
+    """Predict every head CT slice below a folder with a trained run, or with several.
 
     With `out`, finished series are kept there as it goes (`ich_keras.prediction_journal`). After an
     interruption the same call resumes, and its tables are those of an uninterrupted one. Headers
     are read again, to see whether the files are still the same.
 
+    Several runs make an ensemble: the mean over the logits of what each answers alone, per slice
+    and per series. They need the same labels; size, preset and network may differ, and slices go
+    with slabs. Each reads the files by itself: n runs cost n times as much.
+
     Args:
-        run_dir: a finished run.
+        run_dir: a finished run, or a sequence of them.
         dicom_dir: any folder; files that are not usable slices are listed in `rejects`.
         out: a new folder for predictions.csv and look_first.csv (not for a run on whole series),
             series.csv, rejects.csv, decisions.json, and notice.txt, which says what the network was
-            trained on and how the answers were made; None writes nothing. If no slice is usable,
-            only rejects.csv is written. A folder with an interrupted prediction, or with only the
-            rejects.csv of a refused one, will do.
-        batch_size: samples per step; None takes that of the run.
+            trained on and how the answers were made; None writes nothing. Of several runs,
+            members.csv says which is which, and members/1/, ... hold what each writes alone. If no
+            slice is usable, only rejects.csv is written. A folder with an interrupted prediction,
+            or with only the rejects.csv of a refused one, will do.
+        batch_size: samples per step; None takes that of each run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
         progress: called as progress(step, done, total).
@@ -266,84 +223,113 @@ def predict_folder(
             the notice and the column "unfinished" of both tables say so.
         max_rejects: the largest share of refused files; see `require_few_rejects`. Above it only
             rejects.csv is written; finished series are kept for another try with a higher one.
-        tell: called with a line of text when the prediction is resumed.
+        tell: called with a line of text when the prediction is resumed, or costs more than once.
         specificity, sensitivity, error_rate: of decisions and groups; see `OperatingPoint`. They
-            may differ when a prediction is resumed: all answers are made at its end.
+            may differ when a prediction is resumed: all answers are made at its end. An ensemble
+            has none.
+        tta: test-time augmentation, the mean over the logits of plain and turned inputs: "flip"
+            (left-right), "reverse" (upside down; slabs and series only). One doubles the
+            computation, both together quadruple it.
 
     Returns:
         The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
-        `dicom_dir`.
+        `dicom_dir`. Of an ensemble, without answers; `members` holds what each run predicts alone.
 
     Raises:
-        UsageError: `out` exists, `max_rejects` is not a share, or `dicom_dir` does not; and as
-            `OperatingPoint` and `answer_rules` raise it, before anything is written.
-        StaleError: `run_dir` is not a finished run, another process predicts into `out`, or what
-            lies there was begun with another run, other files or other options; and as
-            `answer_rules` raises it.
+        UsageError: `out` exists, `max_rejects` is not a share, `dicom_dir` does not exist, the runs
+            cannot be averaged, or `tta` does not suit them; an ensemble is asked for decisions; and
+            as `OperatingPoint` and `answer_rules` raise it, before anything is written.
+        StaleError: a run is not finished, another process predicts into `out`, or what lies there
+            was begun with another run, other files or other options; and as `answer_rules` raises
+            it.
         NothingUsable: no slice is usable; its `rejects` say why.
         TooManyRejects: too many files are refused.
         EnvironmentProblem: a worker process died, or `out` cannot be written.
     """
     require_share(max_rejects)
     point = OperatingPoint(specificity, sensitivity, error_rate)
-    run = RunFolder.at(run_dir).require_finished(unfinished)
-    if run.is_finished:
-        require_choices(run)
-    unfinished_notice = run.notice()
-    rules = answer_rules(run, point)
-    is_synthetic = bool(run.data().get(SYNTHETIC))
+    runs = require_members(run_dir, unfinished, tta)
+    if len(runs) > 1 and not point.is_usual:
+        raise UsageError(
+            f"{point} was asked for of {len(runs)} runs: no run's thresholds fit their mean.",
+            "Leave it out, or predict with one run.",
+        )
+    rules = answer_rules(runs[0], point) if len(runs) == 1 else None
+    tta = [name for name in TTA if name in tta]
     root = Path(dicom_dir).absolute()
     root = root.parent if root.is_file() else root  # an archive
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
+        members = load_members(runs, device, unfinished)
+        if tell is not None and (cost := cost_line(members, tta)):
+            tell(cost)
         with rejects_kept(folder), _rejects_inside(root):
             index = index_folder(
                 dicom_dir, workers, None, progress, any_body_part, folder, any_image_type
             ).usable()
             require_few_rejects(index.slices, index.rejects, max_rejects)
-            recipe, model = load_run(run, device, unfinished=unfinished)
-            rule, batch_size = run.rule(), batch_size or recipe.training.batch_size
-            settings = {
-                "weights": network_digest(model),
-                "backend": recipe.backend,
-                "device": recipe.device,
-                "precision": recipe.precision,
-                "recipe": fingerprint(recipe.to_dict()),
-                "rule": rule,
-                "batch_size": batch_size,
+            shared = {
                 "any_body_part": any_body_part,
                 "any_image_type": any_image_type,
+                "tta": ", ".join(tta) or None,
+                "ensemble": ensemble_setting(members),
             }
-            with _journal_in(folder, settings, index, root) as journal:
-                result = predict_index(
-                    model, index, recipe, rule, batch_size, workers, progress, journal, tell
-                )
-            require_few_rejects(index.slices, result.rejects, max_rejects)
-        notice = f"{TRAINED_ON_PHANTOMS} {NOT_CLINICAL}" if is_synthetic else NOT_CLINICAL
-        marks = {TRAINED_ON: "drawn phantoms only" if is_synthetic else "head CT"}
-        if unfinished_notice:
-            notice = f"{unfinished_notice} {notice}"
-            marks[UNFINISHED] = unfinished_notice
-        result = with_paths_inside(dataclasses.replace(result, notice=notice), root)
-        result = with_answers(result, rules)
-        slices = None if result.slices is None else result.slices.assign(**marks)
-        series = result.series.assign(**marks)
-        result = dataclasses.replace(result, slices=slices, series=series)
-        if folder is not None and journal is not None:
+            own, journals = [], []
+            for number, member in enumerate(members, 1):
+                recipe, size = member.recipe, batch_size or member.recipe.training.batch_size
+                settings = {**member.settings(), "batch_size": size, **shared}
+                step = progress if len(members) == 1 else _of_member(progress, number, len(members))
+                with _journal_in(folder, journal_file(number), settings, index, root) as journal:
+                    answer = predict_index(
+                        member.model,
+                        index,
+                        recipe,
+                        member.rule,
+                        size,
+                        workers,
+                        step,
+                        journal,
+                        tell,
+                        member.kernel,
+                        tta,
+                    )
+                require_few_rejects(index.slices, answer.rejects, max_rejects)
+                own.append(with_marks(with_paths_inside(answer, root), [member], tta))
+                journals.append(journal)
+            result = own[0] if rules is None else with_answers(own[0], rules)
+            if len(members) > 1:
+                result = with_marks(averaged(own), members, tta)
+                require_few_rejects(index.slices, result.rejects, max_rejects)
+        if folder is not None:
+            if len(members) > 1:
+                write_members(folder, members, own)
             write_tables(folder, result)
-            journal.remove()  # the very last: whoever finds it knows that there is more
+            for journal in reversed(journals):
+                assert journal is not None  # there is a folder
+                journal.remove()  # the very last: whoever finds one knows that there is more
             fail_point("after the journal's removal")
     return result
 
 
+def _of_member(progress: Progress | None, number: int, total: int) -> Progress | None:
+    """Name the run in the steps of a progress."""
+    if progress is None:
+        return None
+
+    def report(step: str, done: int, count: int, detail: str = "") -> None:
+        progress(f"{step}, run {number} of {total}", done, count)
+
+    return report
+
+
 @contextlib.contextmanager
 def _journal_in(
-    folder: Path | None, settings: dict, index: SeriesIndex, root: Path
+    folder: Path | None, name: str, settings: dict, index: SeriesIndex, root: Path
 ) -> Iterator[PredictionJournal | None]:
     """Open the journal in the output folder; one without any prediction does not stay."""
     if folder is None:
         yield None
         return
-    journal = PredictionJournal(folder / JOURNAL_FILE, settings, content_of(index, root))
+    journal = PredictionJournal(folder / name, settings, content_of(index, root))
     try:
         yield journal
     finally:

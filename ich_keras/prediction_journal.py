@@ -235,6 +235,8 @@ def _is_whole(line: bytes) -> bool:
 
 def _setting(name: str, value: object) -> str:
     """Name a setting as on the command line: "without --any-body-part", "with batch size 4"."""
+    if value is None:
+        return f"without {name.replace('_', ' ')}"
     if isinstance(value, bool):
         return f"{'with' if value else 'without'} --{name.replace('_', '-')}"
     return f"with {name.replace('_', ' ')} {_short(value)}"
@@ -305,7 +307,9 @@ def _require_own(out: Path | str) -> Path:
     folder = Path(out)
     if (folder / JOURNAL_FILE).is_file():
         return folder
-    return require_absent_or_rejects(folder, own=(LOCK_FILE, JOURNAL_FILE))
+    # Those of an ensemble's further runs stay behind where someone removed the first to start over.
+    others = [path.name for path in folder.glob(f"member-*-{JOURNAL_FILE}")]
+    return require_absent_or_rejects(folder, own=(LOCK_FILE, JOURNAL_FILE, *others))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ich_keras.files import atomic_write, json_text
 from ich_keras.inference import SLICE_COLUMNS, probability_table
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.smoothing import NO_SMOOTHING, smooth
 from ich_keras.notices import NOT_CLINICAL
 from ich_keras.prediction_journal import (
     DECISIONS_FILE,
@@ -54,6 +55,7 @@ class FolderPrediction:
         look_first: of each series, the slices with the most evidence for what was decided; None
             for a run on whole series.
         decisions: how the answers were made, as decisions.json holds it; None without answers.
+        members: of an ensemble, what each run predicts alone, in their order.
     """
 
     slices: pd.DataFrame | None
@@ -63,6 +65,7 @@ class FolderPrediction:
     labels: LabelSet = SIX
     look_first: pd.DataFrame | None = None
     decisions: dict[str, Any] | None = None
+    members: "tuple[FolderPrediction, ...]" = ()
 
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "
@@ -75,6 +78,7 @@ def tables_of(
     view: View,
     rule: str,
     labels: LabelSet = SIX,
+    kernel: str = NO_SMOOTHING,
 ) -> FolderPrediction:
     """Make the tables of a prediction.
 
@@ -84,6 +88,7 @@ def tables_of(
         view: what a sample of the network is.
         rule: for aggregating slices.
         labels: what the network answers.
+        kernel: for smoothing slices along z.
 
     Returns:
         The prediction, with absolute paths.
@@ -115,6 +120,8 @@ def tables_of(
         table = None
         series = _series_predictions(slices, values, labels)
     else:
+        places = slices["series_uid"], slices["position_mm"]
+        values = smooth(values, *places, kernel, labels)
         table = _with_places(probability_table(slices, values, labels), slices)
         series = _aggregated(table, rule, labels)
     is_kept = np.zeros(len(index.slices), bool)

@@ -92,8 +92,8 @@ def _with_interval(part: dict, label: str, metric: str) -> str:
 
 
 def _beyond_rankings(part: dict) -> list[str]:
-    """Return the text on aggregation, intervals, calibration and operating points."""
-    lines = []
+    """Return the text on smoothing, aggregation, intervals, calibration, operating points."""
+    lines = _smoothing_lines(part)
     if "aggregation" in part:
         rule, is_chosen = part["aggregation"]["rule"], "chosen_on" in part["aggregation"]
         why = "chosen on validation" if is_chosen else "nothing was chosen on validation"
@@ -150,6 +150,36 @@ def _beyond_rankings(part: dict) -> list[str]:
             "",
         ]
     return lines
+
+
+def _smoothing_lines(part: dict) -> list[str]:
+    """Return the text on smoothing along z, with the scores that it changed."""
+    lines = []
+    if "smoothing" in part:
+        kernel, is_chosen = part["smoothing"]["kernel"], "chosen_on" in part["smoothing"]
+        why = "chosen on validation" if is_chosen else "nothing was chosen on validation"
+        lines += [f"Smoothing of the slices' logits along z: {kernel} ({why}).", ""]
+    if "unsmoothed" in part:
+        before = part["unsmoothed"]
+        gain = before["gain"] or {}
+        names = {"log loss": "log_loss"} | {f"AUROC({n})": f"auroc/{n}" for n in before["auroc"]}
+        old = {"log_loss": before["log_loss"]}
+        old |= {f"auroc/{name}": value for name, value in before["auroc"].items()}
+        rows = [
+            [title, format_metric(old[name]), *_gain(gain.get(name))]
+            for title, name in names.items()
+        ]
+        header = ["", "without smoothing", "smoothing adds", "95 % interval"]
+        lines += [markdown_table(header, rows), ""]
+    return lines
+
+
+def _gain(row: dict | None) -> list[str]:
+    if row is None or row["value"] is None:
+        return ["n/a", "n/a"]
+    if row["low"] is None:
+        return [f"{row['value']:+.4f}", "n/a"]
+    return [f"{row['value']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}"]
 
 
 def _range(interval: dict) -> str:

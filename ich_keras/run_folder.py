@@ -11,6 +11,7 @@ from ich_keras.data.split import SPLITS, Split
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, lock, read_json
 from ich_keras.metrics.aggregation import DEFAULT_RULE, EXCLUSIVE_RULES, RULES, rules_of
+from ich_keras.metrics.smoothing import KERNELS, NO_SMOOTHING
 from ich_keras.recipe import Recipe
 
 # Entries of data.json.
@@ -102,7 +103,7 @@ class RunFolder:
 
     @property
     def choices_file(self) -> Path:
-        """Rule, temperature and thresholds, chosen on the validation split."""
+        """Smoothing, rule, temperature and thresholds, chosen on the validation split."""
         return self.path / "choices.json"
 
     @property
@@ -310,9 +311,15 @@ class RunFolder:
             isinstance(part, dict) for part in choices.values()
         )
         rule = choices.get("aggregation", {"rule": DEFAULT_RULE}) if is_object else {}
-        if rule.get("rule") not in RULES | EXCLUSIVE_RULES:
+        smoothing = choices.get("smoothing", {"kernel": NO_SMOOTHING}) if is_object else {}
+        for kind, name, known in (
+            ("rule", rule.get("rule"), RULES | EXCLUSIVE_RULES),
+            ("smoothing kernel", smoothing.get("kernel"), KERNELS),
+        ):
+            if isinstance(name, str) and name in known:
+                continue
             raise StaleError(
-                f"{self.choices_file} is damaged: it holds no rule of {', '.join(RULES)}.",
+                f"{self.choices_file} is damaged: it holds no {kind} of {', '.join(known)}.",
                 f"Remove it, then: ich evaluate --run {shlex.quote(str(self))} --cache CACHE"
                 " --split valid",
             )
@@ -322,6 +329,11 @@ class RunFolder:
         """Return the rule for aggregating slices, chosen on the validation split."""
         usual = next(iter(rules_of(self.recipe().labels)))
         return self.choices().get("aggregation", {"rule": usual})["rule"]
+
+    def smoothing(self) -> str:
+        """Return the kernel for smoothing along z, chosen on the validation split."""
+        # Runs of before smoothing have none.
+        return self.choices().get("smoothing", {"kernel": NO_SMOOTHING})["kernel"]
 
     def best_epoch(self) -> int:
         """Return the epoch of the best weights, counted from 1."""

@@ -241,7 +241,7 @@ def is_running(pid):
 
 CACHE = """
 import sys
-from ich_keras import prediction
+from ich_keras import prediction_reading
 from ich_keras.ct import decoding
 from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
@@ -255,7 +255,7 @@ if __name__ == "__main__":
     names = [(path[-5:], code) for path, code in cache.rejects[["path", "code"]].to_numpy()]
     print(sorted(names), sorted(path[-5:] for path in cache.slices["container"]))
     sources = indexed_slices(index)
-    with prediction._reading(16, 2, len(sources), workers) as read:
+    with prediction_reading.series_reading(16, 2, len(sources), workers) as read:
         for hu, hashes, rejects in read([sources, sources]):
             names = [(reject.path[-5:], reject.code) for reject in rejects]
             print(sorted(names), [s.container[-5:] for s, one in zip(sources, hashes) if one])

@@ -127,7 +127,7 @@ def count_readings(monkeypatch):
         read.append(indexed.container)
         return read_indexed(indexed, size)
 
-    monkeypatch.setattr(prediction, "read_indexed", reading)
+    monkeypatch.setattr(prediction_reading, "read_indexed", reading)
     return read
 
 
@@ -421,7 +421,7 @@ def test_what_the_machine_could_not_read_is_tried_again(run, images, tmp_path, m
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
         return read_indexed(indexed, size)
 
-    monkeypatch.setattr(prediction, "read_indexed", read)
+    monkeypatch.setattr(prediction_reading, "read_indexed", read)
     out = interrupted(run, images, tmp_path / "out", NUM_SERIES)
     monkeypatch.undo()
     told = []
@@ -531,9 +531,9 @@ def test_the_journal_names_no_patient(half, images):
 def test_a_record_is_on_disk_before_the_next_group_is_predicted(run, images, tmp_path, monkeypatch):
     events, fsync = [], os.fsync
 
-    def predicted(*arguments):
+    def predicted(*arguments, **others):
         events.append("predicted")
-        return probabilities(*arguments)
+        return probabilities(*arguments, **others)
 
     probabilities = prediction.probabilities
     monkeypatch.setattr(prediction, "probabilities", predicted)

@@ -320,7 +320,11 @@ def test_weights_of_another_training_are_refused(run, phantom_cache, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "3", '{"aggregation": {"rule": "median"}}', '{"aggregation": 3}', '{"slice": NaN}', "x"],
+    [
+        *("[]", "3", '{"aggregation": {"rule": "median"}}', '{"aggregation": 3}', '{"slice": NaN}'),
+        *("x", '{"smoothing": {"kernel": "box"}}', '{"smoothing": {"kernel": [1]}}'),
+        '{"smoothing": {}}',
+    ],
 )
 def test_damaged_choices_are_refused_by_name(run, tmp_path, content):
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))

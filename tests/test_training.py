@@ -37,6 +37,7 @@ from ich_keras.metrics.aggregation import aggregate, choose_rule
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.calibration import fit_temperature, with_temperature
 from ich_keras.metrics.operating import choose_thresholds
+from ich_keras.metrics.smoothing import choose_kernel, smooth
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
@@ -142,7 +143,14 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     )
     predictions = pd.read_csv(run / "predictions-valid.csv")
     truth, values = (predictions[list(names)].to_numpy() for names in (TRUTH_COLUMNS, LABELS))
-    rule, losses = choose_rule(truth, values, predictions["series_instance_uid"])
+    uids, positions = predictions["series_instance_uid"], predictions["position_mm"]
+    smoothing = choices["smoothing"]
+    raw = predictions[[f"unsmoothed_{name}" for name in LABELS]].to_numpy()
+    kernel, losses = choose_kernel(truth, raw, uids, positions)
+    assert smoothing["kernel"] == kernel != "none"
+    assert smoothing["log_loss"] == pytest.approx(losses, rel=1e-4)
+    np.testing.assert_allclose(values, smooth(raw, uids, positions, kernel), rtol=1e-4)
+    rule, losses = choose_rule(truth, values, uids)
     assert choices["aggregation"]["rule"] == rule
     assert choices["aggregation"]["log_loss"] == pytest.approx(losses, rel=1e-4)
     assert choices["slice"]["temperature"] == pytest.approx(
@@ -150,8 +158,12 @@ def test_choices_are_made_on_validation_and_kept_for_test(run, phantom_cache):
     )
     for metrics in (valid, test):
         assert metrics["series"]["aggregation"] == choices["aggregation"]
+        assert metrics["slice"]["smoothing"] == smoothing
         for level in ("slice", "series"):
             found = metrics[level]
+            before = found["unsmoothed"]
+            gain = found["log_loss"] - before["log_loss"]
+            assert before["gain"]["log_loss"]["value"] == pytest.approx(gain)
             assert found["calibration"]["temperature"] == choices[level]["temperature"]
             for wanted, rates in found["operating"]["at_specificity"].items():
                 for label, rate in rates.items():
@@ -209,7 +221,8 @@ def test_the_best_epoch_is_kept_and_scored(run):
     history = pd.read_csv(run / "history.csv")
     assert list(history["epoch"]) == [1, 2]
     valid = json.loads((run / "metrics-valid.json").read_text())["slice"]
-    assert valid["log_loss"] == pytest.approx(history["valid_log_loss"].min(), rel=1e-5)
+    found = valid["unsmoothed"]["log_loss"]
+    assert found == pytest.approx(history["valid_log_loss"].min(), rel=1e-5)
 
 
 def test_splits_share_no_patient(run, phantom_cache):
@@ -344,7 +357,7 @@ def test_workers_predict_the_same(run, phantom_folder, tmp_path):
     [(1000 * 40 * 40 * 2, 4, [4]), (5 * 40 * 40 * 2, 4, []), (100 * 40 * 40 * 2, 8, [3])],
 )
 def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers, begun):
-    from ich_keras import prediction
+    from ich_keras import prediction_reading
 
     pools = []
 
@@ -352,9 +365,9 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
         pools.append(number)
         return ThreadPoolExecutor(number)
 
-    monkeypatch.setattr(prediction, "AHEAD_BYTES", bytes_ahead)
+    monkeypatch.setattr(prediction_reading, "AHEAD_BYTES", bytes_ahead)
     monkeypatch.setattr(prediction, "process_pool", pool)
-    with prediction._reading(40, 20, 30, workers) as read:
+    with prediction_reading.series_reading(40, 20, 30, workers) as read:
         absent = IndexedSlice("absent", *[None] * (len(IndexedSlice._fields) - 1))
         found = list(read([[absent]] * 3))
     assert pools == begun
@@ -362,14 +375,14 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
 
 
 def die(size, paths):
-    """Stand in for `_read_series` in a worker process that is killed."""
+    """Stand in for `read_series` in a worker process that is killed."""
     os._exit(9)
 
 
 def test_a_worker_that_dies_while_predicting_is_an_error(run, phantom_folder, monkeypatch):
-    from ich_keras import prediction
+    from ich_keras import prediction_reading
 
-    monkeypatch.setattr(prediction, "_read_series", die)
+    monkeypatch.setattr(prediction_reading, "read_series", die)
     index = index_folder(phantom_folder / "images")
     recipe, model = load_run(run)
     with pytest.raises(EnvironmentProblem, match="reading slices has died"):
@@ -1039,7 +1052,7 @@ def test_parts_of_series_are_not_scored_as_series(phantom_cache, phantom_folder,
 
 def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch):
     """A slice lost inside a series is a gap; a folder of which nothing can be read tells why."""
-    from ich_keras import prediction
+    from ich_keras import prediction_reading
     from ich_keras.ct.rejects import RejectedFile
 
     images = phantom_folder / "images"
@@ -1048,14 +1061,14 @@ def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch
     torn, shorter = sizes.index[:2]
     inside = table.loc[table["series_uid"] == torn, "container"].iloc[sizes[torn] // 2]
     last = table.loc[table["series_uid"] == shorter, "container"].iloc[-1]
-    lost, read_indexed = {inside, last}, prediction.read_indexed
+    lost, read_indexed = {inside, last}, prediction_reading.read_indexed
 
     def read(indexed, size):
         if indexed.container in lost:
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
         return read_indexed(indexed, size)
 
-    monkeypatch.setattr(prediction, "read_indexed", read)
+    monkeypatch.setattr(prediction_reading, "read_indexed", read)
     found = predict_folder(run, images)
     before = index_folder(images).series.set_index("series_uid")["verdict"]
     after = found.series.set_index("series_instance_uid")["verdict"]

@@ -174,7 +174,16 @@ def _evaluate_split(
 
 
 @click.command(cls=Command)
-@RUN
+@click.option(
+    "--run",
+    "run_dirs",
+    type=FOLDER,
+    required=True,
+    multiple=True,
+    metavar="RUN",
+    help="From `ich train`. Several (--run A --run B) make an ensemble, the mean of their logits;"
+    " n runs take n times as long.",
+)
 @DICOM
 @click.option(
     "--out", type=FOLDER, required=True, metavar="OUT", help="New folder, or one to resume."
@@ -200,6 +209,13 @@ def _evaluate_split(
     metavar="SHARE",
     help="Of the groups: low and high are each wrong for at most this share; default 0.1.",
 )
+@click.option(
+    "--tta",
+    type=click.Choice(["flip", "reverse"]),
+    multiple=True,
+    help="Average with the input flipped left-right, or with volumes upside down; may be given"
+    " twice. Each doubles the computation.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @UNFINISHED_RUN
@@ -208,13 +224,14 @@ def _evaluate_split(
 @BACKEND
 @DEVICE
 def predict(
-    run_dir: Path,
+    run_dirs: tuple[Path, ...],
     dicom: Path | None,
     out: Path,
     batch_size: int | None,
     specificity: float | None,
     sensitivity: float | None,
     error_rate: float | None,
+    tta: tuple[str, ...],
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -241,7 +258,7 @@ def predict(
     choose_backend(backend)
     with open_terminal() as terminal:
         result = predict_folder(
-            run_dir,
+            run_dirs,
             required(dicom, "--dicom"),
             out,
             batch_size=batch_size,
@@ -256,9 +273,11 @@ def predict(
             specificity=specificity,
             sensitivity=sensitivity,
             error_rate=USUAL_ERROR_RATE if error_rate is None else error_rate,
+            tta=tta,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
-    click.echo(answers_table(result.series, terminal_width(), result.labels))
+    if result.decisions is not None:
+        click.echo(answers_table(result.series, terminal_width(), result.labels))
     for line in result.notice.splitlines():
         click.echo(textwrap.fill(line, terminal_width()))
     for line in summary(result.rejects):

@@ -4,7 +4,7 @@ import numpy as np
 
 from ich_keras.errors import DataError
 from ich_keras.labels import SIX, UNLABELLED, LabelSet
-from ich_keras.metrics.binary import CLIP
+from ich_keras.metrics.logits import logits_of, probabilities_of
 
 BINS = 10
 TEMPERATURES = (0.05, 20.0)
@@ -91,11 +91,11 @@ def fit_temperature(truth: np.ndarray, values: np.ndarray, label_set: LabelSet =
     truth, values = _checked(truth, values)
     if label_set.exclusive:
         rows = (truth != UNLABELLED).all(axis=1)
-        logits, is_true = _log(values[rows]), truth[rows] == 1
+        logits, is_true = logits_of(values[rows], label_set), truth[rows] == 1
     else:
         is_present = truth != UNLABELLED
         whole = is_present.all()  # flattening would change the order of summation
-        logits = _logits(values if whole else values[is_present])
+        logits = logits_of(values if whole else values[is_present], label_set)
         truth = truth if whole else truth[is_present]
 
     def loss(log_temperature: float) -> float:
@@ -125,20 +125,7 @@ def with_temperature(
     >>> with_temperature(np.array([[0.9, 0.5]]), 2.0).round(6).tolist()  # odds 9 -> 3
     [[0.75, 0.5]]
     """
-    if label_set.exclusive:
-        scaled = _log(np.asarray(values, np.float64)) / temperature
-        return np.exp(scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True))
-    scaled = _logits(np.asarray(values, np.float64)) / temperature
-    return 0.5 * (1.0 + np.tanh(0.5 * scaled))
-
-
-def _log(values: np.ndarray) -> np.ndarray:
-    return np.log(np.clip(values, CLIP, 1.0))
-
-
-def _logits(values: np.ndarray) -> np.ndarray:
-    clipped = np.clip(values, CLIP, 1 - CLIP)
-    return np.log(clipped) - np.log1p(-clipped)
+    return probabilities_of(logits_of(values, label_set) / temperature, label_set)
 
 
 def _checked(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
