@@ -66,25 +66,11 @@ def measure_fragments(pixels: StoredPixels, stream: BinaryIO, size: int) -> int:
         raise undecodable(detail, EXPORT_AGAIN)
     # Lossless coding may enlarge noise a little. Data far larger than the pixels are not.
     limit = 4 * pixels.rows * pixels.columns + (1 << 20)
-    offset = pixels.offset
-    for _ in range(MAX_FRAGMENTS):
-        stream.seek(offset)
-        item = stream.read(8)
-        if len(item) < 8:
-            raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
-        tag, length = struct.unpack("<4sI", item)
-        offset += 8
-        if tag == _DELIMITER:
-            return offset - pixels.offset
-        if tag != _ITEM or length == UNDEFINED_LENGTH:
-            raise undecodable("holds something other than fragments")
-        offset += length
-        if offset > size:
-            raise truncated(size - pixels.offset, offset + 8 - pixels.offset)
-        if offset - pixels.offset > limit:
+    for offset, length in _items(pixels, stream, size, MAX_FRAGMENTS):
+        if offset + 8 + length - pixels.offset > limit:
             detail = f"has over {limit} compressed bytes for {pixels.rows} x {pixels.columns}"
             raise RejectedFile("TOO_LARGE", f"{name('PixelData')} {detail} pixels", EXPORT_AGAIN)
-    raise undecodable(f"has over {MAX_FRAGMENTS} fragments; expected one", EXPORT_AGAIN)
+    return stream.tell() - pixels.offset  # behind the delimiter
 
 
 def frame_places(
