@@ -157,27 +157,25 @@ class AnswerRules:
         return found
 
     def _groups(self) -> list[str]:
-        rate = f"{100 * self.point.error_rate:g} %"
+        grouped = [n for n, part in self.levels.items() if len(part.ungrouped) < len(self.labels)]
         found = []
+        if grouped:
+            rate = f"{100 * self.point.error_rate:g} %"
+            found.append(
+                f"Groups per {' and '.join(grouped)}: low is wrong for at most {rate} of those with"
+                f" the label, high for at most {rate} of those without it (conformal, from the"
+                " validation patients); unsure could be either. This is void outside the training"
+                " domain: for patients, scanners or hospitals unlike those of the validation split,"
+                " groups promise nothing."
+            )
         for name, part in self.levels.items():
             reasons: dict[str, list[str]] = {}
             for label, why in part.ungrouped.items():
                 reasons.setdefault(why, []).append(label)
-            if len(part.ungrouped) < len(self.labels):
-                found.append(
-                    f"Groups per {name}: low is wrong for at most {rate} of those with the label,"
-                    f" high for at most {rate} of those without it (conformal, from the validation"
-                    " patients); unsure could be either."
-                )
             found += [
                 f"No groups per {name} for {', '.join(names)}: {why}."
                 for why, names in reasons.items()
             ]
-        if any(len(part.ungrouped) < len(self.labels) for part in self.levels.values()):
-            found.append(
-                "The error rate is void outside the training domain: for patients, scanners or"
-                " hospitals unlike those of the validation split, groups promise nothing."
-            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -368,7 +366,7 @@ def _is_rate(text: str) -> bool:
 def _require_share(name: str, value: object, most: float) -> None:
     if _is_number(value) and 0 < value <= most:  # type: ignore[operator]
         return
-    is_percent = _is_number(value) and 1 < value <= 100  # type: ignore[operator]
+    is_percent = _is_number(value) and 2 <= value <= 100  # type: ignore[operator]
     raise UsageError(
         f"{name} {value!r}; expected a share above 0, at most {most:g}.",
         f"Give {value / 100:g} for {value:g} %." if is_percent else "",  # type: ignore[operator]

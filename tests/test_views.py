@@ -423,7 +423,7 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
         assert result.slices is None
         assert repr(result).startswith(f"FolderPrediction({len(phantom_cache.series)} series")
         assert len(found) == len(phantom_cache.series)
-    both = found.set_index(key).loc[predictions[key], list(LABELS)]
+    both = found.set_index(key).loc[predictions[key], [f"raw_{name}" for name in LABELS]]
     np.testing.assert_allclose(both, predictions[list(LABELS)], atol=1e-5)
     assert "Per series" in (folder / "report.md").read_text()
     assert ("Per slice" in (folder / "report.md").read_text()) == (kind == "slab")
