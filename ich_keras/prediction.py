@@ -77,7 +77,8 @@ def predict_index(
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
     One resized series is in memory at a time. Workers read further ones ahead: two per worker, at
-    most `prediction_reading.AHEAD_BYTES` in all. Batches are made within groups of series: see `series_groups`.
+    most `prediction_reading.AHEAD_BYTES` in all. Batches are made within groups of series: see
+    `series_groups`.
 
     Args:
         model: from `load_run`.
@@ -254,7 +255,7 @@ def predict_folder(
             f"{point} was asked for of {len(runs)} runs: no run's thresholds fit their mean.",
             "Leave it out, or predict with one run.",
         )
-    rules = answer_rules(runs[0], point) if len(runs) == 1 else None
+    rules = [answer_rules(run, point) for run in runs]
     tta = [name for name in TTA if name in tta]
     root = Path(dicom_dir).absolute()
     root = root.parent if root.is_file() else root  # an archive
@@ -273,7 +274,7 @@ def predict_folder(
                 "tta": ", ".join(tta) or None,
                 "ensemble": ensemble_setting(members),
             }
-            own, journals = [], []
+            own, plain, journals = [], [], []
             for number, member in enumerate(members, 1):
                 recipe, size = member.recipe, batch_size or member.recipe.training.batch_size
                 settings = {**member.settings(), "batch_size": size, **shared}
@@ -293,11 +294,14 @@ def predict_folder(
                         tta,
                     )
                 require_few_rejects(index.slices, answer.rejects, max_rejects)
-                own.append(with_marks(with_paths_inside(answer, root), [member], tta))
+                plain.append(with_paths_inside(answer, root))
+                answered = with_answers(plain[-1], rules[number - 1])
+                own.append(with_marks(answered, [member], tta))
                 journals.append(journal)
-            result = own[0] if rules is None else with_answers(own[0], rules)
+            result = own[0]
             if len(members) > 1:
-                result = with_marks(averaged(own), members, tta)
+                mean = dataclasses.replace(averaged(plain), members=tuple(own))
+                result = with_marks(mean, members, tta)
                 require_few_rejects(index.slices, result.rejects, max_rejects)
         if folder is not None:
             if len(members) > 1:

@@ -198,7 +198,8 @@ def with_marks(
         prediction,
         slices=slices,
         series=prediction.series.assign(**marks),
-        notice=" ".join(notices),
+        # What follows the first line of the notice says how the answers were made.
+        notice="\n".join([" ".join(notices), *prediction.notice.splitlines()[1:]]),
     )
 
 

@@ -140,14 +140,20 @@ def test_answers_of_other_shapes_are_refused():
 def test_an_ensemble_is_the_mean_of_its_members(alone, ensemble):
     _, found, told = ensemble
     for name in ("slices", "series"):
-        tables = [getattr(one, name)[COLUMNS].to_numpy() for one in alone]
+        # The mean is of what the networks give: a run's temperature is its own.
+        raw = [f"raw_{column}" for column in COLUMNS]
+        tables = [getattr(one, name)[raw].to_numpy() for one in alone]
         expected = expit(np.mean([logit(table.astype(float)) for table in tables], axis=0))
         np.testing.assert_allclose(getattr(found, name)[COLUMNS], expected, rtol=1e-5)
-    # The others' columns stay.
+    # The other columns stay, but for the answers of a single run.
+    answers = [
+        column for column in alone[0].slices if column.startswith(("raw_", "decision_", "group_"))
+    ]
+    assert len(answers) == 3 * len(COLUMNS)
     pd.testing.assert_frame_equal(
-        found.slices.drop(columns=COLUMNS), alone[0].slices.drop(columns=COLUMNS)
+        found.slices.drop(columns=COLUMNS), alone[0].slices.drop(columns=[*COLUMNS, *answers])
     )
-    assert list(found.slices.columns) == list(alone[0].slices.columns)
+    assert found.decisions is None and alone[0].decisions is not None
     assert found.slices[COLUMNS].dtypes.eq("float32").all()
     assert "3 runs: 3 times the computation of one run." in told
     for number, one in enumerate(alone):

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from full_disk import largest_file
 from untrained_runs import untrained_run
 
-from ich_keras import prediction, prediction_journal
+from ich_keras import prediction, prediction_journal, prediction_reading
 from ich_keras.cli import main
 from ich_keras.ct.rejects import NothingUsable, RejectedFile, TooManyRejects
 from ich_keras.ct.series import index_folder
@@ -121,7 +121,7 @@ def out(half, tmp_path):
 
 
 def count_readings(monkeypatch):
-    read_indexed, read = prediction.read_indexed, []
+    read_indexed, read = prediction_reading.read_indexed, []
 
     def reading(indexed, size):
         read.append(indexed.container)
@@ -414,7 +414,7 @@ def test_a_moved_or_copied_folder_goes_on(run, images, whole, half, tmp_path, mo
 
 def test_what_the_machine_could_not_read_is_tried_again(run, images, tmp_path, monkeypatch):
     lost = str(slice_paths(images)[0])
-    read_indexed = prediction.read_indexed
+    read_indexed = prediction_reading.read_indexed
 
     def read(indexed, size):
         if indexed.container == lost:

@@ -366,7 +366,7 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
         return ThreadPoolExecutor(number)
 
     monkeypatch.setattr(prediction_reading, "AHEAD_BYTES", bytes_ahead)
-    monkeypatch.setattr(prediction, "process_pool", pool)
+    monkeypatch.setattr(prediction_reading, "process_pool", pool)
     with prediction_reading.series_reading(40, 20, 30, workers) as read:
         absent = IndexedSlice("absent", *[None] * (len(IndexedSlice._fields) - 1))
         found = list(read([[absent]] * 3))
