@@ -59,6 +59,7 @@ from ich_keras.prediction_tables import (
 from ich_keras.prediction_variants import TTA, tta_names, turns_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
+from ich_keras.studies import RULE, study_table
 
 
 def predict_index(
@@ -210,11 +211,11 @@ def predict_folder(
         run_dir: a finished run, or a sequence of them.
         dicom_dir: any folder; files that are not usable slices are listed in `rejects`.
         out: a new folder for predictions.csv and look_first.csv (not for a run on whole series),
-            series.csv, rejects.csv, decisions.json, and notice.txt, which says what the network was
-            trained on and how the answers were made; None writes nothing. Of several runs,
-            members.csv says which is which, and members/1/, ... hold what each writes alone. If no
-            slice is usable, only rejects.csv is written. A folder with an interrupted prediction,
-            or with only the rejects.csv of a refused one, will do.
+            series.csv, studies.csv, rejects.csv, decisions.json, and notice.txt, which says what
+            the network was trained on and how the answers were made; None writes nothing. Of
+            several runs, members.csv says which is which, and members/1/, ... hold what each writes
+            alone. If no slice is usable, only rejects.csv is written. A folder with an interrupted
+            prediction, or with only the rejects.csv of a refused one, will do.
         batch_size: samples per step; None takes that of each run.
         workers: processes that read headers and slices; 0 reads them in this one.
         device: "auto", "cpu" or "cuda".
@@ -296,12 +297,12 @@ def predict_folder(
                 require_few_rejects(index.slices, answer.rejects, max_rejects)
                 plain.append(with_paths_inside(answer, root))
                 answered = with_answers(plain[-1], rules[number - 1])
-                own.append(with_marks(answered, [member], tta))
+                own.append(_with_studies(with_marks(answered, [member], tta), index))
                 journals.append(journal)
             result = own[0]
             if len(members) > 1:
                 mean = dataclasses.replace(averaged(plain), members=tuple(own))
-                result = with_marks(mean, members, tta)
+                result = _with_studies(with_marks(mean, members, tta), index)
                 require_few_rejects(index.slices, result.rejects, max_rejects)
         if folder is not None:
             if len(members) > 1:
@@ -312,6 +313,15 @@ def predict_folder(
                 journal.remove()  # the very last: whoever finds one knows that there is more
             fail_point("after the journal's removal")
     return result
+
+
+def _with_studies(prediction: FolderPrediction, index: SeriesIndex) -> FolderPrediction:
+    """Return a prediction with one answer per study."""
+    studies = study_table(prediction.series, index.series, prediction.labels)
+    notice = prediction.notice
+    if (studies["num_series"] > 1).any():
+        notice = f"{notice}\n{RULE}"
+    return dataclasses.replace(prediction, studies=studies, notice=notice)
 
 
 def _of_member(progress: Progress | None, number: int, total: int) -> Progress | None:

@@ -27,6 +27,7 @@ from ich_keras.prediction_journal import (
     NOTICE_FILE,
     PREDICTIONS_FILE,
     SERIES_FILE,
+    STUDIES_FILE,
     SeriesResult,
     inside,
     written,
@@ -56,6 +57,8 @@ class FolderPrediction:
             for a run on whole series.
         decisions: how the answers were made, as decisions.json holds it; None without answers.
         members: of an ensemble, what each run predicts alone, in their order.
+        studies: one row per study, with the answers of the series that counts
+            (`ich_keras.studies`).
     """
 
     slices: pd.DataFrame | None
@@ -66,6 +69,7 @@ class FolderPrediction:
     look_first: pd.DataFrame | None = None
     decisions: dict[str, Any] | None = None
     members: "tuple[FolderPrediction, ...]" = ()
+    studies: pd.DataFrame | None = None
 
     def __repr__(self) -> str:
         slices = "" if self.slices is None else f"{len(self.slices)} slices, "
@@ -180,7 +184,7 @@ def rejects_inside(rejects: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 def write_tables(folder: Path, prediction: FolderPrediction) -> None:
     """Write predictions.csv and look_first.csv (not for a run on whole series), series.csv,
-    rejects.csv, decisions.json and notice.txt.
+    studies.csv, rejects.csv, decisions.json and notice.txt.
 
     Raises:
         EnvironmentProblem: a file cannot be written.
@@ -191,6 +195,8 @@ def write_tables(folder: Path, prediction: FolderPrediction) -> None:
     if prediction.look_first is not None:
         texts[LOOK_FIRST_FILE] = csv_text(prediction.look_first)
     texts[SERIES_FILE] = csv_text(prediction.series)
+    if prediction.studies is not None:
+        texts[STUDIES_FILE] = csv_text(prediction.studies)
     texts[REJECTS_FILE] = csv_text(prediction.rejects)
     if prediction.decisions is not None:
         texts[DECISIONS_FILE] = json_text(prediction.decisions)

@@ -166,7 +166,8 @@ def test_an_ensemble_is_the_mean_of_its_members(alone, ensemble):
 def test_what_an_ensemble_writes(runs, images, alone, ensemble, tmp_path):
     out, found, _ = ensemble
     assert sorted(path.name for path in out.iterdir()) == [
-        *("members", "members.csv", "notice.txt", "predictions.csv", "rejects.csv", "series.csv")
+        *("members", "members.csv", "notice.txt", "predictions.csv", "rejects.csv", "series.csv"),
+        "studies.csv",
     ]
     written = pd.read_csv(out / "predictions.csv")
     np.testing.assert_allclose(written[COLUMNS], found.slices[COLUMNS], rtol=1e-6)

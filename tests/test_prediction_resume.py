@@ -38,6 +38,7 @@ TABLES = [
     "predictions.csv",
     "rejects.csv",
     "series.csv",
+    "studies.csv",
 ]
 NUM_SERIES = 6
 BATCH = 4  # less than a series has: every series is a group
