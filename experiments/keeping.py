@@ -20,14 +20,15 @@ from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write, read_json, sha256_of, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
-from ich_keras.metrics.binary import TRUTH_COLUMNS
+from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 
 _KEPT_METRICS = (
     *("log_loss", "rsna_log_loss", "exact_match", "hamming_loss", "hamming_score"),
     *("precision", "recall", "f1", "specificity", "auroc", "ap", "n", "baseline", "skill"),
-    *("smoothing", "unsmoothed", "aggregation"),
+    "aggregation",
 )
 
 
@@ -57,7 +58,10 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
     run, out = RunFolder(place.run_dir(key, seed)), place.result_dir(key, seed)
     environment, machine = _trained_in(run)
     recipe = run.recipe()
+    found = run.metrics("test")
+    assert found is not None  # a finished run has been evaluated
     table = pd.read_csv(run.predictions_file("test"), dtype={"sop_instance_uid": str})
+    table, metrics = _unsmoothed(table, found)
     numbers = patient_numbers(cache)
     _write(out / PREDICTIONS, _kept_rows(table, numbers))
     (out / AUGMENTED).unlink(missing_ok=True)
@@ -65,8 +69,7 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
         _write(out / AUGMENTED, _kept_rows(_augmented(recipe, cache, run, table), numbers))
     history = pd.read_csv(run.history_file)
     atomic_write(out / HISTORY, run.history_file.read_text(encoding="utf-8"))
-    data, metrics, split = run.data(), run.metrics("test"), run.split()
-    assert metrics is not None  # a finished run has been evaluated
+    data, split = run.data(), run.split()
     plan = data["plan"]
     samples = cost.samples_per_epoch * len(history)
     content = recipe.as_config().to_dict()
@@ -159,6 +162,30 @@ def _weights_record(run: RunFolder) -> dict | None:
         return None
     loaded = read_json(path)
     return {name: loaded[name] for name in ("fresh", "ignored", "record")}
+
+
+def _unsmoothed(table: pd.DataFrame, metrics: dict) -> tuple[pd.DataFrame, dict]:
+    """Return predictions and metrics without smoothing along z.
+
+    The experiments compare what networks answer, also with results of before there was smoothing.
+    The report shows it as a control, with one kernel for all.
+    """
+    columns = [f"unsmoothed_{label}" for label in LABELS]
+    if columns[0] not in table:
+        return table, metrics
+    values, truth = table[columns].to_numpy(), table[list(TRUTH_COLUMNS)].to_numpy()
+    of_levels = {"slice": (truth, values)}
+    if "series" in metrics:
+        uids = table["series_instance_uid"].tolist()
+        series = aggregate(values, uids, metrics["series"]["aggregation"]["rule"]).to_numpy()
+        of_levels["series"] = (aggregate(truth, uids).to_numpy().astype(int), series)
+    found = {}
+    for level, part in metrics.items():
+        prevalence = part["baseline"]["prevalence"]["probabilities"]
+        again = binary_metrics(*of_levels[level], [prevalence[label] for label in LABELS])
+        found[level] = part | again
+    table = table.drop(columns=list(LABELS))
+    return table.rename(columns=dict(zip(columns, LABELS, strict=True))), found
 
 
 def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:

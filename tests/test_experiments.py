@@ -1084,6 +1084,73 @@ def test_the_leak_is_shown_on_shared_slices():
     assert compare_runs("leak", {"2d": fair}) == leak_section({"2d": fair}, []) == []
 
 
+def test_smoothing_is_shown_as_a_control_of_slabs():
+    from experiments.report.comparisons import smoothing_section
+    from experiments.scores import CONTROL, smoothed
+
+    results = {
+        key: [made_result(key, s, some_rows(s + start)) for s in range(3)]
+        for key, start in (("2d", 0), ("slab", 5))
+    }
+    lines = smoothing_section(results)
+    assert CONTROL in lines[0]
+    after = {key: smoothed(group) for key, group in results.items()}
+    for name, one, other in (
+        ("`2d, smoothed` - `2d`", after["2d"], results["2d"]),
+        ("`slab` - `2d, smoothed`", results["slab"], after["2d"]),
+        ("`slab, smoothed` - `2d, smoothed`", after["slab"], after["2d"]),
+    ):
+        each = []
+        for pair in zip(one, other, strict=True):
+            tables = [result.predictions for result in pair]
+            found = [
+                binary_metrics(
+                    table[list(TRUTH_COLUMNS)].to_numpy(), table[list(LABELS)].to_numpy()
+                )
+                for table in tables
+            ]
+            each.append(found[0]["log_loss"] - found[1]["log_loss"])
+        assert cells(lines, name)[3].startswith(f"{np.mean(each):.4f} (")
+    # Neighbours are of the same series: three of its four slices by hand.
+    logits = {
+        name: np.log(p / (1 - p))
+        for name, p in (
+            (name, np.clip(table[0].predictions["any"].to_numpy()[:4], 1e-7, 1 - 1e-7))
+            for name, table in (("before", results["2d"]), ("after", after["2d"]))
+        )
+    }
+    before = logits["before"]
+    expected = [(0.6 * before[0] + 0.2 * before[1]) / 0.8]
+    expected.append(0.2 * before[0] + 0.6 * before[1] + 0.2 * before[2])
+    expected.append((0.6 * before[3] + 0.2 * before[2]) / 0.8)
+    np.testing.assert_allclose(logits["after"][[0, 1, 3]], expected, rtol=1e-6)
+    assert smoothing_section({"2d": results["2d"]}) == []
+
+
+def test_results_are_kept_without_smoothing():
+    from experiments.keeping import _unsmoothed
+
+    (result,) = [made_result("2d", 0, some_rows(0), rule="mean of the top 3")]
+    raw = result.predictions.rename(columns={"series": "series_instance_uid"})
+    metrics = result.info["metrics"]
+    assert _unsmoothed(raw, metrics) == (raw, metrics)
+    columns = {f"unsmoothed_{label}": raw[label] for label in LABELS}
+    run = raw.assign(**columns, **dict.fromkeys(LABELS, 0.5))
+    worse = {
+        level: binary_metrics(np.eye(6, dtype=int), np.full((6, 6), 0.5))
+        | {"aggregation": {"rule": "mean of the top 3"}}
+        for level in metrics
+    }
+    table, found = _unsmoothed(run, worse)
+    pd.testing.assert_frame_equal(table[list(LABELS)], raw[list(LABELS)])
+    assert not set(table) & set(columns)
+    for level, part in metrics.items():
+        assert found[level]["log_loss"] == part["log_loss"]
+        assert found[level]["auroc"] == part["auroc"]
+        probabilities = worse[level]["baseline"]["prevalence"]["probabilities"]
+        assert found[level]["baseline"]["prevalence"]["probabilities"] == probabilities
+
+
 def test_the_report_begins_with_every_comparison_in_one_line():
     from experiments.report.comparisons import compare_runs
     from experiments.report.summary import summary_section

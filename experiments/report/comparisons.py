@@ -20,6 +20,7 @@ from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scales import SCALES
 from experiments.scores import (
+    CONTROL,
     LEVELS,
     Difference,
     baseline_values,
@@ -28,6 +29,7 @@ from experiments.scores import (
     pick,
     seed_values,
     shared_scores,
+    smoothed,
 )
 from ich_keras.labels import LABELS
 from ich_keras.report import markdown_table
@@ -69,7 +71,35 @@ def question_section(name: str, results: Results, compared: Sequence[Compared]) 
         return lines + leak_section(results, compared)
     if name == "fractions":
         lines += _fractions_note(results)
+    if name == "views":
+        return lines + _differences(compared) + smoothing_section(results)
     return lines + _differences(compared)
+
+
+def smoothing_section(results: Results) -> list[str]:
+    """Return the control for slabs: slices that know their neighbours' answers, too."""
+    if "2d" not in results or "slab" not in results:
+        return []
+    plain = {key: results[key] for key in ("2d", "slab")}
+    smooth = {key: smoothed(group) for key, group in plain.items()}
+    found = [
+        (one, other, "slice", difference)
+        for one, other, difference in (
+            ("2d, smoothed", "2d", compare(smooth["2d"], plain["2d"], "slice")),
+            ("slab, smoothed", "slab", compare(smooth["slab"], plain["slab"], "slice")),
+            ("slab", "2d, smoothed", compare(plain["slab"], smooth["2d"], "slice")),
+            ("slab, smoothed", "2d, smoothed", compare(smooth["slab"], smooth["2d"], "slice")),
+        )
+        if difference
+    ]
+    if not found:
+        return []
+    return [
+        "**Smoothing as a control.** A slab sees the neighbours of its slice. Here the slices know"
+        f" theirs, too: each slice's logits are averaged with its neighbours' ({CONTROL}).",
+        "",
+        *_differences(found),
+    ]
 
 
 def _shared_runs(name: str) -> set[str]:
