@@ -10,6 +10,21 @@ from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.files import fingerprint
 
 
+_LATER_OPTIONS = (
+    "batch_norm",
+    "ema",
+    "focal_alpha",
+    "focal_gamma",
+    "gamma_negative",
+    "gamma_positive",
+    "label_weight",
+    "margin",
+    "patience",
+    "positive_weight",
+    "swa",
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """DICOM files that the user provides, for scales without phantoms.
@@ -113,6 +128,11 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
         del content["config"][name]
     # Asked since the first results were stored. It changes none: phantoms have no such series.
     del content["config"]["data"]["duplicate"]
+    # Neither do options that came later and that a run does not use.
+    usual = asdict(FitConfig())
+    for name in _LATER_OPTIONS:
+        if content["config"]["fit"][name] == usual[name]:
+            del content["config"]["fit"][name]
     others = [*run.depends_on, *([run.like[1]] if run.like else [])]
     content["others"] = {other: declaration(other, scale, seed, source) for other in others}
     return fingerprint(content)

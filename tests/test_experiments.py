@@ -1497,3 +1497,13 @@ def test_the_sheet_of_a_folder(phantom_folder, tmp_path):
     assert again.exit_code == 2
     assert f"{out} already exists; nothing is overwritten" in again.output
     assert out.read_bytes() == before
+
+
+def test_the_committed_results_are_those_of_their_declarations():
+    """An option that comes later must not turn them stale: the report could not be made again."""
+    found = load_results(Path(reproducing.__file__).parent / "results" / "small")
+    assert sum(map(len, found.values())) == len(list(RESULTS_OF_SMALL.glob(f"*/{RESULT}")))
+    assert len(found["2d"]) == 3
+
+
+RESULTS_OF_SMALL = Path(reproducing.__file__).parent / "results" / "small" / "runs"
