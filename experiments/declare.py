@@ -9,7 +9,6 @@ from experiments.scales import Fitting, Scale
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.files import fingerprint
 
-
 _LATER_OPTIONS = (
     "batch_norm",
     "ema",
