@@ -667,6 +667,40 @@ def test_a_head_is_kept_only_when_asked_and_of_six(narrow, tmp_path):
         )
 
 
+def test_a_head_of_other_labels_is_kept_with_their_names(tmp_path):
+    torch.save(random_network(preset("resnet18_2d"), 3).state_dict(), tmp_path / "three.pth")
+    kept = convert(
+        tmp_path / "three.pth",
+        preset_name="resnet18_2d",
+        out=tmp_path / "three.weights.h5",
+        keep_head=True,
+        labels=("normal", "bleed", "mass"),
+    )
+    assert kept.record["labels"] == ["normal", "bleed", "mass"]
+    found = read_weights(kept.path)
+    assert found.layers["fc"][0].shape == (512, 3)
+    model = build_classifier(
+        "resnet18_2d", str(kept.path), (32, 32, 3), labels=("normal", "bleed", "mass")
+    )
+    np.testing.assert_array_equal(np.array(model.get_layer("fc").kernel), found.layers["fc"][0])
+    with pytest.raises(DataError, match="its head gives normal, bleed, mass; expected the order"):
+        build_classifier(
+            "resnet18_2d", str(kept.path), (32, 32, 3), labels=("bleed", "normal", "mass")
+        )
+    # For other labels, the head is new.
+    fresh = build_classifier("resnet18_2d", str(kept.path), (32, 32, 3))
+    assert fresh.output_shape == (None, 6)
+    changed = change_channels(kept.path, tmp_path / "one.weights.h5", 1)
+    assert read_weights(changed).record["labels"] == ["normal", "bleed", "mass"]
+    with pytest.raises(UsageError, match="labels are those of a head that is kept"):
+        convert(
+            tmp_path / "three.pth",
+            preset_name="resnet18_2d",
+            out=tmp_path / "x.weights.h5",
+            labels=("a", "b", "c"),
+        )
+
+
 class Response:
     """What urlopen returns, from bytes."""
 

@@ -111,7 +111,10 @@ def inspect(checkpoint: Path, prefix: str | None) -> None:
 @click.option(
     "--keep-head",
     is_flag=True,
-    help="Keep the head of the checkpoint, which must have six outputs.",
+    help="Keep the head of the checkpoint, which must have six outputs, or those of --labels.",
+)
+@click.option(
+    "--labels", metavar="A,B,...", help="With --keep-head: labels of its outputs, in order."
 )
 def convert(
     source: str | None,
@@ -121,11 +124,15 @@ def convert(
     out: Path | None,
     channels: int | None,
     keep_head: bool,
+    labels: str | None,
 ) -> None:
     """Convert a checkpoint into a .weights.h5 file, if both networks agree."""
     from weights_convert.conversion import convert as convert_checkpoint
 
-    made = convert_checkpoint(checkpoint, source, preset_name, out, channels, keep_head, prefix)
+    names = None if labels is None else [name.strip() for name in labels.split(",")]
+    made = convert_checkpoint(
+        checkpoint, source, preset_name, out, channels, keep_head, prefix, names
+    )
     click.echo(str(made.parity))
     click.echo(f"source: {made.record['source']}; sha256 {made.record['sha256']}")
     if made.record.get("is_published_file") is False:

@@ -1,6 +1,7 @@
 """From a torch checkpoint to a `.weights.h5` file and back, tensor by tensor."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 from ich_keras import __version__
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import atomic_path, require_absent
-from ich_keras.labels import NUM_LABELS
+from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import HEAD, save_weights
@@ -62,7 +63,7 @@ def _settle(source: str | None, preset_name: str | None) -> tuple[Source | None,
 
 
 def _matched(
-    checkpoint: Checkpoint, source: Source | None, preset_name: str, keep_head: bool
+    checkpoint: Checkpoint, source: Source | None, preset_name: str, head: LabelSet | None
 ) -> tuple[ModelSpec, dict[str, np.ndarray], tuple[str, ...]]:
     """Return the network of a checkpoint, its tensors and the names of the tensors left out."""
     place = str(checkpoint.path)
@@ -72,12 +73,13 @@ def _matched(
     spec = replace(spec, input_shape=(*spec.input_shape[:-1], channels))
     require_structure(structure, spec, place, source.name if source else f"preset {preset_name}")
     dropped = source.dropped if source else HEADS
-    if keep_head:
-        if structure["head"] != NUM_LABELS:
+    if head is not None:
+        if structure["head"] != len(head):
             raise DataError(
                 f"{place} has {'no head' if structure['head'] is None else structure['head']};"
-                f" expected one of {NUM_LABELS} outputs to keep.",
-                "Convert without --keep-head; training then starts with a new head.",
+                f" expected one of {len(head)} outputs to keep.",
+                "Convert without --keep-head; training then starts with a new head. For labels"
+                " other than the six: --labels A,B,C in the order of its outputs.",
             )
         dropped = tuple(prefix for prefix in dropped if prefix != _HEAD_PREFIX)
     tensors, left_out = split_off(checkpoint.tensors, dropped)
@@ -85,14 +87,18 @@ def _matched(
 
 
 def _checked(
-    spec: ModelSpec, tensors: dict[str, np.ndarray], place: str, keep_head: bool, batch_size: int
+    spec: ModelSpec,
+    tensors: dict[str, np.ndarray],
+    place: str,
+    outputs: int | None,
+    batch_size: int,
 ) -> tuple["keras.Model", Parity]:
     """Return (Keras model with the tensors, parity with the torch reference)."""
     import torch
 
-    model = build(spec, keep_head)
+    model = build(spec, outputs)
     load_state(model, tensors, place)
-    module = reference(spec, NUM_LABELS if keep_head else None)
+    module = reference(spec, outputs)
     module.load_state_dict(
         {name: torch.from_numpy(array) for name, array in tensors.items()}
         # A checkpoint may lack the batch counters: no computation reads them.
@@ -111,6 +117,7 @@ def convert(
     channels: int | None = None,
     keep_head: bool = False,
     prefix: str | None = None,
+    labels: LabelSet | Sequence[str] | None = None,
 ) -> Conversion:
     """Convert a torch checkpoint into weights for `build_classifier` and `build_backbone`.
 
@@ -124,9 +131,9 @@ def convert(
         out: the file to write, ending in `.weights.h5`. None writes <source>.weights.h5 into the
             weights folder, where `weights=<source>` finds it.
         channels: new number of input channels; None keeps it.
-        keep_head: keep the checkpoint's head, which must have six outputs in the order of
-            `ich_keras.LABELS`.
+        keep_head: keep the checkpoint's head, which must have the outputs of `labels`, in order.
         prefix: of the network, where the file holds several; see `read_checkpoint`.
+        labels: of a head that is kept; None stands for RSNA's six (`ich_keras.LABELS`).
 
     Raises:
         UsageError: unknown names, or `out` exists.
@@ -134,6 +141,10 @@ def convert(
             belongs to another network; or the two networks disagree.
     """
     known, preset_name = _settle(source, preset_name)
+    if labels is not None and not keep_head:
+        raise UsageError("labels are those of a head that is kept.", "Add --keep-head.")
+    head = label_set(labels) if keep_head else None
+    outputs = None if head is None else len(head)
     if out is not None:
         path = require_out(out)
     elif known is not None:
@@ -152,20 +163,21 @@ def convert(
             f"Fetch {known.url}; for weights of your own give --preset {preset_name} and"
             f" --out FILE{SUFFIX}.",
         )
-    spec, tensors, left_out = _matched(read, known, preset_name, keep_head)
-    model, parity = _checked(spec, tensors, str(read.path), keep_head, batch_size=1)
+    spec, tensors, left_out = _matched(read, known, preset_name, head)
+    model, parity = _checked(spec, tensors, str(read.path), outputs, batch_size=1)
     record = {
         **provenance,
         "mapping_version": MAPPING_VERSION,
         "written_by": f"ich_keras {__version__}",
         "preset": preset_name,
         "network": spec.to_dict(),
+        "labels": list((head or SIX).names),
         "parity": parity.to_dict(),
         "dropped": list(left_out),
         "changes": [],
     }
     if channels is not None and channels != spec.channels:
-        model, record = rechannelled(tensors, spec, record, channels, keep_head)
+        model, record = rechannelled(tensors, spec, record, channels, outputs)
     save_weights(model, path, record)
     return Conversion(path, parity, record, left_out)
 
@@ -217,8 +229,8 @@ def verify(
     """
     known, preset_name = _settle(source, preset_name)
     read = read_checkpoint(checkpoint, prefix)
-    spec, tensors, _ = _matched(read, known, preset_name, keep_head=False)
-    return _checked(spec, tensors, str(read.path), keep_head=False, batch_size=3)[1]
+    spec, tensors, _ = _matched(read, known, preset_name, head=None)
+    return _checked(spec, tensors, str(read.path), outputs=None, batch_size=3)[1]
 
 
 def export(weights: Path | str, out: Path | str) -> Path:
@@ -227,7 +239,8 @@ def export(weights: Path | str, out: Path | str) -> Path:
     Args:
         weights: a `.weights.h5` file.
         out: a new file; `.pth` for torch, `.safetensors` for that format. torchvision's networks
-            load it with `load_state_dict` (with `num_classes=6`, or `strict=False` without head).
+            load it with `load_state_dict` (with `num_classes` as many as labels, or `strict=False`
+            without head).
 
     Raises:
         UsageError: another suffix, or `out` exists.

@@ -11,10 +11,17 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
 from ich_keras.models.presets import preset
 from ich_keras.models.spec import ModelSpec
-from ich_keras.models.weights import HEAD, listed, save_weights
+from ich_keras.models.weights import listed, save_weights
 from ich_keras.models.weights_file import SUFFIX, read_weights
 from weights_convert.shapes import to_2d, to_3d, with_channels
-from weights_convert.state import build, load_state, shapes_by_name, spec_of_file, state_of_file
+from weights_convert.state import (
+    build,
+    load_state,
+    outputs_of,
+    shapes_by_name,
+    spec_of_file,
+    state_of_file,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -41,12 +48,12 @@ def require_out(out: Path | str) -> Path:
 
 
 def rechannelled(
-    state: _State, spec: ModelSpec, record: dict[str, Any], channels: int, has_head: bool
+    state: _State, spec: ModelSpec, record: dict[str, Any], channels: int, outputs: int | None
 ) -> tuple["keras.Model", dict[str, Any]]:
     """Return the model and record of the same network with another number of input channels."""
     state = with_channels(state, channels)
     changed = replace(spec.with_any_size(), input_shape=(*(None,) * spec.rank, channels))
-    model = build(changed, has_head)
+    model = build(changed, outputs)
     load_state(model, state)
     change = f"input channels {spec.channels} -> {channels}"
     return model, {
@@ -70,7 +77,7 @@ def change_channels(weights: Path | str, out: Path | str, channels: int) -> Path
     out = require_out(out)
     file = read_weights(weights)
     spec, state = spec_of_file(file), state_of_file(file)
-    model, record = rechannelled(state, spec, file.record, channels, HEAD in file.layers)
+    model, record = rechannelled(state, spec, file.record, channels, outputs_of(file))
     save_weights(model, out, record)
     return out
 
@@ -106,8 +113,8 @@ def _reshape(
             f"{file.path} does not fit {preset_name}: {said}.",
             _CHOOSE_ALIKE,
         )
-    has_head = HEAD in file.layers
-    model = build(target, has_head)
+    outputs = outputs_of(file)
+    model = build(target, outputs)
     wanted = shapes_by_name(model)
     absent = [name for name in wanted if name not in state]
     if absent or len(wanted) != len(state):
@@ -125,7 +132,7 @@ def _reshape(
         "changes": [*file.record.get("changes", []), change],
     }
     if channels is not None and channels != spec.channels:
-        model, record = rechannelled(state, target, record, channels, has_head)
+        model, record = rechannelled(state, target, record, channels, outputs)
     else:
         load_state(model, state, str(file.path))
     save_weights(model, out, record)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ich_keras.errors import DataError
 from ich_keras.models.spec import ModelSpec
-from ich_keras.models.weights import listed, own_variables
+from ich_keras.models.weights import HEAD, listed, own_variables
 from ich_keras.models.weights_file import WeightsFile
 from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
 
@@ -83,13 +83,21 @@ def state_of(model: "keras.Model") -> OrderedDict[str, np.ndarray]:
     )
 
 
-def build(spec: ModelSpec, has_head: bool) -> "keras.Model":
-    """Build a network for inputs of any size, with logits or without a head."""
+def build(spec: ModelSpec, outputs: int | None) -> "keras.Model":
+    """Build a network for inputs of any size, with so many logits, or without a head (None)."""
+    from ich_keras.labels import label_set
     from ich_keras.models.classifier import classifier
     from ich_keras.models.resnet import resnet
 
     spec = replace(spec.with_any_size(), dropout=0.0)
-    return classifier(spec, output="logits") if has_head else resnet(spec)
+    if outputs is None:
+        return resnet(spec)
+    return classifier(spec, output="logits", labels=label_set(outputs))
+
+
+def outputs_of(file: WeightsFile) -> int | None:
+    """Return the number of outputs of a file's head; None without one."""
+    return int(file.layers[HEAD][0].shape[-1]) if HEAD in file.layers else None
 
 
 def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
