@@ -17,6 +17,7 @@ from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.metrics.calibration import with_temperature
 from ich_keras.metrics.conformal import LabelScores
 from ich_keras.metrics.operating import threshold_at_sensitivity, threshold_at_specificity
+from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.run_checksums import require_file_unchanged
 from ich_keras.run_folder import RunFolder
 from ich_keras.validation_scores import (
@@ -111,12 +112,16 @@ class AnswerRules:
         point: what was asked for.
         levels: by "slice" and "series"; a level may be absent.
         without: why there are no answers at all; "" if there are.
+        smoothing: the kernel that slices were smoothed with along z; "" where they were not.
+        rule: from slices to series; "" for a run on whole series.
     """
 
     labels: LabelSet
     point: OperatingPoint
     levels: Mapping[str, LevelRules]
     without: str = ""
+    smoothing: str = ""
+    rule: str = ""
 
     def sentences(self) -> list[str]:
         """Say what the answers are, a paragraph each."""
@@ -128,7 +133,8 @@ class AnswerRules:
         temperatures = [f"{part.temperature:.4g} per {name}" for name, part in self.levels.items()]
         found = [
             "Probabilities are calibrated: their logits are divided by a temperature fitted on"
-            f" validation ({', '.join(temperatures)}). Columns {RAW}* hold what the network gives.",
+            f" validation ({', '.join(temperatures)}). Columns {RAW}* hold what they were before:"
+            f" {self._made()}.",
             *self._decisions(),
             *self._groups(),
         ]
@@ -139,6 +145,12 @@ class AnswerRules:
                 " cuts series apart, so nothing was chosen for them."
             )
         return found
+
+    def _made(self) -> str:
+        """Say how the network's probabilities became those of the tables."""
+        smoothed = f", smoothed along z by {self.smoothing}" if self.smoothing else ""
+        series = f"; of series, {self.rule} of their slices'" if self.rule else ""
+        return f"what the network gives{smoothed}{series}"
 
     def _decisions(self) -> list[str]:
         which = "highest" if self.point.sensitivity is not None else "lowest"
@@ -186,6 +198,8 @@ class AnswerRules:
             "operating_point": self.point.wanted,
             "error_rate": float(self.point.error_rate),
             "without": self.without,
+            "smoothing": self.smoothing,
+            "series_rule": self.rule,
             "levels": {name: self._level_dict(part) for name, part in self.levels.items()},
         }
 
@@ -215,18 +229,11 @@ def answer_rules(run: RunFolder, point: OperatingPoint) -> AnswerRules:
     `AnswerRules.without` says why; so it is for groups without predictions on validation.
 
     Raises:
-        UsageError: an operating point is asked of an unfinished training; or a label is called as
-            a column of answers.
+        UsageError: an operating point is asked of an unfinished training.
         StaleError: an operating point is asked for, and the run lacks what it is chosen from; its
             choices or its predictions on validation are damaged, changed, or of another run.
     """
     labels = run.recipe().labels
-    taken = {f"{kind}{name}" for kind in (RAW, DECISION, GROUP) for name in labels.names}
-    if clash := sorted(taken & set(labels.names)):
-        raise UsageError(
-            f"the run has a label {clash[0]!r}, which is the name of a column of answers.",
-            "Train with another name for the label.",
-        )
     if run.notice():
         if not point.is_usual:
             raise UsageError(
@@ -263,7 +270,15 @@ def answer_rules(run: RunFolder, point: OperatingPoint) -> AnswerRules:
         for name in LEVELS
         if name in choices
     }
-    return AnswerRules(labels, point, levels)
+    kernel = run.smoothing()
+    is_series = run.recipe().inputs.view.kind == "series"
+    return AnswerRules(
+        labels,
+        point,
+        levels,
+        smoothing="" if kernel == NO_SMOOTHING else kernel,
+        rule="" if is_series else run.rule(),
+    )
 
 
 def _level_rules(

@@ -102,8 +102,8 @@ def _answered(
 def _look_first(slices: pd.DataFrame, series: pd.DataFrame, labels: LabelSet) -> pd.DataFrame:
     """Return the slices of each series with the most evidence, by label.
 
-    For every label that is decided yes; where none is, for the one that stands for all (the most
-    probable one, of exclusive labels).
+    For every label that is decided yes; where none is, for the one that stands for all (where
+    there is no such label, for the most probable one).
     """
     rows = slices.groupby("series_instance_uid", sort=False).indices
     names = list(labels.names)
@@ -112,7 +112,7 @@ def _look_first(slices: pd.DataFrame, series: pd.DataFrame, labels: LabelSet) ->
     raw = slices[[f"{RAW}{name}" for name in names]].to_numpy()
     parts = []
     for number, uid in enumerate(series["series_instance_uid"]):
-        shown = probable[number] if labels.exclusive else labels.index(labels.shown)
+        shown = probable[number] if labels.any_column is None else labels.any_column
         columns = np.flatnonzero(decided[number]) if decided[number].any() else [shown]
         for column in columns:
             # The first of equal slices stays first.

@@ -20,7 +20,7 @@ from ich_keras.ct.header import MAX_ROWS_COLUMNS, MAX_SPACING_MM
 from ich_keras.ct.rejects import MAX_REJECTS, RejectedFile
 from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
-from ich_keras.data.labels import LabelTable
+from ich_keras.data.labels import LabelTable, contradicts_any
 from ich_keras.disk import require_free
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
@@ -60,9 +60,7 @@ def predict_arrays(
             to the back. Without names they are called volume-1, volume-2, ...
         spacing_mm: between slices, rows and columns; one for all volumes, or one each.
         batch_size, device, any_body_part, unfinished, max_rejects, specificity, sensitivity,
-            error_rate: as for `predict_folder`.
-        batch_size, device, any_body_part, unfinished, max_rejects, tta: as for
-            `predict_folder`.
+            error_rate, tta: as for `predict_folder`.
 
     Returns:
         The prediction. Paths are `NAME/0001.dcm` for the most inferior slice of a volume.
@@ -280,14 +278,20 @@ def _label_array(volume: ArrayVolume, values: np.ndarray, names: LabelSet) -> np
         )
     rows = values.reshape(-1, len(names)).astype(np.int8)
     place = names.any_column
-    if place is not None:
-        others = np.delete(rows, place, axis=1)
-        is_known = (rows != UNLABELLED).all(axis=1)
-        wrong_rows = np.flatnonzero(is_known & (rows[:, place] != others.max(axis=1)))
+    if place is not None and len(names) > 1:
+        wrong_rows = np.flatnonzero(contradicts_any(rows, names))
         if wrong_rows.size:
             raise DataError(
                 f"the labels of {volume.name}: row {wrong_rows[0]} has {names.any_label}"
                 f" {rows[wrong_rows[0], place]}; expected 1 where any of the others is, else 0."
+            )
+    if names.exclusive:
+        is_one = ((rows == 1).sum(axis=1) == 1) & (rows != UNLABELLED).all(axis=1)
+        wrong_rows = np.flatnonzero(~is_one & (rows != UNLABELLED).any(axis=1))
+        if wrong_rows.size:
+            raise DataError(
+                f"the labels of {volume.name}: row {wrong_rows[0]} is"
+                f" {rows[wrong_rows[0]].tolist()}; expected exactly one 1 of exclusive labels."
             )
     return rows if values.ndim == 2 else rows[0]
 

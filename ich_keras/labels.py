@@ -24,6 +24,7 @@ MAX_LABELS = 1000
 # Labels become columns of tables and parts of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}(?: [A-Za-z0-9_.+-]{1,63})*")
 _MAX_NAME = 64
+_PREFIXES = ("true_", "raw_", "unsmoothed_", "decision_", "group_")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class LabelSet:
                 raise UsageError(
                     f"label {name!r} is no usable name.",
                     f"Use up to {_MAX_NAME} letters, digits, '_', '.', '+', '-' and single spaces.",
+                )
+            if name.startswith(_PREFIXES):
+                raise UsageError(
+                    f"label {name!r} begins as columns of results do ({', '.join(_PREFIXES)}).",
+                    "Give it another name.",
                 )
         repeated = [name for name in self.names if self.names.count(name) > 1]
         if repeated:
@@ -165,6 +171,11 @@ def label_set(labels: "LabelSet | Sequence[str] | int | None", exclusive: bool =
     ('any', ('class_0', 'class_1', 'class_2'))
     """
     if isinstance(labels, LabelSet):
+        if exclusive and not labels.exclusive:
+            raise UsageError(
+                "exclusive is given beside a LabelSet that is not exclusive.",
+                "Say so there: LabelSet(names, exclusive=True).",
+            )
         return labels
     if labels is None:
         if exclusive:

@@ -29,7 +29,7 @@ class TrainingPlan:
         num_slices: slices per split.
         num_series: series per split.
         num_patients: patients per split.
-        num_positive: positive training slices per label.
+        num_positive: positive training samples per label.
         samples_per_epoch: slices, slabs or series the network sees in an epoch.
         steps_per_epoch: batches per epoch.
         total_steps: batches in all, as the schedule counts them; `accumulate` of them make one
@@ -161,9 +161,7 @@ def count_plan(
         num_slices={name: len(table) for name, table in tables.items()},
         num_series={name: table["series_uid"].nunique() for name, table in tables.items()},
         num_patients={name: table["patient_id"].nunique() for name, table in tables.items()},
-        num_positive={
-            label: int((tables["train"][label] == 1).sum()) for label in recipe.labels.names
-        },
+        num_positive=_positive(samples, chosen["train"]),
         samples_per_epoch=sum(len(batch) for batch in epoch.batches(0)),
         steps_per_epoch=epoch.num_batches,
         total_steps=total_steps,
@@ -172,6 +170,12 @@ def count_plan(
         note=split.note,
         weights=_weights_line(recipe),
     )
+
+
+def _positive(samples: Samples, chosen: np.ndarray) -> dict[str, int]:
+    assert samples.labels is not None  # `split_indices` refuses data without labels
+    counts = (samples.labels[chosen] == 1).sum(axis=0).tolist()
+    return dict(zip(samples.label_set.names, counts, strict=True))
 
 
 def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:

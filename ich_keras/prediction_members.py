@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ich_keras.ct.rejects import nothing_usable
@@ -246,6 +247,14 @@ def _mean_table(tables: Sequence[Any], key: list[str], labels: LabelSet) -> pd.D
     is_shared = indexed[0].index.isin(shared)
     found = tables[0][is_shared].reset_index(drop=True)
     found[names] = values
+    if "num_rejected" in found:
+        # What the run says that could read least.
+        counts = np.stack([table.loc[shared, "num_rejected"].to_numpy() for table in indexed])
+        for row, member in enumerate(counts.argmax(axis=0).tolist()):
+            if member:
+                for name in ("num_slices", "verdict", "num_rejected"):
+                    value = indexed[member].loc[shared[row], name]
+                    found.loc[row, name] = value
     return found
 
 

@@ -9,7 +9,7 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.leakage import audit_data
 from ich_keras.data.split import find_split
 from ich_keras.data.split_record import Split
-from ich_keras.errors import DataError, UsageError
+from ich_keras.errors import UsageError
 from ich_keras.models.presets import PRESETS, Preset, require_preset
 from ich_keras.progress import Progress, Tell
 from ich_keras.submission_file import write_submission
@@ -71,15 +71,14 @@ def split(cache: CTCache | Path | str, name: Path | str = "patient", seed: int =
         seed: of the draw.
 
     Returns:
-        The split; `split.indices(cache.slices, "train")` gives the rows of a part.
+        The split; `split.indices(cache.slices, "train", cache.labels)` gives the rows of a part.
 
     Raises:
         UsageError: the split is unknown.
         DataError: no labels, missing PatientID, or too few patients.
     """
     opened = _opened(cache)
-    _require_labels(opened)
-    return find_split(name, opened.slices, seed)
+    return find_split(name, opened.slices, seed, opened.labels)
 
 
 def audit(
@@ -106,8 +105,8 @@ def audit(
     opened = _opened(cache)
     if split is None or isinstance(split, Split):
         return audit_data(opened, split, progress)
-    _require_labels(opened)
-    return audit_data(opened, find_split(split, opened.slices, seed), progress)
+    chosen = find_split(split, opened.slices, seed, opened.labels)
+    return audit_data(opened, chosen, progress)
 
 
 def presets(*names: str) -> dict[str, Preset]:
@@ -140,10 +139,3 @@ def _opened(cache: CTCache | Path | str) -> CTCache:
     if isinstance(cache, str | Path):
         return CTCache.open(cache)
     return cache
-
-
-def _require_labels(cache: CTCache) -> None:
-    from ich_keras.labels import LABELS
-
-    if not set(LABELS) <= set(cache.slices):
-        raise DataError("the data have no labels.", "Open the cache with labels.")

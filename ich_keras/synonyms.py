@@ -53,7 +53,7 @@ _OTHERS: dict[str, str] = {
     "seed": "s random-seed random-state manual-seed rng",
     "size": "img-size image-size imgsz input-size resize resolution crop-size img",
     "slices": "num-slices n-slices depth num-frames",
-    "split": "fold folds cv val-split val-fraction valid-fraction validation-split test-size"
+    "split": "cv val-split val-fraction valid-fraction validation-split test-size"
     " test-split train-split",
     "swa": "swa-epochs use-swa swa-start stochastic-weight-averaging",
     "tensorboard": "tb tensorboard-dir tb-dir log-dir logdir logger log report-to",

@@ -534,12 +534,3 @@ def test_an_unfinished_training_answers_with_what_the_network_gave(copy, images,
     with pytest.raises(UsageError, match=r"specificity 0\.95 was asked for, but .* is unfinished"):
         predict_folder(copy, images, tmp_path / "out", unfinished=True, specificity=0.95)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_label_called_as_a_column_of_answers_is_refused(tmp_path, images):
-    spec = ModelSpec((16, 16, 3), depth=10, width=8)
-    labels = LabelSet(("bleed", "raw_bleed"))
-    run = untrained_run(tmp_path / "run", "tiny", spec, size=16, labels=labels)
-    with pytest.raises(UsageError, match="has a label 'raw_bleed', which is the name of a column"):
-        predict_folder(run, images, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

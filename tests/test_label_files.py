@@ -40,6 +40,7 @@ def slices_of(**columns):
         "instance_number": ["1", "2", "1", "2"],
         "container": ["/d/a/1.dcm", "/d/a/2.dcm", "/d/b/049.nii", "/d/b/049.nii"],
         "member": ["", "", "", ""],
+        "frame": [0, 0, 1, 2],
         "series_uid": ["1", "1", "2", "2"],
     }
     return pd.DataFrame(table | columns)
@@ -156,6 +157,43 @@ def test_labels_of_series_train_series_and_not_slices(write):
         assert "Train on whole series" in error.value.hint
 
 
+def test_readers_who_differ_on_the_kind_are_taken(write):
+    """Two of three see a bleed, each another one."""
+    reads = ["1,0,0,1,0,0,0,0", "1,0,0,0,0,1,0,0", "0,0,0,0,0,0,0,0"]
+    labels = read_labels(write("\n".join([CQ500, ",".join(["CQ500-CT-7", "B1", *reads])])))
+    assert labels.table.iloc[0].tolist() == [0, 0, 0, 0, 0, 1]
+    assert labels.num_inconsistent == 1
+
+
+def test_a_column_and_its_opposite_fill_and_check_each_other(write):
+    labels = read_labels(write("patient_id,ICH,No_Hemorrhage\na,1,0\nb,,0\nc,,1\nd,0,\n"))
+    assert labels.table["any"].tolist() == [1, 1, 0, 0]
+    for header in ("patient_id,ICH,No_Hemorrhage", "patient_id,No_Hemorrhage,ICH"):
+        with pytest.raises(DataError, match="'No_Hemorrhage' is '1', and so is that of any"):
+            read_labels(write(f"{header}\na,1,1\n"))
+
+
+def test_a_named_bleed_makes_a_missing_any_known(write):
+    labels = read_labels(write("patient_id,subdural,any\na,1,\nb,0,\nc,,1\n"))
+    assert labels.table["any"].tolist() == [1, -1, 1]
+
+
+def test_identifiers_of_frames_and_of_patients(write):
+    uid = "1." + "2" * 60
+    labels = read_labels(write(f"SOPInstanceUID,any\n{uid}/frames/4096,1\n"))
+    assert labels.table.index.tolist() == [f"{uid}/frames/4096"]
+    with pytest.raises(DataError, match="'PatientID' is no usable identifier") as error:
+        read_labels(write(f"PatientID,any\n{'Doe John ' * 9},1\n"))
+    assert "Doe" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["verdict", "num_slices", "fold", "kernel", "position_mm"])
+def test_labels_are_not_called_as_columns_of_results(write, name):
+    labels = read_labels(write("patient_id,x\n049,1\n"), f"x={name}")
+    with pytest.raises(DataError, match=f"a label is called '{name}', as a column"):
+        attach_labels(slices_of(), labels)
+
+
 BAD = {
     "text": ("PatientID,any\na,yes\n", "line 2: 'any' is 'yes', expected 0, 1 or nothing"),
     "percent": ("PatientID,any\na,0\nb,95%\n", "line 3: 'any' is '95%'"),
@@ -163,13 +201,13 @@ BAD = {
     "uncertain": ("PatientID,any\na,-1\n", "'-1'"),
     "huge": ("PatientID,any\na,1e400\n", "'1e400'"),
     "short row": ("PatientID,any\na\n", "line 2: 1 fields, expected 2"),
-    "no identifier": ("any,subdural\n1,1\n", "no column says what a row is of"),
+    "no identifier": ("any,subdural\n1,1\n", "no column identifies the rows"),
     "empty identifier": ("PatientID,any\n,1\n", "line 2: 'PatientID' is ''"),
     "mixed levels": (
         "SOPInstanceUID,SeriesInstanceUID,any\n1.1,1,1\n,2,1\n",
         "line 3: 'SOPInstanceUID' is ''",
     ),
-    "two of one": ("path,file,any\na,b,1\n", "both 'path' and 'file' seem to say"),
+    "two of one": ("path,file,any\na,b,1\n", "both 'path' and 'file' seem to identify"),
     "unknown column": ("PatientID,any,fracture\na,1,0\n", r"unknown column\(s\) 'fracture'"),
     "no label": ("PatientID,split\na,train\n", "no column holds a label that is known"),
     "twice the same": ("PatientID,any,any\na,1,0\n", "the header has 'any' twice"),
@@ -264,5 +302,5 @@ def test_paths_must_say_which_file(write):
 
 def test_a_label_is_not_called_as_a_column(write):
     labels = read_labels(write("patient_id,x\n049,1\n"), "x=series_uid")
-    with pytest.raises(DataError, match="a label is called 'series_uid', as a column"):
+    with pytest.raises(DataError, match="a label is called 'series_uid', as a column of tables"):
         attach_labels(slices_of(), labels)

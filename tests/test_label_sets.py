@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from ich_keras.data.labels import is_positive
 from ich_keras.errors import UsageError
 from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.metrics.aggregation import aggregate, choose_rule
@@ -28,6 +29,7 @@ BAD = {
     "long": (("a" * 65,), {}, "no usable name"),
     "number": ((1, 2), {}, "label 1 is no usable name"),
     "twice": (("a", "b", "a"), {}, "label 'a' is given 2 times"),
+    "as a result": (("a", "raw_a"), {}, "label 'raw_a' begins as columns of results do"),
     "no any": (("a", "b"), {"any_label": "c"}, "any_label 'c' is not one of the labels"),
     "exclusive any": (("a", "b"), {"any_label": "a", "exclusive": True}, "exclusive labels are"),
     "exclusive one": (("a",), {"exclusive": True}, "exclusive labels are two or more"),
@@ -53,6 +55,8 @@ def test_what_a_person_gives_becomes_a_label_set():
     for wrong in (0, -1, True):
         with pytest.raises(UsageError, match="labels"):
             label_set(wrong)
+    with pytest.raises(UsageError, match="beside a LabelSet that is not exclusive"):
+        label_set(TWO, exclusive=True)
     with pytest.raises(UsageError, match="the six labels of RSNA are not exclusive"):
         label_set(None, exclusive=True)
     with pytest.raises(UsageError, match="label 'up' is unknown; expected one of left, right"):
@@ -174,3 +178,15 @@ def test_series_of_exclusive_labels_get_the_mean():
     assert aggregate(values, ["a", "a", "b"], rule, THREE).loc["a"].tolist() == pytest.approx(
         [0.4, 0.5, 0.1]
     )
+
+
+def test_where_any_is_missing_a_named_bleed_is_positive():
+    values = np.array([[1, -1], [0, -1], [0, 0], [-1, 1], [1, 0]])
+    found = is_positive(values, LabelSet(("epidural", "any"), "any"))
+    assert found.tolist() == [True, False, False, True, False]
+
+
+def test_exclusive_labels_of_which_some_are_missing_everywhere_have_no_loss():
+    truth = np.array([[1, -1, -1], [0, -1, 1]])
+    found = binary_metrics(truth, np.full((2, 3), 1 / 3), label_set=THREE)
+    assert found["log_loss"] is None and found["exact_match"] is None

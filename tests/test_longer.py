@@ -261,7 +261,7 @@ def test_swa_is_the_average_of_the_last_epochs(phantom_cache, tmp_path, monkeypa
     losses = iter([0.9, 0.8, 0.7, 0.6])
     judge = fitting.binary_metrics
     monkeypatch.setattr(
-        fitting, "binary_metrics", lambda *a: judge(*a) | {"log_loss": next(losses)}
+        fitting, "binary_metrics", lambda *a, **k: judge(*a, **k) | {"log_loss": next(losses)}
     )
     train(config_of(epochs=4, swa=3), phantom_cache, tmp_path / "run")
     for epoch, of in {1: [1], 2: [2], 3: [2, 3], 4: [2, 3, 4]}.items():

@@ -209,7 +209,7 @@ def test_training_takes_the_folder_that_it_refused_before(
     preparation = prepare_training(config, out, cache_dir=phantom_cache_folder)
     assert [path.name for path in out.iterdir()] == ["rejects.csv"]  # as yet nothing is written
     begun = []
-    monkeypatch.setattr(workflow, "train", lambda config, cache, out, **_: begun.append(out))
+    monkeypatch.setattr(workflow, "train", lambda config, cache, out, *_, **__: begun.append(out))
     preparation.train()
     assert begun == [out] and not any(out.iterdir())
 

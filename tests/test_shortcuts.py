@@ -59,7 +59,6 @@ def test_flat_settings_make_the_configuration(begun, phantom_cache, phantom_cach
         ({"epochs": "3"}, "fit.epochs is '3'; expected int", ""),
         ({"learning_rate": float("nan")}, "learning_rate is nan", ""),
         ({"preset": "resnet19"}, "no preset is called 'resnet19'", None),
-        ({"positive_weight": {"bleed": 2}}, "names the label 'bleed'", None),
     ],
     ids=str,
 )
@@ -97,7 +96,7 @@ def test_split_and_audit_are_those_of_a_training(phantom_cache, phantom_cache_fo
     with pytest.raises(UsageError, match="split 'patients'"):
         ich_keras.split(phantom_cache, "patients")
     bare = CTCache.open(phantom_cache_folder)
-    bare.slices = bare.slices.drop(columns=list(LABELS))
+    bare.labelling = None
     for call in (ich_keras.split, lambda cache: ich_keras.audit(cache, "patient")):
         with pytest.raises(DataError, match="the data have no labels"):
             call(bare)

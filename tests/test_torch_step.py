@@ -595,7 +595,7 @@ UNKNOWN = {
     "is not the usual kind": lambda: _with(keras.layers.BatchNormalization(scale=False)),
     "has a seed or shape": lambda: _with(keras.layers.Dropout(0.5, seed=1)),
     "works on more than one axis": lambda: _with(keras.layers.Dense(2)),
-    "is not a sigmoid": lambda: _with(keras.layers.Activation("tanh")),
+    "is no sigmoid or softmax": lambda: _with(keras.layers.Activation("tanh")),
     "not a functional one with a single input": lambda: keras.Sequential([keras.layers.Dense(2)]),
 }
 

@@ -62,7 +62,8 @@ def read_patients(path: Path | str) -> list[str]:
                 continue
             if len(row) != len(header) or not row[places[0]]:
                 raise DataError(f"{path}, line {reader.line_num}: no PatientID.")
-            found.append(row[places[0]])
+            # Tables of ours guard what a spreadsheet would take for a formula.
+            found.append(row[places[0]].removeprefix("'"))
     if not found:
         raise DataError(f"{path} has no rows.")
     return found

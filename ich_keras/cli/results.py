@@ -207,7 +207,7 @@ def _evaluate_split(
     "--error-rate",
     type=float,
     metavar="SHARE",
-    help="Of the groups: low and high are each wrong for at most this share; default 0.1.",
+    help="Of the groups: low and high are each wrong for about this share at most; default 0.1.",
 )
 @click.option(
     "--tta",

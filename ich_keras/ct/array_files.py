@@ -49,7 +49,7 @@ def write_slices(folder: Path, volume: ArrayVolume) -> VolumeUids:
     """
     ranges = ValueRange.joined(ValueRange.of(one) for one in volume.hu)
     require_hu(ranges)
-    hu = np.rint(volume.hu).astype("<i2")
+    hu = np.rint(volume.hu).astype("<i2", order="C")  # a turned view is not contiguous
     digest = hashlib.sha256(repr((hu.shape, volume.spacing_mm)).encode())
     digest.update(hu.data)
     content = digest.hexdigest()

@@ -194,7 +194,9 @@ def _dtype(header: Any) -> np.dtype:
     code = int(header["datatype"])
     label, dtype = f"of data type {code}", None
     try:
-        label = header._data_type_codes.label[code]  # nibabel's public names cover no broken ones
+        from nibabel.nifti1 import data_type_codes
+
+        label = data_type_codes.label[code]
         dtype = header.get_data_dtype()
     except (KeyError, ValueError, AttributeError):
         pass

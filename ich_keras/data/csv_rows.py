@@ -13,6 +13,7 @@ from ich_keras.errors import DataError, UsageError
 # not fill the memory. UIDs have at most 64 characters (DICOM PS3.5, 6.2, VR UI).
 MAX_LINE_CHARACTERS = 1 << 16
 MAX_UID_CHARACTERS = 64
+FRAMES = "/frames/"  # between the UID of a file of many frames and the number of one
 FAULTS_SHOWN = 5
 
 
@@ -28,12 +29,14 @@ class CsvRows(Protocol):
 
 
 def is_identifier(text: str) -> bool:
-    """Tell whether a text can be a UID: 1 to 64 printable characters.
+    """Tell whether a text can be a UID: 1 to 64 printable characters; or a frame of it.
 
     >>> is_identifier("ID_000012eaf"), is_identifier(""), is_identifier("1.2 ")
     (True, False, False)
     """
-    return 0 < len(text) <= MAX_UID_CHARACTERS and text.isprintable() and text == text.strip()
+    uid, _, frame = text.partition(FRAMES)
+    is_short = 0 < len(uid) <= MAX_UID_CHARACTERS and len(frame) <= MAX_UID_CHARACTERS
+    return is_short and text.isprintable() and text == text.strip()
 
 
 def excerpt(text: str) -> str:

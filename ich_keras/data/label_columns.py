@@ -52,6 +52,7 @@ class Columns:
         labels: the labels, in the order of a network's outputs.
         columns: label -> the place of its column; not for a label that is derived.
         negated: labels whose column says the opposite.
+        opposites: label -> the place of a second column, which says the opposite.
         is_any_derived: whether `any` is the OR of the subtypes, for want of a column.
         ignored: names of columns that are not used.
     """
@@ -61,6 +62,7 @@ class Columns:
     labels: LabelSet
     columns: Mapping[str, int]
     negated: frozenset[str]
+    opposites: Mapping[str, int]
     is_any_derived: bool
     ignored: tuple[str, ...]
 
@@ -159,13 +161,13 @@ def _find_key(
         if len(places) > 1:
             raise DataError(
                 f"{source}: both {excerpt(names[places[0]])} and {excerpt(names[places[1]])} seem"
-                " to say what a row is of.",
+                " to identify the rows.",
                 "Remove one of them.",
             )
         if places:
             return key, places[0]
     raise DataError(
-        f"{source}: no column says what a row is of.",
+        f"{source}: no column identifies the rows.",
         "Expected one of SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, PatientID or path.",
     )
 
@@ -179,16 +181,20 @@ def _columns(
     source: str,
 ) -> Columns:
     of_label: dict[str, int] = {}
+    opposites: dict[str, int] = {}
     for place, label in meant.items():
         name = label.removeprefix("!")
         if name in of_label and label.startswith("!"):
-            continue  # "any" itself is there, too
+            opposites[name] = place  # "any" itself is there, too
+            continue
         if name in of_label and not meant[of_label[name]].startswith("!"):
             raise DataError(
                 f"{source}: {excerpt(names[of_label[name]])} and {excerpt(names[place])} both mean"
                 f" {name}.",
                 "Choose with --label-map.",
             )
+        if name in of_label:
+            opposites[name] = of_label[name]
         of_label[name] = place
     if not of_label:
         raise DataError(
@@ -200,13 +206,14 @@ def _columns(
     if set(found) <= set(LABELS):
         found = [name for name in LABELS if name in of_label or (derived and name == ANY)]
     labels = SIX if tuple(found) == LABELS and not exclusive else label_set(found, exclusive)
-    used = {*of_label.values(), key_column}
+    used = {*of_label.values(), *opposites.values(), key_column}
     return Columns(
         key=key,
         key_column=key_column,
         labels=labels,
         columns=of_label,
         negated=frozenset(name for name, n in of_label.items() if meant[n].startswith("!")),
+        opposites=opposites,
         is_any_derived=derived,
         ignored=tuple(name for n, name in enumerate(names) if n not in used),
     )

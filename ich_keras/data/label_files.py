@@ -20,7 +20,7 @@ import pandas as pd
 
 from ich_keras.data.csv_rows import CsvRows, RowFaults, excerpt, is_identifier, open_csv
 from ich_keras.data.label_columns import ALIASES, Columns, find_columns, parse_label_map, plain
-from ich_keras.data.labels import LabelTable
+from ich_keras.data.labels import LabelTable, contradicts_any
 from ich_keras.data.rsna_labels import HEADER, VALUES, read_rsna_labels
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, SIX, UNLABELLED, Labelling, LabelSet, LabelSource
@@ -69,7 +69,8 @@ def read_labels(
             option = "--label-map" if label_map else "--exclusive"
             raise UsageError(f"{path} has a format of its own; {option} does not apply to it.")
         if header is not None and kind == "cq500":
-            return _finish(_cq500(reader, header, path), path, allow_inconsistent_any)
+            # Majorities need not agree: two readers may see a bleed, and differ on its kind.
+            return _finish(_cq500(reader, header, path), path, allow_inconsistent_any=True)
         if header is not None and kind == "physionet":
             found = _table(reader, header, path, label_map, exclusive, "PhysioNet's diagnoses")
             return _finish(found, path, allow_inconsistent_any)
@@ -179,13 +180,8 @@ def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> La
     labels = found.labels
     num_inconsistent = 0
     if labels.any_column is not None and len(labels) > 1:
-        parts = np.delete(values, labels.any_column, axis=1)
         own = values[:, labels.any_column]
-        # Known whatever is missing: one part is 1, or none is and all are there.
-        wrong = ((parts == 1).any(axis=1) & (own == 0)) | ((parts == 0).all(axis=1) & (own == 1))
-        # A bleed of a kind that no column names may be there unless all subtypes have columns.
-        if set(labels.parts) != set(SIX.parts):
-            wrong = (parts == 1).any(axis=1) & (own == 0)
+        wrong = contradicts_any(values, labels)
         num_inconsistent = int(wrong.sum())
         if num_inconsistent and not allow_inconsistent_any:
             for row in np.flatnonzero(wrong).tolist():
@@ -253,9 +249,10 @@ def _table(
         if not identifier or not (
             is_name if key in ("path", "place") else is_identifier(identifier)
         ):
-            found.faults.add(
-                line, f"{excerpt(header[columns.key_column])} is {excerpt(identifier)}"
-            )
+            # A PatientID must not reach a log.
+            is_secret = key in ("patient_id", "place") and identifier
+            what = "no usable identifier" if is_secret else excerpt(identifier)
+            found.faults.add(line, f"{excerpt(header[columns.key_column])} is {what}")
             continue
         values = _values(row, header, columns, line, found.faults)
         if values is None:
@@ -286,10 +283,23 @@ def _values(
             faults.add(line, f"{excerpt(column)} is {excerpt(text)}, expected 0, 1 or nothing")
             return None
         values.append(1 - value if name in columns.negated else value)
-    if columns.is_any_derived:
-        place = columns.labels.index(ANY)
-        parts = values[:place] + values[place + 1 :]
-        values[place] = 1 if 1 in parts else UNLABELLED if UNLABELLED in parts else 0
+    for name, other in columns.opposites.items():
+        text, place = row[other], columns.labels.index(name)
+        if text.lower() in MISSING:
+            continue
+        value = VALUES.get(text)
+        if value is None or values[place] == value:
+            problem = "expected 0, 1 or nothing" if value is None else f"and so is that of {name}"
+            faults.add(line, f"{excerpt(header[other])} is {excerpt(text)}, {problem}")
+            return None
+        values[place] = 1 - value
+    any_place = columns.labels.any_column
+    if any_place is not None and values[any_place] == UNLABELLED:
+        parts = values[:any_place] + values[any_place + 1 :]
+        if 1 in parts:
+            values[any_place] = 1
+        elif columns.is_any_derived and UNLABELLED not in parts:
+            values[any_place] = 0
     return values
 
 
@@ -315,7 +325,7 @@ def _cq500(reader: CsvRows, header: list[str], path: Path | str) -> _Found:
     table.is_loose = True
     for line, row in _rows(reader, len(names), table):
         if not is_identifier(row[0]):
-            table.faults.add(line, f"name is {excerpt(row[0])}")
+            table.faults.add(line, "name is no usable identifier")
             continue
         values, most = [], 0
         for label, columns in places.items():

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.tables import shown_paths
 from ich_keras.data.csv_rows import FAULTS_SHOWN, excerpt, first_few
 from ich_keras.errors import DataError
 
@@ -46,7 +45,9 @@ def match(
         DataError: two rows belong to one slice, or one to files in several places.
     """
     if key == PATH:
-        found = _by_path(shown_paths(slices).tolist(), keys, source)
+        # A file of many slices is named as a whole.
+        members = slices["member"].map(lambda name: f"/{name}" if name else "")
+        found = _by_path((slices["container"] + members).tolist(), keys, source)
     else:
         own = _identifiers(slices, key)
         if is_loose:

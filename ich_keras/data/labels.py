@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.tables import shown_paths
+from ich_keras.ct.tables import SERIES_COLUMNS, SLICE_COLUMNS, shown_paths
 from ich_keras.data.csv_rows import excerpt, first_few
 from ich_keras.data.label_matching import PATH, PLACE, match, prefix_hint
 from ich_keras.errors import DataError
@@ -20,6 +20,7 @@ from ich_keras.labels import LEVELS, RSNA_LABELLING, SIX, UNLABELLED, Labelling,
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
+_OF_RESULTS = ("fold", "study", "repaired", "pixel_hash", "split")
 _PLURALS = {"slice": "images", "series": "series", "study": "studies", "patient": "patients"}
 _TAGS = {
     "sop_instance_uid": "SOPInstanceUIDs",
@@ -154,9 +155,33 @@ def is_positive(values: np.ndarray, labels: LabelSet = SIX) -> np.ndarray:
     """
     if labels.exclusive:
         return np.zeros(len(values), bool)
-    if labels.any_column is not None:
-        return values[:, labels.any_column] == 1
-    return (values == 1).any(axis=1)
+    is_any = (values == 1).any(axis=1)
+    if labels.any_column is None:
+        return is_any
+    own = values[:, labels.any_column]
+    return np.where(own == UNLABELLED, is_any, own == 1)
+
+
+def contradicts_any(values: np.ndarray, labels: LabelSet) -> np.ndarray:
+    """Tell which rows have a label for the others that the others contradict.
+
+    One of them is 1, and it is 0; or all five subtypes are 0, and it is 1 (without a column for
+    each subtype, a bleed of another kind may be there).
+
+    Args:
+        values: int (n, labels); -1 is missing and contradicts nothing.
+        labels: with an `any_label`, and others.
+
+    Returns:
+        bool (n,).
+    """
+    assert labels.any_column is not None
+    parts = np.delete(values, labels.any_column, axis=1)
+    own = values[:, labels.any_column]
+    wrong = (parts == 1).any(axis=1) & (own == 0)
+    if set(labels.parts) == set(SIX.parts):
+        wrong |= (parts == 0).all(axis=1) & (own == 1)
+    return wrong
 
 
 def series_labels(slices: pd.DataFrame, labels: LabelSet = SIX) -> pd.DataFrame:
@@ -200,11 +225,12 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
     ([-1, 1], 1)
     """
     names = labels.labels.names
-    clashing = [name for name in names if name in slices.columns]
+    taken = {*slices.columns, *SLICE_COLUMNS, *SERIES_COLUMNS, *_OF_RESULTS}
+    clashing = [name for name in names if name in taken]
     if clashing:
         raise DataError(
-            f"{labels.source}: a label is called {clashing[0]!r}, as a column of the table of"
-            " images is.",
+            f"{labels.source}: a label is called {clashing[0]!r}, as a column of tables of images"
+            " or results is.",
             "Give it another name.",
         )
     level = labels.labelling.level
@@ -221,8 +247,8 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
     used = np.zeros(len(labels), dtype=bool)
     used[positions[matched]] = True
     join = LabelJoin(
-        num_labelled=int(matched.sum()),
-        num_unlabelled=int((~matched).sum()),
+        num_labelled=int((values != UNLABELLED).any(axis=1).sum()),
+        num_unlabelled=int((values == UNLABELLED).all(axis=1).sum()),
         num_labels_unused=int((~used).sum()),
         labelling=Labelling(labels.labels, level),
     )

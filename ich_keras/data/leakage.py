@@ -76,8 +76,14 @@ def _count_equal(cache: CTCache, groups: list[list[int]]) -> dict:
         "of_different_series": sum(differ(group, "series_uid") for group in groups),
         "with_different_labels": 0
         if labels is None
-        else sum(len(labels.iloc[group].drop_duplicates()) > 1 for group in groups),
+        else sum(_differ(labels.iloc[group]) for group in groups),
     }
+
+
+def _differ(labels: pd.DataFrame) -> bool:
+    """Return whether rows have different labels, apart from missing ones."""
+    known = labels.where(labels != UNLABELLED)
+    return bool((known.nunique() > 1).any())
 
 
 def label_faults(slices: pd.DataFrame, labels: LabelSet = SIX) -> dict:
@@ -104,7 +110,8 @@ def label_faults(slices: pd.DataFrame, labels: LabelSet = SIX) -> dict:
     complete = (table[list(labels.names)] != UNLABELLED).all(axis=1)
     by_series = pd.Series(labelled).groupby(slices["series_uid"].to_numpy())
     step = table.groupby("series_uid", sort=False)["position_mm"].diff()
-    changes = (table[list(labels.names)].diff() != 0).any(axis=1)
+    known = table[list(labels.names)].astype(float).where(table[list(labels.names)] != UNLABELLED)
+    changes = (known.diff().fillna(0) != 0).any(axis=1)
     return {
         "any_without_subtype": int((complete & positive & ~subtype).sum()),
         "subtype_without_any": int((complete & subtype & ~positive).sum()),

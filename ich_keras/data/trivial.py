@@ -121,6 +121,13 @@ def trivial_auroc(
     """
     values = cache.slices[list(cache.labels.names)].to_numpy()
     truth = is_positive(values, cache.labels).astype(np.int64)
+    # Where `any` is missing, only a bleed that is named is known.
+    is_known = truth == 1
+    if cache.labels.any_column is not None:
+        is_known |= values[:, cache.labels.any_column] == 0
+    train, scored = (rows[is_known[rows]] for rows in (np.asarray(train), np.asarray(scored)))
+    if not len(train) or not len(scored):
+        return {"slice": None, "series": None}
     if len(np.unique(truth[train])) != 2:
         return {"slice": None, "series": None}
     train_counts, scored_counts = (

@@ -238,6 +238,8 @@ def _log_losses(
 ) -> dict[str, float | None]:
     if label_set.exclusive:
         rows = present.all(axis=1)
+        if not rows.any():
+            return {"log_loss": None, "rsna_log_loss": None}
         true = np.clip(probabilities[rows], CLIP, 1 - CLIP)[truth[rows]]
         return {"log_loss": float(-np.log(true).mean()), "rsna_log_loss": None}
     entropy = _cross_entropy(truth, probabilities)

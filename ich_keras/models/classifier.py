@@ -7,6 +7,7 @@ import keras
 from keras import layers
 from keras.activations import softmax
 
+from ich_keras.errors import UsageError
 from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.models.loss import make_loss
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
@@ -21,11 +22,10 @@ from ich_keras.models.presets import preset
 from ich_keras.models.resnet import DTYPE, functional, resnet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
-from ich_keras.models.weights import HEAD, load_weights
+from ich_keras.models.weights import HEAD, LABELS_OF_MODEL, load_weights
 from ich_keras.models.weights_lookup import find_weights
 
 PROBABILITIES = "probabilities"
-_LABELS = "ich_labels"  # attribute of a model
 
 
 def classifier(
@@ -84,17 +84,17 @@ def with_probabilities(model: keras.Model, labels: LabelSet | None = None) -> ke
 
 
 def _called(model: keras.Model, labels: LabelSet) -> keras.Model:
-    setattr(model, _LABELS, labels)
+    setattr(model, LABELS_OF_MODEL, labels)
     return model
 
 
 def labels_of(model: keras.Model) -> LabelSet:
     """Return the labels that a network was built with.
 
-    A model that was saved and loaded has them no more. It then answers the six if it has six
+    A model that was saved and loaded no longer has them. It then answers the six if it has six
     outputs, and others without names; exclusive ones if it ends in a softmax.
     """
-    found = getattr(model, _LABELS, None)
+    found = getattr(model, LABELS_OF_MODEL, None)
     if isinstance(found, LabelSet):
         return found
     number = int(model.output_shape[-1])
@@ -235,6 +235,7 @@ def compile_classifier(
     precision: str | None = None,
     recompute: str | None = None,
     compiled: bool | None = None,
+    labels: LabelSet | Sequence[str] | None = None,
     **adam: Any,
 ) -> keras.Model:
     """Compile a classifier for `fit`: Adam and the loss alone.
@@ -256,6 +257,8 @@ def compile_classifier(
 
         accumulate: batches whose gradients are averaged into one optimiser step.
         step, precision, recompute, compiled: see `choose_step`.
+        labels: of a model that was saved and loaded, which no longer has them; None takes
+            `labels_of`. Exclusive ones decide the loss.
         adam: further settings of `ich_keras.Adam`.
 
     Returns:
@@ -269,7 +272,10 @@ def compile_classifier(
     'rsna'
     """
     settings = loss if isinstance(loss, LossSettings) else LossSettings(loss)
-    labels = labels_of(model)
+    labels = labels_of(model) if labels is None else label_set(labels)
+    if len(labels) != int(model.output_shape[-1]):
+        raise UsageError(f"{len(labels)} labels for {model.output_shape[-1]} outputs.")
+    _called(model, labels)
     settings.require_sound(labels)
     require_in_range("learning_rate", learning_rate)
     require_in_range("weight_decay", weight_decay)

@@ -24,6 +24,7 @@ from ich_keras.models.weights_file import (
 )
 
 HEAD = "fc"
+LABELS_OF_MODEL = "ich_labels"  # attribute of a model: its LabelSet
 BYTES_PER_VALUE = 4  # float32
 _BYTES_PER_DATASET = 4096  # its header, groups and name in HDF5
 _SHOWN_NAMES = 12
@@ -102,7 +103,7 @@ def load_weights(
     targets = {layer.name: own_variables(layer) for layer in model.layers}
     targets = {name: variables for name, variables in targets.items() if variables}
     if HEAD in targets and HEAD in file.layers and not needs_head:
-        there = file.record.get("labels", LABELS)
+        there = _labels_of(file, labels)
         is_theirs = len(there) == file.layers[HEAD][0].shape[-1]
         if is_theirs and set(map(str, there)) != set(labels.names):
             file = replace(file, layers={n: a for n, a in file.layers.items() if n != HEAD})
@@ -183,8 +184,20 @@ def _require_same_shapes(file: WeightsFile, targets: dict[str, list[Any]]) -> No
             )
 
 
+def _labels_of(file: WeightsFile, labels: LabelSet) -> list[str]:
+    """Return the labels of a file's head.
+
+    A file that Keras wrote names none: a head as wide as the network's is taken for the same, and
+    one of six outputs otherwise for RSNA's.
+    """
+    if "labels" in file.record:
+        return list(map(str, file.record["labels"]))
+    outputs = file.layers[HEAD][0].shape[-1]
+    return list(labels.names if outputs == len(labels) else LABELS[:outputs])
+
+
 def _require_same_labels(file: WeightsFile, labels: LabelSet) -> None:
-    there = file.record.get("labels", list(LABELS))
+    there = _labels_of(file, labels)
     if list(there) != list(labels.names):
         raise DataError(
             f"{file.path}: its head gives {', '.join(map(str, there))}; expected the order"
@@ -199,7 +212,7 @@ def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = N
     Args:
         model: a `keras.Model`, compiled or not.
         path: ends in `.weights.h5`.
-        record: JSON-able; checksums are added, and the order of RSNA's labels where it has none.
+        record: JSON-able; checksums are added, and where it has none the model's labels.
 
     Returns:
         The digest of the weights; see `WeightsFile`.
@@ -213,7 +226,8 @@ def save_weights(model: Any, path: str | Path, record: dict[str, Any] | None = N
     # the size. The twin shares all variables and has no optimiser.
     twin = keras.Model(model.input, model.output)
     # As JSON gives it back: lists for tuples, which the checksum of the record must not tell apart.
-    record = json.loads(json.dumps({"labels": list(LABELS), **(record or {})}, allow_nan=False))
+    names = list(getattr(model, LABELS_OF_MODEL, SIX).names)
+    record = json.loads(json.dumps({"labels": names, **(record or {})}, allow_nan=False))
     with atomic_path(path, verify=require_record, needed=weights_bytes(model)) as temporary:
         twin.save_weights(temporary, overwrite=True)
         return write_record(temporary, record)
