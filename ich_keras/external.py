@@ -18,11 +18,12 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
 from ich_keras.data.seen import PARTS, Seen
 from ich_keras.data.views import Samples, View, make_samples
+from ich_keras.domain import OUTSIDE, VERDICT, Domain, domain_columns
 from ich_keras.errors import DataError, UsageError
 from ich_keras.evaluation import require_size
 from ich_keras.external_data import by_property, described, truth_of
 from ich_keras.files import atomic_write, require_absent, write_json
-from ich_keras.inference import load_run, probabilities
+from ich_keras.inference import load_run, network_digest, probabilities, tapped
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.levels import Level, choose, scored
 from ich_keras.metrics.aggregation import aggregate
@@ -51,7 +52,8 @@ class External:
             the labels say something of slices. "own": the run's test metrics. "data": what the data
             are. "unseen": how it was made sure that the training has not seen them. "by": level ->
             property -> value -> counts, AUROC and log loss. "recalibrated", if asked for: level ->
-            the scores of the same patients before and after.
+            the scores of the same patients before and after. "domain": how many series are outside
+            of what the run was trained on (`ich_keras.domain`); None where it does not say.
         slices, series: probabilities and labels, a row each; `slices` is None for a run on series.
     """
 
@@ -100,12 +102,16 @@ def evaluate_external(
     common = common_labels(cache, labels)
     unseen = _require_unseen(run, cache)
     recipe, model = load_run(run, device)
+    domain = Domain.load(run, network_digest(model))
     view = recipe.inputs.view
     samples = make_samples(cache.slices.drop(columns=list(cache.labels.names)), cache.series, view)
     samples = replace(samples, label_set=labels)
     chosen = _labelled(samples, cache, view)
-    values = _predict(model, cache, recipe, samples, chosen, progress)
+    found: list[np.ndarray] = []
+    values = _predict(model, cache, recipe, samples, chosen, progress, domain, found)
     levels, tables = _levels(run, cache, labels, view, chosen, values)
+    if domain is not None:
+        _add_domain(tables["series"], domain, cache, view, chosen, np.concatenate(found))
     own = run.metrics("test") or {}
     choices = run.choices()
     metrics: dict[str, Any] = {}
@@ -118,6 +124,7 @@ def evaluate_external(
         "own": {name: own[name] for name in levels if name in own},
         "data": described(cache, labels, common, tables["series"]),
         "unseen": unseen,
+        "domain": None if domain is None else _outside(tables["series"]),
         "by": {
             name: by_property(level, cache, tables[name])
             for name, level in levels.items()
@@ -218,7 +225,10 @@ def _predict(
     samples: Samples,
     chosen: np.ndarray,
     progress: Progress | None,
+    domain: Domain | None,
+    distances: list[np.ndarray],
 ) -> np.ndarray:
+    """Return probabilities; `distances` receives those of the samples from the training."""
     from ich_keras.data.batches import view_batches
 
     batches = view_batches(
@@ -232,7 +242,40 @@ def _predict(
         workers=recipe.training.loader_workers,
         device=recipe.batch_device,
     )
-    return probabilities(model, batches, len(chosen), progress, step="evaluating")
+    tap = take = None
+    if domain is not None:
+        tap = tapped(model)
+
+        def take(features: np.ndarray) -> None:
+            distances.append(domain.sample_distances(features))
+
+    return probabilities(
+        model, batches, len(chosen), progress, step="evaluating", tap=tap, take=take
+    )
+
+
+def _add_domain(
+    series: pd.DataFrame,
+    domain: Domain,
+    cache: CTCache,
+    view: View,
+    chosen: np.ndarray,
+    distances: np.ndarray,
+) -> None:
+    """Add the columns of the domain to the table of series."""
+    table = cache.series if view.kind == "series" else cache.slices
+    owners = table["series_uid"].iloc[chosen].to_numpy()
+    rows = pd.Series(owners).groupby(owners).indices
+    scores: list[float | None] = [
+        domain.score(distances[rows[uid]]) for uid in series["series_uid"]
+    ]
+    for place, (name, column) in enumerate(domain_columns(domain, scores).items(), 3):
+        series.insert(place, name, column)
+
+
+def _outside(series: pd.DataFrame) -> dict[str, Any]:
+    number = int((series[VERDICT] == OUTSIDE).sum())
+    return {"series": len(series), "outside": number, "share": number / len(series)}
 
 
 def _levels(

@@ -25,6 +25,8 @@ def external_summary(metrics: dict[str, Any], width: int) -> str:
     for level, found in metrics.get("recalibrated", {}).items():
         parts.append(_recalibrated(level, found))
     parts += [_broken_down(groups) for groups in metrics["by"].values()]
+    if metrics["domain"] is not None:
+        parts.append(textwrap.fill(_domain_line(metrics["domain"]), width))
     if metrics["unseen"]["note"]:
         parts.append(textwrap.fill(metrics["unseen"]["note"], width))
     parts.append(textwrap.fill(metrics["notice"], width))
@@ -45,6 +47,13 @@ def _data_line(data: dict[str, Any]) -> str:
     if data["unused_labels"]:
         line += f" The run does not answer: {', '.join(data['unused_labels'])}."
     return line
+
+
+def _domain_line(domain: dict[str, Any]) -> str:
+    return (
+        f"Outside of what the run was trained on, by the network's features:"
+        f" {domain['outside']:,} of {domain['series']:,} series ({100 * domain['share']:.1f} %)."
+    )
 
 
 def _level(level: str, found: dict[str, Any], own: dict[str, Any] | None) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,32 @@ def network_digest(model: Any) -> str:
     return content.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A network that gives its pooled features beside its answer, in one pass.
+
+    Args:
+        model: with two outputs; it shares all layers with the network.
+    """
+
+    model: Any
+
+    def answer(self, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return the answer to a batch (n, labels) and its pooled features (n, features)."""
+        answer, features = self.model.predict_on_batch(inputs)
+        return np.asarray(answer, np.float32), np.asarray(features, np.float32)
+
+
+def tapped(model: Any) -> Tap:
+    """Tap a network of ours before its head; it takes the same steps, on every backend."""
+    from ich_keras.models.resnet import functional
+    from ich_keras.models.steps import choose_step
+
+    features = model.get_layer("avgpool").output
+    both = functional(model.input, [model.output, features], model.name)
+    return Tap(choose_step(both))
+
+
 def probabilities(
     model: Any,
     batches: Iterable,
@@ -113,6 +139,8 @@ def probabilities(
     progress: Progress | None = None,
     step: str = "predicting",
     turns: Sequence[Callable[[np.ndarray], np.ndarray]] = (),
+    tap: Tap | None = None,
+    take: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Run a network over batches.
 
@@ -125,6 +153,8 @@ def probabilities(
         step: name of the step in the progress.
         turns: of test-time augmentation: the answers to the inputs as they are, and to what each
             makes of them, are averaged over their logits. The inputs must then be NumPy arrays.
+        tap: of the same network; computes the answers to the inputs as they are, and features.
+        take: called with the features of each batch, float32 (n, features), in order.
 
     Returns:
         float32 (total, labels), probabilities in the order of the model's labels.
@@ -143,7 +173,13 @@ def probabilities(
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         inputs = inputs if takes_tensors else np.asarray(inputs)
         views = [inputs, *(turn(inputs) for turn in turns)]
-        answers = [np.asarray(model.predict_on_batch(view), np.float32) for view in views]
+        answers = []
+        if tap is not None:
+            answer, features = tap.answer(views.pop(0))
+            answers.append(answer)
+            if take is not None:
+                take(features)
+        answers += [np.asarray(model.predict_on_batch(view), np.float32) for view in views]
         parts.append(np.stack(answers))
         done += len(answers[0])
         if progress is not None:

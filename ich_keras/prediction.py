@@ -20,9 +20,10 @@ from ich_keras.ct.rejects import (
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.fill import a_few
 from ich_keras.data.reading import IndexedSlice, indexed_slices
+from ich_keras.domain import Domain
 from ich_keras.errors import UsageError
 from ich_keras.files import fail_point
-from ich_keras.inference import probabilities
+from ich_keras.inference import probabilities, tapped
 from ich_keras.metrics.aggregation import DEFAULT_RULE
 from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.prediction_journal import (
@@ -74,6 +75,7 @@ def predict_index(
     tell: Tell | None = None,
     kernel: str = NO_SMOOTHING,
     tta: Sequence[str] = (),
+    domain: Domain | None = None,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -94,6 +96,7 @@ def predict_index(
         tell: called with a line of text when the prediction is resumed.
         kernel: for smoothing slices along z, a key of `ich_keras.metrics.smoothing.KERNELS`.
         tta: test-time augmentation; see `predict_folder`.
+        domain: of the run; the distance of each series is then computed in the same pass.
 
     Raises:
         UsageError: the augmentation does not suit the view.
@@ -138,6 +141,7 @@ def predict_index(
         if progress is not None:
             progress(step, done + number, total)
 
+    tap = None if domain is None else tapped(model)
     longest = max(map(len, rows.values()), default=0)
     done = sum(len(result.values) for result in results.values())
     with series_reading(inputs.cache_size, len(rows), longest, workers) as read:
@@ -165,18 +169,27 @@ def predict_index(
         for group in to_do:
             found: list[SeriesReading] = []
             batches = full_batches(parts(group, found), batch_size)
-            values = probabilities(model, batches, sum(samples), report, turns=turns)
+            features: list[np.ndarray] = []
+            values = probabilities(
+                model, batches, sum(samples), report, turns=turns, tap=tap, take=features.append
+            )
             done += len(values)
             ends = np.cumsum([len(reading.usable) for reading in found])
             predicted = [
                 dataclasses.replace(reading.result, values=part)
                 for reading, part in zip(found, np.split(values, ends[:-1]), strict=True)
             ]
+            if domain is not None and features:
+                own = np.split(np.concatenate(features), ends[:-1])
+                predicted = [
+                    dataclasses.replace(one, distance=domain.distance(part)) if len(part) else one
+                    for one, part in zip(predicted, own, strict=True)
+                ]
             if journal is not None:
                 journal.add(predicted)
             results |= {result.series_uid: result for result in predicted}
     found_in_order = [results[one.series_uid] for one in series]
-    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel)
+    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel, domain)
 
 
 def predict_folder(
@@ -293,6 +306,7 @@ def predict_folder(
                         tell,
                         member.kernel,
                         tta,
+                        member.domain,
                     )
                 require_few_rejects(index.slices, answer.rejects, max_rejects)
                 plain.append(with_paths_inside(answer, root))

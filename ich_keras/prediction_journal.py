@@ -41,7 +41,7 @@ NOTICE_FILE = "notice.txt"
 LOOK_FIRST_FILE = "look_first.csv"
 DECISIONS_FILE = "decisions.json"
 # Raise the number whenever reading or predicting gives other results, or a line another content.
-_FIRST_LINE = b"ich-prediction-journal 2\n"
+_FIRST_LINE = b"ich-prediction-journal 3\n"
 _FAMILY = b"ich-prediction-journal "
 
 
@@ -57,6 +57,7 @@ class SeriesResult:
         rejects: (row within the series, code, detail, hint) of each file that was not used.
         values: float32 (samples, 6), the probabilities of its slices or its own; no row where
             nothing was predicted.
+        distance: from the training series, float32; None where it was not computed.
     """
 
     series_uid: str
@@ -64,6 +65,7 @@ class SeriesResult:
     hashes: tuple[str, ...]
     rejects: tuple[tuple[int, str, str, str], ...]
     values: np.ndarray
+    distance: float | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -83,14 +85,15 @@ class SeriesResult:
 
     def to_json(self) -> list:
         """Return it as JSON holds it; float32 comes back exactly."""
-        return [self.series_uid, self.times, self.hashes, self.rejects, self.values.tolist()]
+        values = self.values.tolist()
+        return [self.series_uid, self.times, self.hashes, self.rejects, values, self.distance]
 
     @classmethod
     def from_json(cls, content: list) -> "SeriesResult":
         """Make it from what `to_json` returned."""
-        uid, times, hashes, rejects, values = content
+        uid, times, hashes, rejects, values, distance = content
         found = np.array(values, np.float32) if values else np.zeros((0, 0), np.float32)
-        return cls(uid, tuple(times), tuple(hashes), tuple(map(tuple, rejects)), found)
+        return cls(uid, tuple(times), tuple(hashes), tuple(map(tuple, rejects)), found, distance)
 
 
 class PredictionJournal:

@@ -11,8 +11,9 @@ import pandas as pd
 
 from ich_keras.ct.rejects import nothing_usable
 from ich_keras.ct.tables import csv_text
+from ich_keras.domain import DISTANCE, INSIDE, OUTSIDE, VERDICT, Domain
 from ich_keras.errors import UsageError
-from ich_keras.files import atomic_write, fingerprint
+from ich_keras.files import atomic_write, fingerprint, sha256_of
 from ich_keras.inference import load_run, network_digest
 from ich_keras.labels import LabelSet
 from ich_keras.leftovers import remove_leftovers
@@ -44,6 +45,7 @@ class Member:
         rule, kernel: from slices to series, and for smoothing along z, as the run chose them.
         notice: that its training is unfinished; "" if it is not.
         is_synthetic: whether it was trained on phantoms.
+        domain: what its training series look like; None where it does not say.
     """
 
     run: RunFolder
@@ -54,6 +56,7 @@ class Member:
     kernel: str
     notice: str
     is_synthetic: bool
+    domain: Domain | None
 
     def settings(self) -> dict[str, Any]:
         """Return what its answers depend on, for the journal."""
@@ -65,6 +68,7 @@ class Member:
             "recipe": fingerprint(self.recipe.to_dict()),
             "rule": self.rule,
             "smoothing": None if self.kernel == NO_SMOOTHING else self.kernel,
+            "domain": None if self.domain is None else sha256_of(self.run.domain_file),
         }
 
 
@@ -141,7 +145,10 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
             )
         is_synthetic = bool(run.data().get(SYNTHETIC))
         rule, kernel = run.rule(), run.smoothing()
-        members.append(Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic))
+        domain = Domain.load(run, digest)
+        members.append(
+            Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, domain)
+        )
     return members
 
 
@@ -195,12 +202,13 @@ def with_marks(
         marks[UNFINISHED] = " ".join(unfinished)
         notices.insert(0, marks[UNFINISHED])
     slices = None if prediction.slices is None else prediction.slices.assign(**marks)
+    told = [*prediction.notice.splitlines()[1:], _domain_sentence(prediction.series[VERDICT])]
     return dataclasses.replace(
         prediction,
         slices=slices,
         series=prediction.series.assign(**marks),
         # What follows the first line of the notice says how the answers were made.
-        notice="\n".join([" ".join(notices), *prediction.notice.splitlines()[1:]]),
+        notice="\n".join([" ".join(notices), *told]),
     )
 
 
@@ -228,6 +236,10 @@ def averaged(predictions: Sequence[FolderPrediction]) -> FolderPrediction:
     series = _mean_table([one.series for one in predictions], _KEY[:1], labels)
     if series.empty:
         raise nothing_usable("no series was predicted by every run of the ensemble", rejects)
+    # Distances in the features of several networks have no mean.
+    uids = series["series_instance_uid"]
+    verdicts = [one.series.set_index(_KEY[:1])[VERDICT].loc[uids] for one in predictions]
+    series = series.assign(**{DISTANCE: np.float32(np.nan), VERDICT: _joint_verdicts(verdicts)})
     slices = None
     if first.slices is not None:
         slices = _mean_table([one.slices for one in predictions], _KEY, labels)
@@ -256,6 +268,34 @@ def _mean_table(tables: Sequence[Any], key: list[str], labels: LabelSet) -> pd.D
                     value = indexed[member].loc[shared[row], name]
                     found.loc[row, name] = value
     return found
+
+
+def _joint_verdicts(tables: list[pd.Series]) -> list[str]:
+    """Return the verdicts of an ensemble: outside where it is for any run that says something."""
+    found = []
+    for row in zip(*tables, strict=True):
+        said = {one for one in row if one}
+        found.append(OUTSIDE if OUTSIDE in said else INSIDE if said else "")
+    return found
+
+
+def _domain_sentence(verdicts: pd.Series) -> str:
+    """Say, for every reader of the answers, how many series are outside."""
+    if not (verdicts != "").any():
+        return (
+            "Nothing says whether these series are like those of the training: the run has no"
+            " domain.npz."
+        )
+    outside, number = int((verdicts == OUTSIDE).sum()), len(verdicts)
+    if not outside:
+        return (
+            f"Domain: none of {number:,} series is far from those of the training, by the network's"
+            " features. That is no proof that they are like them."
+        )
+    return (
+        f"Domain: {outside:,} of {number:,} series outside, unlike those of the training (column"
+        " domain). There calibrated probabilities, decisions and groups promise nothing."
+    )
 
 
 def write_members(

@@ -15,6 +15,7 @@ from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import csv_text, shown_paths
 from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.views import View
+from ich_keras.domain import Domain, domain_columns
 from ich_keras.files import atomic_write, json_text
 from ich_keras.inference import SLICE_COLUMNS, probability_table
 from ich_keras.labels import SIX, LabelSet
@@ -46,7 +47,8 @@ class FolderPrediction:
             label; None for a run on whole series, which does not predict single slices.
         series: one row per series: its UID, number of slices, verdict, number of refused files and
             a probability for each label, aggregated from its slices by the run's rule, or from a
-            run on whole series.
+            run on whole series; before them, `domain_distance` and `domain` ("inside", "outside",
+            or "" where the run says nothing of it): see `ich_keras.domain`.
 
             `predict_folder` adds answers to both: see `ich_keras.answers.with_answers`.
         rejects: one row per file that could not be used.
@@ -83,6 +85,7 @@ def tables_of(
     rule: str,
     labels: LabelSet = SIX,
     kernel: str = NO_SMOOTHING,
+    domain: Domain | None = None,
 ) -> FolderPrediction:
     """Make the tables of a prediction.
 
@@ -93,6 +96,7 @@ def tables_of(
         rule: for aggregating slices.
         labels: what the network answers.
         kernel: for smoothing slices along z.
+        domain: of the run; judges the distances of the series.
 
     Returns:
         The prediction, with absolute paths.
@@ -130,7 +134,11 @@ def tables_of(
         series = _aggregated(table, rule, labels)
     is_kept = np.zeros(len(index.slices), bool)
     is_kept[chosen] = True
+    distances = {result.series_uid: result.distance for result in results}
     verdicts = _with_verdicts(series, index, is_kept)
+    own_distances = [distances[uid] for uid in verdicts["series_instance_uid"]]
+    for place, (name, column) in enumerate(domain_columns(domain, own_distances).items(), 4):
+        verdicts.insert(place, name, column)
     return FolderPrediction(table, verdicts, rejected, labels=labels)
 
 

@@ -107,6 +107,11 @@ class RunFolder:
         return self.path / "choices.json"
 
     @property
+    def domain_file(self) -> Path:
+        """What the training series look like to the network (`ich_keras.domain`)."""
+        return self.path / "domain.npz"
+
+    @property
     def report_file(self) -> Path:
         """The report; written last, so a run that has it is finished."""
         return self.path / "report.md"
@@ -211,6 +216,7 @@ class RunFolder:
     def forget_evaluations(self) -> None:
         """Remove what an earlier evaluation left, by weights that were not the final ones."""
         self.choices_file.unlink(missing_ok=True)
+        self.domain_file.unlink(missing_ok=True)
         for split in SPLITS:
             for is_final in (True, False):
                 self.predictions_file(split, is_final).unlink(missing_ok=True)

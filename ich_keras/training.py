@@ -22,6 +22,7 @@ from ich_keras.distribution import (
     require_distributable,
     require_same_statistics,
 )
+from ich_keras.domain import domain_of
 from ich_keras.environment import PROCESSES, choose_backend, choose_device, environment_record
 from ich_keras.errors import UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
@@ -378,6 +379,9 @@ def _finish(
     run.forget_evaluations()
     for split in SPLITS_TO_EVALUATE:
         evaluate_network(run, recipe, model, cache, split, progress)
+    domain = domain_of(run, recipe, model, cache, progress)
+    if domain is not None:
+        domain.save(run.domain_file)
     # The report comes last: it makes the run a finished one.
     report = report_text(run)
     write_checksums(run, read_weights(run.best_weights).digest, report)

@@ -264,6 +264,8 @@ def test_a_folder_is_answered_and_says_how(two, images, tmp_path):
         "num_slices",
         "verdict",
         "num_rejected",
+        "domain_distance",
+        "domain",
         *answers,
         "trained_on",
     ]
