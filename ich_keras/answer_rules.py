@@ -272,13 +272,9 @@ def answer_rules(run: RunFolder, point: OperatingPoint) -> AnswerRules:
     }
     kernel = run.smoothing()
     is_series = run.recipe().inputs.view.kind == "series"
-    return AnswerRules(
-        labels,
-        point,
-        levels,
-        smoothing="" if kernel == NO_SMOOTHING else kernel,
-        rule="" if is_series else run.rule(),
-    )
+    smoothing = "" if kernel == NO_SMOOTHING else kernel
+    rule = "" if is_series else run.rule()
+    return AnswerRules(labels, point, levels, smoothing=smoothing, rule=rule)
 
 
 def _level_rules(
