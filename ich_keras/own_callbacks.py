@@ -6,7 +6,7 @@ from typing import Any
 from ich_keras.errors import UsageError
 from ich_keras.ranks import Rank
 
-# Set on a callback that only looks on: it is not recorded, and needs not be given again.
+# Set on a callback that only looks on: it is not recorded, and need not be given again.
 LOOKS_ON = "ich_keras_looks_on"
 
 

@@ -75,7 +75,8 @@ if TYPE_CHECKING:
     "--tensorboard",
     type=FOLDER,
     metavar="DIR",
-    help="Write losses and AUROC(any) of each epoch for TensorBoard, which must be installed.",
+    help="Write losses and the AUROC of `any` (or the first label) of each epoch for TensorBoard,"
+    " which must be installed.",
 )
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
