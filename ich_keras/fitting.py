@@ -278,8 +278,8 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -
 def _validation(training: Fit, course: Course, progress: Progress | None) -> Any:
     """Return the callback that validates and keeps the best weights.
 
-    It adds `val_loss` (the log loss) and `val_auroc_any` (or of the first label; NaN where it is not
-    defined) to the logs of the callbacks after it.
+    It adds `val_loss` (the log loss) and `val_auroc_any` (or that of the first label; NaN where it
+    is not defined) to the logs of the callbacks after it.
     """
     import keras
 

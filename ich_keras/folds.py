@@ -1,4 +1,4 @@
-"""Joining the runs of a cross-validation: every patient scored by a network that never saw him.
+"""Joining the runs of a cross-validation: every patient scored by a network that never saw them.
 
 The test predictions of all folds are put together. Ranking probabilities of different networks
 against each other is what the AUROC over all of them does; the mean of the folds' own AUROCs does

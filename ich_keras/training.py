@@ -35,6 +35,7 @@ from ich_keras.own_callbacks import (
     own_callbacks,
     require_callbacks_alone,
     require_same_callbacks,
+    require_settable_rate,
 )
 from ich_keras.planning import count_plan, split_indices, start_lines
 from ich_keras.progress import Progress, Tell
@@ -110,6 +111,7 @@ def train(
         recipe = replace(recipe, training=own)
     own_ones = own_callbacks(callbacks)
     require_callbacks_alone(own_ones, rank)
+    require_settable_rate(own_ones, recipe.training.schedule, recipe.training.warmup_steps)
     named = replace(recipe.training, own_callbacks=callbacks_name(own_ones))
     recipe = replace(recipe, training=named)
     split, indices = split_indices(cache.slices, recipe)
@@ -208,14 +210,7 @@ def resume(
             remove_leftovers(folder, is_alone=is_alone)
         require_unedited(run)
         require_same_data(run, cache)
-        asked = run.recipe()
-        _require_augmentation(asked, augment)
-        recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
-        require_distributable(recipe, rank)
-        own_ones = own_callbacks(callbacks)
-        require_same_callbacks(recipe.training.own_callbacks, own_ones)
-        require_callbacks_alone(own_ones, rank)
-        require_same_statistics(run.environment(), recipe, rank)
+        recipe, own_ones = how_to_resume(run, device, augment, callbacks)
         changes = changed_environment(run, recipe.device)
         for line in changes:
             tell(f"Different from the original environment: {line}.")
@@ -254,6 +249,26 @@ def resume(
         _finish(run, recipe, cache, progress, course)
     run.lock_file.unlink(missing_ok=True)
     return run.path
+
+
+def how_to_resume(
+    run: RunFolder, device: str | None, augment: Change | Augmentation | None, callbacks: Any
+) -> tuple[Recipe, tuple[Any, ...]]:
+    """Return the recipe of a run as it is trained here, and the callbacks; arguments as `resume`.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `resume`, which calls it before it writes anything.
+    """
+    rank, asked = this_rank(), run.recipe()
+    _require_augmentation(asked, augment)
+    recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
+    require_distributable(recipe, rank)
+    own_ones = own_callbacks(callbacks)
+    require_same_callbacks(recipe.training.own_callbacks, own_ones)
+    require_callbacks_alone(own_ones, rank)
+    require_settable_rate(own_ones, recipe.training.schedule, recipe.training.warmup_steps)
+    require_same_statistics(run.environment(), recipe, rank)
+    return recipe, own_ones
 
 
 def cache_of(run: RunFolder | Path | str) -> Path | None:
