@@ -12,6 +12,7 @@ from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.split import make_split, split_by_fold
 from ich_keras.errors import DataError, UsageError
+from ich_keras.files import read_json, write_json
 from ich_keras.folds import join_folds
 from ich_keras.labels import LABELS, LabelSet
 from ich_keras.run_folder import RunFolder
@@ -127,6 +128,39 @@ def test_runs_that_do_not_belong_together_are_refused(runs, phantom_cache, tmp_p
     with pytest.raises(Exception, match="predictions-test"):
         join_folds([*runs[:2], damaged], phantom_cache, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
+
+
+@pytest.mark.parametrize("entry", ["cache", "pixels", "labels"])
+def test_folds_of_other_data_are_refused(runs, phantom_cache, tmp_path, entry):
+    other = shutil.copytree(runs[2], tmp_path / "other")
+    data = read_json(other / "data.json")
+    write_json(other / "data.json", data | {entry: "0" * 64})
+    with pytest.raises(DataError, match=f"other was trained on other data than .*: the {entry}"):
+        join_folds([*runs[:2], other], phantom_cache, tmp_path / "joined")
+    write_json(other / "data.json", data | {entry: None})  # of an older version
+    if entry != "cache":
+        join_folds([*runs[:2], other], phantom_cache)
+    assert not (tmp_path / "joined").exists()
+
+
+def test_folds_that_do_not_test_each_image_once_are_refused(runs, phantom_cache, tmp_path):
+    """Folds drawn from another table: some patients are tested twice, others never."""
+    other = shutil.copytree(runs[2], tmp_path / "other")
+    split = read_json(other / "split.json")
+    members = split["members"]
+    lost = members["test"].pop()
+    members["train"].append(lost)
+    write_json(other / "split.json", split)
+    message = f"1 of .* labelled series of .* in the test part of no fold, for instance {lost}"
+    with pytest.raises(DataError, match=message):
+        join_folds([*runs[:2], other], phantom_cache)
+
+    twice = shutil.copytree(runs[2], tmp_path / "twice")
+    table, more = (RunFolder(run).predictions_file("test") for run in (twice, runs[0]))
+    row = more.read_text().splitlines()[1]
+    table.write_text(f"{table.read_text()}{row}\n")
+    with pytest.raises(DataError, match=r"1 sop_instance_uid are .* in the folds 1, 3\."):
+        join_folds([*runs[:2], twice], phantom_cache)
 
 
 def test_the_command_joins_finished_folds_and_passes_options_on(
