@@ -125,12 +125,12 @@ def _require_one_validation(runs: Sequence[RunFolder]) -> None:
 def _require_same_data(run: RunFolder, first: RunFolder) -> None:
     here, there = run.data(), first.data()
     for entry, what in _DATA.items():
-        values = here.get(entry), there.get(entry)
+        value, other = here.get(entry), there.get(entry)
         # Runs of older versions have not recorded all of them.
-        if None not in values and values[0] != values[1]:
+        if value is not None and other is not None and value != other:
             raise DataError(
-                f"{run} was trained on other data than {first}: {what} ({values[0][:12]},"
-                f" {values[1][:12]}).",
+                f"{run} was trained on other data than {first}: {what} ({value[:12]},"
+                f" {other[:12]}).",
                 "Join folds that were trained on one cache with the same labels.",
             )
 
