@@ -266,6 +266,9 @@ def test_a_refused_first_fold_leaves_nothing(phantom_cache_folder, tmp_path, mon
     command = ["folds", "--cache", str(phantom_cache_folder), "--out", str(tmp_path / "cv")]
     assert CliRunner().invoke(main, [*command, "--epochs", "-1"]).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cv").mkdir()
+    assert CliRunner().invoke(main, [*command, "--epochs", "-1"]).exit_code == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["cv"]  # as it was
 
 
 def test_a_fold_that_a_signal_killed_is_a_problem_of_the_machine(

@@ -61,6 +61,7 @@ def folds(
             raise UsageError(f"{word} is decided by `ich folds`.", "Leave it out.")
     cache = open_cache(cache_dir, labels)
     runs = [RunFolder(out / f"fold-{number}") for number in range(1, count + 1)]
+    is_new = not out.exists()
     if not join_only and not all(run.is_finished for run in runs):
         plan = {
             "folds": count,
@@ -89,7 +90,8 @@ def folds(
                 if not any(run.is_finished or run.is_interrupted for run in runs):
                     (out / PLAN).unlink(missing_ok=True)  # nothing was begun with it
                     with contextlib.suppress(OSError):
-                        out.rmdir()
+                        if is_new:
+                            out.rmdir()
             if code:
                 context.exit(code)
         result = join_folds(runs, cache, out / "joined")
