@@ -26,7 +26,8 @@ from ich_keras.models.weights_lookup import weights_folder
 from ich_keras.processes import START_METHOD, process_pool
 from ich_keras.progress import Progress, Tell
 from ich_keras.run_folder import RunFolder
-from ich_keras.training import changed_environment, resume, train
+from ich_keras.training import resume, train
+from ich_keras.training_data import changed_environment
 
 _SECONDS_BETWEEN_LINES = 1.0
 # In a worker process: where its lines go.

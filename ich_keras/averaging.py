@@ -45,7 +45,8 @@ def average_epoch(model: Any, training: TrainingRecipe, epoch: int) -> None:
         return
     for average, weight in zip(averages_of(model), model.weights, strict=True):
         before, now = _array(average), _array(weight)
-        average.assign(before + (now - before) / np.float32(place))
+        # The first replaces what is there: a run with more epochs brings the average of its last.
+        average.assign(now if place == 1 else before + (now - before) / np.float32(place))
 
 
 @contextlib.contextmanager

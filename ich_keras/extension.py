@@ -13,16 +13,17 @@ from ich_keras.course import STOPPED
 from ich_keras.data.augment import Augmentation, Change
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import new_folder, write_json
+from ich_keras.files import new_folder, require_absent, write_json
 from ich_keras.files import replace as replace_path
 from ich_keras.leftovers import partial_of
 from ich_keras.models.weights_file import WeightsFile, read_weights, write_record
 from ich_keras.progress import Progress, Tell
+from ich_keras.ranks import this_rank
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import changed_files
 from ich_keras.run_edits import marks_of
 from ich_keras.run_folder import ENDED_EARLY, EXTENDED, PLAN, RunFolder
-from ich_keras.training import resume
+from ich_keras.training import how_to_resume, resume
 from ich_keras.training_data import require_same_data
 
 MOST_EPOCHS = 10**6
@@ -42,7 +43,8 @@ def train_more(
     """Train a finished run for more epochs, as a new run; the old one stays as it is.
 
     With a constant learning rate the new run is what a training of all these epochs would have
-    been, bit for bit where `resume` is. `extend` says what becomes of a cosine and of patience.
+    been, bit for bit where `resume` is; not with `swa`, which averages other epochs then. `extend`
+    says what becomes of a cosine and of patience.
 
     Args:
         run_dir: a finished run that has its last state.
@@ -55,11 +57,23 @@ def train_more(
         The new run folder.
 
     Raises:
+        UsageError: there are several processes.
         As `extend` and `resume`.
     """
-    require_same_data(RunFolder.at(run_dir).require_finished(), cache)
-    run = extend(run_dir, out, epochs, tell)
-    return resume(run, cache, device, progress, tell, augment, callbacks)
+    rank = this_rank()
+    if not rank.is_alone:
+        raise UsageError(
+            f"more epochs in {rank.of} processes: they begin in one.",
+            "Make the new run in one process by ich_keras.extension.extend(RUN, NEW, N); then"
+            " resume it in several.",
+        )
+    run = RunFolder.at(run_dir).require_finished()
+    require_same_data(run, cache)
+    require_absent(out)
+    # Now: a refusal must not leave a new run behind.
+    how_to_resume(run, device, augment, callbacks)
+    new = extend(run, out, epochs, tell)
+    return resume(new, cache, device, progress, tell, augment, callbacks)
 
 
 def extend(
@@ -155,10 +169,15 @@ def _write(
     environment = run.environment()
     before = {"run": str(run.path.absolute()), "epoch": done}
     if ENDED_EARLY in environment:
-        before["why"] = environment.pop(ENDED_EARLY)["why"]
+        before |= {"why": environment.pop(ENDED_EARLY)["why"], "of": run.recipe().training.epochs}
     extended = [*environment.get(EXTENDED, []), before]
     write_json(new.environment_file, environment | {EXTENDED: extended})
-    for of in (lambda r: r.split_file, lambda r: r.started_from_file, lambda r: r.history_file):
+    for of in (
+        lambda r: r.split_file,
+        lambda r: r.seen_file,
+        lambda r: r.started_from_file,
+        lambda r: r.history_file,
+    ):
         _copy(of, run, new)
     # The weights stay; their record says by which recipe they are used.
     _copy(lambda r: r.best_weights, run, new)

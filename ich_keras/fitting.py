@@ -278,7 +278,8 @@ def _epochs(loader: Any, recipe: Recipe, progress: Progress | None, done: int) -
 def _validation(training: Fit, course: Course, progress: Progress | None) -> Any:
     """Return the callback that validates and keeps the best weights.
 
-    It adds `val_loss` (the log loss) and `val_auroc_any` to the logs of the callbacks after it.
+    It adds `val_loss` (the log loss) and `val_auroc_any` (or that of the first label; NaN where it
+    is not defined) to the logs of the callbacks after it.
     """
     import keras
 
@@ -334,7 +335,10 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
                 }
             )
             if logs is not None:
-                logs |= {"val_loss": loss, auroc_of("val", shown): metrics["auroc"][shown]}
+                auroc = metrics["auroc"][shown]
+                # Callbacks take numbers: NaN where validation has one class only.
+                auroc = np.nan if auroc is None else auroc
+                logs |= {"val_loss": loss, auroc_of("val", shown): auroc}
 
     return Validation()
 

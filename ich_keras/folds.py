@@ -1,4 +1,4 @@
-"""Joining the runs of a cross-validation: every patient scored by a network that never saw him.
+"""Joining the runs of a cross-validation: every patient scored by a network that never saw them.
 
 The test predictions of all folds are put together. Ranking probabilities of different networks
 against each other is what the AUROC over all of them does; the mean of the folds' own AUROCs does
@@ -15,16 +15,20 @@ import pandas as pd
 
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.labels import is_labelled
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.labels import LabelSet
 from ich_keras.levels import Level, scored
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import truth_columns
-from ich_keras.run_folder import RunFolder
+from ich_keras.planning import limit_series
+from ich_keras.run_folder import CACHE, LABELS_DIGEST, PIXELS, RunFolder
 
 FOLD = "fold"
 METRICS = "metrics.json"
+# What the folds must have in common, of data.json.
+_DATA = {CACHE: "the cache", PIXELS: "the pixels", LABELS_DIGEST: "the labels"}
 _KEYS = {"slice": "sop_instance_uid", "series": "series_instance_uid"}
 
 
@@ -56,7 +60,8 @@ def join_folds(
     Raises:
         UsageError: `out` exists, or fewer than two runs are given.
         DataError: a run is not of a fold, a fold is missing or given twice, the runs were trained
-            in different ways, or the cache lacks some of their images.
+            in different ways or on different data, several test the same image, none tests a
+            labelled series of the cache, or the cache lacks some of their images.
         StaleError: a run is not finished, or is damaged.
     """
     if len(runs) < 2:
@@ -65,12 +70,15 @@ def join_folds(
     folders = [RunFolder.at(run).require_finished() for run in runs]
     _require_one_validation(folders)
     labels = folders[0].recipe().labels
+    _require_all_tested(folders, cache, labels)
     parts: dict[str, list[pd.DataFrame]] = {}
     for run in folders:
         for level, table in _tables(run, labels).items():
             number = int(run.split().name.removeprefix("fold-").partition("/")[0])
             parts.setdefault(level, []).append(table.assign(**{FOLD: number}))
     tables = {level: pd.concat(found, ignore_index=True) for level, found in parts.items()}
+    for level, table in tables.items():
+        _require_once(table, level)
     metrics = {level: _scored(table, cache, labels, level) for level, table in tables.items()}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +105,7 @@ def _require_one_validation(runs: Sequence[RunFolder]) -> None:
             raise DataError(f"{run} and {seen[fold]} are both fold {fold}.", "Give each fold once.")
         seen[fold] = run
         settings = _settings(run)
+        _require_same_data(run, runs[0])
         if first is None:
             first, of = settings, number
         differing = [name for name in settings if settings[name] != first[name]]
@@ -110,6 +119,46 @@ def _require_one_validation(runs: Sequence[RunFolder]) -> None:
     if missing:
         raise DataError(
             f"fold(s) {', '.join(missing)} of {of} are missing.", "Train them, or give their runs."
+        )
+
+
+def _require_same_data(run: RunFolder, first: RunFolder) -> None:
+    here, there = run.data(), first.data()
+    for entry, what in _DATA.items():
+        value, other = here.get(entry), there.get(entry)
+        # Runs of older versions have not recorded all of them.
+        if value is not None and other is not None and value != other:
+            raise DataError(
+                f"{run} was trained on other data than {first}: {what} ({value[:12]},"
+                f" {other[:12]}).",
+                "Join folds that were trained on one cache with the same labels.",
+            )
+
+
+def _require_all_tested(runs: Sequence[RunFolder], cache: CTCache, labels: LabelSet) -> None:
+    """Refuse folds whose test parts together are not all labelled series."""
+    rows = limit_series(cache.slices, runs[0].recipe().training.limit_series)
+    slices = cache.slices.iloc[rows]
+    labelled = slices["series_uid"][is_labelled(slices, labels)].drop_duplicates()
+    tested = {uid for run in runs for uid in run.split().members["test"]}
+    absent = labelled[~labelled.isin(tested)]
+    if len(absent):
+        raise DataError(
+            f"{len(absent):,} of {len(labelled):,} labelled series of {cache.path} are in the test"
+            f" part of no fold, for instance {absent.iloc[0]}.",
+            "Give the cache and the labels that the folds were trained on.",
+        )
+
+
+def _require_once(table: pd.DataFrame, level: str) -> None:
+    key = _KEYS[level]
+    repeated = table[key][table[key].duplicated()]
+    if len(repeated):
+        raise DataError(
+            f"{repeated.nunique():,} {key} are predicted more than once, for instance"
+            f" {repeated.iloc[0]} in the folds"
+            f" {', '.join(map(str, table[FOLD][table[key] == repeated.iloc[0]]))}.",
+            "Every image belongs to the test part of one fold: train the folds again.",
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from ich_keras.errors import UsageError
 from ich_keras.ranks import Rank
 
-# Set on a callback that only looks on: it is not recorded, and needs not be given again.
+# Set on a callback that only looks on: it is not recorded, and need not be given again.
 LOOKS_ON = "ich_keras_looks_on"
 
 
@@ -58,6 +58,31 @@ def require_callbacks_alone(callbacks: Iterable[Any], rank: Rank) -> None:
             " others would not be told the same.",
             "Train in one process, or leave the callbacks out.",
         )
+
+
+def require_settable_rate(callbacks: Iterable[Any], schedule: str, warmup_steps: int) -> None:
+    """Refuse Keras' callbacks that set the learning rate where a schedule already does.
+
+    Raises:
+        UsageError: the rate follows a cosine, or is warmed up.
+    """
+    if schedule == "constant" and not warmup_steps:
+        return
+    given = tuple(callbacks)
+    if not given:
+        return
+    import keras
+
+    setting = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
+    for callback in given:
+        if isinstance(callback, setting):
+            of = f"the schedule {schedule!r}"
+            of += f" with {warmup_steps} warm-up steps" if warmup_steps else ""
+            raise UsageError(
+                f"callbacks holds a {type(callback).__name__}, which sets the learning rate, but"
+                f" that follows {of}.",
+                'Use schedule="constant" without warm-up steps, or leave the callback out.',
+            )
 
 
 def require_same_callbacks(wanted: str | None, callbacks: Iterable[Any]) -> None:

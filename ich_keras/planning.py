@@ -16,8 +16,10 @@ from ich_keras.distribution import distribution_lines, samples_per_statistics
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LabelSet
 from ich_keras.ranks import this_rank
-from ich_keras.recipe import Recipe
+from ich_keras.recipe import Recipe, TrainingRecipe
 
+# Part of the weights after the first step in their moving average, beyond which a line says so.
+MOST_OF_FIRST_WEIGHTS = 0.1
 _SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
 
 
@@ -202,7 +204,20 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
 
 def start_lines(recipe: Recipe, plan: TrainingPlan) -> list[str]:
     """Say how a training that begins is trained, one line each."""
-    return [_first_line(recipe, plan), *distribution_lines(recipe, this_rank())]
+    lines = [_first_line(recipe, plan), *_average_lines(recipe.training, plan.total_steps)]
+    return [*lines, *distribution_lines(recipe, this_rank())]
+
+
+def _average_lines(training: TrainingRecipe, total_steps: int) -> list[str]:
+    """Say so if the moving average would mostly be of the weights it began with."""
+    steps = total_steps // training.accumulate
+    if training.ema is None or training.ema**steps <= MOST_OF_FIRST_WEIGHTS:
+        return []
+    return [
+        f"After all {steps:,} optimiser steps, the moving average of the weights (--ema"
+        f" {training.ema:g}) still has {training.ema**steps:.0%} of those after the first step."
+        " Lower --ema, or train for longer."
+    ]
 
 
 def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:

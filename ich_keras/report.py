@@ -195,6 +195,21 @@ def _loss_text(training: TrainingRecipe) -> str:
     return f"{training.loss} ({', '.join(given)})" if given else training.loss
 
 
+def _average_line(best: int, training: TrainingRecipe, environment: dict) -> str:
+    """Say which weights were kept where the last epochs were to be averaged."""
+    assert training.swa is not None
+    # A run with more epochs may keep the best weights of one before, which had its own last epochs.
+    ends = [before.get("of", before["epoch"]) for before in environment.get(EXTENDED, ())]
+    done = [before["epoch"] for before in environment.get(EXTENDED, ())]
+    parts = zip([*done, training.epochs], [*ends, training.epochs], strict=True)
+    end = next(end for last, end in parts if best <= last)
+    first = end - training.swa + 1
+    if best > first:
+        return f"Kept: the average of the weights after epochs {first} to {best}."
+    why = "the first of the epochs that are averaged" if best == first else "no average"
+    return f"Kept: the weights after epoch {best}, {why}."
+
+
 def report_text(run: RunFolder) -> str:
     """Return the content of report.md, made from the other files of a run folder.
 
@@ -231,7 +246,7 @@ def report_text(run: RunFolder) -> str:
     if training.ema is not None:
         lines += [f"Judged and kept: the moving average of the weights ({training.ema:g}).", ""]
     if training.swa is not None:
-        lines += [f"Judged and kept at last: the average of the last {training.swa} epochs.", ""]
+        lines += [_average_line(run.best_epoch(), training, environment), ""]
     if ended_early is not None:
         early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
         lines += [f"Stopped after {early}.", ""]

@@ -26,12 +26,13 @@ def require_tensorboard(folder: Path | str) -> Path:
 
 
 def tensorboard_callback(folder: Path | str) -> Any:
-    """Return a callback that writes each epoch's losses, AUROC(any) and learning rate.
+    """Return a callback that writes each epoch's losses, AUROC and learning rate.
 
         ich_keras.train(CACHE, RUN, callbacks=ich_keras.tensorboard_callback("logs/run"))
 
-    It only looks on: a resumed training needs not be given it again. Given the same folder, it goes
-    on there, and epochs that are trained again replace those of before.
+    The AUROC is that of `any` (or the first label). The callback only looks on: a resumed training
+    need not be given it again. Given the same folder, it goes on there, and epochs that are trained
+    again replace those of before.
 
     Args:
         folder: of the event files; made with the first epoch.
@@ -58,7 +59,7 @@ def tensorboard_callback(folder: Path | str) -> Any:
 
         def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
             rate = keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
-            values = {_NAMES.get(name, name): value for name, value in (logs or {}).items()}
+            values = {_curve(name): value for name, value in (logs or {}).items()}
             for name, value in {**values, "learning rate": rate}.items():
                 self.writer.add_scalar(name, float(value), epoch + 1)
             self.writer.flush()
@@ -74,4 +75,11 @@ def tensorboard_callback(folder: Path | str) -> Any:
 
 
 # Of the logs -> in TensorBoard, where what stands before the slash is a group of curves.
-_NAMES = {"loss": "loss/train", "val_loss": "loss/valid", "val_auroc_any": "AUROC any/valid"}
+_NAMES = {"loss": "loss/train", "val_loss": "loss/valid"}
+_AUROC = "val_auroc_"
+
+
+def _curve(name: str) -> str:
+    if name.startswith(_AUROC):
+        return f"AUROC {name.removeprefix(_AUROC)}/valid"
+    return _NAMES.get(name, name)

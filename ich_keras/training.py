@@ -23,7 +23,7 @@ from ich_keras.distribution import (
     require_same_statistics,
 )
 from ich_keras.domain import domain_of
-from ich_keras.environment import PROCESSES, choose_backend, choose_device, environment_record
+from ich_keras.environment import choose_backend, choose_device, environment_record
 from ich_keras.errors import UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
@@ -36,6 +36,7 @@ from ich_keras.own_callbacks import (
     own_callbacks,
     require_callbacks_alone,
     require_same_callbacks,
+    require_settable_rate,
 )
 from ich_keras.planning import count_plan, split_indices, start_lines
 from ich_keras.progress import Progress, Tell
@@ -53,7 +54,12 @@ from ich_keras.run_folder import (
     RunFolder,
 )
 from ich_keras.run_space import require_space, training_space
-from ich_keras.training_data import data_record, require_one_training, require_same_data
+from ich_keras.training_data import (
+    changed_environment,
+    data_record,
+    require_one_training,
+    require_same_data,
+)
 
 SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
@@ -111,6 +117,7 @@ def train(
         recipe = replace(recipe, training=own)
     own_ones = own_callbacks(callbacks)
     require_callbacks_alone(own_ones, rank)
+    require_settable_rate(own_ones, recipe.training.schedule, recipe.training.warmup_steps)
     named = replace(recipe.training, own_callbacks=callbacks_name(own_ones))
     recipe = replace(recipe, training=named)
     split, indices = split_indices(cache.slices, recipe)
@@ -209,14 +216,7 @@ def resume(
             remove_leftovers(folder, is_alone=is_alone)
         require_unedited(run)
         require_same_data(run, cache)
-        asked = run.recipe()
-        _require_augmentation(asked, augment)
-        recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
-        require_distributable(recipe, rank)
-        own_ones = own_callbacks(callbacks)
-        require_same_callbacks(recipe.training.own_callbacks, own_ones)
-        require_callbacks_alone(own_ones, rank)
-        require_same_statistics(run.environment(), recipe, rank)
+        recipe, own_ones = how_to_resume(run, device, augment, callbacks)
         changes = changed_environment(run, recipe.device)
         for line in changes:
             tell(f"Different from the original environment: {line}.")
@@ -257,35 +257,30 @@ def resume(
     return run.path
 
 
+def how_to_resume(
+    run: RunFolder, device: str | None, augment: Change | Augmentation | None, callbacks: Any
+) -> tuple[Recipe, tuple[Any, ...]]:
+    """Return the recipe of a run as it is trained here, and the callbacks; arguments as `resume`.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `resume`, which calls it before it writes anything.
+    """
+    rank, asked = this_rank(), run.recipe()
+    _require_augmentation(asked, augment)
+    recipe = asked.on(choose_backend(asked.backend), choose_device(device or asked.device))
+    require_distributable(recipe, rank)
+    own_ones = own_callbacks(callbacks)
+    require_same_callbacks(recipe.training.own_callbacks, own_ones)
+    require_callbacks_alone(own_ones, rank)
+    require_settable_rate(own_ones, recipe.training.schedule, recipe.training.warmup_steps)
+    require_same_statistics(run.environment(), recipe, rank)
+    return recipe, own_ones
+
+
 def cache_of(run: RunFolder | Path | str) -> Path | None:
     """Return the path of the cache that a training began with; None if it was not recorded."""
     path = RunFolder.at(run).data().get(CACHE_PATH)
     return None if path is None else Path(path)
-
-
-def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
-    """List the differences between the environment a training began in and this one.
-
-    Args:
-        run: the run folder.
-        device: "cpu" or "cuda": where to resume.
-
-    Returns:
-        One "name NOW, was BEFORE" per difference: packages, backend, device, machine, and the
-        precision, where this hardware lacks the run's. What the run did not record counts as a
-        difference.
-    """
-    run = RunFolder.at(run)
-    recipe = run.recipe()
-    before, now = run.environment(), environment_record(device)
-    # The processor is either the device itself, or does not matter next to a GPU.
-    names = [name for name in now if name not in ("versions", "processor")]
-    pairs = {name: (now[name], before.get(name)) for name in names}
-    pairs[PROCESSES] = now[PROCESSES], before.get(PROCESSES, 1)  # once there was only one
-    for name, version in now["versions"].items():
-        pairs[name] = version, before.get("versions", {}).get(name)
-    pairs["precision"] = recipe.on(recipe.backend, device).precision, recipe.precision
-    return [f"{name} {here}, was {there}" for name, (here, there) in pairs.items() if here != there]
 
 
 def _require_cache(cache: CTCache) -> None:

@@ -1,6 +1,7 @@
 """What a training is trained on: recorded, and compared by those that resume or share it."""
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import part_digests
 from ich_keras.data.split import Split
 from ich_keras.distribution import require_agreement
+from ich_keras.environment import PROCESSES, environment_record
 from ich_keras.errors import StaleError
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.phantom.dicom import is_synthetic
@@ -86,3 +88,28 @@ def require_one_training(group: "Group | None", recipe: Recipe, cache: CTCache) 
     facts = {"recipe": recipe.to_dict(), "labels": labels_digest(cache.slices, recipe.labels)}
     pixels = {"cache": cache.fingerprint, "pixels": cache.pixels_digest}
     require_agreement(group, facts | pixels)
+
+
+def changed_environment(run: RunFolder | Path | str, device: str) -> list[str]:
+    """List the differences between the environment a training began in and this one.
+
+    Args:
+        run: the run folder.
+        device: "cpu" or "cuda": where to resume.
+
+    Returns:
+        One "name NOW, was BEFORE" per difference: packages, backend, device, machine, and the
+        precision, where this hardware lacks the run's. What the run did not record counts as a
+        difference.
+    """
+    run = RunFolder.at(run)
+    recipe = run.recipe()
+    before, now = run.environment(), environment_record(device)
+    # The processor is either the device itself, or does not matter next to a GPU.
+    names = [name for name in now if name not in ("versions", "processor")]
+    pairs = {name: (now[name], before.get(name)) for name in names}
+    pairs[PROCESSES] = now[PROCESSES], before.get(PROCESSES, 1)  # once there was only one
+    for name, version in now["versions"].items():
+        pairs[name] = version, before.get("versions", {}).get(name)
+    pairs["precision"] = recipe.on(recipe.backend, device).precision, recipe.precision
+    return [f"{name} {here}, was {there}" for name, (here, there) in pairs.items() if here != there]

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import keras
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ import ich_keras
 from ich_keras import fitting, training
 from ich_keras.cli import main
 from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.labels import LABELS
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.own_callbacks import callbacks_name
@@ -115,6 +117,32 @@ def test_tensorboard_gets_every_epoch_once(installed, phantom_cache_folder, tmp_
     # It only looks on: nothing of it is part of the run.
     assert RunFolder(run).recipe().training.own_callbacks is None
     assert "callbacks" not in (run / "report.md").read_text()
+
+
+def test_an_auroc_that_is_not_defined_is_nan(
+    installed, phantom_cache_folder, tmp_path, monkeypatch
+):
+    """Validation of one class only: binary_metrics gives None, which is no number for callbacks."""
+    judge = fitting.binary_metrics
+    undefined = {"auroc": dict.fromkeys(LABELS)}
+    monkeypatch.setattr(fitting, "binary_metrics", lambda *a, **k: judge(*a, **k) | undefined)
+    data = ("--cache", phantom_cache_folder, "--out", tmp_path / "run", *OPTIONS)
+    code, said = ich_train(*data, "--tensorboard", tmp_path / "logs")
+    assert code == 0, said
+    assert "AUROC(any) n/a" in said
+    assert np.isnan(list(installed[0].values["AUROC any/valid"].values())).tolist() == [True, True]
+    assert pd.read_csv(tmp_path / "run" / "history.csv")["valid_auroc_any"].isna().all()
+
+
+def test_every_label_has_its_curve(installed, tmp_path):
+    callback = tensorboard_callback(tmp_path)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    callback.set_model(model)
+    callback.on_epoch_begin(0)
+    callback.on_epoch_end(0, {"loss": 1, "val_loss": 2, "val_auroc_mass_effect": 0.5, "mine": 3})
+    names = ["loss/train", "loss/valid", "AUROC mass_effect/valid", "mine", "learning rate"]
+    assert list(installed[0].values) == names
 
 
 def test_the_callback_looks_on(installed, tmp_path):

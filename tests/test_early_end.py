@@ -21,7 +21,12 @@ from ich_keras.models.loss import FocalLoss
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
-from ich_keras.own_callbacks import LOOKS_ON, own_callbacks, require_callbacks_alone
+from ich_keras.own_callbacks import (
+    LOOKS_ON,
+    own_callbacks,
+    require_callbacks_alone,
+    require_settable_rate,
+)
 from ich_keras.ranks import Rank
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
@@ -267,6 +272,21 @@ def test_what_is_no_callback_is_refused(phantom_cache, tmp_path, callbacks, mess
     with pytest.raises(UsageError, match=message):
         train(config_of(), phantom_cache, tmp_path / "run", callbacks=callbacks)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fit", [{"schedule": "cosine"}, {"warmup_steps": 2}], ids=str)
+def test_callbacks_that_set_the_rate_need_a_constant_one(phantom_cache, tmp_path, fit):
+    for callback in (
+        keras.callbacks.ReduceLROnPlateau(),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate),
+    ):
+        name = f"holds a {type(callback).__name__}, which sets the learning rate"
+        with pytest.raises(UsageError, match=name) as caught:
+            train(config_of(**fit), phantom_cache, tmp_path / "run", callbacks=callback)
+        assert 'Use schedule="constant" without warm-up steps' in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+    require_settable_rate([callback], "constant", 0)
+    require_settable_rate([keras.callbacks.EarlyStopping()], "cosine", 2)
 
 
 def test_callbacks_are_for_one_process():

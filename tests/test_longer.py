@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from interrupted import interrupted_training
 
-from ich_keras import fitting, recipe, training
+from ich_keras import averaging, fitting, planning, recipe, report, training
+from ich_keras.checkpoints import averages_of
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError, UsageError
@@ -89,6 +90,7 @@ def test_more_epochs_are_those_of_a_longer_training(long_run, short_run, phantom
     assert new.is_finished and verify(out)
     assert new.config() == old.config() and new.recipe() == old.recipe()
     assert new.data()["plan"] == old.data()["plan"]
+    assert new.seen_file.read_bytes() == old.seen_file.read_bytes()
     extended = [{"run": str(short_run.absolute()), "epoch": 2}]
     assert new.environment()["extended"] == extended
     assert f"Goes on after epoch 2 of the finished run {short_run}." in new.report_file.read_text()
@@ -186,6 +188,26 @@ def test_an_unfinished_run_is_resumed_instead(phantom_cache, tmp_path):
     run = interrupted_training(phantom_cache, tmp_path / "run", config_of(epochs=2), 1)
     with pytest.raises(StaleError, match="is not finished"):
         train_more(run, phantom_cache, tmp_path / "new", 1)
+
+
+def test_a_refusal_leaves_no_new_run(short_run, phantom_cache, tmp_path, monkeypatch):
+    stop = keras.callbacks.TerminateOnNaN()
+    for options, message in (
+        ({"callbacks": stop}, "the callbacks differ"),
+        ({"augment": lambda *_: None}, "the augmentation differs"),
+        ({"device": "tpu"}, "tpu"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_more(short_run, phantom_cache, tmp_path / "new", 1, **options)
+    command = ["train", "--resume", str(short_run), "--more-epochs", "1", "--device", "tpu"]
+    done = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "new")])
+    assert done.exit_code == 2 and "tpu" in done.output and "To resume" not in done.output
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UsageError, match="more epochs in 2 processes: they begin in one"):
+        train_more(short_run, phantom_cache, tmp_path / "new", 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- Averages of the weights ----------------------------------------------------------------
@@ -340,3 +362,61 @@ def test_too_few_epochs_for_an_average_are_refused(phantom_cache, tmp_path):
         extend(run, tmp_path / "new", 1)
     out = train_more(run, phantom_cache, tmp_path / "new", 2)
     assert len(history_of(out)) == 4
+
+
+def test_the_first_average_is_the_weights_bit_for_bit():
+    """Whatever stands in the average: more epochs bring that of the run before."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    settings = recipe.Recipe.of(config_of(epochs=4, swa=2)).training
+    averaging.add_averages(model, settings)
+    for average in averages_of(model):
+        average.assign(np.full(average.shape, 1e4, np.float32))
+    averaging.average_epoch(model, settings, 3)
+    for average, weight in zip(averages_of(model), model.weights, strict=True):
+        found, wanted = (keras.ops.convert_to_numpy(one) for one in (average, weight))
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("best", "extended", "kept"),
+    [
+        (2, [], "the weights after epoch 2, no average."),
+        (4, [], "the weights after epoch 4, the first of the epochs that are averaged."),
+        (5, [], "the average of the weights after epochs 4 to 5."),
+        (6, [], "the average of the weights after epochs 4 to 6."),
+        (3, [{"epoch": 3}], "the average of the weights after epochs 1 to 3."),
+        (3, [{"epoch": 3, "of": 5}], "the weights after epoch 3, the first of the epochs"),
+        (2, [{"epoch": 3, "of": 5}], "the weights after epoch 2, no average."),
+    ],
+)
+def test_the_report_says_which_weights_were_kept(best, extended, kept):
+    settings = recipe.Recipe.of(config_of(epochs=6, swa=3)).training
+    line = report._average_line(best, settings, {"extended": extended})
+    assert line.startswith(f"Kept: {kept}")
+
+
+def test_the_report_of_a_run_that_kept_no_average(phantom_cache, tmp_path, monkeypatch):
+    losses, judge = iter([0.5, 0.8, 0.7]), fitting.binary_metrics
+    monkeypatch.setattr(
+        fitting, "binary_metrics", lambda *a, **k: judge(*a, **k) | {"log_loss": next(losses)}
+    )
+    run = train(config_of(swa=2), phantom_cache, tmp_path / "run")
+    text = (run / "report.md").read_text()
+    assert "Kept: the weights after epoch 1, no average." in text
+    assert "average of the last" not in text
+
+
+@pytest.mark.parametrize(("ema", "is_told"), [(0.999, True), (0.5, False)])
+def test_a_moving_average_of_mostly_first_weights_is_told(phantom_cache, ema, is_told):
+    """.999 to the power of few steps is near 1, .5 to that of 12 is not."""
+    config = config_of(epochs=6, ema=ema, accumulate=2)
+    plan = planning.plan_training(phantom_cache, config)
+    steps = plan.total_steps // 2
+    lines = planning.start_lines(recipe.Recipe.of(config, phantom_cache.size), plan)
+    found = [line for line in lines if "moving average" in line]
+    if not is_told:
+        assert 0.5**steps < 0.1 and found == []
+        return
+    (line,) = found
+    assert f"After all {steps} optimiser steps" in line
+    assert f"(--ema 0.999) still has {0.999**steps:.0%} of those after the first step." in line

@@ -16,7 +16,7 @@ import pandas as pd
 import pydicom
 import pytest
 
-from ich_keras import checkpoints, files, fitting, training
+from ich_keras import checkpoints, files, fitting, training, training_data
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct.rejects import NothingUsable, TooManyRejects
 from ich_keras.ct.series import index_folder
@@ -698,16 +698,16 @@ def test_another_environment_is_told(phantom_cache, tmp_path, crash_after, monke
     with pytest.raises(Crash):
         train(config_of(), phantom_cache, out)
     before = files.read_json(out / "environment.json")
-    assert training.changed_environment(out, "cpu") == []
+    assert training_data.changed_environment(out, "cpu") == []
     recipe = files.read_json(out / "recipe.json")
     write_json(out / "recipe.json", recipe | {"precision": "bfloat16"})
     with monkeypatch.context() as patch:
         patch.setattr("ich_keras.recipe.choose_precision", lambda name, device: "float32")
-        assert training.changed_environment(out, "cpu") == ["precision float32, was bfloat16"]
+        assert training_data.changed_environment(out, "cpu") == ["precision float32, was bfloat16"]
     write_json(out / "recipe.json", recipe)
     older = {name: value for name, value in before.items() if name != "device_name"}
     write_json(out / "environment.json", older | {"processor": "another"})
-    (line,) = training.changed_environment(out, "cpu")
+    (line,) = training_data.changed_environment(out, "cpu")
     assert line == f"device_name {before['device_name']}, was None"
     before["versions"]["torch"] = "1.0"
     write_json(out / "environment.json", before)

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     "--tensorboard",
     type=FOLDER,
     metavar="DIR",
-    help="Write losses and AUROC(any) of each epoch for TensorBoard, which must be installed.",
+    help="Write each epoch's losses and AUROC of `any` (or the first label) for TensorBoard.",
 )
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
@@ -313,12 +313,12 @@ def _resume(
 ) -> None:
     """Resume a training; with (epochs, new run), train a finished one for more epochs."""
     from ich_keras.environment import choose_backend, choose_device
-    from ich_keras.extension import extend
+    from ich_keras.extension import train_more
+    from ich_keras.files import require_absent
     from ich_keras.run_edits import require_unedited
     from ich_keras.run_folder import RunFolder
     from ich_keras.summary import run_summary
     from ich_keras.training import cache_of, resume
-    from ich_keras.training_data import require_same_data
     from ich_keras.workflow import cache_beside, open_cache
 
     given = names_of(options)
@@ -339,20 +339,21 @@ def _resume(
         )
     cached = open_cache(cache_dir, labels)
     with open_terminal(is_silent=not this_rank().is_first) as terminal:
-        if more is not None:
-            require_same_data(RunFolder(run_dir), cached)
-            run_dir = extend(run_dir, more[1], more[0], terminal.tell).path
-        with _how_to_resume(run_dir, labels, terminal):
+        out = run_dir if more is None else require_absent(more[1])
+        with _how_to_resume(out, labels, terminal):
             log = None
             if tensorboard is not None:
                 recipe = RunFolder(run_dir).recipe()
-                # Now: the callback imports Keras.
-                choose_backend(recipe.backend)
+                choose_backend(recipe.backend)  # now: the callback imports Keras
                 choose_device(device or recipe.device)
                 log = tensorboard_callback(tensorboard)
-            resume(run_dir, cached, device, terminal.progress, terminal.tell, callbacks=log)
+            others = device, terminal.progress, terminal.tell
+            if more is None:
+                resume(run_dir, cached, *others, callbacks=log)
+            else:
+                train_more(run_dir, cached, out, more[0], *others, callbacks=log)
         if this_rank().is_first:
-            terminal.tell(run_summary(run_dir, terminal_width()))
+            terminal.tell(run_summary(out, terminal_width()))
 
 
 @contextlib.contextmanager
