@@ -51,7 +51,7 @@ from ich_keras.run_folder import RunFolder
 INSIDE, OUTSIDE = "inside", "outside"
 DISTANCE, VERDICT = "domain_distance", "domain"  # columns of series.csv
 RATE = 0.01
-MOST_SERIES = 1000  # of the training split, and of the validation split
+MOST_SERIES = 300  # of the training split, and of the validation split
 MOST_SAMPLES = 20  # of each training series
 _LEAST_BETWEEN = 0.1  # of the variance of the series' means, for that between series
 _NAMES = ("mean", "cholesky", "spread", "scores", "patients", "network")
