@@ -41,7 +41,7 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.views import Samples, series_of_rows
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_path
-from ich_keras.inference import network_digest, probabilities, tapped
+from ich_keras.inference import batches_of, network_digest, probabilities, tapped
 from ich_keras.metrics.conformal import patients_needed
 from ich_keras.progress import Progress
 from ich_keras.recipe import Recipe
@@ -315,19 +315,7 @@ def domain_of(
         parts[part] = _samples_of(samples, cache, numbers)
 
     def seen(part: str, chosen: np.ndarray, take: Callable[[np.ndarray], None]) -> None:
-        from ich_keras.data.batches import view_batches
-
-        batches = view_batches(
-            cache,
-            recipe.inputs.view,
-            chosen,
-            recipe.training.batch_size,
-            size=recipe.inputs.size,
-            intensity=recipe.inputs.intensity,
-            samples=samples,
-            workers=recipe.training.loader_workers,
-            device=recipe.batch_device,
-        )
+        batches = batches_of(recipe, cache, samples, chosen)
         step = f"features of {part}"
         probabilities(model, batches, len(chosen), progress, step, tap=tapped(model), take=take)
 

@@ -15,7 +15,13 @@ from ich_keras.data.trivial import trivial_auroc
 from ich_keras.data.views import series_of_rows
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, lock, write_json
-from ich_keras.inference import PATIENT_COLUMN, load_run, probabilities, probability_table
+from ich_keras.inference import (
+    PATIENT_COLUMN,
+    batches_of,
+    load_run,
+    probabilities,
+    probability_table,
+)
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.levels import Level, choose, scored
@@ -135,8 +141,6 @@ def evaluate_network(
     _require_members(members, split, cache)
     _require_pixels(run, members, split, cache)
 
-    from ich_keras.data.batches import view_batches
-
     indices = members.indices(cache.slices, split, labels)
     train_indices = members.indices(cache.slices, "train", labels)
     for part, rows in ((split, indices), ("train", train_indices)):
@@ -149,17 +153,7 @@ def evaluate_network(
     view = recipe.inputs.view
     samples = cache.samples(view)
     chosen = samples.of_rows(cache.slices, indices, split)
-    batches = view_batches(
-        cache,
-        view,
-        chosen,
-        recipe.training.batch_size,
-        size=recipe.inputs.size,
-        intensity=recipe.inputs.intensity,
-        samples=samples,
-        workers=recipe.training.loader_workers,
-        device=recipe.batch_device,
-    )
+    batches = batches_of(recipe, cache, samples, chosen)
     values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
 
     assert samples.labels is not None  # a cache without labels has no members

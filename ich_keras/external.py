@@ -23,7 +23,7 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.evaluation import require_size
 from ich_keras.external_data import by_property, described, truth_of
 from ich_keras.files import atomic_write, require_absent, write_json
-from ich_keras.inference import load_run, network_digest, probabilities, tapped
+from ich_keras.inference import batches_of, load_run, network_digest, probabilities, tapped
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.levels import Level, choose, scored
 from ich_keras.metrics.aggregation import aggregate
@@ -229,19 +229,7 @@ def _predict(
     distances: list[np.ndarray],
 ) -> np.ndarray:
     """Return probabilities; `distances` receives those of the samples from the training."""
-    from ich_keras.data.batches import view_batches
-
-    batches = view_batches(
-        cache,
-        recipe.inputs.view,
-        chosen,
-        recipe.training.batch_size,
-        size=recipe.inputs.size,
-        intensity=recipe.inputs.intensity,
-        samples=samples,
-        workers=recipe.training.loader_workers,
-        device=recipe.batch_device,
-    )
+    batches = batches_of(recipe, cache, samples, chosen)
     tap = take = None
     if domain is not None:
         tap = tapped(model)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,10 @@ from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import require_unchanged
 from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import CACHE, PIXELS, RunFolder
+
+if TYPE_CHECKING:
+    from ich_keras.data.cache.cache import CTCache
+    from ich_keras.data.views import Samples
 
 # Columns that identify the slice of a prediction.
 SLICE_COLUMNS = ("sop_instance_uid", "series_instance_uid", "slice_index", "position_mm")
@@ -130,6 +134,37 @@ def tapped(model: Any) -> Tap:
     features = model.get_layer("avgpool").output
     both = functional(model.input, [model.output, features], model.name)
     return Tap(choose_step(both))
+
+
+def batches_of(
+    recipe: Recipe, cache: "CTCache", samples: "Samples", chosen: np.ndarray, **settings: Any
+) -> Any:
+    """Make batches of a run's samples, as its recipe says.
+
+    Args:
+        recipe: of the run.
+        cache: what to read.
+        samples: of the recipe's view.
+        chosen: int (n,), numbers of samples.
+        settings: further ones of `ich_keras.data.batches.view_batches`.
+
+    Returns:
+        Its loader.
+    """
+    from ich_keras.data.batches import view_batches
+
+    return view_batches(
+        cache,
+        recipe.inputs.view,
+        chosen,
+        recipe.training.batch_size,
+        size=recipe.inputs.size,
+        intensity=recipe.inputs.intensity,
+        samples=samples,
+        workers=recipe.training.loader_workers,
+        device=recipe.batch_device,
+        **settings,
+    )
 
 
 def probabilities(

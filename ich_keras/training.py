@@ -28,7 +28,7 @@ from ich_keras.errors import UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Fit, compiled_network, fit, restored
-from ich_keras.inference import load_network
+from ich_keras.inference import batches_of, load_network
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.model_file import save_model
 from ich_keras.own_callbacks import (
@@ -313,25 +313,12 @@ def _make_fit(
     augment: Change | Augmentation | None,
     group: Any = None,
 ) -> Fit:
-    from ich_keras.data.batches import view_batches
-
     rank = this_rank()
     chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
     training = recipe.training
 
     def batches(part: str, **settings: Any) -> Any:
-        return view_batches(
-            cache,
-            recipe.inputs.view,
-            chosen[part],
-            batch_size=training.batch_size,
-            size=recipe.inputs.size,
-            workers=training.loader_workers,
-            intensity=recipe.inputs.intensity,
-            samples=samples,
-            device=recipe.batch_device,
-            **settings,
-        )
+        return batches_of(recipe, cache, samples, chosen[part], **settings)
 
     loader = batches(
         "train",
