@@ -70,7 +70,9 @@ def require_finite_files(run: Path) -> int:
 # --- Values that are not finite -------------------------------------------------------------
 
 
-def with_nan(array) -> np.ndarray:
+def with_nan(array) -> np.ndarray | list:
+    if isinstance(array, list):  # probabilities, and features beside them
+        return [with_nan(array[0]), *array[1:]]
     changed = np.array(array, np.float32)
     changed.flat[-1] = np.nan
     return changed

@@ -293,8 +293,10 @@ pathlib.Path(sys.argv[1], "began").touch()
 time.sleep(60)
 """
 COMMAND = """
-import subprocess, sys
+import signal, subprocess, sys
 from ich_keras.cli import main
+# A job in the background of a shell ignores it from the beginning.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 begin = subprocess.Popen
 def other(words, **settings):
     is_fold = "ich_keras.cli.train" in words

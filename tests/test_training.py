@@ -88,6 +88,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         "environment.json",
         "data.json",
         "seen.npz",
+        "domain.npz",
         "split.json",
         "history.csv",
         "best.weights.h5",
