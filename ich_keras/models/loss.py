@@ -14,6 +14,11 @@ from ich_keras.models.options import LossSettings, require_in_range
 EPSILON = 1e-7
 
 
+def _is_missing(y_true: Any) -> Any:
+    # Not "unless >= 0": XLA turns that into "< 0", which no NaN is.
+    return ops.logical_or(ops.isnan(y_true), y_true < 0)
+
+
 @keras.saving.register_keras_serializable("ich_keras")
 class BinaryCrossEntropy(keras.losses.Loss):
     """Binary cross-entropy, averaged over the labels of a sample, then over the batch.
@@ -67,7 +72,7 @@ class BinaryCrossEntropy(keras.losses.Loss):
         """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
-        is_missing = ops.logical_not(y_true >= 0)  # NaN, too
+        is_missing = _is_missing(y_true)
         each = self.of_labels(ops.where(is_missing, 0.0, y_true), y_pred)
         shares = ops.ones_like(each) if self.shares is None else self._tensor(self.shares, each)
         shares = ops.where(is_missing, 0.0, shares)
@@ -251,7 +256,7 @@ class CategoricalCrossEntropy(BinaryCrossEntropy):
         """Return the loss of each sample: (labels, outputs), both float (N, labels)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
-        is_missing = ops.logical_not(ops.all(y_true >= 0, axis=-1, keepdims=True))
+        is_missing = ops.any(_is_missing(y_true), axis=-1, keepdims=True)
         y_true = ops.where(is_missing, 0.0, y_true)
         if self.from_logits:
             log_p = ops.log_softmax(y_pred, axis=-1)
