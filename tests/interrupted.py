@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from narrow import preset_of
 
 from ich_keras import fitting
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.training import train
 
@@ -39,12 +39,11 @@ def interrupted_training(cache: CTCache, out: Path, config: RunConfig, epoch: in
 @contextlib.contextmanager
 def begun_training(cache: CTCache, out: Path, preset: str) -> Iterator[Path]:
     """Train a narrow network for the first of two epochs; its preset exists in the block only."""
-    PRESETS[preset] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), preset)
-    config = RunConfig(
-        preset=preset,
-        precision="float32",
-        data=DataConfig(size=SIZE, balance=True),
-        fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
-    )
-    yield interrupted_training(cache, out, config, epoch=1)
-    del PRESETS[preset]
+    with preset_of(preset, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        config = RunConfig(
+            preset=preset,
+            precision="float32",
+            data=DataConfig(size=SIZE, balance=True),
+            fit=FitConfig(batch_size=16, epochs=2, learning_rate=1e-3),
+        )
+        yield interrupted_training(cache, out, config, epoch=1)

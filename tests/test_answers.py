@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from untrained_runs import untrained_run, validated
+from untrained_runs import copy_series, untrained_run, validated
 
 from ich_keras.answer_rules import OperatingPoint, answer_rules
 from ich_keras.answers import with_answers
 from ich_keras.cli import main
-from ich_keras.ct.series import index_folder
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import write_json
 from ich_keras.labels import LabelSet
@@ -57,14 +56,7 @@ def copy(two, tmp_path):
 
 @pytest.fixture(scope="module")
 def images(phantom_folder, tmp_path_factory):
-    """Two series."""
-    folder = tmp_path_factory.mktemp("images") / "images"
-    folder.mkdir()
-    slices = index_folder(phantom_folder / "images").slices
-    for uid in slices["series_uid"].unique()[:2]:
-        for path in slices.loc[slices["series_uid"] == uid, "container"]:
-            shutil.copy(path, folder)
-    return folder
+    return copy_series(phantom_folder / "images", 2, tmp_path_factory.mktemp("two") / "images")
 
 
 def prediction_of(values, labels=TWO, series=None, rule="max"):

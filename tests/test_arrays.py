@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nifti_files import head_volume
-from test_prediction_resume import untrained_run
+from untrained_runs import untrained_run
 
 import ich_keras
 from ich_keras import arrays

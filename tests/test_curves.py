@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from narrow import preset_of, without_evaluation
 
 import ich_keras
-from ich_keras import fitting, training
+from ich_keras import fitting
 from ich_keras.cli import main
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.own_callbacks import callbacks_name
 from ich_keras.run_folder import RunFolder
@@ -35,15 +35,15 @@ NAMES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    PRESETS[NARROW] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def no_evaluation(monkeypatch):
-    monkeypatch.setattr(training, "evaluate_network", lambda *_: None)
     monkeypatch.setattr("ich_keras.summary.run_summary", lambda *_: "")
+    with without_evaluation():
+        yield
 
 
 class Writer:
@@ -179,7 +179,6 @@ def test_bad_input_to_tensorboard(installed, phantom_cache_folder, tmp_path, mon
 
 @pytest.mark.filterwarnings("default")
 def test_torch_writes_files_that_tensorboard_reads(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -194,49 +193,32 @@ def test_torch_writes_files_that_tensorboard_reads(tmp_path):
     assert read.Scalars("learning rate")[0].value == pytest.approx(0.01)
 
 
-class LikeMlflow(keras.callbacks.Callback):
-    """What `mlflow.keras.MlflowCallback` does with a model and its logs, without a server."""
-
-    def __init__(self):
-        super().__init__()
-        self.settings: dict[str, str] = {}
-        self.metrics: list[tuple[int, dict[str, float]]] = []
-        self.summary: list[str] = []
-
-    def on_train_begin(self, logs=None):
-        optimizer = self.model.optimizer.get_config()
-        self.settings = {name: str(value) for name, value in optimizer.items()}
-        self.model.summary(print_fn=lambda line, **_: self.summary.append(line))
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.metrics.append((epoch, {name: float(value) for name, value in logs.items()}))
-
-
-def small_training(cache, out: Path, callback) -> Path:
-    return ich_keras.train(
-        cache, out, preset=NARROW, size=SIZE, epochs=2, batch_size=32, augment=None,
-        limit_series=14, precision="float32", device="cpu", callbacks=[callback],
-    )  # fmt: skip
-
-
-def test_a_callback_like_that_of_mlflow(phantom_cache, tmp_path):
-    callback = LikeMlflow()
-    run = small_training(phantom_cache, tmp_path / "run", callback)
-    assert float(callback.settings["learning_rate"]) == pytest.approx(3e-4)
-    assert any("conv1" in line for line in callback.summary)
-    history = pd.read_csv(run / "history.csv")
-    assert [epoch for epoch, _ in callback.metrics] == [0, 1]
-    found = [metrics["val_loss"] for _, metrics in callback.metrics]
-    assert found == pytest.approx(list(history["valid_log_loss"]))
-
-
 @pytest.mark.filterwarnings("default")
-def test_mlflow_itself(phantom_cache, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+def test_mlflow_logs_by_its_own_callback(phantom_cache, tmp_path, monkeypatch):
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     with mlflow.start_run() as logged:
-        run = small_training(phantom_cache, tmp_path / "run", mlflow.keras.MlflowCallback())
+        run = ich_keras.train(
+            phantom_cache,
+            tmp_path / "run",
+            preset=NARROW,
+            size=SIZE,
+            epochs=2,
+            batch_size=32,
+            augment=None,
+            limit_series=14,
+            precision="float32",
+            device="cpu",
+            callbacks=[mlflow.keras.MlflowCallback()],
+        )
+    client, number = mlflow.MlflowClient(), logged.info.run_id
+    settings = client.get_run(number).data.params
+    assert float(settings["optimizer_learning_rate"]) == pytest.approx(3e-4)
+    summary = client.download_artifacts(number, "model_summary.txt", tmp_path)
+    assert "conv1" in Path(summary).read_text()
     history = pd.read_csv(run / "history.csv")
-    seen = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val_loss")
+    seen = client.get_metric_history(number, "val_loss")
+    assert [metric.step for metric in seen] == [0, 1]
     assert [metric.value for metric in seen] == pytest.approx(list(history["valid_log_loss"]))

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from full_disk import largest_file
 from interrupted import interrupted_training
+from narrow import preset_of
 
 from ich_keras import checkpoints, disk, files, fitting, run_space
 from ich_keras.cli import main
@@ -21,7 +22,6 @@ from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.evaluation import evaluate
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import save_weights, weights_bytes
 from ich_keras.recipe import Recipe
@@ -38,9 +38,8 @@ has_limits = pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    PRESETS["full"] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "full")
-    yield
-    del PRESETS["full"]
+    with preset_of("full", ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        yield
 
 
 def config_of(**fit) -> RunConfig:

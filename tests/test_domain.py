@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from narrow import preset_of
 from scipy.stats import t
 from sklearn.covariance import LedoitWolf
 from untrained_runs import untrained_run
@@ -18,7 +19,6 @@ from ich_keras.errors import StaleError
 from ich_keras.external import evaluate_external
 from ich_keras.external_summary import external_summary
 from ich_keras.inference import load_run, network_digest, tapped
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.resnet import feature_model
 from ich_keras.models.spec import ModelSpec
 from ich_keras.phantom.dicom import write_phantoms
@@ -137,18 +137,15 @@ def trained(tmp_path_factory):
     write_phantoms(folder / "data", 100, seed=1, matrix=48)
     index = prepare_index(folder / "data" / "images", folder / "data" / "stage_2_train.csv")
     make_cache(index, folder / "cache", size=SIZE)
-    PRESETS["tiny"] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "tiny")
-    config = RunConfig(
-        preset="tiny",
-        device="cpu",
-        precision="float32",
-        data=DataConfig(size=SIZE),
-        fit=FitConfig(batch_size=32, epochs=3, learning_rate=1e-3),
-    )
-    try:
+    with preset_of("tiny", ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        config = RunConfig(
+            preset="tiny",
+            device="cpu",
+            precision="float32",
+            data=DataConfig(size=SIZE),
+            fit=FitConfig(batch_size=32, epochs=3, learning_rate=1e-3),
+        )
         return train(config, CTCache.open(folder / "cache"), folder / "run")
-    finally:
-        del PRESETS["tiny"]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from interrupted import interrupted_training
+from narrow import history_of, preset_of, without_evaluation
 
 from ich_keras import fitting, training
 from ich_keras.cli import main
@@ -18,7 +19,6 @@ from ich_keras.course import Course
 from ich_keras.errors import UsageError
 from ich_keras.fitting import compiled_network
 from ich_keras.models.loss import FocalLoss
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
 from ich_keras.own_callbacks import (
@@ -38,15 +38,14 @@ NARROW, SIZE, EPOCHS = "narrow-early", 32, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    PRESETS[NARROW] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        yield
 
 
-@pytest.fixture(autouse=True)
-def no_evaluation(monkeypatch):
-    """Evaluating takes longer than training here, and other tests look at it."""
-    monkeypatch.setattr(training, "evaluate_network", lambda *_: None)
+@pytest.fixture(scope="module", autouse=True)
+def no_evaluation():
+    with without_evaluation():
+        yield
 
 
 def config_of(**fit) -> RunConfig:
@@ -57,23 +56,14 @@ def config_of(**fit) -> RunConfig:
     )
 
 
-def history_of(run: Path) -> list[dict]:
-    """Rows of history.csv as they are written, without their times."""
-    with open(run / "history.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
-
-
 def weights_of(path: Path) -> str:
     return read_weights(path).digest
 
 
 @pytest.fixture(scope="module")
-def long_losses(phantom_cache, tmp_path_factory, narrow_preset) -> list[dict]:
+def long_losses(phantom_cache, tmp_path_factory, narrow_preset, no_evaluation) -> list[dict]:
     """The history of a training without an early end."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate_network", lambda *_: None)
-        return history_of(train(config_of(), phantom_cache, tmp_path_factory.mktemp("long") / "r"))
+    return history_of(train(config_of(), phantom_cache, tmp_path_factory.mktemp("long") / "r"))
 
 
 def expected_end(history: list[dict], patience: int) -> int:

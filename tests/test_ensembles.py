@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from scipy.special import expit, logit
-from test_prediction_resume import untrained_run
+from untrained_runs import copy_series, untrained_run
 
 from ich_keras import prediction
 from ich_keras.cli import main
 from ich_keras.cli.results import predict
 from ich_keras.ct.rejects import NothingUsable
-from ich_keras.ct.series import index_folder
 from ich_keras.data.views import View
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import read_json, write_json
@@ -67,14 +66,7 @@ def series_runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(phantom_folder, tmp_path_factory):
-    """Three series."""
-    folder = tmp_path_factory.mktemp("three") / "images"
-    folder.mkdir()
-    slices = index_folder(phantom_folder / "images").slices
-    for uid in slices["series_uid"].unique()[:3]:
-        for path in slices.loc[slices["series_uid"] == uid, "container"]:
-            shutil.copy(path, folder)
-    return folder
+    return copy_series(phantom_folder / "images", 3, tmp_path_factory.mktemp("three") / "images")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from interrupted import interrupted_training
+from narrow import preset_of
 
 from ich_keras import fitting
 from ich_keras.cli import main
@@ -21,7 +22,6 @@ from ich_keras.errors import DataError, DivergedError
 from ich_keras.evaluation import evaluate
 from ich_keras.inference import load_run, probabilities
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.planning import split_indices
 from ich_keras.prediction import predict_folder
@@ -36,10 +36,8 @@ SIZE = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    spec = ModelSpec(input_shape=(SIZE, SIZE, 3), depth=10, width=8)
-    PRESETS[NARROW] = Preset(spec, "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        yield
 
 
 def config_of(epochs: int = 2, precision: str = "float32", rate: float = 1e-3, **data) -> RunConfig:

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from narrow import preset_of
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.environment import environment_record
@@ -26,7 +27,7 @@ from ich_keras.keras_settings import (
 from ich_keras.models.classifier import classifier, compile_classifier
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
-from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.presets import PRESETS
 from ich_keras.models.resnet import feature_model, resnet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
@@ -294,14 +295,14 @@ def test_settings_that_end_a_training_early_are_refused_by_name(name):
 
 @pytest.fixture(scope="module")
 def narrow():
-    PRESETS["narrow"] = Preset(replace(FLAT, input_shape=(48, 48, 3)), "narrow")
-    yield RunConfig(
-        preset="narrow",
-        precision="float32",
-        data=DataConfig(size=48, balance=True, limit_series=12),
-        fit=FitConfig(batch_size=8, epochs=1, learning_rate=1e-3),
-    )
-    del PRESETS["narrow"]
+    with preset_of("narrow", replace(FLAT, input_shape=(48, 48, 3))):
+        config = RunConfig(
+            preset="narrow",
+            precision="float32",
+            data=DataConfig(size=48, balance=True, limit_series=12),
+            fit=FitConfig(batch_size=8, epochs=1, learning_rate=1e-3),
+        )
+        yield config
 
 
 def test_a_run_is_the_same_under_any_setting_and_records_them(narrow, phantom_cache, tmp_path):

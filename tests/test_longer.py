@@ -1,6 +1,5 @@
 """More epochs for a finished run, and averages of the weights: EMA over steps, SWA over epochs."""
 
-import csv
 import shutil
 from pathlib import Path
 
@@ -9,15 +8,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from interrupted import interrupted_training
+from narrow import history_of, preset_of, without_evaluation
 
-from ich_keras import averaging, fitting, planning, recipe, report, training
+from ich_keras import averaging, fitting, planning, recipe, report
 from ich_keras.checkpoints import averages_of
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.extension import extend, train_more
 from ich_keras.inference import load_run
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
 from ich_keras.run_folder import RunFolder
@@ -29,16 +28,13 @@ NARROW, SIZE = "narrow-longer", 32
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    PRESETS[NARROW] = Preset(ModelSpec((SIZE, SIZE, 3), depth=10, width=8), "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_evaluation():
-    """Evaluating takes longer than training here, and other tests look at it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate_network", lambda *_: None)
+    with without_evaluation():
         yield
 
 
@@ -48,12 +44,6 @@ def config_of(**fit) -> RunConfig:
     return RunConfig(
         preset=NARROW, precision="float32", device="cpu", data=data, fit=FitConfig(**fit)
     )
-
-
-def history_of(run: Path) -> list[dict]:
-    with open(run / "history.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
 
 
 def digests_of(run: Path) -> list[str]:

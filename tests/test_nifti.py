@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nifti_files import RAS, head_volume, image_of, image_of_series, write_nifti
-from test_prediction_resume import untrained_run
+from untrained_runs import series_paths, untrained_run
 
 from ich_keras.cli import main
 from ich_keras.ct import nifti, walk
@@ -36,9 +36,7 @@ SIZE = 32
 def series(phantom_folder, tmp_path_factory):
     """Three phantom series as DICOM, each in a folder of its own, and as NIfTI."""
     root = tmp_path_factory.mktemp("both")
-    slices = index_folder(phantom_folder / "images").slices
-    for number, uid in enumerate(slices["series_uid"].unique()[:3]):
-        paths = slices.loc[slices["series_uid"] == uid, "container"]
+    for number, paths in enumerate(series_paths(phantom_folder / "images", 3)):
         folder = root / "dicom" / f"s{number}"
         folder.mkdir(parents=True)
         for path in paths:

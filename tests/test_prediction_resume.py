@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from full_disk import largest_file
-from untrained_runs import untrained_run
+from untrained_runs import copy_series, series_paths, untrained_run
 
 from ich_keras import prediction, prediction_journal, prediction_reading
 from ich_keras.cli import main
@@ -60,13 +60,9 @@ def series_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(phantom_folder, tmp_path_factory):
     """Six series; of one, a slice that only its pixels show to be broken; and a text."""
-    folder = tmp_path_factory.mktemp("six") / "images"
-    folder.mkdir()
-    slices = index_folder(phantom_folder / "images").slices
-    for uid in slices["series_uid"].unique()[:NUM_SERIES]:
-        for path in slices.loc[slices["series_uid"] == uid, "container"]:
-            shutil.copy(path, folder)
-    blank_tail(folder / Path(slices["container"].iloc[2]).name)
+    source = phantom_folder / "images"
+    folder = copy_series(source, NUM_SERIES, tmp_path_factory.mktemp("six") / "images")
+    blank_tail(folder / series_paths(source, 1)[0][2].name)
     (folder / "notes.txt").write_text("not a slice")
     return folder
 

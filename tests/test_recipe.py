@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import preset_of
 
 from ich_keras import model_file, recipe_json
 from ich_keras.config import DataConfig, FitConfig, RunConfig
@@ -23,7 +24,6 @@ from ich_keras.evaluation import evaluate
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
 from ich_keras.model_file import read_recipe
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import RECORD, read_record
 from ich_keras.recipe import Recipe, TrainingRecipe
@@ -40,11 +40,12 @@ def recipe_of(**changes) -> Recipe:
 
 @pytest.fixture(scope="module")
 def run(phantom_cache, tmp_path_factory):
-    PRESETS["narrow"] = Preset(ModelSpec((40, 40, 3), depth=10, width=8), "narrow")
-    config = RunConfig(preset="narrow", data=DataConfig(size=40), fit=FitConfig(epochs=1), **CPU)
-    out = tmp_path_factory.mktemp("run") / "run"
-    yield RunFolder(train(config, phantom_cache, out))
-    del PRESETS["narrow"]
+    with preset_of("narrow", ModelSpec((40, 40, 3), depth=10, width=8)):
+        config = RunConfig(
+            preset="narrow", data=DataConfig(size=40), fit=FitConfig(epochs=1), **CPU
+        )
+        out = tmp_path_factory.mktemp("run") / "run"
+        yield RunFolder(train(config, phantom_cache, out))
 
 
 # Settings of a training that recipes of older versions lack.

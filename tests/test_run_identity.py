@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from interrupted import interrupted_training
+from narrow import preset_of
 from older_files import cache_of_schema_1, state_without_checksums, weights_without_checksums
 
 from ich_keras import checkpoints, files, training
@@ -25,7 +26,7 @@ from ich_keras.errors import DataError, LostState, StaleError
 from ich_keras.evaluation import evaluate
 from ich_keras.inference import load_run
 from ich_keras.models.classifier import classifier
-from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.presets import PRESETS
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import save_weights
 from ich_keras.models.weights_file import read_record, read_weights
@@ -44,9 +45,8 @@ SIZE = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
-    PRESETS[NARROW] = Preset(ModelSpec(input_shape=(SIZE, SIZE, 3), width=8), "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec(input_shape=(SIZE, SIZE, 3), width=8)):
+        yield
 
 
 def config_of(epochs: int = 3, **changes) -> RunConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from test_prediction_resume import untrained_run
+from untrained_runs import untrained_run
 
 from ich_keras.cli import main
 from ich_keras.ct.rejects import NothingUsable

@@ -11,6 +11,7 @@ import pandas as pd
 import pydicom
 import pytest
 from click.testing import CliRunner
+from narrow import preset_of
 from pydicom.valuerep import DSfloat
 from tiny_dicom import tiny_file, tiny_head
 
@@ -20,7 +21,6 @@ from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.cache import build_cache
 from ich_keras.inference import load_run
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder, predict_index
 from ich_keras.training import train
@@ -35,16 +35,14 @@ ONE = ("--workers", 0)
 
 @pytest.fixture(scope="module")
 def run(phantom_cache, tmp_path_factory):
-    spec = ModelSpec(input_shape=(SIZE, SIZE, 3), depth=10, width=8)
-    PRESETS[NARROW] = Preset(spec, "narrow")
-    config = RunConfig(
-        preset=NARROW,
-        precision="float32",
-        data=DataConfig(size=SIZE, balance=True),
-        fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
-    )
-    yield train(config, phantom_cache, tmp_path_factory.mktemp("run") / "run")
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec((SIZE, SIZE, 3), depth=10, width=8)):
+        config = RunConfig(
+            preset=NARROW,
+            precision="float32",
+            data=DataConfig(size=SIZE, balance=True),
+            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
+        )
+        yield train(config, phantom_cache, tmp_path_factory.mktemp("run") / "run")
 
 
 def ich(*arguments: object) -> tuple[int, str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from narrow import preset_of
 
 from ich_keras import checkpoints, files, fitting, training, training_data
 from ich_keras.config import DataConfig, FitConfig, RunConfig
@@ -39,7 +40,7 @@ from ich_keras.metrics.calibration import fit_temperature, with_temperature
 from ich_keras.metrics.operating import choose_thresholds
 from ich_keras.metrics.smoothing import choose_kernel, smooth
 from ich_keras.models.classifier import classifier, compile_classifier
-from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.presets import PRESETS
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import save_weights
 from ich_keras.models.weights_file import read_record
@@ -57,9 +58,8 @@ NARROW = "narrow"
 @pytest.fixture(scope="module", autouse=True)
 def narrow_preset():
     """A network an eighth as wide: the road is the same, the steps are short."""
-    PRESETS[NARROW] = Preset(ModelSpec(input_shape=(48, 48, 3), width=8), "narrow")
-    yield
-    del PRESETS[NARROW]
+    with preset_of(NARROW, ModelSpec(input_shape=(48, 48, 3), width=8)):
+        yield
 
 
 def config_of(**changes) -> RunConfig:
@@ -935,8 +935,7 @@ def test_the_backbone_factor_reaches_the_optimiser(converted, phantom_cache, tmp
 
 
 def test_one_channel_networks_train_and_predict(phantom_cache, phantom_folder, tmp_path):
-    PRESETS["grey"] = Preset(ModelSpec((48, 48, 1), width=8), "narrow, one channel")
-    try:
+    with preset_of("grey", ModelSpec((48, 48, 1), width=8)):
         config = dataclasses.replace(config_of(fit={"epochs": 1}), preset="grey")
         out = train(config, phantom_cache, tmp_path / "run")
         assert RunFolder(out).recipe().inputs.intensity.name == "wide"
@@ -946,8 +945,6 @@ def test_one_channel_networks_train_and_predict(phantom_cache, phantom_folder, t
         both = result.slices.set_index("sop_instance_uid").loc[held_out.index]
         raw = both[[f"raw_{label}" for label in LABELS]]
         np.testing.assert_allclose(raw, held_out[list(LABELS)], atol=1e-5)
-    finally:
-        del PRESETS["grey"]
 
 
 def test_weights_decide_the_intensity_unless_it_is_given(converted, phantom_cache, monkeypatch):

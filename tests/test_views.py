@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from narrow import preset_of
 from tiny_dicom import tiny_file, tiny_head
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
@@ -30,7 +31,7 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate, evaluate_network
 from ich_keras.inference import load_run
 from ich_keras.labels import LABELS
-from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.presets import PRESETS
 from ich_keras.planning import plan_training
 from ich_keras.prediction import predict_folder, predict_index
 from ich_keras.run_folder import RunFolder
@@ -371,18 +372,17 @@ SIZES = {"slab": {"size": 24}, "series": {"size": 40, "slices": 20}}
 @pytest.fixture(scope="module", params=["slab", "series"])
 def run(request, phantom_cache, tmp_path_factory):
     name = f"narrow_{request.param}"
-    PRESETS[name] = Preset(NARROW[request.param], name)
-    config = RunConfig(
-        preset=name,
-        precision="float32",
-        # Smaller than the cache: prediction must resize where training did, after the windows.
-        data=DataConfig(reverse=True, **SIZES[request.param]),
-        fit=FitConfig(epochs=1, learning_rate=1e-3),
-    )
-    told = []
-    folder = tmp_path_factory.mktemp("run") / name
-    yield request.param, train(config, phantom_cache, folder, tell=told.append), told
-    del PRESETS[name]
+    with preset_of(name, NARROW[request.param]):
+        config = RunConfig(
+            preset=name,
+            precision="float32",
+            # Smaller than the cache: prediction must resize where training did, after the windows.
+            data=DataConfig(reverse=True, **SIZES[request.param]),
+            fit=FitConfig(epochs=1, learning_rate=1e-3),
+        )
+        told = []
+        folder = tmp_path_factory.mktemp("run") / name
+        yield request.param, train(config, phantom_cache, folder, tell=told.append), told
 
 
 def with_view(recipe, **changes):

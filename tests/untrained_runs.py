@@ -1,9 +1,14 @@
-"""Runs that nothing trained, for tests of what predicts."""
+"""Runs that nothing trained and a few series to predict, for tests of what predicts."""
+
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from narrow import preset_of
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.ct.series import index_folder
 from ich_keras.ct.tables import csv_text
 from ich_keras.files import write_json
 from ich_keras.labels import SIX
@@ -12,23 +17,38 @@ from ich_keras.metrics.binary import truth_columns
 from ich_keras.metrics.calibration import fit_temperature
 from ich_keras.metrics.operating import choose_thresholds
 from ich_keras.models.classifier import classifier
-from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.weights import save_weights
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_folder import RunFolder
 
 
+def series_paths(images: Path, count: int) -> list[list[Path]]:
+    """Files of the first series of a folder, slice by slice."""
+    slices = index_folder(images).slices
+    files = [group["container"].tolist() for _, group in slices.groupby("series_uid", sort=False)]
+    return [list(map(Path, paths)) for paths in files[:count]]
+
+
+def copy_series(images: Path, count: int, out: Path) -> Path:
+    """Copy the files of the first series into a new folder."""
+    out.mkdir(parents=True)
+    for paths in series_paths(images, count):
+        for path in paths:
+            shutil.copy(path, out)
+    return out
+
+
 def untrained_run(folder, preset, spec, size=48, labels=SIX, **data):
     """Write what a finished run must have to predict; the weights are the initial ones."""
-    PRESETS[preset] = Preset(spec, preset)
-    config = RunConfig(
-        preset=preset,
-        precision="float32",
-        data=DataConfig(size=size, **data),
-        fit=FitConfig(batch_size=16),
-    )
-    run, recipe = RunFolder(folder), Recipe.of(config, size, labels)
-    del PRESETS[preset]
+    run = RunFolder(folder)
+    with preset_of(preset, spec):
+        config = RunConfig(
+            preset=preset,
+            precision="float32",
+            data=DataConfig(size=size, **data),
+            fit=FitConfig(batch_size=16),
+        )
+        recipe = Recipe.of(config, size, labels)
     facts = {"cache": "none", "pixels": None}
     write_json(run.config_file, config.to_dict())
     write_json(run.recipe_file, recipe.to_dict())

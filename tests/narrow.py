@@ -1,0 +1,37 @@
+"""Short trainings: presets of narrow networks, no evaluation, and the history they leave."""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ich_keras import training
+from ich_keras.models.presets import PRESETS, Preset
+from ich_keras.models.spec import ModelSpec
+
+
+@contextmanager
+def preset_of(name: str, spec: ModelSpec) -> Iterator[None]:
+    """Offer a network as if it were one of the library's presets."""
+    PRESETS[name] = Preset(spec, name)
+    try:
+        yield
+    finally:
+        del PRESETS[name]
+
+
+@contextmanager
+def without_evaluation() -> Iterator[None]:
+    """Evaluating takes longer than a short training; other tests look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate_network", lambda *_: None)
+        yield
+
+
+def history_of(run: Path) -> list[dict[str, str]]:
+    """Rows of history.csv as they are written, without their times."""
+    with open(run / "history.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
