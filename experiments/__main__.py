@@ -248,11 +248,8 @@ def _reproduce(
     from experiments.report.page import write_report
     from experiments.reproduce import reproduce
     from experiments.scores import sound_results
-    from ich_keras.environment import require_matplotlib
 
-    # Now rather than after hours.
-    choose_device(device)
-    require_matplotlib()
+    choose_device(device)  # now rather than after hours
     sound_results(place.out, scale.name)
     with open_terminal() as terminal:
         reproduce(

@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from ich_keras import __version__
 from ich_keras.errors import EnvironmentProblem, UsageError
@@ -356,18 +355,3 @@ def device_name(device: str) -> str:
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def require_matplotlib() -> Any:
-    """Import matplotlib.
-
-    Raises:
-        EnvironmentProblem: it is absent.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "matplotlib is not installed; the figures need it.", "pip install '.[experiments]'"
-        ) from error
-    return matplotlib

@@ -447,14 +447,6 @@ def test_the_stages_of_a_step_add_up(tmp_path):
     assert found["slab"].loading == found["slice"].loading
 
 
-def test_without_matplotlib_the_report_says_what_to_install(tmp_path, monkeypatch):
-    from benchmarks.report.figures import draw_all
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install '\.\[experiments\]'"):
-        draw_all(report_of(tmp_path, measured()), tmp_path)
-
-
 @on_torch
 def test_computed_numbers_by_hand():
     from benchmarks.report.roofs import H100, THESIS, Ceilings, Work, work

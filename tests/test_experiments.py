@@ -1396,15 +1396,6 @@ def test_results_of_different_data_are_not_mixed(place):
         load_results(place.out)
 
 
-def test_without_matplotlib_the_report_says_what_to_install(place, monkeypatch):
-    from experiments.report.page import write_report
-
-    reproduce(place, ["2d"], (0,), train_run=FakeTraining())
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EnvironmentProblem, match=re.escape(".[experiments]")):
-        write_report(place.out)
-
-
 def test_an_absent_gpu_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
     from experiments.__main__ import main
 

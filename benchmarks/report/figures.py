@@ -11,7 +11,6 @@ from benchmarks.report.jobs import SWEEP
 from benchmarks.report.measurement import Report
 from benchmarks.report.networks import MAIN, NETWORKS, network
 from benchmarks.report.roofs import work
-from ich_keras.environment import require_matplotlib
 from ich_keras.files import atomic_write
 
 FOLDER = Path("results") / "figures"
@@ -43,11 +42,9 @@ def draw_all(report: Report, out: Path) -> list[Path]:
 
     Returns:
         The files.
-
-    Raises:
-        EnvironmentProblem: matplotlib is absent.
     """
-    matplotlib = require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     # The same numbers give the same bytes.
     matplotlib.rcParams.update({"svg.hashsalt": "ich_keras", "font.size": 9})

@@ -87,7 +87,6 @@ def write_page(results: Path, out: Path) -> list[Path]:
 
     Raises:
         DataError: a file in `results` is no report.
-        EnvironmentProblem: matplotlib is absent, and there is something to draw.
     """
     reports = newest(results)
     shown = _shown(reports)

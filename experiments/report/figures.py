@@ -11,7 +11,6 @@ from experiments.report.formatting import Results
 from experiments.results import Result
 from experiments.runs import RUNS
 from experiments.scores import intervals, scored, together
-from ich_keras.environment import require_matplotlib
 from ich_keras.files import atomic_write
 from ich_keras.labels import ANY, LABELS
 from ich_keras.metrics.calibration import calibration
@@ -22,7 +21,8 @@ _POINTS = 200  # per curve; more would only make the file larger
 
 
 def _pyplot() -> Any:
-    matplotlib = require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     # The same numbers give the same bytes.
     matplotlib.rcParams.update({"svg.hashsalt": "ich_keras", "font.size": 9})
@@ -41,9 +41,6 @@ def draw_all(results: Results, out: Path, mark: str) -> dict[str, str]:
 
     Returns:
         File name below `out` -> title.
-
-    Raises:
-        EnvironmentProblem: matplotlib is absent.
     """
     pyplot = _pyplot()
     made = {}

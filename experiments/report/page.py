@@ -37,7 +37,6 @@ def write_report(out: Path, tell: Tell | None = None, scale: str | None = None) 
     Raises:
         StaleError: no run is finished, or the results are damaged, do not belong together or are
             of another scale.
-        EnvironmentProblem: matplotlib is missing.
     """
     results = sound_results(out, scale)
     if not results:

@@ -1,0 +1,64 @@
+"""One HTML file with everything inside: template, style, script, data."""
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+
+@cache
+def templates() -> Environment:
+    """Return the environment of `templates/`: escapes every value, and refuses unknown ones."""
+    return Environment(
+        loader=PackageLoader("ich_keras.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def asset(name: str) -> str:
+    """Return the text of a style or script of `templates/`."""
+    return (files("ich_keras.pages") / "templates" / name).read_text(encoding="utf-8")
+
+
+def render(template: str, *, styles: tuple[str, ...] = (), script: str = "", **values: Any) -> str:
+    """Return a page.
+
+    Its Content-Security-Policy lets no address be loaded and no script run but `script`: text from
+    a DICOM header or a file name cannot become code, even where a template forgot to escape it.
+
+    Args:
+        template: a file of `templates/` that extends base.html.j2.
+        styles: files of `templates/`, after base.css.
+        script: a file of `templates/`; "" for a page without one.
+        values: what the template names. Texts are escaped.
+    """
+    source = asset(script) if script else ""
+    return (
+        templates()
+        .get_template(template)
+        .render(
+            policy=_policy(source),
+            style=Markup("\n".join(asset(name) for name in ("base.css", *styles))),
+            script=Markup(source),
+            **values,
+        )
+    )
+
+
+def _policy(script: str) -> str:
+    scripts = "'none'"
+    if script:
+        # The browser hashes what stands between the tags, newlines included.
+        digest = hashlib.sha256(f"\n{script}\n".encode()).digest()
+        scripts = f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline';"
+        " img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
