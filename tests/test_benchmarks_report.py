@@ -97,6 +97,7 @@ def test_the_order_is_that_of_what_matters_first():
         ("steps", "float32"),
         ("steps", "TF32"),
         ("sweep", "bfloat16"),
+        ("workers", ""),
     ]
     for job in jobs:
         if job.task == "steps":
@@ -791,6 +792,37 @@ def test_the_loader_tells_every_stage_and_augmentation():
     )
     for row in rows:
         assert row.slices_per_s == pytest.approx(1e3 / row.ms_median)
+
+
+@on_torch
+def test_worker_processes_are_timed_on_the_same_batches():
+    from ich_keras.data.augment import AUGMENTATIONS
+    from ich_keras.processes import usable_cores
+
+    rows = tiny_job("workers")
+    assert [(row.view, row.case) for row in rows] == [
+        (view, f"batches, augmentation {name}")
+        for view in ("slice", "slab", "series")
+        for name in ("none", *AUGMENTATIONS)
+    ]
+    assert {row.workers for row in rows} == {min(usable_cores(), 8)}
+    for row in rows:
+        assert row.slices_per_s == pytest.approx(1e3 / row.ms_median)
+
+
+def test_the_table_of_the_loader_has_one_core_and_all(tmp_path):
+    from benchmarks.report.tables import loader_table
+
+    rows = measured()
+    table = loader_table(report_of(tmp_path / "one", rows))
+    assert "worker processes" not in table
+    (alone,) = (r for r in rows if r.section == "loader" and "fast" in r.case and r.view == "slab")
+    assert alone.slices_per_s == 200
+    both = replace(alone, section="workers", workers=3, slices_per_s=550.0)
+    lines = loader_table(report_of(tmp_path / "all", [*rows, both])).splitlines()
+    assert lines[0].endswith("| slices/s of 3 worker processes |")
+    assert "| batches, augmentation fast | slab | 200 | 60 | 550 |" in lines
+    assert "| batches, augmentation fast | slice | 200 | 60 |  |" in lines
 
 
 @on_torch

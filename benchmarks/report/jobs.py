@@ -9,11 +9,12 @@ from benchmarks.cases import COMPILED, MONAI, NOT_COMPILED, OURS, PLAIN, STOCK
 from benchmarks.report.networks import MAIN
 
 CPU, GPU = "cpu", "gpu"
-CEILINGS, STEPS, MEMORY, LOADER, FEED, SWEEP = (
+CEILINGS, STEPS, MEMORY, LOADER, WORKERS, FEED, SWEEP = (
     "ceilings",
     "steps",
     "memory",
     "loader",
+    "workers",
     "feed",
     "sweep",
 )
@@ -115,7 +116,7 @@ def jobs_of(kind: str, precision: str) -> list[Job]:
     jobs += [steps(name, precision, *others) for name in MAIN]
     jobs += [steps(name, precision, OURS, rival) for name in ("slab-dilated", "series-dilated")]
     jobs += [memory(name, precision, STOCK) for name in MAIN]
-    jobs += [memory("series-dilated", precision, OURS)]
+    jobs += [memory("series-dilated", precision, OURS), Job(WORKERS, 120)]
     if precision != FLOAT32:  # the thesis's network in its precision
         jobs += [steps("series-dilated", FLOAT32, OURS, rival)]
     if is_gpu:

@@ -94,6 +94,41 @@ def loader(job: Job, conditions: Conditions) -> Iterator[Found]:
             yield from _rows(job, view, passes, slices, repeats, conditions.device)
 
 
+def workers(job: Job, conditions: Conditions) -> Iterator[Found]:
+    """Time the whole loader with a worker process for each core."""
+    count = min(usable_cores(), _MOST_WORKERS)
+    repeats = 1 if conditions.is_tiny else _REPEATS
+    with tempfile.TemporaryDirectory() as name:
+        cache, _ = _phantoms(Path(name), 1, conditions)
+        for kind in MAIN:
+            case = network(kind, is_tiny=conditions.is_tiny)
+            view, per_sample = _view(kind, case), num_slices(case)
+            samples = make_samples(cache.slices, cache.series, view)
+            batch = max(1, _BATCH_SLICES // per_sample)
+            # The same samples again and again, so that the first batches do not count.
+            indices = np.resize(
+                np.flatnonzero(samples.usable), batch * count * (2 if conditions.is_tiny else 10)
+            )
+            passes = {
+                batches_with(augment): partial(
+                    _exhaust,
+                    view_batches(
+                        cache,
+                        view,
+                        indices,
+                        batch,
+                        seed=0,
+                        augment=augment,
+                        samples=samples,
+                        workers=count,
+                    ),
+                )
+                for augment in (None, *AUGMENTATIONS)
+            }
+            found = _rows(job, kind, passes, len(indices) * per_sample, repeats, "cpu")
+            yield from (row | {"workers": count} for row in found)
+
+
 def _rows(
     job: Job,
     view: str,

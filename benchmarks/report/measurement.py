@@ -23,8 +23,8 @@ class Measurement:
     Args:
         kind: "cpu" or "gpu".
         job: the name of the job that measured it.
-        section: "ceilings", "steps", "memory", "loader", "feed", "sweep"; "job" for the last row
-            of a job.
+        section: "ceilings", "steps", "memory", "loader", "workers", "feed", "sweep"; "job" for the
+            last row of a job.
         view: "slice", "slab" or "series".
         case: a network, or what was timed.
         variant: the way to run a network.
@@ -37,7 +37,8 @@ class Measurement:
         repeats: timed runs.
         ms_median: milliseconds per step; then quartiles and extremes.
         samples_per_s: of the median.
-        slices_per_s: those samples times their slices; of the loader, per core.
+        slices_per_s: those samples times their slices; of the loader, per core; of
+            "workers", by all of them together.
         kept_bytes_per_sample: between forward and backward pass; see `harness.saved_bytes`.
         peak_bytes: that a step adds to the built network, in a fresh process. On a GPU: memory
             allocated by torch; on a CPU: resident memory of the process.

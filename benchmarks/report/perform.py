@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, job_called, jobs_of
-from benchmarks.report.loading import feed, loader
+from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, WORKERS, job_called, jobs_of
+from benchmarks.report.loading import feed, loader, workers
 from benchmarks.report.tasks import TASKS, Conditions, Found
 
 __all__ = ["Conditions", "perform"]
@@ -28,4 +28,4 @@ def perform(name: str, precision: str, conditions: Conditions) -> Iterator[Found
     kind = CPU if conditions.device == "cpu" else GPU
     job = job_called(name, jobs_of(kind, precision))
     torch.set_num_threads(conditions.threads)
-    yield from (TASKS | {LOADER: loader, FEED: feed})[job.task](job, conditions)
+    yield from (TASKS | {LOADER: loader, FEED: feed, WORKERS: workers})[job.task](job, conditions)

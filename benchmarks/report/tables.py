@@ -12,6 +12,7 @@ from benchmarks.report.jobs import (
     MEMORY,
     READY,
     STEPS,
+    WORKERS,
 )
 from benchmarks.report.measurement import Measurement, Report
 
@@ -127,13 +128,21 @@ def _step(report: Report, row: Measurement) -> tuple[str, ...]:
 
 
 def loader_table(report: Report) -> str:
-    """Return the stages from a file to a batch: slices per second of a core."""
+    """Return the stages from a file to a batch: slices per second of a core, and of all."""
+    header = ["stage", "view", "slices/s", f"cores for {HUNGRY:,} slices/s"]
+    together = {(row.case, row.view): row for row in report.find(section=WORKERS)}
+    if together:
+        counts = {row.workers for row in together.values()}
+        header.append(f"slices/s of {' or '.join(map(str, sorted(counts)))} worker processes")
     rows = []
     for row in report.find(section=LOADER):
         rate = row.slices_per_s or 0
-        cores = number(HUNGRY / rate) if rate else ""
-        rows.append((row.case, row.view, number(rate), cores))
-    return markdown(("stage", "view", "slices/s", f"cores for {HUNGRY:,} slices/s"), rows)
+        cells = [row.case, row.view, number(rate), number(HUNGRY / rate) if rate else ""]
+        if together:
+            beside = together.get((row.case, row.view))
+            cells.append(number(beside.slices_per_s or 0) if beside else "")
+        rows.append(tuple(cells))
+    return markdown(tuple(header), rows)
 
 
 def feed_table(report: Report) -> str:

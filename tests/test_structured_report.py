@@ -1,0 +1,158 @@
+"""Structured reports: what they say, whom they refer to, and studies that get none."""
+
+import shutil
+import sys
+
+import numpy as np
+import pydicom
+import pytest
+from highdicom import sr
+from nifti_files import head_volume, image_of, write_nifti
+from untrained_runs import copy_series, untrained_run, validated
+
+from ich_keras.ct.series import index_folder
+from ich_keras.errors import EnvironmentProblem
+from ich_keras.labels import SIX, LabelSet
+from ich_keras.models.spec import ModelSpec
+from ich_keras.prediction import predict_folder
+from ich_keras.structured_report import label_code, write_structured_reports
+
+TWO = LabelSet(("bleed", "any"), "any")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on slices with two labels, and a validation that lets it decide."""
+    folder = tmp_path_factory.mktemp("sr") / "run"
+    untrained_run(folder, "tiny", ModelSpec((16, 16, 3), depth=10, width=8), size=16, labels=TWO)
+    random, patients = np.random.default_rng(0), np.repeat(np.arange(40), 3)
+    truth = np.repeat((patients % 2)[:, np.newaxis], 2, axis=1)
+    values = np.clip(0.5 + 0.1 * random.normal(size=truth.shape) + 0.1 * truth, 0.01, 0.99)
+    validated(folder, truth, values, [f"1.2.{patient}" for patient in patients], patients)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(phantom_folder, tmp_path_factory):
+    return copy_series(phantom_folder / "images", 2, tmp_path_factory.mktemp("sr") / "images")
+
+
+@pytest.fixture(scope="module")
+def prediction(run, images):
+    return predict_folder(run, images)
+
+
+def groups_of(path):
+    return sr.srread(path).content.get_image_measurement_groups()
+
+
+def test_a_report_says_what_the_tables_say(prediction, images, tmp_path):
+    made = write_structured_reports(tmp_path, prediction, index_folder(images).usable(), "run 1")
+    assert [path.relative_to(tmp_path).as_posix() for path in made.paths] == ["sr/1.dcm", "sr/2.dcm"]
+    assert made.left_out == ()
+    headers = {}
+    for path in images.iterdir():
+        data_set = pydicom.dcmread(path, stop_before_pixels=True)
+        headers[data_set.SOPInstanceUID] = data_set
+    words = {"yes": "Present", "no": "Absent"}
+    for number, path in enumerate(made.paths):
+        row = prediction.series.iloc[number]
+        study = prediction.studies.iloc[number]
+        report = pydicom.dcmread(path)
+        own = [one for one in headers.values() if one.SeriesInstanceUID == row.series_instance_uid]
+        assert report.Modality == "SR"
+        assert report.StudyInstanceUID == study.study_instance_uid == own[0].StudyInstanceUID
+        assert report.PatientID == own[0].PatientID
+        assert report.VerificationFlag == "UNVERIFIED"
+        (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
+        (series,) = evidence.ReferencedSeriesSequence
+        assert {one.ReferencedSOPInstanceUID for one in series.ReferencedSOPSequence} == {
+            one.SOPInstanceUID for one in own
+        }
+        groups = groups_of(path)
+        assert [group.finding_type.meaning for group in groups] == ["Bleed", "Any"]
+        for name, group in zip(TWO.names, groups, strict=True):
+            (measured,) = group.get_measurements()
+            assert measured.name.meaning == "Probability"
+            assert measured.value == row[name]
+            said = {
+                one.name.meaning: one.value.meaning for one in group.get_qualitative_evaluations()
+            }
+            assert said["Decision at the operating point"] == words[row[f"decision_{name}"]]
+            assert said["Conformal group"] == f"{row[f'group_{name}']}: conformal group"
+            first = prediction.look_first
+            first = first[
+                (first["series_instance_uid"] == row.series_instance_uid) & (first["label"] == name)
+            ]
+            referred = [
+                one.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+                for one in group.source_images_for_measurement_group
+            ]
+            expected = first.sort_values("rank")["sop_instance_uid"].tolist()
+            assert referred == (expected or sorted(referred, key=referred.index))
+            assert set(referred) <= {one.SOPInstanceUID for one in own}
+
+
+def test_codes_are_those_of_dicom_where_it_has_them():
+    code = label_code("any", SIX)
+    assert (code.value, code.scheme_designator) == ("1386000", "SCT")
+    own = [label_code(name, SIX) for name in SIX.names if name != "any"]
+    assert {code.scheme_designator for code in own} == {"99ICHKERAS"}
+    assert len({code.value for code in own}) == 5
+    assert own[0].meaning == "Epidural hemorrhage"
+    assert label_code("any", TWO).scheme_designator == "99ICHKERAS", "their any may be anything"
+    # PS3.5: SH and LO.
+    for code in [*own, label_code("x" * 64, LabelSet(("x" * 64,)))]:
+        assert len(code.value) <= 16
+        assert len(code.meaning) <= 64
+
+
+def test_headers_without_a_patient_make_a_report(run, images, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in images.iterdir():
+        data_set = pydicom.dcmread(path)
+        for keyword in ("PatientID", "PatientName", "StudyDate", "StudyID", "AccessionNumber"):
+            if keyword in data_set:
+                delattr(data_set, keyword)
+        data_set.save_as(bare / path.name)
+    prediction = predict_folder(run, bare)
+    made = write_structured_reports(tmp_path, prediction, index_folder(bare).usable(), "run 1")
+    assert len(made.paths) == 2
+    assert pydicom.dcmread(made.paths[0]).PatientID in ("", None)
+
+
+def test_a_study_that_cannot_be_reported_is_told_and_the_others_are_written(
+    prediction, images, tmp_path
+):
+    copied = tmp_path / "images"
+    shutil.copytree(images, copied)
+    index = index_folder(copied).usable()
+    gone = index.slices["container"].iloc[0]
+    with open(gone, "wb") as stream:
+        stream.write(b"nothing")
+    made = write_structured_reports(tmp_path, prediction, index, "run 1")
+    assert [path.name for path in made.paths] == ["2.dcm"]
+    ((number, why),) = made.left_out
+    assert number == 1
+    assert "cannot be read again" in why
+    assert made.sentences()[0] == "Structured reports: 1."
+
+
+def test_volumes_that_are_not_dicom_have_no_report(run, tmp_path):
+    folder = tmp_path / "volumes"
+    write_nifti(folder / "head.nii.gz", image_of(head_volume()))
+    prediction = predict_folder(run, folder)
+    made = write_structured_reports(tmp_path, prediction, index_folder(folder).usable(), "run 1")
+    assert made.paths == ()
+    assert made.sentences() == [
+        "No structured report of study 1: a NIfTI volume has no DICOM images to refer to."
+    ]
+
+
+def test_without_highdicom_it_is_told_before_the_work(monkeypatch):
+    from ich_keras.structured_report import require_highdicom
+
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'ich_keras\[dicom-out\]'"):
+        require_highdicom()
