@@ -10,6 +10,7 @@ subtypes, which it lacks, have codes of our own scheme.
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 import pandas as pd
 import pydicom
-from pydicom.uid import generate_uid
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID, CTImageStorage, generate_uid
 
 from ich_keras import __version__
 from ich_keras.ct.nifti import is_nifti
@@ -94,9 +96,12 @@ def write_structured_reports(
     answers = prediction.series.assign(study=prediction.series[_UID].map(studies))
     paths, left_out = [], []
     for number, (_, part) in enumerate(answers.groupby("study", sort=False), 1):
+        # pydicom's warnings quote values, which may be of a patient.
         try:
-            images = {uid: _headers(index, uid) for uid in part[_UID]}
-            report = _report(part, images, prediction, run)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                images = {uid: _headers(index, uid) for uid in part[_UID]}
+                report = _report(part, images, prediction, run)
         except _Unsuitable as error:
             left_out.append((number, str(error)))
             continue
@@ -134,15 +139,22 @@ def _headers(index: SeriesIndex, uid: str) -> dict[str, tuple[pydicom.Dataset, i
 def _data_set(file: Any) -> pydicom.Dataset:
     try:
         with opened(file, is_whole=False) as stream:
-            data_set = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
+            data_set = pydicom.dcmread(stream, stop_before_pixels=True)
             # What highdicom copies; of type 2: there, but perhaps empty.
             for keyword in _COPIED:
                 if keyword not in data_set:
                     setattr(data_set, keyword, "")
                 getattr(data_set, keyword)
-            return data_set
-    except (RejectedFile, *_BROKEN) as error:
+            if "SOPClassUID" not in data_set:  # as in RSNA's files
+                meta = data_set.file_meta
+                data_set.SOPClassUID = meta.get("MediaStorageSOPClassUID", CTImageStorage)
+    except (RejectedFile, InvalidDicomError, *_BROKEN) as error:
         raise _Unsuitable(f"{name_of(file)} cannot be read again ({error}).") from error
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        uid = UID(str(data_set.get(keyword, "")))
+        if not uid.is_valid:
+            raise _Unsuitable(f"{keyword} {str(uid)[:64]!r} is no DICOM UID to refer to.")
+    return data_set
 
 
 # What pydicom and highdicom raise at values that their types do not allow.
@@ -170,9 +182,7 @@ def _report(
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
-    evidence = list(
-        {id(one): one for part in images.values() for one, _ in part.values()}.values()
-    )
+    evidence = list({id(one): one for part in images.values() for one, _ in part.values()}.values())
     labels = prediction.labels
     groups = [
         group
@@ -224,7 +234,7 @@ def _require_same(report: Any, groups: Sequence[Any], evidence: Sequence[pydicom
     referred = {
         item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
         for group in found
-        for item in group.source_images_for_measurement_group
+        for item in group.source_images
     }
     values = [group.get_measurements()[0].value for group in found]
     meant = [group.get_measurements()[0].value for group in groups]

@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pydicom
 import pytest
 from highdicom import sr
 from nifti_files import head_volume, image_of, write_nifti
+from pydicom.uid import generate_uid
 from untrained_runs import copy_series, untrained_run, validated
 
 from ich_keras.ct.series import index_folder
@@ -33,8 +35,24 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def images(phantom_folder, tmp_path_factory):
+def as_rsna(phantom_folder, tmp_path_factory):
     return copy_series(phantom_folder / "images", 2, tmp_path_factory.mktemp("sr") / "images")
+
+
+@pytest.fixture(scope="module")
+def images(as_rsna, tmp_path_factory):
+    """Two series with UIDs as a scanner gives them; RSNA's are none."""
+    folder = tmp_path_factory.mktemp("sr")
+    for path in as_rsna.iterdir():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what RSNA has is no UID
+            data_set = pydicom.dcmread(path)
+            for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+                uid = generate_uid(entropy_srcs=[str(data_set[keyword].value)])
+                setattr(data_set, keyword, uid)
+        data_set.file_meta.MediaStorageSOPInstanceUID = data_set.SOPInstanceUID
+        data_set.save_as(folder / path.name)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +66,10 @@ def groups_of(path):
 
 def test_a_report_says_what_the_tables_say(prediction, images, tmp_path):
     made = write_structured_reports(tmp_path, prediction, index_folder(images).usable(), "run 1")
-    assert [path.relative_to(tmp_path).as_posix() for path in made.paths] == ["sr/1.dcm", "sr/2.dcm"]
+    assert [path.relative_to(tmp_path).as_posix() for path in made.paths] == [
+        "sr/1.dcm",
+        "sr/2.dcm",
+    ]
     assert made.left_out == ()
     headers = {}
     for path in images.iterdir():
@@ -85,8 +106,7 @@ def test_a_report_says_what_the_tables_say(prediction, images, tmp_path):
                 (first["series_instance_uid"] == row.series_instance_uid) & (first["label"] == name)
             ]
             referred = [
-                one.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
-                for one in group.source_images_for_measurement_group
+                one.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for one in group.source_images
             ]
             expected = first.sort_values("rank")["sop_instance_uid"].tolist()
             assert referred == (expected or sorted(referred, key=referred.index))
@@ -137,6 +157,16 @@ def test_a_study_that_cannot_be_reported_is_told_and_the_others_are_written(
     assert number == 1
     assert "cannot be read again" in why
     assert made.sentences()[0] == "Structured reports: 1."
+
+
+def test_identifiers_that_are_no_uids_are_told(run, as_rsna, tmp_path):
+    prediction = predict_folder(run, as_rsna)
+    index = index_folder(as_rsna).usable()
+    made = write_structured_reports(tmp_path, prediction, index, "run 1")
+    assert made.paths == ()
+    assert [number for number, _ in made.left_out] == [1, 2]
+    assert "StudyInstanceUID 'ID_" in made.left_out[0][1]
+    assert made.left_out[0][1].endswith("is no DICOM UID to refer to.")
 
 
 def test_volumes_that_are_not_dicom_have_no_report(run, tmp_path):
