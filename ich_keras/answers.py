@@ -11,6 +11,7 @@ from ich_keras.labels import LabelSet
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.calibration import with_temperature
 from ich_keras.prediction_tables import PLACE_COLUMNS, FolderPrediction
+from ich_keras.thin_tables import rows_seen
 
 YES, NO = "yes", "no"
 LOOK_FIRST = 5  # slices per series and label
@@ -32,8 +33,10 @@ def with_answers(prediction: FolderPrediction, rules: AnswerRules) -> FolderPred
     names = list(labels.names)
     look_first = None
     if slices is not None:
+        # Series are made of what the network saw: of each averaged slice once.
+        seen = rows_seen(slices)
         values = slices[names].to_numpy(np.float64)
-        uids = slices["series_instance_uid"].to_numpy()
+        uids = slices["series_instance_uid"].to_numpy()[seen]
         part = rules.levels.get("slice")
         scored = [values] * len(part.rules) if part is not None else []
         slices = _answered(slices, part, scored, rules)
@@ -41,13 +44,13 @@ def with_answers(prediction: FolderPrediction, rules: AnswerRules) -> FolderPred
     scored = []
     for rule in () if part is None else part.rules:
         if rule and prediction.slices is not None:
-            made = aggregate(values, uids, rule, labels)
+            made = aggregate(values[seen], uids, rule, labels)
             scored.append(made.loc[series["series_instance_uid"]].to_numpy())
         else:
             scored.append(series[names].to_numpy(np.float64))
     series = _answered(series, part, scored, rules)
     if slices is not None:
-        look_first = _look_first(slices, series, labels)
+        look_first = _look_first(slices.iloc[seen], series, labels)
     return dataclasses.replace(
         prediction,
         slices=slices,
@@ -104,6 +107,11 @@ def _look_first(slices: pd.DataFrame, series: pd.DataFrame, labels: LabelSet) ->
 
     For every label that is decided yes; where none is, for the one that stands for all (where
     there is no such label, for the most probable one).
+
+    Args:
+        slices: of averaged slices, the one in the middle.
+        series: decided.
+        labels: their order.
     """
     rows = slices.groupby("series_instance_uid", sort=False).indices
     names = list(labels.names)

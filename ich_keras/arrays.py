@@ -21,6 +21,7 @@ from ich_keras.ct.rejects import MAX_REJECTS, RejectedFile
 from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
 from ich_keras.data.labels import LabelTable, contradicts_any
+from ich_keras.data.thin_series import AVERAGE
 from ich_keras.disk import require_free
 from ich_keras.errors import DataError, UsageError
 from ich_keras.files import require_absent
@@ -50,6 +51,7 @@ def predict_arrays(
     sensitivity: float | None = None,
     error_rate: float = USUAL_ERROR_RATE,
     tta: Sequence[str] = (),
+    thin: str = AVERAGE,
 ) -> FolderPrediction:
     """Predict volumes in memory with a trained run.
 
@@ -60,7 +62,7 @@ def predict_arrays(
             to the back. Without names they are called volume-1, volume-2, ...
         spacing_mm: between slices, rows and columns; one for all volumes, or one each.
         batch_size, device, any_body_part, unfinished, max_rejects, specificity, sensitivity,
-            error_rate, tta: as for `predict_folder`.
+            error_rate, tta, thin: as for `predict_folder`.
 
     Returns:
         The prediction. Paths are `NAME/0001.dcm` for the most inferior slice of a volume.
@@ -85,6 +87,7 @@ def predict_arrays(
             sensitivity=sensitivity,
             error_rate=error_rate,
             tta=tta,
+            thin=thin,
         )
 
 

@@ -3,7 +3,7 @@
 All usable series are scored, not a part of them. What the training has seen is refused: by the UIDs
 of its series and studies, and by equal pixels. Smoothing, rule, temperature and thresholds are the
 run's own; `recalibrate` fits temperature and thresholds again, to a part of the local patients, and
-scores the others before and after.
+scores the others before and after. Thin series are averaged as in a prediction.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +17,8 @@ from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
 from ich_keras.data.seen import PARTS, Seen
+from ich_keras.data.thin_cache import AveragedCache, averaged_cache
+from ich_keras.data.thin_series import AVERAGE, ThinRule
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.domain import OUTSIDE, VERDICT, Domain, domain_columns
 from ich_keras.errors import DataError, UsageError
@@ -34,6 +36,7 @@ from ich_keras.phantom.dicom import is_synthetic
 from ich_keras.progress import Progress
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
+from ich_keras.thin_tables import AVERAGED_SLICE, averaged_columns, numbers_or_missing
 
 METRICS, PREDICTIONS, SERIES = "metrics.json", "predictions.csv", "series.csv"
 MIN_PATIENTS = 10  # of each part, to recalibrate
@@ -54,6 +57,7 @@ class External:
             property -> value -> counts, AUROC and log loss. "recalibrated", if asked for: level ->
             the scores of the same patients before and after. "domain": how many series are outside
             of what the run was trained on (`ich_keras.domain`); None where it does not say.
+            "thin": what was done with thin series, in words; "" where there is none.
         slices, series: probabilities and labels, a row each; `slices` is None for a run on series.
     """
 
@@ -70,6 +74,7 @@ def evaluate_external(
     progress: Progress | None = None,
     recalibrate: float | None = None,
     seed: int = 0,
+    thin: str = AVERAGE,
 ) -> External:
     """Score a run on data that it was not trained on.
 
@@ -85,6 +90,7 @@ def evaluate_external(
         progress: called as progress("evaluating", done, total).
         recalibrate: share of the patients to whom temperature and thresholds are fitted again.
         seed: of the draw of these patients.
+        thin: "average" or "keep" thin series; see `ich_keras.predict_folder`.
 
     Raises:
         UsageError: `out` exists, the share is not between 0 and 1, or the cache has another size.
@@ -97,6 +103,7 @@ def evaluate_external(
     folder = None if out is None else require_absent(out)
     run = RunFolder.at(run_dir).require_finished()
     recipe = run.recipe()
+    rule = ThinRule(run.slice_distances(), thin)
     require_size(recipe, cache)
     labels = recipe.labels
     common = common_labels(cache, labels)
@@ -104,14 +111,16 @@ def evaluate_external(
     recipe, model = load_run(run, device)
     domain = Domain.load(run, network_digest(model))
     view = recipe.inputs.view
-    samples = make_samples(cache.slices.drop(columns=list(cache.labels.names)), cache.series, view)
-    samples = replace(samples, label_set=labels)
-    chosen = _labelled(samples, cache, view)
+    seen = averaged_cache(cache, rule)
+    unlabelled = seen.cache.slices.drop(columns=list(cache.labels.names))
+    samples = replace(make_samples(unlabelled, seen.cache.series, view), label_set=labels)
+    chosen = _labelled(samples, seen.cache, view)
     found: list[np.ndarray] = []
-    values = _predict(model, cache, recipe, samples, chosen, progress, domain, found)
-    levels, tables = _levels(run, cache, labels, view, chosen, values)
+    values = _predict(model, seen.cache, recipe, samples, chosen, progress, domain, found)
+    levels, tables = _levels(run, cache, seen, labels, view, chosen, values)
     if domain is not None:
-        _add_domain(tables["series"], domain, cache, view, chosen, np.concatenate(found))
+        _add_domain(tables["series"], domain, seen.cache, view, chosen, np.concatenate(found))
+    _add_averaged(tables["series"], cache, seen, rule)
     own = run.metrics("test") or {}
     choices = run.choices()
     metrics: dict[str, Any] = {}
@@ -124,6 +133,7 @@ def evaluate_external(
         "own": {name: own[name] for name in levels if name in own},
         "data": described(cache, labels, common, tables["series"]),
         "unseen": unseen,
+        "thin": rule.sentence(seen.is_thin),
         "domain": None if domain is None else _outside(tables["series"]),
         "by": {
             name: by_property(level, cache, tables[name])
@@ -261,6 +271,26 @@ def _add_domain(
         series.insert(place, name, column)
 
 
+def _numbers(seen: AveragedCache) -> Any:
+    """Return the averaged slice of each slice of the data, missing where there is none."""
+    series = seen.cache.series
+    lengths = series["num_slices"].to_numpy()
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)[seen.owner]
+    is_averaged = np.array([block is not None for block in seen.blocks])
+    is_averaged = np.repeat(is_averaged, lengths)[seen.owner]
+    return numbers_or_missing(np.where(is_averaged, seen.owner - first, -1))
+
+
+def _add_averaged(
+    series: pd.DataFrame, cache: CTCache, seen: AveragedCache, rule: ThinRule
+) -> None:
+    """Add how many averaged slices a series has to the table of series."""
+    blocks = dict(zip(cache.series["series_uid"], seen.blocks, strict=True))
+    columns = averaged_columns([blocks[uid] for uid in series["series_uid"]], rule)
+    for place, (name, column) in enumerate(columns.items(), 3):
+        series.insert(place, name, column)
+
+
 def _outside(series: pd.DataFrame) -> dict[str, Any]:
     number = int((series[VERDICT] == OUTSIDE).sum())
     return {"series": len(series), "outside": number, "share": number / len(series)}
@@ -269,6 +299,7 @@ def _outside(series: pd.DataFrame) -> dict[str, Any]:
 def _levels(
     run: RunFolder,
     cache: CTCache,
+    seen: AveragedCache,
     labels: LabelSet,
     view: View,
     chosen: np.ndarray,
@@ -282,14 +313,19 @@ def _levels(
         rows = cache.series.iloc[chosen].reset_index(drop=True)
         of_series = pd.DataFrame(values, columns=names)
     else:
-        slices = cache.slices.iloc[chosen].reset_index(drop=True)
-        uids, positions = slices["series_uid"].to_numpy(), slices["position_mm"].to_numpy()
-        values = smooth(values, uids, positions, run.smoothing(), labels)
-        found = aggregate(values, slices["series_uid"].to_numpy(), run.rule(), labels)
+        of = seen.cache.slices.iloc[chosen]
+        uids = of["series_uid"].to_numpy()
+        values = smooth(values, uids, of["position_mm"].to_numpy(), run.smoothing(), labels)
+        found = aggregate(values, uids, run.rule(), labels)
         rows = cache.series.set_index("series_uid").loc[found.index].reset_index()
         of_series = found.reset_index(drop=True)
+        # Every slice is scored, with the answer of what the network saw of it.
+        answered = np.flatnonzero(np.isin(seen.owner, chosen))
+        slices = cache.slices.iloc[answered].reset_index(drop=True)
+        values = values[np.searchsorted(chosen, seen.owner[answered])]
         truth = truth_of(slices, labels)
         table = slices[["sop_instance_uid", "series_uid", "slice_index", "position_mm"]]
+        table = table.assign(**{AVERAGED_SLICE: _numbers(seen)[answered]})
         tables["slice"] = pd.concat([table, pd.DataFrame(values, columns=names)], axis=1)
         if cache.labelling is not None and cache.labelling.level == "slice":
             tables["slice"][truth_columns(labels)] = truth

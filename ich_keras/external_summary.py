@@ -25,6 +25,8 @@ def external_summary(metrics: dict[str, Any], width: int) -> str:
     for level, found in metrics.get("recalibrated", {}).items():
         parts.append(_recalibrated(level, found))
     parts += [_broken_down(groups) for groups in metrics["by"].values()]
+    if metrics["thin"]:
+        parts.append(textwrap.fill(metrics["thin"], width))
     if metrics["domain"] is not None:
         parts.append(textwrap.fill(_domain_line(metrics["domain"]), width))
     if metrics["unseen"]["note"]:

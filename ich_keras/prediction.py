@@ -20,6 +20,7 @@ from ich_keras.ct.rejects import (
 from ich_keras.ct.series import SeriesIndex, index_folder
 from ich_keras.data.cache.fill import a_few
 from ich_keras.data.reading import IndexedSlice, indexed_slices
+from ich_keras.data.thin_series import AS_THEY_ARE, AVERAGE, ThinRule
 from ich_keras.domain import Domain
 from ich_keras.errors import UsageError
 from ich_keras.files import fail_point
@@ -48,6 +49,7 @@ from ich_keras.prediction_samples import (
     full_batches,
     inputs_of,
     judged,
+    sample_counts,
     series_groups,
 )
 from ich_keras.prediction_tables import (
@@ -76,6 +78,7 @@ def predict_index(
     kernel: str = NO_SMOOTHING,
     tta: Sequence[str] = (),
     domain: Domain | None = None,
+    thin: ThinRule = AS_THEY_ARE,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -97,6 +100,7 @@ def predict_index(
         kernel: for smoothing slices along z, a key of `ich_keras.metrics.smoothing.KERNELS`.
         tta: test-time augmentation; see `predict_folder`.
         domain: of the run; the distance of each series is then computed in the same pass.
+        thin: what is done with thin series.
 
     Raises:
         UsageError: the augmentation does not suit the view.
@@ -111,7 +115,7 @@ def predict_index(
     rows = index.slices.groupby("series_uid", sort=False).indices
     sources = indexed_slices(index)
     series = list(index.series.itertuples())
-    samples = [1 if view.kind == "series" else len(rows[one.series_uid]) for one in series]
+    samples = sample_counts(index, view, thin)
     finished = {} if journal is None else journal.finished()
     to_do = [
         [series[number] for number in group]
@@ -127,7 +131,7 @@ def predict_index(
         return ([sources[row] for row in rows[one.series_uid]] for one in some)
 
     def reading_of(one: Any, content: tuple) -> SeriesReading:
-        return judged(one, index.slices.iloc[rows[one.series_uid]], content, view)
+        return judged(one, index.slices.iloc[rows[one.series_uid]], content, view, thin)
 
     def parts(group: list[Any], found: list[SeriesReading]) -> Iterator[np.ndarray]:
         for one in group:
@@ -189,7 +193,7 @@ def predict_index(
                 journal.add(predicted)
             results |= {result.series_uid: result for result in predicted}
     found_in_order = [results[one.series_uid] for one in series]
-    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel, domain)
+    return tables_of(index, found_in_order, view, rule, recipe.labels, kernel, domain, thin)
 
 
 def predict_folder(
@@ -209,6 +213,7 @@ def predict_folder(
     sensitivity: float | None = None,
     error_rate: float = USUAL_ERROR_RATE,
     tta: Sequence[str] = (),
+    thin: str = AVERAGE,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run, or with several.
 
@@ -245,6 +250,9 @@ def predict_folder(
         tta: test-time augmentation, the mean over the logits of plain and turned inputs: "flip"
             (left-right), "reverse" (upside down; slabs and series only). One doubles the
             computation, both together quadruple it.
+        thin: "average" the slices of series that are at most half as far apart as those of a run's
+            training to the training's distance, or "keep" them
+            (`ich_keras.data.thin_series`). Each run of an ensemble goes by its own training.
 
     Returns:
         The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
@@ -263,6 +271,7 @@ def predict_folder(
     """
     require_share(max_rejects)
     point = OperatingPoint(specificity, sensitivity, error_rate)
+    ThinRule(choice=thin)
     runs = require_members(run_dir, unfinished, tta)
     if len(runs) > 1 and not point.is_usual:
         raise UsageError(
@@ -291,7 +300,8 @@ def predict_folder(
             own, plain, journals = [], [], []
             for number, member in enumerate(members, 1):
                 recipe, size = member.recipe, batch_size or member.recipe.training.batch_size
-                settings = {**member.settings(), "batch_size": size, **shared}
+                rule = ThinRule(member.distances, thin)
+                settings = {**member.settings(), **rule.settings(), "batch_size": size, **shared}
                 step = progress if len(members) == 1 else _of_member(progress, number, len(members))
                 with _journal_in(folder, journal_file(number), settings, index, root) as journal:
                     answer = predict_index(
@@ -307,6 +317,7 @@ def predict_folder(
                         member.kernel,
                         tta,
                         member.domain,
+                        rule,
                     )
                 require_few_rejects(index.slices, answer.rejects, max_rejects)
                 plain.append(with_paths_inside(answer, root))

@@ -55,8 +55,9 @@ class SeriesResult:
         hashes: of each file's pixels as they were read (`ich_keras.data.reading.pixel_hash`); ""
             for those that could not be used.
         rejects: (row within the series, code, detail, hint) of each file that was not used.
-        values: float32 (samples, 6), the probabilities of its slices or its own; no row where
-            nothing was predicted.
+        values: float32 (samples, 6), the probabilities of its slices (of a thin series: of its
+            averaged ones; `ich_keras.data.thin_series`) or its own; no row where nothing was
+            predicted.
         distance: from the training series, float32; None where it was not computed.
     """
 

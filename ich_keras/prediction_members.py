@@ -11,6 +11,7 @@ import pandas as pd
 
 from ich_keras.ct.rejects import nothing_usable
 from ich_keras.ct.tables import csv_text
+from ich_keras.data.thin_series import SliceDistances
 from ich_keras.domain import DISTANCE, INSIDE, OUTSIDE, VERDICT, Domain
 from ich_keras.errors import UsageError
 from ich_keras.files import atomic_write, fingerprint, sha256_of
@@ -26,6 +27,7 @@ from ich_keras.prediction_variants import tta_names
 from ich_keras.recipe import Recipe
 from ich_keras.run_checksums import require_choices
 from ich_keras.run_folder import SYNTHETIC, RunFolder
+from ich_keras.thin_tables import AVERAGED_SLICE, NUM_AVERAGED, joint_columns
 
 AnyRun = RunFolder | Path | str
 MEMBERS_FOLDER = "members"
@@ -46,6 +48,7 @@ class Member:
         notice: that its training is unfinished; "" if it is not.
         is_synthetic: whether it was trained on phantoms.
         domain: what its training series look like; None where it does not say.
+        distances: how far apart their slices lie; None where it does not say.
     """
 
     run: RunFolder
@@ -57,6 +60,7 @@ class Member:
     notice: str
     is_synthetic: bool
     domain: Domain | None
+    distances: SliceDistances | None
 
     def settings(self) -> dict[str, Any]:
         """Return what its answers depend on, for the journal."""
@@ -145,9 +149,9 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
             )
         is_synthetic = bool(run.data().get(SYNTHETIC))
         rule, kernel = run.rule(), run.smoothing()
-        domain = Domain.load(run, digest)
+        facts = Domain.load(run, digest), run.slice_distances()
         members.append(
-            Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, domain)
+            Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, *facts)
         )
     return members
 
@@ -238,14 +242,17 @@ def averaged(predictions: Sequence[FolderPrediction]) -> FolderPrediction:
         raise nothing_usable("no series was predicted by every run of the ensemble", rejects)
     # Distances in the features of several networks have no mean.
     uids = series["series_instance_uid"]
-    verdicts = [one.series.set_index(_KEY[:1])[VERDICT].loc[uids] for one in predictions]
-    series = series.assign(**{DISTANCE: np.float32(np.nan), VERDICT: _joint_verdicts(verdicts)})
+    own = [one.series.set_index(_KEY[:1]).loc[uids] for one in predictions]
+    verdicts = _joint_verdicts([table[VERDICT] for table in own])
+    series = series.assign(**{DISTANCE: np.float32(np.nan), VERDICT: verdicts})
+    series = series.assign(**joint_columns(own))
     slices = None
     if first.slices is not None:
         slices = _mean_table([one.slices for one in predictions], _KEY, labels)
-    return FolderPrediction(
-        slices, series, rejects, first.notice, labels, members=tuple(predictions)
-    )
+        slices[AVERAGED_SLICE] = _joint_numbers(slices, series)
+    told = dict.fromkeys(line for one in predictions for line in one.notice.splitlines()[1:])
+    notice = "\n".join([first.notice.partition("\n")[0], *told])
+    return FolderPrediction(slices, series, rejects, notice, labels, members=tuple(predictions))
 
 
 def _mean_table(tables: Sequence[Any], key: list[str], labels: LabelSet) -> pd.DataFrame:
@@ -268,6 +275,12 @@ def _mean_table(tables: Sequence[Any], key: list[str], labels: LabelSet) -> pd.D
                     value = indexed[member].loc[shared[row], name]
                     found.loc[row, name] = value
     return found
+
+
+def _joint_numbers(slices: pd.DataFrame, series: pd.DataFrame) -> Any:
+    """Return the averaged slice of each slice; missing in series that the runs average unlike."""
+    differing = series.loc[series[NUM_AVERAGED].isna(), _KEY[0]]
+    return slices[AVERAGED_SLICE].where(~slices[_KEY[0]].isin(differing)).array
 
 
 def _joint_verdicts(tables: list[pd.Series]) -> list[str]:

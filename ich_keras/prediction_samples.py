@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import shown_paths
 from ich_keras.data.inputs import slice_input, stack_slices, volume_input
+from ich_keras.data.thin_series import AS_THEY_ARE, ThinRule
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.prediction_journal import SeriesResult
 from ich_keras.recipe import InputRecipe
@@ -47,12 +49,25 @@ def series_groups(samples: Sequence[int], batch_size: int) -> list[range]:
     return groups
 
 
+def sample_counts(index: SeriesIndex, view: View, thin: ThinRule = AS_THEY_ARE) -> list[int]:
+    """Return how many samples each series of an index has, if all of it can be read."""
+    if view.kind == "series":
+        return [1] * len(index.series)
+    by_series = index.slices.groupby("series_uid", sort=False)["position_mm"]
+    positions = {uid: part.to_numpy() for uid, part in by_series}
+    found = []
+    for uid, verdict in zip(index.series["series_uid"], index.series["verdict"], strict=True):
+        blocks = thin.blocks(positions[uid], verdict)
+        found.append(len(positions[uid] if blocks is None else blocks))
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class SeriesReading:
     """One series that was read.
 
     Args:
-        hu: int16 (slices, size, size), what could be read.
+        hu: int16 (slices, size, size), what could be read; of a thin series, averaged.
         samples: of these slices.
         usable: int (n,), the samples to predict.
         result: as yet without probabilities.
@@ -64,7 +79,9 @@ class SeriesReading:
     result: SeriesResult
 
 
-def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> SeriesReading:
+def judged(
+    series: Any, table: pd.DataFrame, content: tuple, view: View, thin: ThinRule = AS_THEY_ARE
+) -> SeriesReading:
     """Say which samples of a series can be predicted.
 
     Args:
@@ -73,6 +90,7 @@ def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> Seri
         content: its files, as they were read: (HU, int16 (n, size, size); the hashes of all slices'
             pixels, "" for those without HU; the rejects).
         view: what a sample is.
+        thin: what is done with a thin series.
     """
     hu, hashes, bad = content
     place = {path: row for row, path in enumerate(shown_paths(table))}
@@ -80,8 +98,12 @@ def judged(series: Any, table: pd.DataFrame, content: tuple, view: View) -> Seri
     found = [row for row, is_read in enumerate(hashes) if is_read]
     samples, usable = None, np.zeros(0, np.int64)
     if found:
-        alone = pd.DataFrame([series]).assign(num_slices=len(found))
-        samples = make_samples(table.iloc[found], alone, view)
+        seen = table.iloc[found]
+        blocks = thin.blocks(seen["position_mm"], series.verdict)
+        if blocks is not None:
+            seen, hu = blocks.table(seen), blocks.averaged(hu)
+        alone = pd.DataFrame([series]).assign(num_slices=len(seen))
+        samples = make_samples(seen, alone, view)
         usable = np.flatnonzero(samples.usable)
         if not len(usable):
             code, what = SKIPPED[view.why_skipped(series.verdict)]

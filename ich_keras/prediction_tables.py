@@ -14,6 +14,7 @@ from ich_keras.ct.rejects import REJECTS_FILE, Reject, joined, nothing_usable
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import csv_text, shown_paths
 from ich_keras.data.cache.tables import verdicts_after_reading
+from ich_keras.data.thin_series import AS_THEY_ARE, Blocks, ThinRule, is_thin
 from ich_keras.data.views import View
 from ich_keras.domain import Domain, domain_columns
 from ich_keras.files import atomic_write, json_text
@@ -33,6 +34,7 @@ from ich_keras.prediction_journal import (
     inside,
     written,
 )
+from ich_keras.thin_tables import AVERAGED_SLICE, averaged_columns, seen_slices
 
 # Columns to find it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
 PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
@@ -43,12 +45,16 @@ class FolderPrediction:
     """The result of `predict_folder`.
 
     Args:
-        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS` and a probability for each
-            label; None for a run on whole series, which does not predict single slices.
+        slices: one row per slice: `SLICE_COLUMNS`, `PLACE_COLUMNS`, `averaged_slice` (the number of
+            the averaged slice whose answer it has; missing where none was averaged) and a
+            probability for each label; None for a run on whole series, which does not predict
+            single slices.
         series: one row per series: its UID, number of slices, verdict, number of refused files and
             a probability for each label, aggregated from its slices by the run's rule, or from a
-            run on whole series; before them, `domain_distance` and `domain` ("inside", "outside",
-            or "" where the run says nothing of it): see `ich_keras.domain`.
+            run on whole series; before them, `num_averaged` and `averaged_mm` of thin series (how
+            many averaged slices the network saw, 0 for none, and how far apart:
+            `ich_keras.data.thin_series`), `domain_distance` and `domain` ("inside", "outside", or
+            "" where the run says nothing of it: `ich_keras.domain`).
 
             `predict_folder` adds answers to both: see `ich_keras.answers.with_answers`.
         rejects: one row per file that could not be used.
@@ -86,6 +92,7 @@ def tables_of(
     labels: LabelSet = SIX,
     kernel: str = NO_SMOOTHING,
     domain: Domain | None = None,
+    thin: ThinRule = AS_THEY_ARE,
 ) -> FolderPrediction:
     """Make the tables of a prediction.
 
@@ -97,6 +104,7 @@ def tables_of(
         labels: what the network answers.
         kernel: for smoothing slices along z.
         domain: of the run; judges the distances of the series.
+        thin: by which thin series were averaged.
 
     Returns:
         The prediction, with absolute paths.
@@ -107,11 +115,18 @@ def tables_of(
     rows = index.slices.groupby("series_uid", sort=False).indices
     paths = shown_paths(index.slices).to_numpy()
     uids = index.slices["series_instance_uid"].to_numpy()
+    positions = index.slices["position_mm"].to_numpy()
+    said = dict(zip(index.series["series_uid"], index.series["verdict"], strict=True))
     kept, rejects = [], []
+    blocks: list[Blocks | None] = []
+    thin_ones: list[bool] = []
     for result in results:
         own = rows[result.series_uid]
         if len(result.values):
             kept.append(own[result.rows])
+            facts = positions[kept[-1]], said[result.series_uid]
+            blocks.append(thin.blocks(*facts))
+            thin_ones.append(is_thin(*facts, thin.distances))
         for row, code, detail, hint in result.rejects:
             rejects.append(Reject(paths[own[row]], code, detail, hint, uids[own[row]]))
     rejected = joined(index.rejects, rejects)
@@ -128,23 +143,32 @@ def tables_of(
         table = None
         series = _series_predictions(slices, values, labels)
     else:
-        places = slices["series_uid"], slices["position_mm"]
-        values = smooth(values, *places, kernel, labels)
-        table = _with_places(probability_table(slices, values, labels), slices)
-        series = _aggregated(table, rule, labels)
+        # Averaged slices are smoothed and aggregated as the slices that they are.
+        seen = seen_slices(
+            slices["series_uid"].to_numpy(), positions[chosen], list(map(len, kept)), blocks
+        )
+        values = smooth(values, seen.uids, seen.positions_mm, kernel, labels)
+        table = probability_table(slices, values[seen.owner], labels)
+        table = _with_places(table, slices)
+        table.insert(len(SLICE_COLUMNS) + len(PLACE_COLUMNS), AVERAGED_SLICE, seen.numbers)
+        series = _aggregated(values, seen.uids, slices["series_uid"], rule, labels)
     is_kept = np.zeros(len(index.slices), bool)
     is_kept[chosen] = True
     distances = {result.series_uid: result.distance for result in results}
     verdicts = _with_verdicts(series, index, is_kept)
     own_distances = [distances[uid] for uid in verdicts["series_instance_uid"]]
-    for place, (name, column) in enumerate(domain_columns(domain, own_distances).items(), 4):
+    columns = averaged_columns(blocks, thin) | domain_columns(domain, own_distances)
+    for place, (name, column) in enumerate(columns.items(), 4):
         verdicts.insert(place, name, column)
-    return FolderPrediction(table, verdicts, rejected, labels=labels)
+    told = thin.sentence(thin_ones)
+    notice = "\n".join([NOT_CLINICAL, told] if told else [NOT_CLINICAL])
+    return FolderPrediction(table, verdicts, rejected, notice, labels)
 
 
-def _aggregated(table: pd.DataFrame, rule: str, labels: LabelSet) -> pd.DataFrame:
-    uids = table["series_instance_uid"]
-    series = aggregate(table[list(labels.names)].to_numpy(), uids, rule, labels)
+def _aggregated(
+    values: np.ndarray, seen: np.ndarray, uids: pd.Series, rule: str, labels: LabelSet
+) -> pd.DataFrame:
+    series = aggregate(values, seen.tolist(), rule, labels)
     series.insert(0, "num_slices", uids.value_counts().reindex(series.index))
     return series.rename_axis("series_instance_uid")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ich_keras.checkpoints import has_state
 from ich_keras.config import RunConfig
 from ich_keras.data.split import SPLITS, Split
+from ich_keras.data.thin_series import SliceDistances
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, lock, read_json
 from ich_keras.metrics.aggregation import DEFAULT_RULE, EXCLUSIVE_RULES, RULES, rules_of
@@ -21,6 +22,7 @@ PIXELS = "pixels"  # digest of the cached pixels; None for a cache of an older v
 PIXELS_OF = "pixels_of"  # the same for each split
 LABELS_DIGEST = "labels"
 SYNTHETIC = "synthetic"
+SLICE_SPACING = "slice_spacing_mm"  # of the training series; absent in older runs
 PLAN = "plan"
 # Entries of environment.json: when the training began; where it was resumed since; why it ended
 # before its last epoch; which finished runs it goes on from.
@@ -303,6 +305,20 @@ class RunFolder:
             StaleError: the file is absent or damaged.
         """
         return _object(self.data_file, CACHE)
+
+    def slice_distances(self) -> SliceDistances | None:
+        """Return how far apart the slices of the training lie; None where nothing says so.
+
+        Raises:
+            StaleError: the file is absent or damaged.
+        """
+        try:
+            return SliceDistances.from_record(self.data().get(SLICE_SPACING))
+        except ValueError as error:
+            raise StaleError(
+                f"{self.data_file} is damaged: {SLICE_SPACING}: {error}.",
+                "Copy the original run folder again, or train again.",
+            ) from error
 
     def split(self) -> Split:
         """Return the members of each split."""

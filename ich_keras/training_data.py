@@ -10,6 +10,7 @@ import pandas as pd
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import part_digests
 from ich_keras.data.split import Split
+from ich_keras.data.thin_series import SliceDistances
 from ich_keras.distribution import require_agreement
 from ich_keras.environment import PROCESSES, environment_record
 from ich_keras.errors import StaleError
@@ -23,6 +24,7 @@ from ich_keras.run_folder import (
     PIXELS,
     PIXELS_OF,
     PLAN,
+    SLICE_SPACING,
     SYNTHETIC,
     RunFolder,
 )
@@ -38,6 +40,9 @@ def labels_digest(slices: pd.DataFrame, labels: LabelSet = SIX) -> str:
 
 def data_record(cache: CTCache, recipe: Recipe, split: Split, plan: dict) -> dict:
     """Return what data.json says of the data of a training."""
+    trained = cache.slices["series_uid"].iloc[split.indices(cache.slices, "train", recipe.labels)]
+    is_trained = cache.series["series_uid"].isin(set(trained))
+    distances = SliceDistances.of(cache.series.loc[is_trained, "slice_spacing_mm"])
     return {
         CACHE: cache.fingerprint,
         CACHE_PATH: str(cache.path.absolute()),
@@ -45,6 +50,7 @@ def data_record(cache: CTCache, recipe: Recipe, split: Split, plan: dict) -> dic
         PIXELS_OF: part_digests(cache, split),
         LABELS_DIGEST: labels_digest(cache.slices, recipe.labels),
         "slices": len(cache.slices),
+        SLICE_SPACING: None if distances is None else distances.record(),
         PLAN: plan,
         SYNTHETIC: is_synthetic(cache.slices),
     }

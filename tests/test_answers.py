@@ -256,6 +256,8 @@ def test_a_folder_is_answered_and_says_how(two, images, tmp_path):
         "num_slices",
         "verdict",
         "num_rejected",
+        "num_averaged",
+        "averaged_mm",
         "domain_distance",
         "domain",
         *answers,

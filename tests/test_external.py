@@ -69,6 +69,17 @@ def test_all_of_the_data_is_scored_beside_the_run_s_own_test(run, others, tmp_pa
     assert "Synthetic" in metrics["notice"] or "phantom" in metrics["notice"]
 
 
+def test_a_training_records_how_far_apart_its_slices_were(run, phantom_cache):
+    trained = RunFolder(run).split().members["train"]
+    series = phantom_cache.series.set_index("series_uid")["slice_spacing_mm"]
+    own = series[series.index.isin(trained)]
+    assert 3 < len(own) < len(series)
+    found = json.loads(RunFolder(run).data_file.read_text())["slice_spacing_mm"]
+    assert found["median"] == pytest.approx(own.median(), abs=1e-4)
+    assert found["lower_quartile"] == pytest.approx(own.quantile(0.25), abs=1e-4)
+    assert RunFolder(run).slice_distances().record() == found
+
+
 def labels_file(path, rows, column="series_uid"):
     pd.DataFrame(rows).rename(columns={"key": column}).to_csv(path, index=False)
     return read_labels(path)

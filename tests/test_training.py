@@ -302,6 +302,7 @@ def test_a_folder_is_predicted_as_the_cache_was(run, phantom_folder, tmp_path):
         "path",
         "instance_number",
         "image_position_z_mm",
+        "averaged_slice",
         *(f"{kind}{label}" for kind in ("", "raw_", "decision_", "group_") for label in LABELS),
         "trained_on",
     ]

@@ -105,6 +105,12 @@ MAX_REJECTS = click.option(
     help="Fail when more than this share of the files that should be slices are refused;"
     " default 0.2.",
 )
+THIN = click.option(
+    "--thin",
+    type=click.Choice(["average", "keep"]),
+    help="Series whose slices are at most half as far apart as those of the training: average"
+    " neighbouring slices to the training's distance (default), or keep them as they are.",
+)
 UNFINISHED_RUN = click.option(
     "--unfinished",
     is_flag=True,

@@ -2,6 +2,7 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,7 @@ from ich_keras.cli.options import (
     LABELS_BESIDE,
     MAX_REJECTS,
     RUN,
+    THIN,
     UNFINISHED_RUN,
     WORKERS,
     num_workers,
@@ -51,6 +53,7 @@ from ich_keras.terminal import Command, open_terminal, terminal_width
     help="With --external: fit temperature and thresholds again to this share of the patients, and"
     " score the others before and after.",
 )
+@THIN
 @UNFINISHED_RUN
 @BACKEND
 @DEVICE
@@ -64,6 +67,7 @@ def evaluate(
     external: bool,
     out: Path | None,
     recalibrate: float | None,
+    thin: str | None,
     unfinished: bool,
     backend: str | None,
     device: str,
@@ -80,6 +84,7 @@ def evaluate(
         (dicom, "--dicom"),
         (out, "--out"),
         (recalibrate, "--recalibrate"),
+        (thin, "--thin"),
         (workers, "--workers"),
     ):
         if value is not None and not external:
@@ -90,7 +95,8 @@ def evaluate(
             raise UsageError(f"{option} does not go with --external.", "Leave it out.")
         if (dicom is None) == (cache_dir is None):
             raise UsageError("--external needs either --cache or --dicom.")
-        _evaluate_external(run_dir, cache_dir, dicom, labels, out, recalibrate, device, workers)
+        settings = {"recalibrate": recalibrate, "thin": thin or "average"}
+        _evaluate_external(run_dir, cache_dir, dicom, labels, out, device, workers, settings)
         return
     _evaluate_split(run_dir, cache_dir, labels, split or "test", unfinished, device)
 
@@ -101,9 +107,9 @@ def _evaluate_external(
     dicom: Path | None,
     labels: LabelSource | None,
     out: Path | None,
-    recalibrate: float | None,
     device: str,
     workers: int | None,
+    settings: dict[str, Any],
 ) -> None:
     from ich_keras.external import METRICS, evaluate_external
     from ich_keras.external_summary import external_summary
@@ -134,9 +140,7 @@ def _evaluate_external(
             )
             cache_dir = built
         cached = open_cache(required(cache_dir, "--cache"), labels)
-        result = evaluate_external(
-            run_dir, cached, out, device, terminal.progress, recalibrate=recalibrate
-        )
+        result = evaluate_external(run_dir, cached, out, device, terminal.progress, **settings)
     click.echo(external_summary(result.metrics, terminal_width()))
     click.echo(f"Written to {out}: {METRICS} and the predictions")
 
@@ -216,6 +220,7 @@ def _evaluate_split(
     help="Average with the input flipped left-right, or with volumes upside down; may be given"
     " twice. Each doubles the computation.",
 )
+@THIN
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @UNFINISHED_RUN
@@ -232,6 +237,7 @@ def predict(
     sensitivity: float | None,
     error_rate: float | None,
     tta: tuple[str, ...],
+    thin: str | None,
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -274,6 +280,7 @@ def predict(
             sensitivity=sensitivity,
             error_rate=USUAL_ERROR_RATE if error_rate is None else error_rate,
             tta=tta,
+            thin=thin or "average",
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     if result.decisions is not None:
