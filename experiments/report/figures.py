@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report.answer_figures import Answers, draw_answers
 from experiments.report.formatting import Results
 from experiments.results import Result
 from experiments.runs import RUNS
@@ -31,11 +32,12 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw_all(results: Results, out: Path, mark: str) -> dict[str, str]:
+def draw_all(results: Results, answers: Answers, out: Path, mark: str) -> dict[str, str]:
     """Draw every figure whose runs are finished.
 
     Args:
         results: key -> results by seed.
+        answers: as `experiments.report.answers.all_answers` returns them.
         out: folder; receives figures/<name>.svg.
         mark: a line at the foot of each figure: the data, when and where it ran.
 
@@ -49,6 +51,11 @@ def draw_all(results: Results, out: Path, mark: str) -> dict[str, str]:
         ("reliability", "Reliability of `any`", _reliability),
         ("roc-pr", "ROC and precision-recall of `any`", _roc_pr),
         ("labels", "AUROC per label", _labels),
+        (
+            "answers",
+            "Answers: calibration, errors of the groups, false positives",
+            lambda pyplot, _: draw_answers(pyplot, answers),
+        ),
     ):
         figure = draw(pyplot, results)
         if figure is None:

@@ -4,6 +4,8 @@ written in advance."""
 from pathlib import Path
 
 from experiments.questions import QUESTIONS, TABLE_RUNS, TABLES
+from experiments.report.answer_figures import Answers
+from experiments.report.answers import all_answers, answers_section
 from experiments.report.comparisons import compare_runs, question_section
 from experiments.report.figures import draw_all
 from experiments.report.formatting import LEAST_PATIENTS, LEAST_SEEDS, Results
@@ -57,7 +59,11 @@ def write_report(out: Path, tell: Tell | None = None, scale: str | None = None) 
         lines += [*METRICS_NOTES, ""]
     for name in QUESTIONS:
         lines += question_section(name, results, compared[name])
-    lines += _figures(results, out)
+    if tell is not None:
+        tell("answers")
+    answers = all_answers(results)
+    lines += answers_section(answers)
+    lines += _figures(results, answers, out)
     path = out / README
     atomic_write(path, "\n".join(lines).rstrip() + "\n")
     return path
@@ -125,8 +131,8 @@ def _head(results: Results) -> list[str]:
     ]
 
 
-def _figures(results: Results, out: Path) -> list[str]:
-    made = draw_all(results, out, mark_of(results))
+def _figures(results: Results, answers: Answers, out: Path) -> list[str]:
+    made = draw_all(results, answers, out, mark_of(results))
     lines = ["## Figures", ""] if made else []
     for name, title in made.items():
         lines += [f"**{title}** ({mark_of(results)})", "", f"![{title}]({name})", ""]
