@@ -73,6 +73,7 @@ _PUBLIC = {
     "tensorboard_callback": "ich_keras.tensorboard_log",
     "evaluate": "ich_keras.evaluation",
     "predict_folder": "ich_keras.prediction",
+    "view": "ich_keras.viewing",
     "predict_arrays": "ich_keras.arrays",
     "cache_from_arrays": "ich_keras.arrays",
 }

@@ -214,6 +214,8 @@ def predict_folder(
     error_rate: float = USUAL_ERROR_RATE,
     tta: Sequence[str] = (),
     thin: str = AVERAGE,
+    report: bool = False,
+    show_patient: bool = False,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run, or with several.
 
@@ -253,6 +255,8 @@ def predict_folder(
         thin: "average" the slices of series that are at most half as far apart as those of a run's
             training to the training's distance, or "keep" them
             (`ich_keras.data.thin_series`). Each run of an ensemble goes by its own training.
+        report: also write a page for each study into `out`: see `study_reports.write_reports`.
+        show_patient: on those pages, tell the PatientID.
 
     Returns:
         The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
@@ -270,6 +274,8 @@ def predict_folder(
         EnvironmentProblem: a worker process died, or `out` cannot be written.
     """
     require_share(max_rejects)
+    if report and out is None:
+        raise UsageError("report needs a folder to write the pages to.", "Give out.")
     point = OperatingPoint(specificity, sensitivity, error_rate)
     ThinRule(choice=thin)
     runs = require_members(run_dir, unfinished, tta)
@@ -284,6 +290,10 @@ def predict_folder(
     root = root.parent if root.is_file() else root  # an archive
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
         members = load_members(runs, device, unfinished)
+        if report:
+            from ich_keras.study_reports import Reports, write_reports  # what makes pages is heavy
+
+            reports = Reports.of(members, show_patient)
         if tell is not None and (cost := cost_line(members, tta)):
             tell(cost)
         with rejects_kept(folder), _rejects_inside(root):
@@ -332,6 +342,8 @@ def predict_folder(
         if folder is not None:
             if len(members) > 1:
                 write_members(folder, members, own)
+            if report:
+                result = write_reports(reports, folder, result, index, root, progress)
             write_tables(folder, result)
             for journal in reversed(journals):
                 assert journal is not None  # there is a folder

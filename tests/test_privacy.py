@@ -93,7 +93,11 @@ def test_what_the_headers_say_of_people_is_in_no_output(server, tmp_path):
         ["cache", "--index", out / "index", "--size", 32, "--out", out / "cache"],
         ["train", "--cache", out / "cache", "--out", out / "run", "--device", "cpu", *training],
         ["evaluate", "--run", out / "run", "--cache", out / "cache", "--split", "train"],
-        ["predict", "--run", out / "run", "--dicom", data / "images", "--out", out / "predicted"],
+        [
+            *("predict", "--run", out / "run", "--dicom", data / "images"),
+            *("--out", out / "predicted", "--report"),
+        ],
+        ["view", data / "images", "--out", out / "view.html"],
         ["submission", "--predictions", out / "predicted/predictions.csv", "--out", out / "s.csv"],
         ["audit", "--cache", out / "cache", "--split", out / "leaking.csv"],
         ["verify", out / "run"],
@@ -111,11 +115,12 @@ def test_what_the_headers_say_of_people_is_in_no_output(server, tmp_path):
             (out / "leaking.csv").write_text("\n".join(["sop_instance_uid,split", *lines]))
         said.append(server.run(*command))
     codes = [code for code, _ in said]
-    assert codes == [0] * 7 + [3, 0, 3, 3], said
+    assert codes == [0] * 8 + [3, 0, 3, 3], said
     for code, text in said:
         assert NAME not in text and IDENTITY not in text and DATE not in text, (code, text)
     found = contents(out)
-    assert {"run/model.keras/config.json", "predicted/rejects.csv", "s.csv"} <= set(found)
+    pages = {"predicted/reports/1.html", "view.html"}
+    assert {"run/model.keras/config.json", "predicted/rejects.csv", "s.csv", *pages} <= set(found)
     for name, content in found.items():
         assert NAME.encode() not in content and DATE.encode() not in content, name
         if name not in MAY_NAME_PATIENTS:

@@ -111,6 +111,9 @@ THIN = click.option(
     help="Series whose slices are at most half as far apart as those of the training: average"
     " neighbouring slices to the training's distance (default), or keep them as they are.",
 )
+SHOW_PATIENT = click.option(
+    "--show-patient", is_flag=True, help="Tell the PatientID of each series on the page."
+)
 UNFINISHED_RUN = click.option(
     "--unfinished",
     is_flag=True,

@@ -16,6 +16,7 @@ from ich_keras.cli.options import (
     LABELS_BESIDE,
     MAX_REJECTS,
     RUN,
+    SHOW_PATIENT,
     THIN,
     UNFINISHED_RUN,
     WORKERS,
@@ -221,6 +222,13 @@ def _evaluate_split(
     " twice. Each doubles the computation.",
 )
 @THIN
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Also write OUT/reports/index.html, 1.html, ...: for each study its slices, to look"
+    " through, and the answers to them.",
+)
+@SHOW_PATIENT
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @UNFINISHED_RUN
@@ -238,6 +246,8 @@ def predict(
     error_rate: float | None,
     tta: tuple[str, ...],
     thin: str | None,
+    report: bool,
+    show_patient: bool,
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -259,8 +269,11 @@ def predict(
     from ich_keras.ct.rejects import REJECTS_FILE, summary
     from ich_keras.environment import choose_backend
     from ich_keras.prediction import predict_folder
+    from ich_keras.study_reports import REPORTS_FOLDER, START
     from ich_keras.summary import answers_table, prediction_table
 
+    if show_patient and not report:
+        raise UsageError("--show-patient is about --report, which is missing.")
     choose_backend(backend)
     with open_terminal() as terminal:
         result = predict_folder(
@@ -281,6 +294,8 @@ def predict(
             error_rate=USUAL_ERROR_RATE if error_rate is None else error_rate,
             tta=tta,
             thin=thin or "average",
+            report=report,
+            show_patient=show_patient,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     if result.decisions is not None:
@@ -292,6 +307,8 @@ def predict(
     if len(result.rejects):
         click.echo(f"Every reject: {out / REJECTS_FILE}")
     click.echo(f"Predictions: {out}")
+    if report:
+        click.echo(f"Pages: {out / REPORTS_FOLDER / START}")
 
 
 @click.command(cls=Command)

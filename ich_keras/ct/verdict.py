@@ -39,6 +39,19 @@ VERDICTS = (
     *(LOCALIZER, NOT_AXIAL, NOT_HEAD, TOO_FEW, INCOMPLETE),
     *(DUPLICATE, GAP, IRREGULAR, TILTED, ROTATED),
 )
+# Each word, for people.
+MEANINGS = {
+    LOCALIZER: "It is a localizer (scout view), which shows where slices were planned.",
+    NOT_AXIAL: "Its slices are not axial.",
+    NOT_HEAD: "It does not show a head: BodyPartExamined says so, or the body is too large.",
+    TOO_FEW: f"It has fewer than {MIN_SLICES} slices.",
+    INCOMPLETE: "Files of the series were refused: slices are missing.",
+    DUPLICATE: "Two slices lie at one place.",
+    GAP: "Slices are missing: a distance is a multiple of the usual one.",
+    IRREGULAR: "The distances between its slices differ by more than 1 %.",
+    TILTED: f"The slices are tilted by more than {TILT_DEGREES:g} degree (gantry tilt).",
+    ROTATED: f"The head is turned by more than {ROTATED_DEGREES:g} degrees within the slices.",
+}
 
 
 def words_of(verdict: str) -> tuple[str, ...]:

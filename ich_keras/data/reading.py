@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich_keras.ct.dicom import read_slice
+from ich_keras.ct.dicom import CTSlice, read_slice
 from ich_keras.ct.elements import name, show
 from ich_keras.ct.geometry import SAME_POSITION_MM, slice_normal
 from ich_keras.ct.header import SliceHeader
@@ -136,6 +136,16 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
         size: rows and columns of the result, pixels.
 
     Raises:
+        RejectedFile: as `read_whole`.
+    """
+    record = read_whole(indexed)
+    return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
+
+
+def read_whole(indexed: IndexedSlice) -> CTSlice:
+    """Read one slice of an index at its own matrix.
+
+    Raises:
         RejectedFile: it cannot be read, or it is not the file that was indexed (CHANGED).
     """
     # Whether its Image Type will do was decided when it was indexed.
@@ -150,7 +160,7 @@ def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
             found = [_differs("the file's size", file_size, indexed.file_size)]
     if found:
         raise RejectedFile("CHANGED", "; ".join(found))
-    return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
+    return record
 
 
 def is_in_place(indexed: IndexedSlice) -> bool:

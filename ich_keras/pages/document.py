@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import unicodedata
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -9,17 +10,60 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+# Controls, signs that turn the direction of a text around or have no width, halves of characters
+# (bytes of a file's name that are no UTF-8), and what separates lines.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_LONGEST = 200  # characters of a text from a file
+
+
+def visible(text: str) -> str:
+    """Return a text in which every character can be seen: others are written as in Python.
+
+    >>> visible("scan\\u202egpj.exe\\0")
+    'scan\\\\u202egpj.exe\\\\x00'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        one.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(one) in _UNSEEN and one != "\n"
+        else one
+        for one in text
+    )
+
+
+def short(text: str, longest: int = _LONGEST) -> str:
+    """Return a text from a file for a page; the middle of a long one is left out.
+
+    >>> short("a" * 10, longest=5)
+    'aa…aa'
+    """
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[head + 1 - longest :]}"
+
 
 @cache
 def templates() -> Environment:
-    """Return the environment of `templates/`: escapes every value, and refuses unknown ones."""
-    return Environment(
+    """Return the environment of `templates/`: escapes every value, and refuses unknown ones.
+
+    What a text holds is seen (`visible`); the filter `short` cuts texts from files.
+    """
+    environment = Environment(
         loader=PackageLoader("ich_keras.pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_seen,
     )
+    environment.filters["short"] = short
+    return environment
+
+
+def _seen(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def asset(name: str) -> str:
