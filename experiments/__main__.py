@@ -182,6 +182,24 @@ def sheet(folders: tuple[Path, ...], out: Path, columns: int, seed: int) -> None
     click.echo(f"Contact sheet: {out}")
 
 
+@main.command()
+@click.option(
+    "--out",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Folder; default: experiments/results.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=9, show_default=True, help="Of the phantoms."
+)
+def figures(out: Path | None, seed: int) -> None:
+    """Draw the thesis's figures 6.2 to 6.4 again, from phantoms."""
+    from experiments.thesis_figures import write_figures
+
+    for path in write_figures(out or RESULTS, seed):
+        click.echo(f"Figure: {path}")
+
+
 def _scale(is_tiny: bool, is_small: bool, dicom: Path | None) -> "Scale":
     from experiments.scales import require_scale
     from ich_keras.errors import UsageError

@@ -212,7 +212,7 @@ def run_demo(
     )
     for line in str(result).splitlines():
         tell(line)
-    tell(f"Report: {run.report_file}")
+    tell(f"Report: {run.report_to_read}")
     return result
 
 

@@ -139,7 +139,7 @@ def evaluate_network(
         )
     members = run.split()
     _require_members(members, split, cache)
-    _require_pixels(run, members, split, cache)
+    require_pixels(run, members, split, cache)
 
     indices = members.indices(cache.slices, split, labels)
     train_indices = members.indices(cache.slices, "train", labels)
@@ -299,8 +299,18 @@ def _require_members(members: Split, split: str, cache: CTCache) -> None:
         )
 
 
-def _require_pixels(run: RunFolder, members: Split, split: str, cache: CTCache) -> None:
-    """Refuse a cache of the same slices with other pixels; runs of older versions know none."""
+def require_pixels(run: RunFolder, members: Split, split: str, cache: CTCache) -> None:
+    """Refuse a cache of the same slices with other pixels; runs of older versions know none.
+
+    Args:
+        run: what was trained.
+        members: its split.
+        split: the part that is looked at.
+        cache: what is given now.
+
+    Raises:
+        StaleError: the pixels differ.
+    """
     recorded = run.data().get(PIXELS_OF)
     if recorded is None:
         return

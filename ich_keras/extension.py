@@ -22,7 +22,7 @@ from ich_keras.ranks import this_rank
 from ich_keras.recipe import RECIPE, Recipe
 from ich_keras.run_checksums import changed_files
 from ich_keras.run_edits import marks_of
-from ich_keras.run_folder import ENDED_EARLY, EXTENDED, PLAN, RunFolder
+from ich_keras.run_folder import ENDED_EARLY, EXTENDED, PLAN, STAGES, RunFolder
 from ich_keras.training import how_to_resume, resume
 from ich_keras.training_data import require_same_data
 
@@ -167,6 +167,7 @@ def _write(
     steps = data[PLAN]["steps_per_epoch"] * recipe.training.epochs
     write_json(new.data_file, data | {PLAN: data[PLAN] | {"total_steps": steps}})
     environment = run.environment()
+    environment.pop(STAGES, None)
     before = {"run": str(run.path.absolute()), "epoch": done}
     if ENDED_EARLY in environment:
         before |= {"why": environment.pop(ENDED_EARLY)["why"], "of": run.recipe().training.epochs}

@@ -8,7 +8,7 @@ from ich_keras.config import loss_settings_of
 from ich_keras.errors import StaleError
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
-from ich_keras.recipe import TrainingRecipe
+from ich_keras.recipe import Recipe, TrainingRecipe
 from ich_keras.run_folder import ENDED_EARLY, EXTENDED, PLAN, SYNTHETIC, RunFolder
 
 _SPLIT_TITLES = {"valid": "Validation (chose the weights)", "test": "Test"}
@@ -210,6 +210,49 @@ def _average_line(best: int, training: TrainingRecipe, environment: dict) -> str
     return f"Kept: the weights after epoch {best}, {why}."
 
 
+def course_lines(run: RunFolder, recipe: Recipe, plan: dict, environment: dict) -> list[str]:
+    """Say where a training began, what is special about it, and why it ended.
+
+    Args:
+        run, recipe, environment: of the training.
+        plan: its entry of data.json.
+
+    Returns:
+        Sentences; names of a user's code are in backticks.
+    """
+    training = recipe.training
+    ended_early = environment.get(ENDED_EARLY)
+    lines = [f"Started from {plan['weights']}."] if plan.get("weights") else []
+    if plan.get("note"):
+        lines.append(plan["note"])
+    if training.own_augment:
+        lines.append(f"Augmented by a function of the user's: `{training.own_augment}`.")
+    if training.own_callbacks:
+        lines.append(f"Trained with callbacks of the user's: `{training.own_callbacks}`.")
+    for before in environment.get(EXTENDED, ()):
+        lines.append(f"Goes on after epoch {before['epoch']} of the finished run {before['run']}.")
+    if training.ema is not None:
+        lines.append(f"Judged and kept: the moving average of the weights ({training.ema:g}).")
+    if training.swa is not None:
+        lines.append(_average_line(run.best_epoch(), training, environment))
+    if ended_early is not None:
+        early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
+        lines.append(f"Stopped after {early}.")
+    return lines
+
+
+def settings_line(recipe: Recipe, environment: dict) -> str:
+    """Say in a sentence what was trained, and how."""
+    training, size = recipe.training, recipe.inputs.size
+    return (
+        f"{recipe.preset}, {size}x{size} pixels,"
+        f" {'weights ' + training.weights if training.weights else 'from scratch'},"
+        f" Adam at {training.learning_rate:g} ({training.schedule}),"
+        f" loss {_loss_text(training)}, batch {training.batch_size},"
+        f" seed {training.seed}, on {environment['backend']} ({environment['device']})."
+    )
+
+
 def report_text(run: RunFolder) -> str:
     """Return the content of report.md, made from the other files of a run folder.
 
@@ -233,31 +276,11 @@ def report_text(run: RunFolder) -> str:
         lines += [SYNTHETIC_NOTE, ""]
     if plan["warning"]:
         lines += [f"**Warning:** {plan['warning']}", ""]
-    if plan.get("weights"):
-        lines += [f"Started from {plan['weights']}.", ""]
-    if plan["note"]:
-        lines += [plan["note"], ""]
-    if training.own_augment:
-        lines += [f"Augmented by a function of the user's: `{training.own_augment}`.", ""]
-    if training.own_callbacks:
-        lines += [f"Trained with callbacks of the user's: `{training.own_callbacks}`.", ""]
-    for before in environment.get(EXTENDED, ()):
-        lines += [f"Goes on after epoch {before['epoch']} of the finished run {before['run']}.", ""]
-    if training.ema is not None:
-        lines += [f"Judged and kept: the moving average of the weights ({training.ema:g}).", ""]
-    if training.swa is not None:
-        lines += [_average_line(run.best_epoch(), training, environment), ""]
-    if ended_early is not None:
-        early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
-        lines += [f"Stopped after {early}.", ""]
+    for line in course_lines(run, recipe, plan, environment):
+        lines += [line, ""]
     best = history[history["epoch"] == run.best_epoch()].iloc[0]
-    size = recipe.inputs.size
     lines += [
-        f"{recipe.preset}, {size}x{size} pixels,"
-        f" {'weights ' + training.weights if training.weights else 'from scratch'},"
-        f" Adam at {training.learning_rate:g} ({training.schedule}),"
-        f" loss {_loss_text(training)}, batch {training.batch_size},"
-        f" seed {training.seed}, on {environment['backend']} ({environment['device']}).",
+        settings_line(recipe, environment),
         "",
         markdown_table(
             ["split", "patients", "series", "slices"],

@@ -27,6 +27,7 @@ PLAN = "plan"
 # Entries of environment.json: when the training began; where it was resumed since; why it ended
 # before its last epoch; which finished runs it goes on from.
 START, RESUMED, ENDED_EARLY, EXTENDED = "started", "resumed", "ended_early", "extended"
+STAGES = "seconds"  # the same, of what follows the last epoch, by stage
 EPOCH = "epoch"  # entry of the record of the best weights
 
 # In the names of what was computed with the weights of an unfinished training.
@@ -117,6 +118,15 @@ class RunFolder:
     def report_file(self) -> Path:
         """The report; written last, so a run that has it is finished."""
         return self.path / "report.md"
+
+    def page_file(self, is_final: bool = True) -> Path:
+        """The report to look at; of an unfinished training under a name of its own."""
+        return self.path / f"report{'' if is_final else _SO_FAR}.html"
+
+    @property
+    def report_to_read(self) -> Path:
+        """The report that people are pointed to: the page, or report.md where there is none."""
+        return self.page_file() if self.page_file().is_file() else self.report_file
 
     @property
     def checksums_file(self) -> Path:
@@ -219,8 +229,9 @@ class RunFolder:
         """Remove what an earlier evaluation left, by weights that were not the final ones."""
         self.choices_file.unlink(missing_ok=True)
         self.domain_file.unlink(missing_ok=True)
-        for split in SPLITS:
-            for is_final in (True, False):
+        for is_final in (True, False):
+            self.page_file(is_final).unlink(missing_ok=True)
+            for split in SPLITS:
                 self.predictions_file(split, is_final).unlink(missing_ok=True)
                 self.metrics_file(split, is_final).unlink(missing_ok=True)
 

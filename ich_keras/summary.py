@@ -103,7 +103,7 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
             width,
         )
     )
-    return "\n".join([*parts, f"Report: {run.report_file}", f"Run folder: {run}"])
+    return "\n".join([*parts, f"Report: {run.report_to_read}", f"Run folder: {run}"])
 
 
 def _level_table(level: str, splits: dict[str, dict], width: int) -> str:

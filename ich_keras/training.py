@@ -1,6 +1,7 @@
 """Training: from a cache with labels to a run folder, in one go or resumed."""
 
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from ich_keras.distribution import (
 )
 from ich_keras.domain import domain_of
 from ich_keras.environment import choose_backend, choose_device, environment_record
-from ich_keras.errors import UsageError
+from ich_keras.errors import IchError, UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Fit, compiled_network, fit, restored
@@ -50,9 +51,12 @@ from ich_keras.run_folder import (
     ENDED_EARLY,
     PLAN,
     RESUMED,
+    STAGES,
     START,
     RunFolder,
 )
+from ich_keras.run_pages.card import CARD, data_card
+from ich_keras.run_pages.report import keep_page, report_page
 from ich_keras.run_space import require_space, training_space
 from ich_keras.training_data import (
     changed_environment,
@@ -146,7 +150,8 @@ def train(
                 run.environment_file,
                 {**environment, "seed": recipe.training.seed, START: started},
             )
-            write_json(run.data_file, data_record(cache, recipe, split, plan.to_dict()))
+            record = data_record(cache, recipe, split, plan.to_dict())
+            write_json(run.data_file, record | {CARD: data_card(cache, recipe.labels)})
             split.save(run.split_file)
             Seen.of(cache, split).save(run.seen_file)
             if loaded is not None:
@@ -159,7 +164,7 @@ def train(
             training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
             training, course = replace(training, callbacks=own_ones), Course()
             fit(training, course, progress, tell)
-            _finish(run, recipe, cache, progress, course)
+            _finish(run, recipe, cache, progress, tell, course)
         finally:
             # Without a finished epoch there is nothing to resume or evaluate.
             if not run.is_interrupted and not run.is_finished:
@@ -252,7 +257,7 @@ def resume(
             tell(line)
         if not course.is_over(epochs):
             fit(training, course, progress, tell)
-        _finish(run, recipe, cache, progress, course)
+        _finish(run, recipe, cache, progress, tell, course)
     run.lock_file.unlink(missing_ok=True)
     return run.path
 
@@ -346,9 +351,14 @@ def _follow(training: Fit) -> Path:
 
 
 def _finish(
-    run: RunFolder, recipe: Recipe, cache: CTCache, progress: Progress | None, course: Course
+    run: RunFolder,
+    recipe: Recipe,
+    cache: CTCache,
+    progress: Progress | None,
+    tell: Tell,
+    course: Course,
 ) -> None:
-    """Evaluate the best weights and write the report and the `.keras` file."""
+    """Evaluate the best weights and write the reports and the `.keras` file."""
     from ich_keras.models.weights_file import read_weights
 
     if course.stopped is not None:
@@ -359,12 +369,24 @@ def _finish(
     save_model(load_network(run, recipe.device, "float32")[1], run.model_file, recipe)
     # Left behind if the unfinished run was evaluated, or its evaluation was interrupted.
     run.forget_evaluations()
+    clock = time.perf_counter
+    taken: dict[str, float] = {}
+    began = clock()
     for split in SPLITS_TO_EVALUATE:
         evaluate_network(run, recipe, model, cache, split, progress)
+        taken[f"evaluating {split}"], began = round(clock() - began, 1), clock()
     domain = domain_of(run, recipe, model, cache, progress)
     if domain is not None:
         domain.save(run.domain_file)
-    # The report comes last: it makes the run a finished one.
+    taken["what the training looks like"] = round(clock() - began, 1)
+    write_json(run.environment_file, run.environment() | {STAGES: taken})
+    # This report comes last: it makes the run a finished one.
     report = report_text(run)
     write_checksums(run, read_weights(run.best_weights).digest, report)
     atomic_write(run.report_file, report)
+    try:
+        # Without these pictures, too, the run is finished.
+        keep_page(run, report_page(run, cache))
+    except IchError as error:
+        name = run.page_file().name
+        tell(f"{name} could not be made: {error} To try again: ich report {run} --cache CACHE")

@@ -1,7 +1,9 @@
-"""What a finished run gave on its validation patients, for choosing thresholds and groups."""
+"""What a run gave on the patients of a split: on those of validation, for choosing thresholds and
+groups."""
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,17 +39,19 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class ValidationScores:
-    """The rows of predictions-valid.csv.
+    """The rows of predictions-valid.csv, or of another split's.
 
     Args:
         rows: as they are: slices, or series of a run on whole series.
         uids: str (n,), the series of each row.
+        names: str (n,), the UID of each row: of its slice, or of its series.
         is_slices: whether the rows are slices.
         labels: their order.
     """
 
     rows: Scores
     uids: np.ndarray
+    names: np.ndarray
     is_slices: bool
     labels: LabelSet
 
@@ -89,21 +93,40 @@ class ValidationScores:
         return Scores(truth.to_numpy().astype(np.int8), values.to_numpy(), patients, rule)
 
 
-def evaluate_again(run: RunFolder) -> str:
-    """Return the command that makes choices and predictions on validation again."""
-    return f"ich evaluate --run {shlex.quote(str(run))} --cache CACHE --split valid"
+def evaluate_again(run: RunFolder, split: str = "valid") -> str:
+    """Return the command that makes the predictions on a split again (and choices, on validation).
+
+    Args:
+        run: the run.
+        split: "train", "valid" or "test".
+    """
+    return f"ich evaluate --run {shlex.quote(str(run))} --cache CACHE --split {split}"
 
 
 def read_validation_scores(run: RunFolder, labels: LabelSet) -> ValidationScores | None:
-    """Read the predictions on the validation split; None where the run has none.
+    """Read the predictions on the validation split; see `read_split_scores`."""
+    return read_split_scores(run, labels, "valid")
+
+
+def read_split_scores(
+    run: RunFolder, labels: LabelSet, split: str, is_final: bool = True
+) -> ValidationScores | None:
+    """Read the predictions on a split; None where the run has none.
+
+    Args:
+        run: a run.
+        labels: its labels.
+        split: "train", "valid" or "test".
+        is_final: by the final weights, or by those so far of an unfinished training.
 
     Raises:
         StaleError: they were changed since the run finished, or are damaged.
     """
-    path = run.predictions_file("valid")
+    path = run.predictions_file(split, is_final)
     if not path.is_file():
         return None
-    require_file_unchanged(run, path)
+    if is_final:
+        require_file_unchanged(run, path)
     names, truths = list(labels.names), truth_columns(labels)
     try:
         table = pd.read_csv(path, dtype={_SLICE: str, _SERIES: str})
@@ -113,21 +136,25 @@ def read_validation_scores(run: RunFolder, labels: LabelSet) -> ValidationScores
         uids = table[_SERIES].to_numpy()
         patients = table[PATIENT_COLUMN].to_numpy() if PATIENT_COLUMN in table else None
     except (KeyError, ValueError) as error:
-        raise _damaged(run, f"{error}") from error
-    if not len(table):
-        raise _damaged(run, "it has no row")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise _damaged(run, "a value is not a probability")
-    if not np.isin(truth, (UNLABELLED, 0, 1)).all():
-        raise _damaged(run, "a true label is none of 0, 1 and -1")
-    if patients is not None and patients.dtype.kind != "i":
-        raise _damaged(run, f"the column {PATIENT_COLUMN} does not hold whole numbers")
+        raise _damaged(run, path, split, f"{error}") from error
+    for is_sound, why in (
+        (len(table) > 0, "it has no row"),
+        (((values >= 0) & (values <= 1)).all(), "a value is not a probability"),
+        (np.isin(truth, (UNLABELLED, 0, 1)).all(), "a true label is none of 0, 1 and -1"),
+        (
+            patients is None or patients.dtype.kind == "i",
+            f"the column {PATIENT_COLUMN} does not hold whole numbers",
+        ),
+    ):
+        if not is_sound:
+            raise _damaged(run, path, split, why)
     rows = Scores(truth.astype(np.int8), values, patients)
-    return ValidationScores(rows, uids, _SLICE in table, labels)
+    names = table[_SLICE].to_numpy() if _SLICE in table else uids
+    return ValidationScores(rows, uids, names, _SLICE in table, labels)
 
 
-def _damaged(run: RunFolder, why: str) -> StaleError:
+def _damaged(run: RunFolder, path: Path, split: str, why: str) -> StaleError:
     return StaleError(
-        f"{run.predictions_file('valid')} is damaged: {why}.",
-        f"Remove it, then: {evaluate_again(run)}",
+        f"{path} is damaged: {why}.",
+        f"Remove it, then: {evaluate_again(run, split)}",
     )

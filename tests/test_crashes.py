@@ -85,7 +85,10 @@ def result_of(name: str, folder: Path) -> dict[str, object]:
 
 
 def try_again(server: CommandServer, name: str, home: Path, out: Path) -> str:
-    """Do what a person does after a crash: the same command, or for a training --resume."""
+    """Do what a person does after a crash: the same command, or for a training --resume, or, when
+    that is done but for its page, `ich report`."""
+    if name == "train" and (out / "report.md").exists():
+        return done(server, "report", out)
     if name == "train" and out.exists():
         code, output = server.run("train", "--resume", out)
         if "it has no state of a finished epoch" not in output:
@@ -97,7 +100,10 @@ def try_again(server: CommandServer, name: str, home: Path, out: Path) -> str:
 
 
 def is_finished(name: str, out: Path) -> bool:
-    last = {"index": "index.json", "cache": "manifest.json", "train": "report.md"}
+    last = {"index": "index.json", "cache": "manifest.json"}
+    if name == "train":
+        record = out / "checksums.json"
+        return record.exists() and "report.html" in json.loads(record.read_text())["files"]
     if name == "predict":
         return (out / "notice.txt").exists() and not (out / "prediction.journal").exists()
     # Until its journal is gone, an index is taken up again, and found to be whole.

@@ -50,7 +50,7 @@ def test_the_demo_walks_the_whole_road(tmp_path):
         f"Counting voxels per HU band instead, AUROC(any): {summary['trivial_auroc_any']:.3f}."
     )
     assert trivial in (result.run_dir / "report.md").read_text()
-    assert str(result.run_dir / "report.md") in told[-1]
+    assert str(result.run_dir / "report.html") in told[-1]
 
     cache = CTCache.open(tmp_path / "demo" / "cache")
     slices = cache.slices

@@ -190,7 +190,7 @@ def test_the_demo_leaves_its_lines(shown, work):
         *epoch_lines(run),
         "Plan light: 24 series, resnet10_2d at 32x32 pixels, 2 epochs.",
         "Held-out patients (synthetic), slice level:",
-        f"Report: {run / 'report.md'}",
+        f"Report: {run / 'report.html'}",
     )
     lines = screen.text()
     for label in LABELS:

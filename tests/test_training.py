@@ -97,6 +97,7 @@ def test_the_run_folder_holds_what_made_the_numbers(run, phantom_cache):
         "checksums.json",
         "state",
         "report.md",
+        "report.html",
         *(
             f"{what}-{part}.{end}"
             for what, end in (("predictions", "csv"), ("metrics", "json"))

@@ -6,6 +6,7 @@ from ich_keras import __version__
 from ich_keras.cli.checks import verify
 from ich_keras.cli.data import audit, cache, doctor, index, phantom
 from ich_keras.cli.folds import folds
+from ich_keras.cli.pictures import compare, report, show
 from ich_keras.cli.results import evaluate, predict, presets, submission
 from ich_keras.cli.train import train_main
 from ich_keras.cli.viewing import view
@@ -31,6 +32,9 @@ for _command in (
     evaluate,
     predict,
     view,
+    report,
+    compare,
+    show,
     audit,
     verify,
     submission,

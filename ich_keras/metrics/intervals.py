@@ -192,7 +192,7 @@ def _resampled(
         for column, part in zip(columns, parts, strict=True)
     ]
     drawn: list[list] = [[] for _ in sets]
-    for counts in _draws(len(names), resamples, seed):
+    for counts in patient_draws(len(names), resamples, seed):
         for scored, column, part in zip(drawn, columns, parts, strict=True):
             scored.append(column.metrics(counts[:, part].astype(np.float64)))
     joined = [
@@ -202,8 +202,14 @@ def _resampled(
     return whole, joined
 
 
-def _draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each patient occurs in each resample: int (some resamples, patients)."""
+def patient_draws(num_patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each patient occurs in each resample: int (some resamples, patients).
+
+    Args:
+        num_patients: of the data.
+        resamples: how many in all.
+        seed: the same seed gives the same draws.
+    """
     random = np.random.default_rng(seed)
     shares = np.full(num_patients, 1 / num_patients)
     for start in range(0, resamples, _CHUNK):

@@ -1,0 +1,126 @@
+"""Commands that make something to look at: report, compare, show."""
+
+import shlex
+from pathlib import Path
+
+import click
+
+from ich_keras.cli.options import FOLDER
+from ich_keras.terminal import Command, terminal_width
+
+
+@click.command(cls=Command)
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=FOLDER,
+    metavar="DIR",
+    help="That of the training: adds pictures of the worst misses and false alarms.",
+)
+def report(run_dir: Path, cache_dir: Path | None) -> None:
+    """Make a run's report.html again: one page, with curves, tables and settings.
+
+    A training writes it at its end; runs of older versions get one. For an unfinished run it is
+    called report.unfinished.html.
+    """
+    from ich_keras.run_folder import CACHE_PATH, RunFolder
+    from ich_keras.run_pages.report import write_report_page
+    from ich_keras.workflow import open_cache
+
+    cache = None if cache_dir is None else open_cache(cache_dir)
+    written = write_report_page(run_dir, cache)
+    if cache is None:
+        place = RunFolder(run_dir).data().get(CACHE_PATH) or "CACHE"
+        command = shlex.join(["ich", "report", str(run_dir), "--cache", str(place)])
+        click.echo(f"Without pictures, because it was made without the cache. With them: {command}")
+    click.echo(f"Report: {written}")
+
+
+@click.command(cls=Command)
+@click.argument("run_dirs", type=FOLDER, metavar="RUN RUN...", nargs=-1)
+@click.option("--out", type=FOLDER, metavar="HTML", help="New file: the same as a page.")
+def compare(run_dirs: tuple[Path, ...], out: Path | None) -> None:
+    """Compare runs with the first of them, on the same test slices or series.
+
+    Prints each metric's difference with its 95 % interval by patients, and the settings that
+    differ. Slices are compared with whole series per series.
+    """
+    from ich_keras.comparison_summary import comparison_text
+    from ich_keras.files import atomic_write, require_absent
+    from ich_keras.run_pages.comparison import compare as compare_runs
+    from ich_keras.run_pages.comparison_page import comparison_page
+
+    if out is not None:
+        require_absent(out)
+    found = compare_runs(run_dirs)
+    click.echo(comparison_text(found, terminal_width()))
+    if out is not None:
+        atomic_write(out, comparison_page(found))
+        click.echo(f"Page: {out}")
+
+
+@click.command(cls=Command)
+@click.argument("cache_dir", type=FOLDER, metavar="CACHE")
+@click.option("--out", type=FOLDER, metavar="PNG", help="New file; default: inputs.png.")
+@click.option("--view", default="slice", show_default=True, help="slice, slab or series.")
+@click.option(
+    "--slices", "num_slices", type=click.IntRange(min=1), help="Of a slab or a series; 5 and 60."
+)
+@click.option("--size", type=click.IntRange(min=8), help="Of the input; default: the cache's.")
+@click.option("--intensity", help="windows, wide or head-z-score; default: as in training.")
+@click.option(
+    "--augment", default="fast", show_default=True, help="fast, thesis, flip; none leaves it out."
+)
+@click.option("--count", type=int, default=6, show_default=True, help="Samples to show.")
+@click.option("--epoch", type=int, default=1, show_default=True, help="Whose augmentation.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of samples and changes.")
+@click.option(
+    "--series",
+    "number",
+    type=int,
+    metavar="N",
+    help="Instead, all slices of the N-th series in the brain window.",
+)
+def show(
+    cache_dir: Path,
+    out: Path | None,
+    view: str,
+    num_slices: int | None,
+    size: int | None,
+    intensity: str | None,
+    augment: str,
+    count: int,
+    epoch: int,
+    seed: int,
+    number: int | None,
+) -> None:
+    """Draw what enters a network: windows and labels, before and after augmentation.
+
+    The picture carries numbers of series and slices, and no identifier of a patient.
+    """
+    from ich_keras.cache_pictures import Shown, inputs_picture, montage_picture
+    from ich_keras.data.views import View
+    from ich_keras.files import atomic_write, require_absent
+    from ich_keras.recipe import DEFAULT_SLICES
+    from ich_keras.workflow import open_cache
+
+    out = Path("inputs.png" if number is None else f"series-{number}.png") if out is None else out
+    require_absent(out)
+    cache = open_cache(cache_dir)
+    if number is not None:
+        picture = montage_picture(cache, number)
+    else:
+        usual = DEFAULT_SLICES.get(view, 1)
+        shown = Shown(
+            View(view, usual if num_slices is None else num_slices),
+            size,
+            intensity,
+            None if augment == "none" else augment,
+            count,
+            epoch - 1,
+            seed,
+        )
+        picture = inputs_picture(cache, shown)
+    atomic_write(out, picture)
+    click.echo(f"Picture: {out}")
