@@ -33,6 +33,8 @@ TOLERANCE_MM = 5.0
 # What is brighter than blood ever is: bone, calcification, metal.
 TOO_BRIGHT_HU = 100
 SMOOTHING_MM = 2.0
+# Nearer to the skull, a voxel is partly bone.
+RIM_MM = 3.0
 NUM_SERIES, SEED = 120, 7000
 MATRIX, SPACING_MM = 128, (8.0, 11.0)
 BRIGHTEST = "brightest voxels"
@@ -59,11 +61,11 @@ class Network:
 
 # Small enough for two cores and twenty minutes in all.
 NETWORKS: dict[str, Network] = {
-    "slice": Network("resnet18_2d", size=96, epochs=5, batch_size=32),
-    "slab": Network("resnet10_3d_slab", size=80, epochs=3, batch_size=16, slices=3),
-    "series": Network("resnet10_3d", size=80, epochs=14, batch_size=8, slices=16),
+    "slice": Network("resnet10_2d", size=80, epochs=5, batch_size=32),
+    "series": Network("resnet10_3d", size=64, epochs=12, batch_size=8, slices=12),
+    "slab": Network("resnet10_3d_slab", 64, epochs=3, batch_size=8, learning_rate=3e-4, slices=3),
 }
-TRAINING_SERIES, TRAINING_SEED = 600, 0
+TRAINING_SERIES, TRAINING_SEED, CACHE_SIZE = 600, 0, 96
 
 # The last features, on which gradcam and hirescam agree; earlier ones, with more cells.
 OPTIONS = (
@@ -109,8 +111,7 @@ def train_networks(work: Path, tell: Tell) -> dict[str, Path]:
                 matrix=MATRIX,
                 slice_spacing_mm=SPACING_MM,
             )
-        size = max(network.size for network in NETWORKS.values())
-        cache_dicom(phantoms / IMAGES, phantoms / LABELS_CSV, cache_dir, size)
+        cache_dicom(phantoms / IMAGES, phantoms / LABELS_CSV, cache_dir, CACHE_SIZE)
     cache = CTCache.open(cache_dir)
     runs = {}
     for view, network in NETWORKS.items():
@@ -167,12 +168,14 @@ def brightest(phantom: Phantom) -> np.ndarray:
     """Score voxels by how bright they are: float32 (slices, rows, columns).
 
     HU are smoothed within each slice by a Gaussian of `SMOOTHING_MM`, over the voxels inside the
-    skull (by the phantom's own mask) that are not brighter than `TOO_BRIGHT_HU`. All others score
-    lowest.
+    skull (by the phantom's own mask), at least `RIM_MM` from it, that are not brighter than
+    `TOO_BRIGHT_HU`. All others score lowest.
     """
-    sigma = SMOOTHING_MM / phantom.scan.pixel_mm
+    _, row_mm, column_mm = phantom.spacing_mm
+    sigma = SMOOTHING_MM / row_mm
     scores = np.full(phantom.hu.shape, -1000, np.float32)
-    cavity = phantom.mask("cavity") & (phantom.hu <= TOO_BRIGHT_HU)
+    beside = [near(~inside, row_mm, column_mm, RIM_MM) for inside in phantom.mask("cavity")]
+    cavity = ~np.stack(beside) & (phantom.hu <= TOO_BRIGHT_HU)
     for hu, inside, out in zip(phantom.hu, cavity, scores, strict=True):
         weight = inside.astype(np.float32)
         total = cv2.GaussianBlur(np.where(inside, hu, 0).astype(np.float32), (0, 0), sigma)

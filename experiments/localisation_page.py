@@ -15,6 +15,7 @@ from experiments.localisation import (
     NETWORKS,
     NUM_SERIES,
     OPTIONS,
+    RIM_MM,
     SEED,
     SMOOTHING_MM,
     TOLERANCE_MM,
@@ -168,12 +169,13 @@ def _how(measured: Mapping[str, Measured]) -> list[str]:
         "",
         "- *Chance*: a random pixel of the head; for the overlap, the bleed's share of the head.",
         f"- *Brightest voxels*: Hounsfield units, smoothed by {SMOOTHING_MM:g} mm, inside the skull"
-        f" (which the phantom knows exactly) and up to {TOO_BRIGHT_HU} HU (bone and calcifications"
-        " are left out). It needs no network, and does not know one bleed from another.",
+        f" and at least {RIM_MM:g} mm from it (which the phantom knows exactly), up to"
+        f" {TOO_BRIGHT_HU} HU (calcifications are left out). It needs no network, and does not"
+        " know one bleed from another.",
         "- A network that does not find a label (its AUROC's interval on these phantoms includes"
         " .5) is not judged for it: *n.j.*",
         "- gradcam and hirescam on layer4 are the same for these networks. Layer4 has few cells"
-        " here: 3 x 3 at 96 pixels.",
+        " here: 3 x 3 at 80 pixels, 2 x 2 at 64.",
     ]
 
 
@@ -284,11 +286,13 @@ def _of(table: pd.DataFrame, view: str, level: str, metric: str) -> pd.DataFrame
     return table[(table["view"] == view) & (table["level"] == level) & (table["metric"] == metric)]
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None or np.isnan(value):
+        return "n/a"
     return f"{value:.2f}".replace("0.", ".", 1)
 
 
-def _with_interval(value: float, low: float | None, high: float | None) -> str:
+def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return _number(value)
     return f"{_number(value)} ({_number(low)} to {_number(high)})"
