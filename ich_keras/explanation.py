@@ -198,7 +198,8 @@ def explain_series(
                 places.draw(int(sample), one, values[name], head)
         if progress is not None:
             progress(_STEP, int(numbers[-1]) + 1, len(shown))
-    scales = {name: float(np.abs(found).max()) for name, found in values.items()}
+    # Without a copy of the absolute values.
+    scales = {name: float(max(found.max(), -found.min())) for name, found in values.items()}
     for name, found in values.items():
         if scales[name] > 0:
             found /= scales[name]

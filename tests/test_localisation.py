@@ -197,3 +197,34 @@ def test_the_page_says_what_was_measured(tmp_path):
         "hits.svg",
         "examples.png",
     }
+
+
+def test_runs_are_told_apart_by_what_they_see(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from untrained_runs import untrained_run
+
+    from experiments import localisation, localisation_page
+    from experiments.__main__ import main
+    from ich_keras.errors import UsageError
+    from ich_keras.labels import label_set
+    from ich_keras.models.spec import ModelSpec
+
+    spec = ModelSpec((32, 32, 3), depth=10, width=4)
+    one, two = (untrained_run(tmp_path / n, "narrow_2d", spec, size=32) for n in "ab")
+    assert localisation.runs_by_view([one]) == {"slice": one}
+    with pytest.raises(UsageError, match="both see slice"):
+        localisation.runs_by_view([one, two])
+    own = label_set(("bleed",))
+    other = untrained_run(tmp_path / "c", "narrow_2d", spec, size=32, labels=own)
+    with pytest.raises(UsageError, match="answers bleed; expected RSNA's six labels"):
+        localisation.measure(other, [], print)
+
+    monkeypatch.setattr(localisation, "scored_phantoms", lambda: iter(["phantom"]))
+    monkeypatch.setattr(localisation, "measure", lambda run, phantoms, tell: (run, phantoms))
+    written = []
+    monkeypatch.setattr(localisation_page, "write_page", lambda *given: written.append(given))
+    arguments = ["localisation", "--run", str(one), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    out, measured, phantoms, runs = written[0]
+    assert out == tmp_path / "out" and runs == {"slice": one} and phantoms == ["phantom"]
+    assert measured == {"slice": (one, ["phantom"])}

@@ -20,7 +20,7 @@ def head_mask(hu: np.ndarray, row_spacing_mm: float, column_spacing_mm: float) -
         bool, the shape of `hu`; all False in a slice without tissue.
 
     >>> y, x = np.mgrid[-100:100, -100:100]  # mm
-    >>> slice_hu = np.where((x / 70) ** 2 + (y / 90) ** 2 < 1, 40, -1000)
+    >>> slice_hu = np.where((x / 70) ** 2 + (y / 85) ** 2 < 1, 40, -1000)
     >>> slice_hu[190:193] = 200  # a thin shell below it
     >>> mask = head_mask(slice_hu, 1.0, 1.0)
     >>> bool(mask[100, 100]), bool(mask[191, 100])
