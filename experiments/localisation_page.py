@@ -175,7 +175,7 @@ def _how(measured: Mapping[str, Measured]) -> list[str]:
         "- A network that does not find a label (its AUROC's interval on these phantoms includes"
         " .5) is not judged for it: *n.j.*",
         "- gradcam and hirescam on layer4 are the same for these networks. Layer4 has few cells"
-        " here: 3 x 3 at 80 pixels, 2 x 2 at 64.",
+        " here: 3 x 3 at 80 pixels, 2 x 2 at 64 and 48.",
     ]
 
 
