@@ -294,6 +294,45 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+@main.command()
+@click.option(
+    "--work",
+    type=_FOLDER,
+    default=WORK / "localisation",
+    show_default=True,
+    metavar="DIR",
+    help="Folder of phantoms, cache and runs.",
+)
+@click.option(
+    "--out",
+    type=_FOLDER,
+    default=RESULTS / "localisation",
+    show_default="results/localisation",
+    metavar="DIR",
+    help="Folder of tables and figures.",
+)
+@click.option(
+    "--run",
+    "runs",
+    type=PathType(file_okay=False, exists=True),
+    multiple=True,
+    metavar="RUN",
+    help="Score these runs instead of training some; one for each view.",
+)
+def localisation(work: Path, out: Path, runs: tuple[Path, ...]) -> None:
+    """Measure on phantoms whether heat maps point at the bleed; trains three small networks."""
+    from experiments.localisation import measure, runs_by_view, scored_phantoms, train_networks
+    from experiments.localisation_page import write_page
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    chosen = runs_by_view(runs) if runs else train_networks(work.absolute(), tell)
+    phantoms = list(scored_phantoms())
+    measured = {view: measure(run, phantoms, tell) for view, run in chosen.items()}
+    click.echo(f"Report: {write_page(out, measured, phantoms, chosen)}")
+
+
 @main.command("published-split")
 @click.option(
     "--table",

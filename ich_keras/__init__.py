@@ -35,6 +35,8 @@ _PUBLIC = {
     "SeriesIndex": "ich_keras.ct.series",
     "Window": "ich_keras.ct.window",
     "write_phantoms": "ich_keras.phantom.dicom",
+    "make_phantom": "ich_keras.phantom.plan",
+    "PhantomSpec": "ich_keras.phantom.plan",
     "read_rsna_labels": "ich_keras.data.rsna_labels",
     "join_labels": "ich_keras.data.labels",
     "CTCache": "ich_keras.data.cache.cache",
@@ -76,6 +78,10 @@ _PUBLIC = {
     "view": "ich_keras.viewing",
     "predict_arrays": "ich_keras.arrays",
     "cache_from_arrays": "ich_keras.arrays",
+    "explain": "ich_keras.explanation",
+    "explain_series": "ich_keras.explanation",
+    "HeatMaps": "ich_keras.explanation",
+    "MapOptions": "ich_keras.relevance",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

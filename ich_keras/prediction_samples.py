@@ -9,6 +9,7 @@ import pandas as pd
 
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import shown_paths
+from ich_keras.ct.verdict import TILTED as TILTED_WORD
 from ich_keras.data.inputs import slice_input, stack_slices, volume_input
 from ich_keras.data.thin_series import AS_THEY_ARE, ThinRule
 from ich_keras.data.views import Samples, View, make_samples
@@ -113,6 +114,42 @@ def judged(
     nothing = np.zeros((0, 0), np.float32)
     result = SeriesResult(series.series_uid, times, tuple(hashes), tuple(rejects), nothing)
     return SeriesReading(hu, samples, usable, result)
+
+
+def series_samples(
+    view: View,
+    shape: tuple[int, ...],
+    spacing_mm: Sequence[float],
+    shear: tuple[float, float] = (0.0, 0.0),
+) -> Samples:
+    """Return the samples of one series whose slices are all there, evenly spaced.
+
+    Args:
+        view: what a sample is.
+        shape: (slices, rows, columns).
+        spacing_mm: between slices, rows and columns.
+        shear: of a tilted series, `shear_row` and `shear_column` of the index.
+
+    >>> series_samples(View("slab", 3), (2, 8, 8), (5, 1, 1)).rows.tolist()
+    [[-1, 0, 1], [0, 1, -1]]
+    """
+    length, rows, columns = shape
+    slices = pd.DataFrame(
+        {"series_uid": ["series"] * length, "position_mm": np.arange(length) * spacing_mm[0]}
+    )
+    series = pd.DataFrame(
+        {
+            "num_slices": [length],
+            "verdict": [TILTED_WORD if any(shear) else ""],
+            "rows": rows,
+            "columns": columns,
+            "row_spacing_mm": spacing_mm[1],
+            "column_spacing_mm": spacing_mm[2],
+            "shear_row": shear[0],
+            "shear_column": shear[1],
+        }
+    )
+    return make_samples(slices, series, view)
 
 
 def inputs_of(

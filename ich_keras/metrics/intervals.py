@@ -155,6 +155,41 @@ def mean_paired_bootstrap(
     return found
 
 
+def mean_interval(
+    values: np.ndarray,
+    patients: Sequence[str] | np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """Compute the mean of one number per row with its 95 % percentile interval.
+
+    Args:
+        values: float (n,).
+        patients: (n,), the patient of each row; as many are drawn as there are.
+        resamples: number of resamples.
+        seed: of the draws: the same patients in the same order get the same draws.
+
+    Returns:
+        {"value", "low", "high", "resamples"}; low and high are None for a single patient.
+
+    Raises:
+        DataError: shapes differ, or there are no rows.
+
+    >>> mean_interval(np.array([1.0, 1.0, 0.25]), ["a", "a", "b"], resamples=100)["value"]
+    0.75
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values) or len(patients) != len(values):
+        raise DataError(f"values {values.shape} of {len(patients)} patients; expected one each.")
+    numbers, names = pd.factorize(np.asarray(patients, object))
+    if len(names) < 2:
+        return {"value": float(values.mean()), "low": None, "high": None, "resamples": 0}
+    sums = np.bincount(numbers, values, len(names))
+    rows = np.bincount(numbers, minlength=len(names))
+    drawn = [counts @ sums / (counts @ rows) for counts in _draws(len(names), resamples, seed)]
+    return _interval(float(values.mean()), np.concatenate(drawn))
+
+
 def _mean(scored: Sequence[dict], name: str) -> Any:
     """Average a metric over models: float, or float (resamples,); NaN if any model's is NaN."""
     return np.mean([metrics[name] for metrics in scored], axis=0)

@@ -269,12 +269,7 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
     (None, 4, 4, 8)
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    last: dict[str, Any] = {}
-    for layer in model.layers:
-        stage = re.match(r"layer\d+(?=_)", layer.name)
-        name = "stem" if layer.name == "relu" else stage[0] if stage else layer.name
-        if name in (*FEATURES, "fc"):
-            last[name] = layer.output
+    last = feature_tensors(model)
     unknown = [name for name in names if name not in last]
     if unknown or not names:
         raise UsageError(
@@ -282,3 +277,14 @@ def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> kera
             f" it has {', '.join(last)}."
         )
     return functional(model.input, {name: last[name] for name in names}, model.name)
+
+
+def feature_tensors(model: keras.Model) -> dict[str, Any]:
+    """Return the symbolic tensors of a network's `FEATURES`, and of its logits ("fc"), by name."""
+    last: dict[str, Any] = {}
+    for layer in model.layers:
+        stage = re.match(r"layer\d+(?=_)", layer.name)
+        name = "stem" if layer.name == "relu" else stage[0] if stage else layer.name
+        if name in (*FEATURES, "fc"):
+            last[name] = layer.output
+    return last

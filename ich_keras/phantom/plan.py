@@ -76,8 +76,8 @@ class PhantomSpec:
     """
 
     seed: int
-    patient: int
-    series: int
+    patient: int = 0
+    series: int = 0
     subtypes: tuple[str, ...] = ()
     encoding: str = "signed-16"
     matrix: int = 512
@@ -117,6 +117,11 @@ class Phantom:
     masks: np.ndarray
     scan: Scan
     bleeds: tuple[Bleed, ...]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distances between slices, rows and columns."""
+        return (self.scan.slice_spacing_mm, self.scan.pixel_mm, self.scan.pixel_mm)
 
     def mask(self, name: str) -> np.ndarray:
         """Return the mask of a subtype, "ventricles" or "cavity": bool (slices, rows, columns)."""
@@ -219,6 +224,10 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
 
     Args:
         spec: patient, series, bleeds, encoding and size.
+
+    >>> phantom = make_phantom(PhantomSpec(seed=3, subtypes=("subdural",), matrix=64))
+    >>> phantom.hu.dtype.name, phantom.mask("subdural").shape == phantom.hu.shape
+    ('int16', True)
     """
     of_patient = np.random.default_rng(np.random.SeedSequence([spec.seed, spec.patient]))
     of_series = np.random.default_rng(

@@ -148,6 +148,34 @@ class FlatFunction:
                 part.run(values, tensors)
         return [channels_last(values[number], x.dim() - 2) for number in self._outputs]
 
+    def from_first_output(
+        self, x: torch.Tensor, tensors: Tensors
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute the outputs, with gradients from the first one on, and no earlier.
+
+        Args:
+            x: (N, ..., channels).
+            tensors: from `tensors`.
+
+        Returns:
+            (the first output as it lies in memory, channels first, a leaf of the gradients; the
+            other outputs, as from a call).
+        """
+        values, place = self.begin(x), self._outputs[0]
+        leaf = None
+        if place == 0:
+            leaf = values[0] = values[0].detach().requires_grad_()
+        for part in self.parts:
+            for operation, target, finished in part.operations:
+                with torch.set_grad_enabled(leaf is not None):
+                    values[target] = operation(values, tensors)
+                if target == place:
+                    leaf = values[target] = values[target].detach().requires_grad_()
+                for number in finished:
+                    values[number] = None
+        assert leaf is not None  # an output is the input, or made by a step
+        return leaf, [channels_last(values[number], x.dim() - 2) for number in self._outputs[1:]]
+
     def begin(self, x: torch.Tensor) -> Values:
         """Return the list of values with the input in its place; `parts` fill in the rest."""
         values: Values = [None] * self._num_values

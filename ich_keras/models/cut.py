@@ -1,0 +1,74 @@
+"""A classifier cut at some features: the model that gives these, and its logits."""
+
+from typing import Any
+
+import keras
+
+from ich_keras.errors import UsageError
+from ich_keras.models.graph import UnknownStep, read_graph
+from ich_keras.models.resnet import feature_tensors, functional
+from ich_keras.models.spec import FEATURES
+
+_ACTIVATIONS = ("sigmoid", "softmax")
+
+
+def logits_of_model(model: keras.Model) -> Any:
+    """Return the symbolic tensor of a classifier's logits.
+
+    Raises:
+        UnknownStep: the model cannot be read, or ends in neither logits nor probabilities.
+    """
+    graph = read_graph(model)
+    last = graph.steps[-1]
+    if len(graph.outputs) == 1 and last.kind in _ACTIVATIONS:
+        return last.layer.input
+    if len(graph.outputs) == 1 and last.kind == "dense":
+        return model.output
+    raise UnknownStep(f"{model.name} ends in {last.name}, not in a dense layer")
+
+
+def cut_model(model: keras.Model, layer: str | None) -> keras.Model:
+    """Return a model of the same layers that gives features and logits.
+
+    Args:
+        model: a classifier that `ich_keras.models.graph` can read, with logits or probabilities.
+        layer: one of `FEATURES` before the pooling, or the name of a layer; None takes the input.
+
+    Returns:
+        A functional model with the outputs [features, logits].
+
+    Raises:
+        UsageError: no such features, or they have no rows and columns.
+        UnknownStep: see `logits_of_model`.
+
+    >>> from ich_keras.models.classifier import classifier
+    >>> from ich_keras.models.spec import ModelSpec
+    >>> model = classifier(ModelSpec((32, 32, 1), depth=10, width=4))
+    >>> [output.shape for output in cut_model(model, "layer3").outputs]
+    [(None, 2, 2, 16), (None, 6)]
+    """
+    logits = logits_of_model(model)
+    feature = model.input if layer is None else _feature(model, layer)
+    return functional(model.input, [feature, logits], model.name)
+
+
+def _feature(model: keras.Model, name: str) -> Any:
+    known = feature_tensors(model)
+    layers = {layer.name: layer for layer in model.layers}
+    if name in known:
+        found = known[name]
+    elif name in layers:
+        found = layers[name].output
+    else:
+        shown = ", ".join(n for n in FEATURES[:-1] if n in known) or ", ".join(layers)
+        raise UsageError(
+            f"{model.name} has no features called {name!r}; expected one of {shown}.",
+            "The name of a layer (`model.summary()`) is taken, too.",
+        )
+    if len(found.shape) != len(model.input.shape):
+        raise UsageError(
+            f"{name!r} of {model.name} gives {tuple(found.shape[1:])}: no rows and columns are"
+            " left.",
+            "Take features before the pooling, such as 'layer4'.",
+        )
+    return found
