@@ -186,7 +186,9 @@ def mean_interval(
         return {"value": float(values.mean()), "low": None, "high": None, "resamples": 0}
     sums = np.bincount(numbers, values, len(names))
     rows = np.bincount(numbers, minlength=len(names))
-    drawn = [counts @ sums / (counts @ rows) for counts in patient_draws(len(names), resamples, seed)]
+    drawn = [
+        counts @ sums / (counts @ rows) for counts in patient_draws(len(names), resamples, seed)
+    ]
     return _interval(float(values.mean()), np.concatenate(drawn))
 
 
