@@ -216,6 +216,7 @@ def predict_folder(
     thin: str = AVERAGE,
     report: bool = False,
     show_patient: bool = False,
+    heat_maps: str | None = None,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run, or with several.
 
@@ -256,7 +257,8 @@ def predict_folder(
             training to the training's distance, or "keep" them
             (`ich_keras.data.thin_series`). Each run of an ensemble goes by its own training.
         report: also write a page for each study into `out`: see `study_reports.write_reports`.
-        show_patient: on those pages, tell the PatientID.
+        show_patient, heat_maps: on those pages, tell the PatientID, and lay heat maps of a method
+            over the slices (`MapOptions`), which takes about as long as the prediction.
 
     Returns:
         The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
@@ -293,7 +295,7 @@ def predict_folder(
         if report:
             from ich_keras.study_reports import Reports, write_reports  # what makes pages is heavy
 
-            reports = Reports.of(members, show_patient)
+            reports = Reports.of(members, show_patient, heat_maps, thin)
         if tell is not None and (cost := cost_line(members, tta)):
             tell(cost)
         with rejects_kept(folder), _rejects_inside(root):

@@ -14,6 +14,7 @@ from ich_keras.ct.rejects import Reject, joined
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import shown_paths
 from ich_keras.data.reading import IndexedSlice, indexed_slices
+from ich_keras.data.thin_series import AVERAGE
 from ich_keras.domain import VERDICT
 from ich_keras.files import atomic_write
 from ich_keras.labels import LabelSet
@@ -51,9 +52,9 @@ _OUTSIDE = (
     " and groups promise nothing."
 )
 
-# Heat maps: of a series (its row in the index), its slices that are shown (int16, HU) and labels,
-# the most wanted first: label -> float32 (slices, rows, columns) of 0 to 1.
-MapsOf = Callable[[Any, np.ndarray, Sequence[str]], Mapping[str, np.ndarray]]
+# Heat maps: of a series (its row in the index), its slices that are shown (int16, HU; their
+# positions, mm) and labels, the most wanted first: label -> float32 (slices, rows, columns), 0..1.
+MapsOf = Callable[[Any, np.ndarray, np.ndarray, Sequence[str]], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,21 +73,34 @@ class Reports:
     maps_method: str = ""
 
     @classmethod
-    def of(cls, members: Sequence[Member], show_patient: bool = False) -> "Reports":
+    def of(
+        cls,
+        members: Sequence[Member],
+        show_patient: bool = False,
+        heat_maps: str | None = None,
+        thin: str = AVERAGE,
+    ) -> "Reports":
         """Prepare the pages of what some runs predict.
 
         Args:
             members: the runs.
             show_patient: see `Reports`.
+            heat_maps: their method (`ich_keras.relevance.MapOptions`); None makes none.
+            thin: what was done with thin series.
 
         Raises:
             StaleError: a file of a run is damaged.
+            UsageError: as `ich_keras.report_maps.MapMaker`.
         """
         number = len(members)
         titles = [f"Model card {n} of {number}" for n in range(1, number + 1)]
         titles = titles if number > 1 else ["Model card"]
         cards = [model_card(one.run, title) for one, title in zip(members, titles, strict=True)]
-        return cls(cards, show_patient)
+        if heat_maps is None:
+            return cls(cards, show_patient)
+        from ich_keras.report_maps import MapMaker  # torch comes with it
+
+        return cls(cards, show_patient, MapMaker(members, heat_maps, thin), heat_maps)
 
 
 def write_reports(
@@ -264,7 +278,8 @@ class _StudyMaker:
         maps = None
         if maps_of is not None and read.hu is not None:
             wanted = [shown, *(label for label, _ in first), *labels.names]
-            maps = maps_of(series, read.hu, list(dict.fromkeys(wanted)))
+            positions = self.index.slices["position_mm"].to_numpy()[rows]
+            maps = maps_of(series, read.hu, positions, list(dict.fromkeys(wanted)))
         notes = [_OUTSIDE] if answer[VERDICT] == "outside" else []
         notes += [] if self.prediction.slices is not None else [_NO_SLICES]
         notes += _averaged(answer) if len(self.reports.cards) == 1 else []

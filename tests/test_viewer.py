@@ -18,11 +18,14 @@ from playwright.sync_api import expect
 from tiny_dicom import head_hu, tiny_file
 from untrained_runs import copy_series, untrained_run
 
-from ich_keras import shown_series, study_reports
+from ich_keras import report_maps, shown_series, study_reports
 from ich_keras.cli import main
+from ich_keras.ct.dicom import read_hu
+from ich_keras.ct.series import index_folder
 from ich_keras.ct.window import BRAIN, SOFT_TISSUE, SUBDURAL
 from ich_keras.data.thin_series import SliceDistances
 from ich_keras.errors import UsageError
+from ich_keras.explanation import explain_series
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.pages import packing
@@ -845,10 +848,22 @@ def test_a_series_that_a_run_skips_is_shown_without_answers(browser, tmp_path):
         expect(page.locator("main")).to_contain_text("9 × a slice of a tilted series")
 
 
+def maps_of_page(path, facts):
+    """The heat maps of the first series of a page: label -> uint8 (slices, rows, columns)."""
+    (text,) = re.findall(r'id="maps-0">\n(.*?)\n</script>', path.read_text(), re.S)
+    lines, count = text.split("\n"), len(facts["z_mm"])
+    return {
+        one["name"]: packing.unpack_map(
+            lines[one["from"] : one["from"] + count], one["rows"], one["columns"]
+        )
+        for one in facts["maps"]
+    }
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_thin_series_is_said_to_be_averaged(browser, tmp_path, count):
     """Its slices keep their own place; each five share an answer, and one of them is looked at."""
-    write_scan(tmp_path / "scan", 20, spacing_mm=1)
+    hu = write_scan(tmp_path / "scan", 20, spacing_mm=1)
     chosen = []
     for number in range(count):
         keras.utils.set_random_seed(number)
@@ -858,7 +873,8 @@ def test_a_thin_series_is_said_to_be_averaged(browser, tmp_path, count):
         (run / "data.json").write_text(json.dumps(facts))
         chosen.append(run)
     out = tmp_path / "out"
-    predict_folder(chosen, tmp_path / "scan", out, report=True, device="cpu")
+    more = {"heat_maps": "gradcam"} if count == 1 else {}
+    predict_folder(chosen, tmp_path / "scan", out, report=True, device="cpu", **more)
     with opened(browser, out / "reports/1.html") as page:
         wait_until_drawn(page)
         facts = json.loads(page.locator("#facts").text_content())["series"][0]
@@ -871,6 +887,56 @@ def test_a_thin_series_is_said_to_be_averaged(browser, tmp_path, count):
         if count == 1:
             told = "The network saw 4 slices of 5 mm, each averaged of thin ones"
             expect(page.locator("#series-0")).to_contain_text(told)
+            # What is explained is what the network saw.
+            averaged = np.rint(hu.reshape(4, 5, 64, 64).mean(axis=1)).astype(np.int16)
+            wanted = explain_series(chosen[0], averaged, (5, 0.5, 0.5), method="gradcam").values
+            packed = maps_of_page(out / "reports/1.html", facts)
+            for label, values in wanted.items():
+                assert abs(packed[label] / 255 - values.repeat(5, axis=0)).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["slice", "series"])
+def test_heat_maps_come_from_the_run(browser, tmp_path, images, kind, monkeypatch):
+    """Those of the page are those of `explain_series`, in 8 bits and at the page's size."""
+    monkeypatch.setattr(report_maps, "MOST_BYTES", 4 * 20 * 64 * 64)  # one or two labels at a time
+    spec, settings = SPEC, {}
+    if kind == "series":
+        spec = ModelSpec((20, 48, 48, 1), depth=10, width=4)
+        settings = {"view": "series", "slices": 20}
+    out = predicted(tmp_path, images, "--heat-maps", "gradcam", spec=spec, **settings)
+    index = index_folder(images)
+    uid = pd.read_csv(out / "studies.csv")["series_instance_uid"].iloc[0]
+    series = index.series[index.series["series_uid"] == uid].iloc[0]
+    paths = index.slices[index.slices["series_uid"] == uid]["container"]
+    hu = np.stack([read_hu(path) for path in paths])
+    spacing = (series.slice_spacing_mm, series.row_spacing_mm, series.column_spacing_mm)
+    wanted = explain_series(tmp_path / "run", hu, spacing, method="gradcam").values
+    with opened(browser, out / "reports/1.html") as page:
+        wait_until_drawn(page)
+        facts = json.loads(page.locator("#facts").text_content())["series"][0]
+        packed = maps_of_page(out / "reports/1.html", facts)
+        assert sorted(packed) == sorted(SIX.names)
+        for label, found in packed.items():
+            assert abs(found / 255 - wanted[label]).max() <= 0.5 / 255 + 1e-6
+        page.locator("#stage").press("h")
+        expect(page.locator("#stage")).to_have_attribute("data-heat", re.compile("/50"))
+        expect(page.get_by_text("Heat map (gradcam)")).to_be_visible()
+
+
+def test_heat_maps_that_cannot_be_are_refused_before_anything_is_written(tmp_path, images):
+    runs = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        runs.append(untrained_run(tmp_path / f"run-{seed}", "narrow", SPEC))
+    for chosen, method, message in [
+        (runs, "hirescam", "heat maps are asked for of 2 runs"),
+        (runs[:1], "crystal-ball", "method 'crystal-ball'; expected one of gradcam, hirescam"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            predict_folder(chosen, images, tmp_path / "out", report=True, heat_maps=method)
+        assert not (tmp_path / "out").exists()
+    refused = ich("predict", "--run", "r", "--dicom", images, "--out", "o", "--heat-maps")
+    assert refused.exit_code == 2 and "--heat-maps is about --report" in refused.output
 
 
 def test_an_ensemble_names_its_runs(browser, tmp_path, images):

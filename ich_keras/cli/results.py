@@ -228,6 +228,14 @@ def _evaluate_split(
     help="Also write OUT/reports/index.html, 1.html, ...: for each study its slices, to look"
     " through, and the answers to them.",
 )
+@click.option(
+    "--heat-maps",
+    metavar="[METHOD]",
+    is_flag=False,
+    flag_value="hirescam",
+    help="On those pages, show what the answers rest on: hirescam (without a METHOD), gradcam or"
+    " integrated-gradients. The first two take about as long as the prediction.",
+)
 @SHOW_PATIENT
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
@@ -247,6 +255,7 @@ def predict(
     tta: tuple[str, ...],
     thin: str | None,
     report: bool,
+    heat_maps: str | None,
     show_patient: bool,
     any_body_part: bool,
     any_image_type: bool,
@@ -272,8 +281,9 @@ def predict(
     from ich_keras.study_reports import REPORTS_FOLDER, START
     from ich_keras.summary import answers_table, prediction_table
 
-    if show_patient and not report:
-        raise UsageError("--show-patient is about --report, which is missing.")
+    for is_given, option in ((show_patient, "--show-patient"), (heat_maps, "--heat-maps")):
+        if is_given and not report:
+            raise UsageError(f"{option} is about --report, which is missing.")
     choose_backend(backend)
     with open_terminal() as terminal:
         result = predict_folder(
@@ -296,6 +306,7 @@ def predict(
             thin=thin or "average",
             report=report,
             show_patient=show_patient,
+            heat_maps=heat_maps,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     if result.decisions is not None:
