@@ -27,9 +27,10 @@ from ich_keras.files import fail_point
 from ich_keras.inference import probabilities, tapped
 from ich_keras.metrics.aggregation import DEFAULT_RULE
 from ich_keras.metrics.smoothing import NO_SMOOTHING
+from ich_keras.prediction_extras import Extras
 from ich_keras.prediction_journal import (
     PredictionJournal,
-    content_of,
+    journal_in,
     prediction_folder,
 )
 from ich_keras.prediction_members import (
@@ -217,6 +218,7 @@ def predict_folder(
     report: bool = False,
     show_patient: bool = False,
     heat_maps: str | None = None,
+    structured_reports: bool = False,
 ) -> FolderPrediction:
     """Predict every head CT slice below a folder with a trained run, or with several.
 
@@ -256,9 +258,8 @@ def predict_folder(
         thin: "average" the slices of series that are at most half as far apart as those of a run's
             training to the training's distance, or "keep" them
             (`ich_keras.data.thin_series`). Each run of an ensemble goes by its own training.
-        report: also write a page for each study into `out`: see `study_reports.write_reports`.
-        show_patient, heat_maps: on those pages, tell the PatientID, and lay heat maps of a method
-            over the slices (`MapOptions`), which takes about as long as the prediction.
+        report, show_patient, heat_maps, structured_reports: what is written into `out` beside the
+            tables; see `ich_keras.prediction_extras.Extras`.
 
     Returns:
         The prediction, with answers (`ich_keras.answers.with_answers`); paths are relative to
@@ -276,8 +277,8 @@ def predict_folder(
         EnvironmentProblem: a worker process died, or `out` cannot be written.
     """
     require_share(max_rejects)
-    if report and out is None:
-        raise UsageError("report needs a folder to write the pages to.", "Give out.")
+    extras = Extras(report, show_patient, heat_maps, structured_reports)
+    extras.require(out)
     point = OperatingPoint(specificity, sensitivity, error_rate)
     ThinRule(choice=thin)
     runs = require_members(run_dir, unfinished, tta)
@@ -292,10 +293,7 @@ def predict_folder(
     root = root.parent if root.is_file() else root  # an archive
     with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
         members = load_members(runs, device, unfinished)
-        if report:
-            from ich_keras.study_reports import Reports, write_reports  # what makes pages is heavy
-
-            reports = Reports.of(members, show_patient, heat_maps, thin)
+        beside = extras.prepared(members, thin)
         if tell is not None and (cost := cost_line(members, tta)):
             tell(cost)
         with rejects_kept(folder), _rejects_inside(root):
@@ -315,7 +313,7 @@ def predict_folder(
                 rule = ThinRule(member.distances, thin)
                 settings = {**member.settings(), **rule.settings(), "batch_size": size, **shared}
                 step = progress if len(members) == 1 else _of_member(progress, number, len(members))
-                with _journal_in(folder, journal_file(number), settings, index, root) as journal:
+                with journal_in(folder, journal_file(number), settings, index, root) as journal:
                     answer = predict_index(
                         member.model,
                         index,
@@ -344,8 +342,7 @@ def predict_folder(
         if folder is not None:
             if len(members) > 1:
                 write_members(folder, members, own)
-            if report:
-                result = write_reports(reports, folder, result, index, root, progress)
+            result = beside.written(folder, result, index, root, progress)
             write_tables(folder, result)
             for journal in reversed(journals):
                 assert journal is not None  # there is a folder
@@ -372,22 +369,6 @@ def _of_member(progress: Progress | None, number: int, total: int) -> Progress |
         progress(f"{step}, run {number} of {total}", done, count)
 
     return report
-
-
-@contextlib.contextmanager
-def _journal_in(
-    folder: Path | None, name: str, settings: dict, index: SeriesIndex, root: Path
-) -> Iterator[PredictionJournal | None]:
-    """Open the journal in the output folder; one without any prediction does not stay."""
-    if folder is None:
-        yield None
-        return
-    journal = PredictionJournal(folder / name, settings, content_of(index, root))
-    try:
-        yield journal
-    finally:
-        if not journal.has_predictions:
-            journal.remove()
 
 
 @contextlib.contextmanager

@@ -289,6 +289,30 @@ def inside(path: str, root: Path) -> str:
 
 
 @contextlib.contextmanager
+def journal_in(
+    folder: Path | None, name: str, settings: dict, index: SeriesIndex, root: Path
+) -> "Iterator[PredictionJournal | None]":
+    """Open the journal in the output folder; one without any prediction does not stay.
+
+    Args:
+        folder: of the prediction; None keeps nothing.
+        name: of the journal.
+        settings: what the answers depend on.
+        index: what is predicted.
+        root: the predicted folder.
+    """
+    if folder is None:
+        yield None
+        return
+    journal = PredictionJournal(folder / name, settings, content_of(index, root))
+    try:
+        yield journal
+    finally:
+        if not journal.has_predictions:
+            journal.remove()
+
+
+@contextlib.contextmanager
 def prediction_folder(out: Path | str) -> Iterator[Path]:
     """Hold the output folder of a prediction for the length of a block: new, or interrupted.
 

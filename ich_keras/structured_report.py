@@ -31,6 +31,7 @@ from ich_keras.files import atomic_write
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.prediction_journal import written
 from ich_keras.prediction_tables import FolderPrediction
+from ich_keras.progress import Progress
 
 FOLDER = "sr"  # in the folder of a prediction
 EXTRA = "dicom-out"
@@ -77,7 +78,11 @@ def require_highdicom() -> None:
 
 
 def write_structured_reports(
-    folder: Path, prediction: FolderPrediction, index: SeriesIndex, run: str
+    folder: Path,
+    prediction: FolderPrediction,
+    index: SeriesIndex,
+    run: str,
+    progress: Progress | None = None,
 ) -> WrittenReports:
     """Write one report per study, and read each again.
 
@@ -86,6 +91,7 @@ def write_structured_reports(
         prediction: with answers, studies and paths.
         index: what was predicted.
         run: what made the answers: a name or digest of the run.
+        progress: called as progress("writing structured reports", done, total) in studies.
 
     Raises:
         EnvironmentProblem: highdicom is not installed, or a file cannot be written.
@@ -96,6 +102,8 @@ def write_structured_reports(
     answers = prediction.series.assign(study=prediction.series[_UID].map(studies))
     paths, left_out = [], []
     for number, (_, part) in enumerate(answers.groupby("study", sort=False), 1):
+        if progress is not None:
+            progress("writing structured reports", number - 1, len(prediction.studies))
         # pydicom's warnings quote values, which may be of a patient.
         try:
             with warnings.catch_warnings():

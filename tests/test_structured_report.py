@@ -5,15 +5,18 @@ import sys
 import warnings
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
+from click.testing import CliRunner
 from highdicom import sr
 from nifti_files import head_volume, image_of, write_nifti
 from pydicom.uid import generate_uid
 from untrained_runs import copy_series, untrained_run, validated
 
+from ich_keras.cli import main
 from ich_keras.ct.series import index_folder
-from ich_keras.errors import EnvironmentProblem
+from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
@@ -186,3 +189,21 @@ def test_without_highdicom_it_is_told_before_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'ich_keras\[dicom-out\]'"):
         require_highdicom()
+
+
+def test_the_command_writes_them_beside_the_tables(run, images, tmp_path):
+    words = ["predict", "--run", run, "--dicom", images, "--out", tmp_path / "out", "--sr"]
+    done = CliRunner().invoke(main, [*map(str, words), "--workers", "0", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "Structured reports: 2." in done.output
+    assert "Structured reports: 2." in (tmp_path / "out/notice.txt").read_text()
+    table = pd.read_csv(tmp_path / "out/studies.csv")
+    found = [pydicom.dcmread(tmp_path / f"out/sr/{number}.dcm") for number in (1, 2)]
+    assert [one.StudyInstanceUID for one in found] == table["study_instance_uid"].tolist()
+
+
+def test_without_a_folder_there_is_nothing_to_write_to(run, images):
+    with pytest.raises(UsageError, match="sr needs a folder to write to"):
+        predict_folder(run, images, structured_reports=True)
+    with pytest.raises(UsageError, match="heat_maps is about the pages of report"):
+        predict_folder(run, images, heat_maps="hirescam")

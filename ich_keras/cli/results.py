@@ -237,6 +237,12 @@ def _evaluate_split(
     " integrated-gradients. The first two take about as long as the prediction.",
 )
 @SHOW_PATIENT
+@click.option(
+    "--sr",
+    is_flag=True,
+    help="Also write OUT/sr/1.dcm, ...: for each study a DICOM structured report, which names the"
+    " patient as its images do; needs `pip install 'ich_keras[dicom-out]'`.",
+)
 @ANY_BODY_PART
 @ANY_IMAGE_TYPE
 @UNFINISHED_RUN
@@ -257,6 +263,7 @@ def predict(
     report: bool,
     heat_maps: str | None,
     show_patient: bool,
+    sr: bool,
     any_body_part: bool,
     any_image_type: bool,
     unfinished: bool,
@@ -307,6 +314,7 @@ def predict(
             report=report,
             show_patient=show_patient,
             heat_maps=heat_maps,
+            structured_reports=sr,
         )
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     if result.decisions is not None:
