@@ -5,6 +5,7 @@ import re
 import shutil
 
 import cv2
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,12 +18,15 @@ from test_training import NARROW, config_of
 from ich_keras import training
 from ich_keras.cli import main
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.views import View
 from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.explanation import explain
 from ich_keras.files import read_json, write_json
 from ich_keras.labels import LABELS, SIX, LabelSet
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.models.spec import ModelSpec
 from ich_keras.run_folder import RunFolder
+from ich_keras.run_pages.heat import _samples_of, _slice_of, heat_maps_of
 from ich_keras.run_pages.numbers import flat
 from ich_keras.run_pages.report import NO_CACHE, write_report_page
 from ich_keras.run_pages.scores import read_results
@@ -182,6 +186,43 @@ def test_a_heat_map_is_laid_over_the_pictures(trained, phantom_cache):
     cold = heated(picture, np.zeros((2, 2), np.float32))
     assert (cold == 100).all()  # grey stays grey
     assert (heated(picture, np.ones((2, 2), np.float32))[..., 0] > 150).all()
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="heat maps need torch")
+def test_the_command_draws_where_the_network_looked(copy, phantom_cache_folder, phantom_cache):
+    arguments = ["report", str(copy), "--heat-maps"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2 and "need --cache" in refused.output
+    result = CliRunner().invoke(main, [*arguments, "--cache", str(phantom_cache_folder)])
+    assert result.exit_code == 0, result.output
+    found = PageParts.of(copy.page_file().read_text(encoding="utf-8"))
+    assert "Colours show what speaks for the label" in found.text and found.pictures
+    verify(copy.path)
+    # The maps are those of `explain`, on the pixels of the slice, without the air around the head.
+    rows = np.array([40, 41, 90])
+    maps = heat_maps_of(copy, phantom_cache)(rows, "any")
+    hu = phantom_cache.slices_hu(rows)
+    expected = explain(copy, copy.recipe().inputs.prepare(hu), "any")["any"]
+    expected = np.where(hu > -500, np.maximum(expected, 0), 0)
+    for one, other in zip(maps, expected, strict=True):
+        np.testing.assert_allclose(one, other / max(other.max(), 1e-30), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["slab", "series"])
+def test_maps_of_volumes_are_of_the_slice_that_is_shown(kind, phantom_cache):
+    samples = phantom_cache.samples(View(kind, 5))
+    numbers = _samples_of(phantom_cache, kind, np.arange(len(phantom_cache)))
+    maps = np.arange(5)[:, np.newaxis, np.newaxis] * np.ones((5, 2, 2))
+    for row in (3, 20, 111):
+        number = numbers[row]
+        place = int(_slice_of(samples, number, row, maps)[0, 0])
+        there = samples.rows[number]
+        if kind == "slab":
+            assert there[place] == row
+        else:
+            uid = phantom_cache.slices["series_uid"].iloc[row]
+            assert number == phantom_cache.series_uids.index(uid)
+            assert abs(there[place] - row) == np.abs(there[there >= 0] - row).min()
 
 
 def test_a_cache_of_other_pixels_or_sizes_is_refused(copy, phantom_cache, tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from ich_keras.cli.options import FOLDER
+from ich_keras.cli.options import BACKEND, DEVICE, FOLDER
+from ich_keras.errors import UsageError
 from ich_keras.terminal import Command, terminal_width
 
 
@@ -18,7 +19,16 @@ from ich_keras.terminal import Command, terminal_width
     metavar="DIR",
     help="That of the training: adds pictures of the worst misses and false alarms.",
 )
-def report(run_dir: Path, cache_dir: Path | None) -> None:
+@click.option(
+    "--heat-maps",
+    is_flag=True,
+    help="With --cache: draw on the pictures where the network looked (torch).",
+)
+@BACKEND
+@DEVICE
+def report(
+    run_dir: Path, cache_dir: Path | None, heat_maps: bool, backend: str | None, device: str
+) -> None:
     """Make a run's report.html again: one page, with curves, tables and settings.
 
     A training writes it at its end; runs of older versions get one. For an unfinished run it is
@@ -28,8 +38,17 @@ def report(run_dir: Path, cache_dir: Path | None) -> None:
     from ich_keras.run_pages.report import write_report_page
     from ich_keras.workflow import open_cache
 
+    if cache_dir is None and heat_maps:
+        raise UsageError("--heat-maps is for the pictures, which need --cache.", "Add --cache.")
     cache = None if cache_dir is None else open_cache(cache_dir)
-    written = write_report_page(run_dir, cache)
+    maps = None
+    if cache is not None and heat_maps:
+        from ich_keras.environment import choose_backend
+        from ich_keras.run_pages.heat import heat_maps_of
+
+        choose_backend(backend)
+        maps = heat_maps_of(RunFolder(run_dir), cache, device)
+    written = write_report_page(run_dir, cache, maps)
     if cache is None:
         place = RunFolder(run_dir).data().get(CACHE_PATH) or "CACHE"
         command = shlex.join(["ich", "report", str(run_dir), "--cache", str(place)])

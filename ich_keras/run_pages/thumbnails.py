@@ -31,6 +31,11 @@ PRIVATE = (
     "At most one slice of each series. The pictures are slices of the data themselves: whoever gets"
     " this page gets them, too. They carry no name; a row is a line of the test predictions."
 )
+HEAT = (
+    "Colours show what speaks for the label in the network's answer, each picture on a scale of its"
+    " own; where there is none, nothing does. They show neither that the answer is right, nor where"
+    " blood ends."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,7 @@ def mistake_parts(
     """
     rows_of = pd.Series(np.arange(len(cache)), index=cache.slices["sop_instance_uid"])
     _require_rows(scores, level, cache)
-    parts: list[Part] = [Text(PRIVATE)]
+    parts: list[Part] = [Text(PRIVATE if heat_maps is None else f"{PRIVATE} {HEAT}")]
     names = shown_labels(scores.labels, metrics["n"]["positive"])
     for label in sorted(names, key=lambda name: name != scores.labels.shown):
         limit = _limit(metrics, label)
