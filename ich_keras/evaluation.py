@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.breakdown import broken_down
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels
@@ -66,7 +67,8 @@ def evaluate(
         {"slice": metrics, "series": metrics}; only "series" for a run on whole series, only
         "slice" where the split cuts series apart (a split by slices). Each holds what
         `binary_metrics` returns, and "intervals" (by patients), "calibration" and "operating"
-        (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). A series' label is
+        (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). Of series there is
+        "by": their scores broken down (`ich_keras.breakdown`). A series' label is
         positive when any slice's is. Its probability comes from a run on whole series, or from its
         slices by the rule in "aggregation". Slices are first smoothed along z by the kernel in
         "smoothing"; "unsmoothed" then holds log loss, AUROC and AP without it, and in "gain" the
@@ -183,7 +185,7 @@ def evaluate_network(
     }
     levels = Level(truth, values, patient_or_series(scored).to_numpy(), labels, unsmoothed)
     metrics = _metrics(
-        run, split, levels, scored, smoothing, is_whole, prevalence, keeps=not notice
+        run, split, levels, scored, cache.series, smoothing, is_whole, prevalence, not notice
     )
     if is_again:
         _require_same_truth(run.predictions_file(split), table, labels)
@@ -236,6 +238,7 @@ def _metrics(
     split: str,
     level: Level,
     rows: pd.DataFrame,
+    series: pd.DataFrame,
     smoothing: dict | None,
     is_whole: bool,
     prevalence: dict[str, list[float]],
@@ -247,6 +250,7 @@ def _metrics(
         run, split: what is scored.
         level: the network's samples.
         rows: their rows of the cache's tables.
+        series: the cache's table of series.
         smoothing: of slices; None for whole series.
         is_whole: whether the split holds whole series.
         prevalence: of the training split, by level.
@@ -273,6 +277,10 @@ def _metrics(
         name: scored(level, prevalence[name], choices.get(name, {}))
         for name, level in levels.items()
     }
+    if "series" in levels:
+        order = pd.unique(rows["series_uid"])
+        of_series = series.set_index("series_uid").loc[order].reset_index()
+        metrics["series"]["by"] = broken_down(levels["series"], of_series)
     if is_aggregated:
         metrics["series"]["aggregation"] = choices.get("aggregation", usual)
     if smoothing is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.breakdown import broken_down
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
@@ -23,7 +24,7 @@ from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.domain import OUTSIDE, VERDICT, Domain, domain_columns
 from ich_keras.errors import DataError, UsageError
 from ich_keras.evaluation import require_size
-from ich_keras.external_data import by_property, described, truth_of
+from ich_keras.external_data import described, truth_of
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.inference import batches_of, load_run, network_digest, probabilities, tapped
 from ich_keras.labels import UNLABELLED, LabelSet
@@ -54,7 +55,7 @@ class External:
         metrics: JSON-able. "slice" and "series": as `ich_keras.evaluate` returns them, as far as
             the labels say something of slices. "own": the run's test metrics. "data": what the data
             are. "unseen": how it was made sure that the training has not seen them. "by": level ->
-            property -> value -> counts, AUROC and log loss. "recalibrated", if asked for: level ->
+            what `ich_keras.breakdown.broken_down` returns. "recalibrated", if asked for: level ->
             the scores of the same patients before and after. "domain": how many series are outside
             of what the run was trained on (`ich_keras.domain`); None where it does not say.
             "thin": what was done with thin series, in words; "" where there is none.
@@ -135,11 +136,7 @@ def evaluate_external(
         "unseen": unseen,
         "thin": rule.sentence(seen.is_thin),
         "domain": None if domain is None else _outside(tables["series"]),
-        "by": {
-            name: by_property(level, cache, tables[name])
-            for name, level in levels.items()
-            if name == "series"
-        },
+        "by": _by(levels, cache, tables["series"]),
         "synthetic": is_synthetic(cache.slices),
         "notice": f"{SYNTHETIC_NOTE} {NOT_CLINICAL}"
         if is_synthetic(cache.slices)
@@ -345,6 +342,15 @@ def _levels(
     if not levels:
         raise DataError("no usable series of the data has one of the run's labels.")
     return levels, tables
+
+
+def _by(levels: dict[str, Level], cache: CTCache, table: pd.DataFrame) -> dict[str, Any]:
+    """Break down the scores of the series that have a label."""
+    if "series" not in levels:
+        return {}
+    is_known = (table[truth_columns(levels["series"].labels)].to_numpy() != UNLABELLED).any(axis=1)
+    rows = cache.series.set_index("series_uid").loc[table["series_uid"][is_known]].reset_index()
+    return {"series": broken_down(levels["series"], rows)}
 
 
 def _training_prevalence(own: dict | None, labels: LabelSet) -> list[float] | None:

@@ -1,6 +1,5 @@
-"""What external data are: counts, case mix, encodings, and scores by what the tables say."""
+"""What external data are: counts, case mix, encodings."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,6 @@ import pandas as pd
 from ich_keras.ct.tables import patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.labels import UNLABELLED, LabelSet
-from ich_keras.levels import Level
-from ich_keras.metrics.binary import binary_metrics, truth_columns
-from ich_keras.metrics.intervals import bootstrap
-
-# Groups with fewer samples are counted, not scored.
-MIN_SAMPLES = 10
 
 
 def truth_of(table: pd.DataFrame, labels: LabelSet) -> np.ndarray:
@@ -70,59 +63,3 @@ def _quartiles(values: pd.Series) -> list[float | None]:
     if not len(found):
         return [None] * 5
     return np.quantile(found, [0, 0.25, 0.5, 0.75, 1]).round(3).tolist()
-
-
-def by_property(level: Level, cache: CTCache, table: pd.DataFrame) -> dict[str, Any]:
-    """Break the scores of series down by what the tables say of them."""
-    is_known = (table[truth_columns(level.labels)].to_numpy() != UNLABELLED).any(axis=1)
-    uids = table["series_uid"].to_numpy()[is_known]
-    series = cache.series.set_index("series_uid").loc[uids]
-    spacing = pd.cut(
-        series["slice_spacing_mm"].abs(),
-        [0, 1.5, 3.5, 6, np.inf],
-        labels=["up to 1.5 mm", "1.5 to 3.5 mm", "3.5 to 6 mm", "above 6 mm"],
-    )
-    groups = {
-        "slice_spacing": spacing.astype(object).where(spacing.notna(), "unknown"),
-        "kernel": series["kernel"].replace("", "unknown"),
-        "verdict": series["verdict"],
-    }
-    return {
-        name: {
-            str(value): _brief(level, np.flatnonzero((values == value).to_numpy()))
-            for value in sorted(values.unique())
-        }
-        for name, values in groups.items()
-    }
-
-
-def _brief(level: Level, rows: np.ndarray) -> dict[str, Any]:
-    """Score some rows of a level in a few numbers; None where there are too few."""
-    truth, values = level.truth[rows], level.values[rows]
-    shown = level.labels.shown
-    column = level.labels.index(shown)
-    found: dict[str, Any] = {
-        "samples": len(rows),
-        "patients": len(set(level.patients[rows])),
-        "positive": int((truth[:, column] == 1).sum()),
-        f"auroc_{shown}": None,
-        "log_loss": None,
-    }
-    if len(rows) >= MIN_SAMPLES:
-        part = replace(level, truth=truth, values=values, patients=level.patients[rows])
-        metrics = binary_metrics(truth, values, label_set=level.labels)
-        found |= {f"auroc_{shown}": metrics["auroc"][shown], "log_loss": metrics["log_loss"]}
-        intervals = _intervals(part)
-        if intervals is not None:
-            found[f"auroc_{shown}_interval"] = [
-                intervals[f"auroc/{shown}"][end] for end in ("low", "high")
-            ]
-    return found
-
-
-def _intervals(level: Level) -> dict[str, dict] | None:
-    """Return the 95 % intervals of a level's metrics; None for a single patient."""
-
-    if len(set(level.patients)) < 2:
-        return None
-    return bootstrap(level.truth, level.values, level.patients, label_set=level.labels)

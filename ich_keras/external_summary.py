@@ -3,10 +3,12 @@
 import textwrap
 from typing import Any
 
+from ich_keras.breakdown import bleed_size_note, breakdown_rows, unknown_properties
 from ich_keras.metrics.binary import format_metric
 from ich_keras.summary import SYNTHETIC_LINE, text_table
 
 _LEAST_WIDTH = 40
+_LONGEST_GROUP = 30
 
 
 def external_summary(metrics: dict[str, Any], width: int) -> str:
@@ -24,7 +26,7 @@ def external_summary(metrics: dict[str, Any], width: int) -> str:
             parts.append(_level(level, metrics[level], metrics["own"].get(level)))
     for level, found in metrics.get("recalibrated", {}).items():
         parts.append(_recalibrated(level, found))
-    parts += [_broken_down(groups) for groups in metrics["by"].values()]
+    parts += [_broken_down(by, width) for by in metrics["by"].values()]
     if metrics["thin"]:
         parts.append(textwrap.fill(metrics["thin"], width))
     if metrics["domain"] is not None:
@@ -106,18 +108,15 @@ def _recalibrated(level: str, found: dict[str, Any]) -> str:
     )
 
 
-def _broken_down(groups: dict[str, Any]) -> str:
+def _broken_down(by: dict[str, Any], width: int) -> str:
     rows = [["series by", "", "samples", "positive", "AUROC"]]
-    for name, values in groups.items():
-        for value, row in values.items():
-            auroc = next((row[key] for key in row if key.startswith("auroc_")), None)
-            rows.append(
-                [
-                    name.replace("_", " "),
-                    value[:30],
-                    f"{row['samples']:,}",
-                    f"{row['positive']:,}",
-                    format_metric(auroc, 3),
-                ]
-            )
-    return text_table(rows, left=2)
+    rows += [
+        [row.title, row.group[:_LONGEST_GROUP], row.samples, row.positive, row.auroc]
+        for row in breakdown_rows(by)
+    ]
+    lines = [text_table(rows, left=2)]
+    if unknown := unknown_properties(by):
+        lines.append(textwrap.fill(f"Known of no series: {', '.join(unknown)}.", width))
+    if note := bleed_size_note(by):
+        lines.append(textwrap.fill(note, width))
+    return "\n".join(lines)

@@ -20,6 +20,7 @@ from ich_keras.ct.leftovers import require_absent_or_rejects
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.reading import IndexedSlice, read_indexed
+from ich_keras.data.skull import NO_FLAGS, SeriesFlags
 from ich_keras.disk import full_disk_told
 from ich_keras.errors import EnvironmentProblem, StaleError, UsageError
 from ich_keras.files import (
@@ -41,7 +42,7 @@ NOTICE_FILE = "notice.txt"
 LOOK_FIRST_FILE = "look_first.csv"
 DECISIONS_FILE = "decisions.json"
 # Raise the number whenever reading or predicting gives other results, or a line another content.
-_FIRST_LINE = b"ich-prediction-journal 3\n"
+_FIRST_LINE = b"ich-prediction-journal 4\n"
 _FAMILY = b"ich-prediction-journal "
 
 
@@ -59,6 +60,7 @@ class SeriesResult:
             averaged ones; `ich_keras.data.thin_series`) or its own; no row where nothing was
             predicted.
         distance: from the training series, float32; None where it was not computed.
+        flags: what its pixels show of the head.
     """
 
     series_uid: str
@@ -67,6 +69,7 @@ class SeriesResult:
     rejects: tuple[tuple[int, str, str, str], ...]
     values: np.ndarray
     distance: float | None = None
+    flags: SeriesFlags = NO_FLAGS
 
     @property
     def rows(self) -> list[int]:
@@ -87,14 +90,16 @@ class SeriesResult:
     def to_json(self) -> list:
         """Return it as JSON holds it; float32 comes back exactly."""
         values = self.values.tolist()
-        return [self.series_uid, self.times, self.hashes, self.rejects, values, self.distance]
+        facts = [self.series_uid, self.times, self.hashes, self.rejects]
+        return [*facts, values, self.distance, self.flags]
 
     @classmethod
     def from_json(cls, content: list) -> "SeriesResult":
         """Make it from what `to_json` returned."""
-        uid, times, hashes, rejects, values, distance = content
+        uid, times, hashes, rejects, values, distance, flags = content
         found = np.array(values, np.float32) if values else np.zeros((0, 0), np.float32)
-        return cls(uid, tuple(times), tuple(hashes), tuple(map(tuple, rejects)), found, distance)
+        facts = tuple(times), tuple(hashes), tuple(map(tuple, rejects))
+        return cls(uid, *facts, found, distance, SeriesFlags(*flags))
 
 
 class PredictionJournal:

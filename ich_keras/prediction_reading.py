@@ -11,6 +11,7 @@ import numpy as np
 from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import Reject, RejectedFile
 from ich_keras.data.reading import IndexedSlice, read_indexed
+from ich_keras.data.skull import SeriesFlags, SkullProfile, flags_of
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.processes import map_ahead, process_pool
 
@@ -43,19 +44,20 @@ def series_reading(
 
 def read_series(
     size: int, slices: list[IndexedSlice]
-) -> tuple[np.ndarray, list[str], list[Reject]]:
+) -> tuple[np.ndarray, list[str], list[Reject], SeriesFlags]:
     """Read the files of one series, without those whose values cannot be HU.
 
     Returns:
         (HU, int16 (n, size, size); the hashes of all slices' pixels, "" for those without HU; the
-        rejects).
+        rejects; what the pixels show of the head).
     """
     hu, rejects = [], []
+    skulls: list[SkullProfile | None] = [None] * len(slices)
     contents: list[Content | None] = []
     hashes = [""] * len(slices)
     for number, indexed in enumerate(slices):
         try:
-            read = read_indexed(indexed, size)
+            read = read_indexed(indexed, size, with_skull=True)
         except RejectedFile as reject:
             rejects.append(Reject.of(indexed.path, reject))
             contents.append(content_of_reject(reject))
@@ -63,10 +65,13 @@ def read_series(
             hu.append(read.hu)
             contents.append(read.content)
             hashes[number] = read.pixel_hash
+            skulls[number] = read.skull
     implausible = implausible_rows([""] * len(slices), contents)
     rows = [row for row, pixels in enumerate(hashes) if pixels]
     hu = [one for row, one in zip(rows, hu, strict=True) if row not in implausible]
     for row in sorted(implausible.keys() & set(rows)):
         rejects.append(Reject(slices[row].path, *implausible[row]))
         hashes[row] = ""
-    return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), hashes, rejects
+        skulls[row] = None
+    flags = flags_of(skulls, [indexed.position_mm for indexed in slices])
+    return np.stack(hu) if hu else np.zeros((0, size, size), np.int16), hashes, rejects, flags

@@ -89,11 +89,11 @@ def judged(
         series: its row in the index.
         table: its slices in the index.
         content: its files, as they were read: (HU, int16 (n, size, size); the hashes of all slices'
-            pixels, "" for those without HU; the rejects).
+            pixels, "" for those without HU; the rejects; the flags).
         view: what a sample is.
         thin: what is done with a thin series.
     """
-    hu, hashes, bad = content
+    hu, hashes, bad, flags = content
     place = {path: row for row, path in enumerate(shown_paths(table))}
     rejects = [(place[path], code, detail, hint) for path, code, detail, hint, _ in bad]
     found = [row for row, is_read in enumerate(hashes) if is_read]
@@ -112,7 +112,9 @@ def judged(
             rejects += [(row, code, f"series {series.series_uid} {what}", "") for row in found]
     times = tuple(table["file_mtime_ns"].tolist())
     nothing = np.zeros((0, 0), np.float32)
-    result = SeriesResult(series.series_uid, times, tuple(hashes), tuple(rejects), nothing)
+    result = SeriesResult(
+        series.series_uid, times, tuple(hashes), tuple(rejects), nothing, flags=flags
+    )
     return SeriesReading(hu, samples, usable, result)
 
 

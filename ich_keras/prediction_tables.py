@@ -14,6 +14,7 @@ from ich_keras.ct.rejects import REJECTS_FILE, Reject, joined, nothing_usable
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import csv_text, shown_paths
 from ich_keras.data.cache.tables import verdicts_after_reading
+from ich_keras.data.skull import SeriesFlags
 from ich_keras.data.thin_series import AS_THEY_ARE, Blocks, ThinRule, is_thin
 from ich_keras.data.views import View
 from ich_keras.domain import Domain, domain_columns
@@ -38,6 +39,7 @@ from ich_keras.thin_tables import AVERAGED_SLICE, averaged_columns, seen_slices
 
 # Columns to find it in a viewer: file, InstanceNumber, z of ImagePositionPatient.
 PLACE_COLUMNS = ("path", "instance_number", "image_position_z_mm")
+CONTRAST = "contrast"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class FolderPrediction:
             run on whole series; before them, `num_averaged` and `averaged_mm` of thin series (how
             many averaged slices the network saw, 0 for none, and how far apart:
             `ich_keras.data.thin_series`), `domain_distance` and `domain` ("inside", "outside", or
-            "" where the run says nothing of it: `ich_keras.domain`).
+            "" where the run says nothing of it: `ich_keras.domain`). Then the flags: `contrast`
+            ("yes", "no", or "" where no tag says anything; `ich_keras.ct.traits`), `operated` and
+            `empty` ("yes", or "" where the pixels show nothing of the kind, or are too coarse;
+            `ich_keras.data.skull`).
 
             `predict_folder` adds answers to both: see `ich_keras.answers.with_answers`.
         rejects: one row per file that could not be used.
@@ -156,13 +161,27 @@ def tables_of(
     is_kept[chosen] = True
     distances = {result.series_uid: result.distance for result in results}
     verdicts = _with_verdicts(series, index, is_kept)
-    own_distances = [distances[uid] for uid in verdicts["series_instance_uid"]]
-    columns = averaged_columns(blocks, thin) | domain_columns(domain, own_distances)
+    predicted = verdicts["series_instance_uid"]
+    columns = averaged_columns(blocks, thin)
+    columns |= domain_columns(domain, [distances[uid] for uid in predicted])
+    columns |= _flag_columns(predicted, index, results)
     for place, (name, column) in enumerate(columns.items(), 4):
         verdicts.insert(place, name, column)
     told = thin.sentence(thin_ones)
     notice = "\n".join([NOT_CLINICAL, told] if told else [NOT_CLINICAL])
     return FolderPrediction(table, verdicts, rejected, notice, labels)
+
+
+def _flag_columns(
+    uids: pd.Series, index: SeriesIndex, results: Sequence[SeriesResult]
+) -> dict[str, list[str]]:
+    """Return what tags say of contrast medium, and what pixels show of the head."""
+    contrast = index.series.set_index("series_uid")[CONTRAST]
+    flags = {result.series_uid: result.flags for result in results}
+    found = {CONTRAST: contrast.loc[uids].tolist()}
+    return found | {
+        name: [getattr(flags[uid], name) for uid in uids] for name in SeriesFlags._fields
+    }
 
 
 def _aggregated(

@@ -4,6 +4,13 @@ import shlex
 
 import pandas as pd
 
+from ich_keras.breakdown import (
+    MIN_SAMPLES,
+    bleed_size_note,
+    breakdown_rows,
+    shown_label,
+    unknown_properties,
+)
 from ich_keras.config import loss_settings_of
 from ich_keras.errors import StaleError
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
@@ -52,7 +59,7 @@ def trivial_line(metrics: dict) -> str:
     return f"Counting voxels per HU band instead, AUROC(any): {found}."
 
 
-def _split_section(title: str, metrics: dict) -> list[str]:
+def _split_section(title: str, metrics: dict, is_broken_down: bool) -> list[str]:
     lines = [f"## {title}", ""]
     for level, part in metrics.items():
         source = part["baseline"]["prevalence"]["source"]
@@ -78,7 +85,28 @@ def _split_section(title: str, metrics: dict) -> list[str]:
             "",
             *([trivial_line(part), ""] if trivial_line(part) else []),
             *_beyond_rankings(part),
+            *(_breakdown_lines(part) if is_broken_down else []),
         ]
+    return lines
+
+
+def _breakdown_lines(part: dict) -> list[str]:
+    """Return the scores of groups of series; nothing where there are none, as of older runs."""
+    by = part.get("by")
+    if not by:
+        return []
+    header = ["by", "", "series", "patients", "positive", f"AUROC({shown_label(by)})", "log loss"]
+    lines = [
+        "Groups of series, with 95 % intervals; those of fewer than"
+        f" {MIN_SAMPLES} series are only counted:",
+        "",
+        markdown_table(header, [list(row) for row in breakdown_rows(by)]),
+        "",
+    ]
+    if unknown := unknown_properties(by):
+        lines += [f"Known of no series: {', '.join(unknown)}.", ""]
+    if note := bleed_size_note(by):
+        lines += [note, ""]
     return lines
 
 
@@ -299,7 +327,7 @@ def report_text(run: RunFolder) -> str:
     for name, title in _SPLIT_TITLES.items():
         metrics = run.metrics(name)
         if metrics is not None:
-            lines += _split_section(title, metrics)
+            lines += _split_section(title, metrics, is_broken_down=name == "test")
     lines += [
         "## History",
         "",

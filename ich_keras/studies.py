@@ -3,25 +3,29 @@
 A study often holds one scan several times: with a soft and a sharp kernel, in thick and thin
 slices. Its answer is that of one series, chosen by a rule that looks at no probability:
 
-1. without a fault (verdict "ok") before others;
-2. a soft kernel before one whose name says nothing, that before a sharp one (bone, lung);
-3. the slice distance nearest to 5 mm, in steps of half a millimetre;
-4. more slices; then the order of the series table.
+1. with a head in it (not `empty`) before others;
+2. without a fault (verdict "ok") before others;
+3. a soft kernel before one whose name says nothing, that before a sharp one (bone, lung);
+4. without contrast medium, as far as tags say, before with it;
+5. the slice distance nearest to 5 mm, in steps of half a millimetre;
+6. more slices; then the order of the series table.
 
-Where another series of the study decides a label otherwise, the study says so.
+Where another series of the study decides a label otherwise, the study says so. It is `operated`
+where any of its series shows a gap in the skull.
 """
 
 import pandas as pd
 
 from ich_keras.ct.kernels import is_sharp
+from ich_keras.ct.traits import YES
 from ich_keras.labels import LabelSet
 
 USUAL_SPACING_MM = 5.0  # of the heads that networks here were trained on
 _STEP_MM = 0.5
 _UID = "series_instance_uid"
 RULE = (
-    "Of each study one series counts: verdict ok, soft kernel, slice distance nearest to 5 mm, most"
-    " slices, in this order."
+    "Of each study one series counts: verdict ok, soft kernel, no contrast medium, slice distance"
+    " nearest to 5 mm, most slices, in this order."
 )
 
 
@@ -48,8 +52,10 @@ def study_table(answers: pd.DataFrame, series: pd.DataFrame, labels: LabelSet) -
     )
     rank = pd.DataFrame(
         {
+            "empty": table["empty"] == YES if "empty" in table else False,
             "fault": table["verdict"] != "ok",
             "kernel": table["kernel"].map(_sharpness),
+            "contrast": table["contrast"] == YES if "contrast" in table else False,
             "spacing": ((table["slice_spacing_mm"].abs() - USUAL_SPACING_MM).abs() / _STEP_MM)
             .round()
             .fillna(1e9),
@@ -73,7 +79,11 @@ def study_table(answers: pd.DataFrame, series: pd.DataFrame, labels: LabelSet) -
     found["num_series"] = by_study.size().reindex(chosen["study"]).to_numpy()
     found["disagreement"] = chosen["study"].map(differing).to_numpy()
     rest = [name for name in answers.columns if name not in found]
-    return pd.concat([found, chosen[rest]], axis=1).reset_index(drop=True)
+    found = pd.concat([found, chosen[rest]], axis=1).reset_index(drop=True)
+    if "operated" in found:
+        operated = set(table["study"][table["operated"] == YES])
+        found["operated"] = [YES if study in operated else "" for study in chosen["study"]]
+    return found
 
 
 def _sharpness(kernel: str) -> int:

@@ -27,6 +27,7 @@ ABBREVIATIONS = {
     "subdural": "SDH",
     "any": "any",
 }
+FLAGS = {"contrast": "contrast medium", "operated": "gap in the skull", "empty": "no head"}
 SHOWN_SERIES = 15  # with header and legend they fit on 24 rows
 _LEAST_WIDTH = 40
 _LEAST_UID = 13
@@ -242,6 +243,22 @@ def answers_table(series: pd.DataFrame, width: int, labels: LabelSet = SIX) -> s
         ]
         rows.append([shorten_middle(name, max(width, _LEAST_WIDTH) // 3), *map(str, counts)])
     return _fitted(rows, max(width, _LEAST_WIDTH))
+
+
+def flags_line(series: pd.DataFrame) -> str:
+    """Count the series that are flagged; "" where none is.
+
+    Args:
+        series: as `FolderPrediction.series`.
+
+    >>> flags_line(pd.DataFrame({"contrast": ["yes", "no", ""], "operated": ["yes", "", "yes"]}))
+    'Flagged in series.csv, of 3 series: contrast medium 1, gap in the skull 2.'
+    """
+    counts = {
+        title: int((series[name] == YES).sum()) for name, title in FLAGS.items() if name in series
+    }
+    found = ", ".join(f"{title} {count:,}" for title, count in counts.items() if count)
+    return f"Flagged in series.csv, of {len(series):,} series: {found}." if found else ""
 
 
 def _more(series: pd.DataFrame, shown: pd.DataFrame) -> list[str]:

@@ -24,6 +24,7 @@ from ich_keras.data.labels import join_labels
 from ich_keras.distribution import require_distributable
 from ich_keras.errors import UsageError
 from ich_keras.keras_settings import require_trainable_settings
+from ich_keras.phantom.record import with_bleed_volumes
 from ich_keras.planning import TrainingPlan, labels_in, plan_lines, plan_of
 from ich_keras.progress import Progress, Tell
 from ich_keras.ranks import this_rank
@@ -69,6 +70,7 @@ def prepare_index(
     index = index_folder(
         dicom, workers, journal, progress, any_body_part, None, any_image_type, executor
     )
+    index = dataclasses.replace(index, series=with_bleed_volumes(index.series, dicom))
     if tell is not None:
         tell(f"Found {index}.")
     usable = index.usable()

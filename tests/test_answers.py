@@ -260,6 +260,9 @@ def test_a_folder_is_answered_and_says_how(two, images, tmp_path):
         "averaged_mm",
         "domain_distance",
         "domain",
+        "contrast",
+        "operated",
+        "empty",
         *answers,
         "trained_on",
     ]

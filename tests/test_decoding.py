@@ -256,7 +256,7 @@ if __name__ == "__main__":
     print(sorted(names), sorted(path[-5:] for path in cache.slices["container"]))
     sources = indexed_slices(index)
     with prediction_reading.series_reading(16, 2, len(sources), workers) as read:
-        for hu, hashes, rejects in read([sources, sources]):
+        for hu, hashes, rejects, _ in read([sources, sources]):
             names = [(reject.path[-5:], reject.code) for reject in rejects]
             print(sorted(names), [s.container[-5:] for s, one in zip(sources, hashes) if one])
 """

@@ -271,9 +271,13 @@ def test_no_slice_of_a_wrong_series_is_predicted(folder_with_a_wrong_series):
     index = index_folder(folder)
     sources = indexed_slices(index)
     rows = index.slices.groupby("series_uid").indices
-    hu, hashes, rejects = prediction_reading.read_series(32, [sources[row] for row in rows[good]])
+    hu, hashes, rejects, _ = prediction_reading.read_series(
+        32, [sources[row] for row in rows[good]]
+    )
     assert len(hu) == len(rows[good]) and all(hashes) and rejects == []
-    hu, hashes, rejects = prediction_reading.read_series(32, [sources[row] for row in rows[wrong]])
+    hu, hashes, rejects, _ = prediction_reading.read_series(
+        32, [sources[row] for row in rows[wrong]]
+    )
     assert len(hu) == 0 and not any(hashes)
     assert sorted(reject.path for reject in rejects) == sorted(
         sources[row].container for row in rows[wrong]
@@ -307,7 +311,7 @@ def test_a_zoomed_slice_of_a_wrapped_series_is_refused_if_it_cannot_be_repaired(
     assert cache.slices_hu(range(5)).max() < 3000
     cache.require(index=index)
     sources = indexed_slices(index)
-    hu, hashes, rejects = prediction_reading.read_series(64, sources)
+    hu, hashes, rejects, _ = prediction_reading.read_series(64, sources)
     assert [reject.path[-5:] for reject in rejects] == ["2.dcm"]
     assert [bool(pixels) for pixels in hashes] == [True, True, False, True, True, True]
     np.testing.assert_array_equal(hu, cache.slices_hu(range(5)))

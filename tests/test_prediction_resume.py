@@ -120,9 +120,9 @@ def out(half, tmp_path):
 def count_readings(monkeypatch):
     read_indexed, read = prediction_reading.read_indexed, []
 
-    def reading(indexed, size):
+    def reading(indexed, size, **asked):
         read.append(indexed.container)
-        return read_indexed(indexed, size)
+        return read_indexed(indexed, size, **asked)
 
     monkeypatch.setattr(prediction_reading, "read_indexed", reading)
     return read
@@ -413,10 +413,10 @@ def test_what_the_machine_could_not_read_is_tried_again(run, images, tmp_path, m
     lost = str(slice_paths(images)[0])
     read_indexed = prediction_reading.read_indexed
 
-    def read(indexed, size):
+    def read(indexed, size, **asked):
         if indexed.container == lost:
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
-        return read_indexed(indexed, size)
+        return read_indexed(indexed, size, **asked)
 
     monkeypatch.setattr(prediction_reading, "read_indexed", read)
     out = interrupted(run, images, tmp_path / "out", NUM_SERIES)

@@ -30,7 +30,7 @@ PerformingPhysicianName PersonName PhysiciansOfRecord ProtocolName ReferringPhys
 ReferringPhysicianName ReferringPhysicianTelephoneNumbers RegionOfResidence
 RequestedProcedureDescription RequestedProcedureID RequestingPhysician RequestingService
 ScheduledPerformingPhysicianName SeriesDescription SpecialNeeds StationName StudyDescription
-StudyID VisitComments
+StudyID VisitComments Manufacturer ManufacturerModelName ContrastBolusAgent ContrastBolusRoute
 """.split()  # noqa: SIM905
 DATES = ["PatientBirthDate", "AdmittingDate", "LastMenstrualDate"]
 # From these, splits keep patients apart.

@@ -91,6 +91,46 @@ def test_which_series_counts(rows, is_turned):
     assert found["decision_any"].tolist() == ["no"]
 
 
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        # Without contrast medium before with it, and a head before none; the kernel goes before.
+        (("ok", "H30s", 1.0, "", ""), ("ok", "H30s", 5.0, "yes", "")),
+        (("ok", "H30s", 1.0, "no", ""), ("ok", "H30s", 5.0, "yes", "")),
+        (("ok", "H30s", 5.0, "", ""), ("ok", "H30s", 1.0, "no", "")),
+        (("ok", "H30s", 5.0, "yes", ""), ("ok", "BONE", 5.0, "no", "")),
+        (("ok", "H30s", 5.0, "yes", ""), ("gap", "H30s", 5.0, "no", "")),
+        (("gap", "BONE", 1.0, "yes", ""), ("ok", "H30s", 5.0, "no", "yes")),
+    ],
+)
+def test_contrast_medium_and_empty_series_in_the_rule(first, second, is_turned):
+    rows = [
+        ("A", f"s{n}", verdict, kernel, spacing, 30, 0.5, "no")
+        for n, (verdict, kernel, spacing, *_) in enumerate((first, second))
+    ]
+    answers, series = tables(rows)
+    answers["contrast"], answers["empty"] = [first[3], second[3]], [first[4], second[4]]
+    if is_turned:
+        answers = answers.iloc[::-1].reset_index(drop=True)
+    found = study_table(answers, series, LABELS)
+    assert found["series_instance_uid"].tolist() == ["s0"]
+    assert found["contrast"].tolist() == [first[3]]
+
+
+def test_a_study_is_operated_where_any_of_its_series_shows_it():
+    rows = [
+        ("A", "a1", "ok", "H30s", 5.0, 30, 0.2, "no"),
+        ("A", "a2", "ok", "B", 1.0, 9, 0.2, "no"),
+    ]
+    rows += [("B", "b", "ok", "H30s", 5.0, 30, 0.2, "no")]
+    answers, series = tables(rows)
+    answers["operated"] = ["", "yes", ""]
+    found = study_table(answers, series, LABELS)
+    assert found["series_instance_uid"].tolist() == ["a1", "b"]
+    assert found["operated"].tolist() == ["yes", ""]
+
+
 def test_studies_are_told_apart_and_agree():
     rows = [
         ("A", "a", "ok", "H30s", 5.0, 30, 0.2, "no"),

@@ -374,7 +374,7 @@ def test_series_are_read_ahead_within_a_budget(monkeypatch, bytes_ahead, workers
         absent = IndexedSlice("absent", *[None] * (len(IndexedSlice._fields) - 1))
         found = list(read([[absent]] * 3))
     assert pools == begun
-    assert [bad[0][0] for _, _, bad in found] == ["absent"] * 3
+    assert [bad[0][0] for _, _, bad, _ in found] == ["absent"] * 3
 
 
 def die(size, paths):
@@ -1064,10 +1064,10 @@ def test_what_prediction_could_not_read_is_said(run, phantom_folder, monkeypatch
     last = table.loc[table["series_uid"] == shorter, "container"].iloc[-1]
     lost, read_indexed = {inside, last}, prediction_reading.read_indexed
 
-    def read(indexed, size):
+    def read(indexed, size, **asked):
         if indexed.container in lost:
             raise RejectedFile("NO_DECODER", "a kind of JPEG")
-        return read_indexed(indexed, size)
+        return read_indexed(indexed, size, **asked)
 
     monkeypatch.setattr(prediction_reading, "read_indexed", read)
     found = predict_folder(run, images)

@@ -286,7 +286,7 @@ def predict(
     from ich_keras.environment import choose_backend
     from ich_keras.prediction import predict_folder
     from ich_keras.study_reports import REPORTS_FOLDER, START
-    from ich_keras.summary import answers_table, prediction_table
+    from ich_keras.summary import answers_table, flags_line, prediction_table
 
     for is_given, option in ((show_patient, "--show-patient"), (heat_maps, "--heat-maps")):
         if is_given and not report:
@@ -319,6 +319,8 @@ def predict(
     click.echo(prediction_table(result.series, terminal_width(), result.labels))
     if result.decisions is not None:
         click.echo(answers_table(result.series, terminal_width(), result.labels))
+    if flags := flags_line(result.series):
+        click.echo(textwrap.fill(flags, terminal_width()))
     for line in result.notice.splitlines():
         click.echo(textwrap.fill(line, terminal_width()))
     for line in summary(result.rejects):

@@ -39,8 +39,10 @@ CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 # Enhanced CT, and legacy converted enhanced CT.
 ENHANCED_CT = (f"{CT_IMAGE}.1", f"{CT_IMAGE}.2")
 SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # functional groups (PS3.3 C.7.6.16)
-SEQUENCES = (SHARED_GROUPS, FRAME_GROUPS)
+CONTRAST_AGENTS = 0x00180012  # ContrastBolusAgentSequence
+SEQUENCES = (SHARED_GROUPS, FRAME_GROUPS, CONTRAST_AGENTS)
 _NOWHERE = Stop(0, 0, 0, 0)
+_ITEM_HEAD = 8  # bytes of an item's or a delimiter's tag and length
 _FIRST_PIXELS, _LAST_PIXELS = TAGS["FloatPixelData"], TAGS["PixelData"]
 
 
@@ -210,6 +212,8 @@ def read_elements(
         if length == UNDEFINED_LENGTH:
             walker.skip_items(is_implicit)
             offset = stream.tell()
+            if sequences is not None and tag in sequences and offset - start == _ITEM_HEAD:
+                sequences[tag] = Stop(tag, 0, start, start - head_bytes)  # its end, and no item
             continue
         offset = start + length
         if is_sequence or tag not in _WANTED:

@@ -2,7 +2,8 @@
 
 Values are read as bytes and parsed here. pydicom's own conversion accepts a slope of NaN, and its
 warnings quote values from the file (with RSNA's UIDs, one warning per tag). Only the tags in TAGS
-are kept: no name, date or free text about a patient is ever read into memory.
+are kept: no name and no date of birth is ever read into memory. What free text among them says of
+scanner, patient and contrast medium becomes one of a few words (`ich_keras.ct.traits`).
 """
 
 import math
@@ -24,11 +25,21 @@ TAGS = {
     "AcquisitionTime": 0x00080032,
     "ContentTime": 0x00080033,
     "Modality": 0x00080060,
+    "Manufacturer": 0x00080070,
+    "SeriesDescription": 0x0008103E,
+    "ManufacturerModelName": 0x00081090,
     "PatientID": 0x00100020,
+    "PatientSex": 0x00100040,
+    "PatientAge": 0x00101010,
     "ContrastBolusAgent": 0x00180010,
     "BodyPartExamined": 0x00180015,
     "SliceThickness": 0x00180050,
     "KVP": 0x00180060,
+    "ContrastBolusRoute": 0x00181040,
+    "ContrastBolusVolume": 0x00181041,
+    "ContrastBolusTotalDose": 0x00181044,
+    "ContrastFlowRate": 0x00181046,
+    "ContrastBolusIngredient": 0x00181048,
     "FilterType": 0x00181160,
     "ConvolutionKernel": 0x00181210,
     "StudyInstanceUID": 0x0020000D,

@@ -40,6 +40,7 @@ from ich_keras.ct.rejects import (
     SINGLE_FRAME,
     RejectedFile,
 )
+from ich_keras.ct.traits import NO_TRAITS, Traits, traits_of
 from ich_keras.ct.turning import Plane, Turn
 
 # Checked before anything is decoded. CT matrices have 512 rows, on some scanners 2048.
@@ -92,6 +93,7 @@ class SliceHeader:
         pixels: the pixels' matrix size, encoding and place in the file, as stored; None for a slice
             of a NIfTI volume.
         padding: the stored values that are not measurements; None if the header declares none.
+        traits: of scanner, patient and contrast medium.
 
     Source:
         DICOM PS3.3 C.7.6.1 (acquisition), C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 (CT image),
@@ -119,6 +121,7 @@ class SliceHeader:
     intercept: float
     pixels: StoredPixels | None = None
     padding: Padding | None = None
+    traits: Traits = NO_TRAITS
 
 
 def parse_header(stream: BinaryIO, force: bool, any_image_type: bool = False) -> SliceHeader:
@@ -269,6 +272,7 @@ def slice_of(data_set: DataSet, pixels: StoredPixels) -> SliceHeader:
         intercept=intercept,
         pixels=pixels,
         padding=padding_of(elements, pixels.is_signed, pixels.bits_stored, slope, intercept),
+        traits=traits_of(data_set),
     )
 
 

@@ -20,8 +20,9 @@ from ich_keras.ct.geometry import (
 from ich_keras.ct.journal import Entry
 from ich_keras.ct.kind import is_elsewhere
 from ich_keras.ct.tables import SERIES_COLUMNS, SLICE_COLUMNS, make_table
+from ich_keras.ct.traits import series_traits, usual_thickness_mm
 from ich_keras.ct.verdict import INCOMPLETE, LOCALIZER, NOT_HEAD, verdict
-from ich_keras.ct.volumes import KERNEL, Volume, volumes_of
+from ich_keras.ct.volumes import KERNEL, THICKNESS, Volume, volumes_of
 from ich_keras.ct.walk import mapping
 from ich_keras.executors import Workers
 
@@ -171,6 +172,7 @@ def _slice_rows(volume: _Placed) -> list[tuple]:
 def _series_row(volume: _Placed, words: list[str], size: BodySize | None, num_lost: int) -> tuple:
     reference, positions = volume.reference, volume.positions
     also = [*words, INCOMPLETE] if num_lost else words
+    traits = series_traits(entry.traits for entry in volume.slices)
     return (
         *volume.identity,
         reference.patient_id,
@@ -189,4 +191,9 @@ def _series_row(volume: _Placed, words: list[str], size: BodySize | None, num_lo
         reference.facts[KERNEL] if reference.facts else "",
         reference.body_part,
         math.nan if size is None else size.width_mm,
+        traits.scanner,
+        usual_thickness_mm(entry.facts[THICKNESS] for entry in volume.slices if entry.facts),
+        traits.age_group,
+        traits.sex,
+        traits.contrast,
     )

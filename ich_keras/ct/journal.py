@@ -10,8 +10,8 @@ from ich_keras.errors import UsageError
 from ich_keras.files import checked_line, read_checked_line
 
 # Raise the number whenever `dicom.read_headers` judges files differently: they are read again.
-_FIRST_LINE = b"ich-index-journal 7\n"
-_FIRST_LINE_ANY = b"ich-index-journal 7, any image type\n"
+_FIRST_LINE = b"ich-index-journal 8\n"
+_FIRST_LINE_ANY = b"ich-index-journal 8, any image type\n"
 _FAMILY = b"ich-index-journal "
 # These depend on the machine, not on the file.
 NEVER_KEPT = frozenset({"NO_DECODER", "UNREADABLE"})
@@ -22,7 +22,8 @@ class Entry(NamedTuple):
 
     `path` is what `shown_path` makes of file, member and frame. Of a member of an archive,
     `file_mtime_ns` is the archive's. What begins with `member` is its place
-    (`ich_keras.ct.members.Member`). `frame` is 0 for a file as a whole.
+    (`ich_keras.ct.members.Member`). `frame` is 0 for a file as a whole. `traits` are the fields of
+    `ich_keras.ct.traits.Traits`.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Entry(NamedTuple):
     member_bytes: int = 0
     member_crc32: int = 0
     frame: int = 0
+    traits: tuple[str, ...] = ()
 
     @property
     def container(self) -> str:

@@ -69,7 +69,9 @@ class SeriesIndex:
             `geometry.in_plane_shear` explains `shear_row` and `shear_column`. `num_rejected` counts
             the files of the same SeriesInstanceUID that were refused; `kernel` and `body_part` are
             as the headers have them; `body_width_mm` is that of the middle slice (`body`), NaN
-            where it was not measured.
+            where it was not measured. `scanner`, `age_group`, `sex` and `contrast` are those of
+            `traits.series_traits`, "" where they are unknown; `slice_thickness_mm` is the nominal
+            one of most slices, NaN where none says it.
         rejects: one row per unusable file (REJECT_COLUMNS), sorted by path.
         labelling: the label columns of slices and series; None where there are none.
     """

@@ -60,6 +60,12 @@ SERIES_COLUMNS = {
     "kernel": TEXT,
     "body_part": TEXT,
     "body_width_mm": "float64",
+    # What results are broken down by (`ich_keras.ct.traits`); "" is unknown.
+    "scanner": TEXT,
+    "slice_thickness_mm": "float64",
+    "age_group": TEXT,
+    "sex": TEXT,
+    "contrast": TEXT,
 }
 REJECT_COLUMNS = dict.fromkeys(
     ("path", "code", "detail", "explanation", "hint", "series_instance_uid"), TEXT

@@ -20,6 +20,7 @@ from ich_keras.ct.verdict import MIN_SLICES, spacing_faults
 # How far direction cosines (0.06 degrees) and pixel spacings (mm) of one volume may differ.
 SAME_VOLUME_TOLERANCE = 1e-3
 KERNEL = FACT_TAGS.index("ConvolutionKernel")
+THICKNESS = FACT_TAGS.index("SliceThickness")
 # A fact that has more values in one series is noted per slice or rotation, and separates no scans.
 MAX_PARTS = 100
 # PS3.5 6.2, TM: hours, minutes, seconds and their fraction.

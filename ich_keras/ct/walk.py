@@ -218,4 +218,5 @@ def _read_one(entry: Entry, header: SliceHeader | RejectedFile) -> Entry:
         facts=header.facts,
         times=header.times,
         turn=str(header.turn),
+        traits=header.traits,
     )

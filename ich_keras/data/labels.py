@@ -20,7 +20,10 @@ from ich_keras.labels import LEVELS, RSNA_LABELLING, SIX, UNLABELLED, Labelling,
 if TYPE_CHECKING:
     from ich_keras.ct.series import SeriesIndex
 
-_OF_RESULTS = ("fold", "study", "repaired", "pixel_hash", "split")
+_OF_RESULTS = (
+    *("fold", "study", "repaired", "pixel_hash", "split", "bleed_ml"),
+    *("domain", "domain_distance", "operated", "empty", "disagreement"),
+)
 _PLURALS = {"slice": "images", "series": "series", "study": "studies", "patient": "patients"}
 _TAGS = {
     "sop_instance_uid": "SOPInstanceUIDs",

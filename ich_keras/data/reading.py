@@ -24,6 +24,7 @@ from ich_keras.ct.sources import Source, file_of, source_of, unreadable
 from ich_keras.ct.tables import COSINES, shown_path
 from ich_keras.ct.volumes import SAME_VOLUME_TOLERANCE
 from ich_keras.data.inputs import resize_hu
+from ich_keras.data.skull import SkullProfile, skull_profile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,11 +87,13 @@ class ReadSlice:
         hu: int16 (size, size), HU.
         repaired: whether the 12-bit repair was applied.
         content: what the slice shows, for judging its series (`ich_keras.ct.plausibility`).
+        skull: what it shows of the skull, if that was asked for and its pixels are fine enough.
     """
 
     hu: np.ndarray
     repaired: bool
     content: Content
+    skull: SkullProfile | None = None
 
     @property
     def pixel_hash(self) -> str:
@@ -128,18 +131,21 @@ def _rows(table: "pd.DataFrame", columns: list[str]) -> list[tuple]:
     return list(zip(*(table[column].tolist() for column in columns), strict=True))
 
 
-def read_indexed(indexed: IndexedSlice, size: int) -> ReadSlice:
+def read_indexed(indexed: IndexedSlice, size: int, with_skull: bool = False) -> ReadSlice:
     """Read one slice of an index and resize it.
 
     Args:
         indexed: what the index says of it.
         size: rows and columns of the result, pixels.
+        with_skull: also look at the skull, before resizing.
 
     Raises:
         RejectedFile: as `read_whole`.
     """
-    record = read_whole(indexed)
-    return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content)
+    record, skull = read_whole(indexed), None
+    if with_skull:
+        skull = skull_profile(record.hu, indexed.row_spacing_mm, indexed.column_spacing_mm)
+    return ReadSlice(resize_hu(record.hu, size), record.repaired, record.content, skull)
 
 
 def read_whole(indexed: IndexedSlice) -> CTSlice:

@@ -49,6 +49,7 @@ from ich_keras.progress import Progress
 # No RSNA patient has this prefix: theirs are ID_<hex>.
 PATIENT_PREFIX = "PHANTOM_"
 IMAGES, MASKS, LABELS_CSV, MANIFEST = "images", "masks", "stage_2_train.csv", "phantoms.json"
+BLEED_ML = "bleed_ml"  # in the manifest, and a column of the series table of phantoms
 # Odd, so that multiplying by it modulo a power of two maps every number to another one.
 _MIXER = 0x9E3779B97F4A7C15
 _MAX_SLICES = 4096  # of a series; keeps the numbers of slices of different series apart
@@ -79,7 +80,7 @@ def is_synthetic(slices: pd.DataFrame) -> bool:
     """Return whether any slice comes from a phantom: such data support no clinical claim.
 
     Args:
-        slices: with the column patient_id.
+        slices: with the column patient_id; a table of series will do.
     """
     return bool(slices["patient_id"].str.startswith(PATIENT_PREFIX).any())
 
@@ -295,6 +296,7 @@ def _record(phantom: Phantom, series_uid: str, labels: np.ndarray) -> dict:
         "slice_spacing_mm": scan.slice_spacing_mm,
         "tilt_degrees": scan.tilt_degrees,
         "noise_hu": scan.noise,
+        BLEED_ML: phantom.bleed_ml,
         "bleeds": [
             {
                 "subtype": bleed.subtype,

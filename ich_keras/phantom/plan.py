@@ -135,8 +135,16 @@ class Phantom:
 
     def volume_ml(self, name: str) -> float:
         """Return the volume of a mask in this series."""
+        return self._ml(self.mask(name))
+
+    @property
+    def bleed_ml(self) -> float:
+        """The volume of all bleeds in this series; a voxel of several subtypes counts once."""
+        return self._ml(self.masks & sum(1 << MASK_BITS.index(name) for name in SUBTYPES) != 0)
+
+    def _ml(self, mask: np.ndarray) -> float:
         voxel_mm3 = self.scan.pixel_mm**2 * self.scan.slice_spacing_mm
-        return float(self.mask(name).sum() * voxel_mm3 / 1000)
+        return float(mask.sum() * voxel_mm3 / 1000)
 
 
 def plan_phantoms(
