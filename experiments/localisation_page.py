@@ -164,7 +164,9 @@ def _how(measured: Mapping[str, Measured]) -> list[str]:
         for view, network in NETWORKS.items()
         if view in measured
     )
+    absent = [view for view in NETWORKS if view not in measured]
     return [
+        *([f"Not measured: {', '.join(absent)}.", ""] if absent else []),
         f"One small network per view ({nets}), trained once on {TRAINING_SERIES} phantom series;"
         f" scored on {NUM_SERIES} others (seed {SEED}), on each slice that shows at least 100 mm2"
         " of a bleed, whatever the network answers. Intervals: 95 %, from resampled patients. They"
