@@ -31,10 +31,12 @@ from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
 from ich_keras.metrics.intervals import mean_interval
 from ich_keras.phantom.plan import Phantom
+from ich_keras.relevance import MapOptions
 
 CSV, PAGE, BARS, EXAMPLES = "localisation.csv", "README.md", "hits.svg", "examples.png"
 MARK = "Synthetic: made of phantoms (drawn head CT). It says nothing about patients."
 _CHANCE = {"hit": "chance_hit", "share": "chance_share", "precision": "chance_share"}
+_DEFAULT = MapOptions("hirescam", "layer2")  # of `explain_series`, at these sizes
 _METHODS = [name_of(options) for options in OPTIONS]
 
 
@@ -146,7 +148,8 @@ def page_text(table: pd.DataFrame, measured: Mapping[str, Measured]) -> str:
         "## Examples",
         "",
         "The slice with most of the bleed, brain window (level 40, width 80); the outline is the"
-        " phantom's mask. Each row is a view, with the method that hits most often.",
+        " phantom's mask. Of each view the method that hits most often, and hirescam on layer2."
+        " Each map is shown from 0 to the highest values of its slice.",
         "",
         f"![Examples]({EXAMPLES})",
         "",
@@ -161,7 +164,9 @@ def _how(measured: Mapping[str, Measured]) -> list[str]:
         for view, network in NETWORKS.items()
         if view in measured
     )
+    absent = [view for view in NETWORKS if view not in measured]
     return [
+        *([f"Not measured: {', '.join(absent)}.", ""] if absent else []),
         f"One small network per view ({nets}), trained once on {TRAINING_SERIES} phantom series;"
         f" scored on {NUM_SERIES} others (seed {SEED}), on each slice that shows at least 100 mm2"
         " of a bleed, whatever the network answers. Intervals: 95 %, from resampled patients. They"
@@ -190,24 +195,35 @@ def _short(table: pd.DataFrame, measured: Mapping[str, Measured]) -> list[str]:
         means = judged.groupby("method", sort=False)["value"].mean()
         best = means.idxmax()
         own = judged[judged["method"] == best]
-        words = {
-            "the map wins": own[own["gain_low"] > 0],
-            "the brightest voxels win": own[own["gain_high"] < 0],
-            "no difference is seen": own[(own["gain_low"] <= 0) & (own["gain_high"] >= 0)],
-        }
-        against = "; ".join(
-            f"{word} for {', '.join(part['label'])}" for word, part in words.items() if len(part)
-        )
+        against = _against(own)
+        overlap = _of(table, view, "slice", "share")
+        overlap = overlap[overlap["judged"] & (overlap["method"] == best)]
         lines.append(
             f"- **{view}**: the maps that hit most often are those of {best}"
             f" ({_number(means[best])} in the mean over the judged labels; chance"
             f" {_number(own['chance'].mean())}, brightest voxels"
-            f" {_number(own['brightest'].mean())}). Label by label: {against}."
+            f" {_number(own['brightest'].mean())}). Label by label: {against}. In overlap:"
+            f" {_against(overlap)}."
         )
     lines.append(
         "- The method was picked after seeing these scores, which favours it; five were compared."
+        " So was the rule for the default layer of `explain_series`, which is layer2 here."
     )
     return lines
+
+
+def _against(rows: pd.DataFrame) -> str:
+    """Say for which labels a map or the brightest voxels win; intervals that hold 0 say nothing."""
+    words = {
+        "the map wins": rows["gain_low"] > 0,
+        "the brightest voxels win": rows["gain_high"] < 0,
+        "no difference is seen": (rows["gain_low"] <= 0) & (rows["gain_high"] >= 0),
+    }
+    named = {
+        word: [name for name in LABELS if name in set(rows["label"][chosen])]
+        for word, chosen in words.items()
+    }
+    return "; ".join(f"{word} for {', '.join(labels)}" for word, labels in named.items() if labels)
 
 
 def _knows(measured: Mapping[str, Measured]) -> list[str]:
@@ -351,24 +367,26 @@ def _examples(
         fitting = [p for p in phantoms if label in p.spec.subtypes]
         if fitting:
             chosen[label] = fitting[len(fitting) // 2]
-    views = list(measured)
+    rows = [(view, options) for view in measured for options in (_best(measured[view]), _DEFAULT)]
+    rows = list(dict.fromkeys(rows))
     figure, axes = pyplot.subplots(
-        len(views), len(chosen), figsize=(2 * len(chosen), 2.1 * len(views)), squeeze=False
+        len(rows), len(chosen), figsize=(2 * len(chosen), 2.05 * len(rows)), squeeze=False
     )
-    for row, view in enumerate(views):
-        options = _best(measured[view])
-        for axis, (label, phantom) in zip(axes[row], chosen.items(), strict=True):
+    for row, (view, options) in zip(axes, rows, strict=True):
+        for axis, (label, phantom) in zip(row, chosen.items(), strict=True):
             mask = masks_of(phantom)[label]
             number = int(mask.sum(axis=(1, 2)).argmax())
             maps = explain_series(runs[view], phantom.hu, phantom.spacing_mm, label, options)
-            axis.imshow(BRAIN(phantom.hu[number]), cmap="gray")
             heat = maps.values[label][number]
-            axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1)
+            # A few pixels of integrated gradients are far above all others.
+            heat = np.clip(heat / max(np.quantile(heat, 0.998), 1e-9), 0, 1)
+            axis.imshow(BRAIN(phantom.hu[number]), cmap="gray")
+            axis.imshow(heat, cmap="inferno", alpha=0.75 * np.sqrt(heat), vmin=0, vmax=1)
             axis.contour(mask[number], [0.5], colors="cyan", linewidths=0.6)
             axis.set_axis_off()
             note = "" if measured[view].is_judged(label) else " (n.j.)"
             axis.set_title(f"{label}{note}", fontsize=7)
-        axes[row, 0].text(
+        row[0].text(
             -6, 64, f"{view}\n{name_of(options)}", rotation=90, ha="right", va="center", fontsize=7
         )
     figure.text(0.01, 0.005, MARK, fontsize=6, color="dimgrey")

@@ -47,7 +47,7 @@ class HeatMaps:
             of one run and method.
         seen: bool (slices,), whether the network saw a slice. Between two that it saw, long series
             have ones that it did not; their maps are interpolated.
-        options: how they were made.
+        options: how they were made; the layer is the one that was chosen.
     """
 
     values: dict[str, np.ndarray]
@@ -109,7 +109,7 @@ def explain(
         ) from error
     relevance = Relevance(model, options)
     found = np.zeros((len(columns), *inputs.shape[:-1]), np.float32)
-    for chosen in batches(len(inputs), options.batch_of(inputs.ndim - 1)):
+    for chosen in batches(len(inputs), options.batch_of(inputs.shape[1:])):
         cells = _cells(relevance, inputs[chosen], columns, baseline)
         # One axis after the other: each is taken away in front and comes back at the end.
         for axis, size in zip(relevance.axes, inputs.shape[1:-1], strict=True):
@@ -132,8 +132,9 @@ def explain_series(
     """Explain a run's answers to one series, on the pixels of its slices.
 
     The series goes the way of a prediction: slice by slice, slab by slab (the map is that of the
-    middle slice), or as a whole. Beside the result, which takes 4 bytes per voxel and label, memory
-    is that of one batch, whatever the number of slices.
+    middle slice), or as a whole. Thin slices are not averaged first, as a prediction may do
+    (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per voxel and label,
+    memory is that of one batch, whatever the number of slices.
 
     Args:
         run: a finished run, or what `load_run` made of it.
@@ -186,7 +187,7 @@ def explain_series(
     lead = (view.num_slices,) if options.neighbours else ()
     values = {name: np.zeros((len(hu), *lead, *hu.shape[1:]), np.float32) for name in names}
     air = _air(recipe.inputs)
-    batch = options.batch_of(len(recipe.inputs.shape))
+    batch = options.batch_of(recipe.inputs.shape)
     if progress is not None:
         progress(_STEP, 0, len(shown))
     for numbers in batches(len(shown), batch):
@@ -204,7 +205,7 @@ def explain_series(
         if scales[name] > 0:
             found /= scales[name]
     seen = np.isin(np.arange(len(hu)), samples.rows[samples.rows != AIR])
-    return HeatMaps(values, scales, seen, options)
+    return HeatMaps(values, scales, seen, relevance.options)
 
 
 class _Places:

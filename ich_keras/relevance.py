@@ -10,7 +10,7 @@ Sources:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from ich_keras.environment import choose_backend
 from ich_keras.errors import UsageError
 
 METHODS = ("gradcam", "hirescam", "integrated-gradients")
+LEAST_CELLS = 10
 _FEWEST_STEPS, _MOST_STEPS = 2, 1000
-# Samples at a time, by the axes of a sample: a slice; slices of a volume.
-_BATCH = {3: 8, 4: 1}
+# Slices at a time, in samples of one and of several; a sample with more of them goes alone.
+_BATCH, _BATCH_OF_VOLUMES = 8, 16
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,25 @@ class MapOptions:
             of our networks ("layer4") the first two are the same, and add up to the logit without
             its bias.
         layer: the features that gradcam and hirescam look at: "stem", "maxpool", "layer1" to
-            "layer4", or the name of a layer. Early ones have more cells, and know less.
+            "layer4", or the name of a layer. Early ones have more cells, and know less. None takes
+            the last stage with at least `LEAST_CELLS` along rows and columns, and "layer2" where
+            none has: "layer3" at 256 pixels, "layer2" below 160. On phantoms, maps of fewer cells
+            seldom hit what they are of (`python -m experiments localisation`).
         steps: points between air and the input; integrated gradients only.
         signed: keep what speaks against a label, below 0. Without it, that is 0.
         neighbours: of slabs, keep the maps of all their slices, not of the middle one alone.
-        batch_size: samples computed at a time; None takes 8 slices, or one volume.
+        batch_size: samples computed at a time; None takes 8 slices, three slabs of five, or one
+            series.
 
     Raises:
         UsageError: an unknown method, or a number that cannot be used.
 
-    >>> MapOptions("gradcam").layer
-    'layer4'
+    >>> MapOptions("gradcam").layer is None
+    True
     """
 
     method: str = "hirescam"
-    layer: str = "layer4"
+    layer: str | None = None
     steps: int = 32
     signed: bool = False
     neighbours: bool = False
@@ -58,7 +63,7 @@ class MapOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}; expected one of {', '.join(METHODS)}.")
-        if not isinstance(self.layer, str):
+        if not isinstance(self.layer, str | None):
             raise UsageError(f"layer {self.layer!r}; expected a name, such as 'layer4'.")
         if type(self.steps) is not int or not _FEWEST_STEPS <= self.steps <= _MOST_STEPS:
             raise UsageError(
@@ -69,9 +74,14 @@ class MapOptions:
         if size is not None and (type(size) is not int or size < 1):
             raise UsageError(f"batch_size {size!r}; expected a whole number of at least 1.")
 
-    def batch_of(self, num_axes: int) -> int:
-        """Return the samples per batch, by the number of axes of a sample."""
-        return self.batch_size or _BATCH[num_axes]
+    def batch_of(self, shape: tuple[int, ...]) -> int:
+        """Return the samples per batch, by the shape of a sample: ([slices,] rows, ...).
+
+        >>> MapOptions().batch_of((96, 96, 3)), MapOptions().batch_of((60, 96, 96, 1))
+        (8, 1)
+        """
+        usual = _BATCH if len(shape) == 3 else max(1, _BATCH_OF_VOLUMES // shape[0])
+        return self.batch_size or usual
 
 
 def map_options(method: "str | MapOptions") -> MapOptions:
@@ -99,7 +109,7 @@ class Relevance:
     Args:
         model: a classifier of ours, or another one of the same kinds of layers, with logits or
             probabilities.
-        options: how they are made.
+        options: how they are made; the attribute has the layer that was chosen.
 
     Raises:
         UsageError: another backend than torch, a network that cannot be read, or features that it
@@ -108,13 +118,14 @@ class Relevance:
 
     def __init__(self, model: Any, options: MapOptions) -> None:
         require_torch()
-        from ich_keras.models.cut import cut_model
+        from ich_keras.models.cut import cut_model, last_stage
         from ich_keras.models.graph import UnknownStep
         from ich_keras.models.torch.gradients import LogitGradients
 
-        self.options = options
         self._is_path = options.method == "integrated-gradients"
         try:
+            if options.layer is None and not self._is_path:
+                options = replace(options, layer=last_stage(model, LEAST_CELLS))
             cut = cut_model(model, None if self._is_path else options.layer)
             self._gradients = LogitGradients(cut)
         except UnknownStep as reason:
@@ -122,7 +133,7 @@ class Relevance:
                 f"this network cannot be explained: {reason}.",
                 "`ich_keras.choose_step` says which layers are known.",
             ) from reason
-        self.axes = self._gradients.axes
+        self.options, self.axes = options, self._gradients.axes
 
     def maps(self, inputs: np.ndarray, labels: Sequence[int], baseline: np.ndarray) -> np.ndarray:
         """Compute the maps of one batch.
@@ -152,7 +163,7 @@ class Relevance:
         places, weights = (places + 1) / 2, weights / 2
         away = sample - baseline
         total = np.zeros((len(labels), *sample.shape), np.float64)
-        batch = self.options.batch_of(sample.ndim)
+        batch = self.options.batch_of(sample.shape)
         for start in range(0, len(places), batch):
             part = places[start : start + batch].astype(np.float32)
             points = baseline + part.reshape(-1, *(1,) * sample.ndim) * away

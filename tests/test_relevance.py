@@ -205,9 +205,9 @@ def test_the_last_features_add_up_to_the_logit():
     x = inputs_for(PLAIN, 3)
     logits = np.asarray(model.predict_on_batch(x))
     model.get_layer("fc").bias.assign(np.arange(6, dtype=np.float32))
-    hirescam = Relevance(model, MapOptions("hirescam")).maps(x, list(range(6)), x[0])
+    hirescam = Relevance(model, MapOptions("hirescam", "layer4")).maps(x, list(range(6)), x[0])
     np.testing.assert_allclose(hirescam.sum(axis=(2, 3)).T, logits, rtol=1e-4, atol=1e-5)
-    gradcam = Relevance(model, MapOptions("gradcam")).maps(x, list(range(6)), x[0])
+    gradcam = Relevance(model, MapOptions("gradcam", "layer4")).maps(x, list(range(6)), x[0])
     np.testing.assert_allclose(gradcam, hirescam, rtol=1e-4, atol=1e-6)
     earlier = [
         Relevance(model, MapOptions(method, "layer3")).maps(x, [0], x[0])
@@ -295,6 +295,26 @@ def test_a_single_cell_shows_where_its_field_has_its_middle():
         assert map_[0, row - 1, column] == pytest.approx(map_[0, row, column] * 2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layer"),
+    [
+        ((256, 256, 1), "layer3"),
+        ((320, 320, 1), "layer4"),
+        ((320, 256, 1), "layer3"),
+        ((145, 145, 1), "layer3"),
+        ((144, 144, 1), "layer2"),
+        ((32, 32, 1), "layer2"),
+        ((None, None, 1), "layer3"),
+    ],
+)
+def test_the_layer_is_the_last_one_with_enough_cells(shape, layer):
+    model = classifier(ModelSpec(shape, depth=10, width=2))
+    assert Relevance(model, MapOptions()).options == MapOptions(layer=layer)
+    assert Relevance(model, MapOptions(layer="layer1")).options.layer == "layer1"
+    path = MapOptions("integrated-gradients")
+    assert Relevance(model, path).options == path
+
+
 def test_batches_and_runs_do_not_matter():
     model, x = network(PLAIN), inputs_for(PLAIN, 5)
     one, other = (
@@ -367,7 +387,9 @@ def test_a_network_of_other_layers_is_told():
     x = layers.GlobalAveragePooling2D()(layers.DepthwiseConv2D(3)(image))
     model = keras.Model(image, layers.Dense(2)(x))
     with pytest.raises(UsageError, match="cannot be explained: layer .* is a DepthwiseConv2D"):
-        explain(model, np.zeros((1, 8, 8, 1)))
+        explain(model, np.zeros((1, 8, 8, 1)), method="integrated-gradients")
     features = keras.Model(image, layers.GlobalAveragePooling2D()(layers.Conv2D(2, 3)(image)))
-    with pytest.raises(UsageError, match="not in a dense layer"):
+    with pytest.raises(UsageError, match="no features called 'layer2'. Give the name of a layer"):
         explain(features, np.zeros((1, 8, 8, 1)))
+    with pytest.raises(UsageError, match="not in a dense layer"):
+        explain(features, np.zeros((1, 8, 8, 1)), method="integrated-gradients")

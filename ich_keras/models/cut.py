@@ -9,6 +9,7 @@ from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.resnet import feature_tensors, functional
 from ich_keras.models.spec import FEATURES
 
+_STAGES = ("layer4", "layer3", "layer2")
 _ACTIVATIONS = ("sigmoid", "softmax")
 
 
@@ -25,6 +26,40 @@ def logits_of_model(model: keras.Model) -> Any:
     if len(graph.outputs) == 1 and last.kind == "dense":
         return model.output
     raise UnknownStep(f"{model.name} ends in {last.name}, not in a dense layer")
+
+
+def last_stage(model: keras.Model, least_cells: int) -> str:
+    """Return the last stage whose features have enough cells along rows and columns.
+
+    Args:
+        model: with stages called "layer2" to "layer4".
+        least_cells: how many are enough.
+
+    Returns:
+        Its name; "layer2" where none has as many, "layer3" where the input may have any size.
+
+    Raises:
+        UsageError: the network has no such stages.
+
+    >>> from ich_keras.models.classifier import classifier
+    >>> from ich_keras.models.spec import ModelSpec
+    >>> last_stage(classifier(ModelSpec((96, 96, 1), depth=10, width=4)), 10)
+    'layer2'
+    """
+    known = feature_tensors(model)
+    absent = [name for name in _STAGES if name not in known]
+    if absent:
+        raise UsageError(
+            f"{model.name} has no features called {absent[-1]!r}.",
+            "Give the name of a layer, as `model.summary()` has it, whose maps are wanted.",
+        )
+    for name in _STAGES:
+        cells = known[name].shape[-3:-1]
+        if None in cells:
+            return "layer3"
+        if min(cells) >= least_cells:
+            return name
+    return _STAGES[-1]
 
 
 def cut_model(model: keras.Model, layer: str | None) -> keras.Model:
