@@ -1,9 +1,7 @@
 """The page of `experiments.localisation`: tables, a CSV file and figures of what was measured."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +12,6 @@ from experiments.localisation import (
     METRICS,
     NETWORKS,
     NUM_SERIES,
-    OPTIONS,
     RIM_MM,
     SEED,
     SMOOTHING_MM,
@@ -22,22 +19,15 @@ from experiments.localisation import (
     TOO_BRIGHT_HU,
     TRAINING_SERIES,
     Measured,
-    masks_of,
-    name_of,
 )
-from ich_keras.ct.window import BRAIN
-from ich_keras.explanation import explain_series
+from experiments.localisation_figures import MARK, METHODS, examples, hit_rates, rows_of
 from ich_keras.files import atomic_write
 from ich_keras.labels import LABELS
 from ich_keras.metrics.intervals import mean_interval
 from ich_keras.phantom.plan import Phantom
-from ich_keras.relevance import MapOptions
 
 CSV, PAGE, BARS, EXAMPLES = "localisation.csv", "README.md", "hits.svg", "examples.png"
-MARK = "Synthetic: made of phantoms (drawn head CT). It says nothing about patients."
 _CHANCE = {"hit": "chance_hit", "share": "chance_share", "precision": "chance_share"}
-_DEFAULT = MapOptions("hirescam", "layer2")  # of `explain_series`, at these sizes
-_METHODS = [name_of(options) for options in OPTIONS]
 
 
 def summary(measured: Mapping[str, Measured]) -> pd.DataFrame:
@@ -96,8 +86,8 @@ def write_page(
     """
     table = summary(measured)
     atomic_write(out / CSV, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
-    atomic_write(out / BARS, _bars(table))
-    atomic_write(out / EXAMPLES, _examples(runs, phantoms, measured))
+    atomic_write(out / BARS, hit_rates(table))
+    atomic_write(out / EXAMPLES, examples(runs, phantoms, measured))
     atomic_write(out / PAGE, page_text(table, measured))
     return out / PAGE
 
@@ -187,7 +177,7 @@ def _how(measured: Mapping[str, Measured]) -> list[str]:
 def _short(table: pd.DataFrame, measured: Mapping[str, Measured]) -> list[str]:
     lines = []
     for view in measured:
-        rows = _of(table, view, "slice", "hit")
+        rows = rows_of(table, view, "slice", "hit")
         judged = rows[rows["judged"] & (rows["method"] != BRIGHTEST)]
         if judged.empty:
             lines.append(f"- **{view}**: the network finds no label; its maps are not judged.")
@@ -196,7 +186,7 @@ def _short(table: pd.DataFrame, measured: Mapping[str, Measured]) -> list[str]:
         best = means.idxmax()
         own = judged[judged["method"] == best]
         against = _against(own)
-        overlap = _of(table, view, "slice", "share")
+        overlap = rows_of(table, view, "slice", "share")
         overlap = overlap[overlap["judged"] & (overlap["method"] == best)]
         lines.append(
             f"- **{view}**: the maps that hit most often are those of {best}"
@@ -248,7 +238,7 @@ def _knows(measured: Mapping[str, Measured]) -> list[str]:
 def _scores(table: pd.DataFrame, metric: str, level: str, title: str, what: str) -> list[str]:
     lines = [f"## {title}", "", what, ""]
     for view in dict.fromkeys(table["view"]):
-        rows = _of(table, view, level, metric)
+        rows = rows_of(table, view, level, metric)
         labels = [label for label in LABELS if label in set(rows["label"])]
         counts = rows.groupby("label")[["rows", "patients"]].first()
         heads = [f"{label} (n {counts['rows'][label]})" for label in labels]
@@ -258,7 +248,7 @@ def _scores(table: pd.DataFrame, metric: str, level: str, title: str, what: str)
             "| map | " + " | ".join(heads) + " |",
             "|--|" + "--|" * len(labels),
         ]
-        for method in (*_METHODS, BRIGHTEST):
+        for method in (*METHODS, BRIGHTEST):
             own = rows[rows["method"] == method].set_index("label")
             cells = [
                 _with_interval(*own.loc[label, ["value", "low", "high"]])
@@ -284,7 +274,7 @@ def _checks(measured: Mapping[str, Measured]) -> list[str]:
         "|--|--|--|--|",
     ]
     for view, one in measured.items():
-        for method in _METHODS:
+        for method in METHODS:
             rows = one.agreements[one.agreements["method"] == method]
             cells = []
             for part in ("head", "all"):
@@ -298,10 +288,6 @@ def _checks(measured: Mapping[str, Measured]) -> list[str]:
     return lines
 
 
-def _of(table: pd.DataFrame, view: str, level: str, metric: str) -> pd.DataFrame:
-    return table[(table["view"] == view) & (table["level"] == level) & (table["metric"] == metric)]
-
-
 def _number(value: float | None) -> str:
     if value is None or np.isnan(value):
         return "n/a"
@@ -312,92 +298,3 @@ def _with_interval(value: float | None, low: float | None, high: float | None) -
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return _number(value)
     return f"{_number(value)} ({_number(low)} to {_number(high)})"
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same numbers give the same bytes.
-    matplotlib.rcParams.update({"svg.hashsalt": "ich_keras", "font.size": 9})
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _bars(table: pd.DataFrame) -> bytes:
-    """Draw the hit rates per slice, with intervals."""
-    pyplot = _pyplot()
-    views = list(dict.fromkeys(table["view"]))
-    figure, axes = pyplot.subplots(len(views), 1, figsize=(9, 2.7 * len(views)), squeeze=False)
-    shown = (*_METHODS, BRIGHTEST)
-    for axis, view in zip(axes[:, 0], views, strict=True):
-        rows = _of(table, view, "slice", "hit")
-        labels = [label for label in LABELS if label in set(rows["label"])]
-        for number, method in enumerate(shown):
-            own = rows[rows["method"] == method].set_index("label").loc[labels]
-            # What is not judged is left empty.
-            drawn = own["judged"] | (method == BRIGHTEST)
-            value = own["value"].where(drawn).to_numpy(float)
-            edges = [np.abs(own[edge].to_numpy(float) - value) for edge in ("low", "high")]
-            places = np.arange(len(labels)) + (number - len(shown) / 2 + 0.5) * 0.13
-            axis.bar(places, value, 0.12, yerr=edges, label=method, error_kw={"lw": 0.6})
-        chance = rows[rows["method"] == BRIGHTEST].set_index("label").loc[labels, "chance"]
-        for place, height in enumerate(chance):
-            axis.plot([place - 0.42, place + 0.42], [height, height], color="black", lw=1)
-        axis.set_xticks(range(len(labels)), labels)
-        axis.set_ylim(0, 1)
-        axis.set_title(f"{view}: hit rate per slice (line: chance; gap: not judged)")
-    axes[0, 0].legend(fontsize=6.5, ncols=3)
-    figure.text(0.01, 0.003, MARK, fontsize=6.5, color="dimgrey")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return stream.getvalue()
-
-
-def _examples(
-    runs: Mapping[str, Path], phantoms: Sequence[Phantom], measured: Mapping[str, Measured]
-) -> bytes:
-    """Draw one slice per subtype, with the maps of each view."""
-    pyplot = _pyplot()
-    chosen = {}
-    for label in LABELS[:-1]:
-        fitting = [p for p in phantoms if label in p.spec.subtypes]
-        if fitting:
-            chosen[label] = fitting[len(fitting) // 2]
-    rows = [(view, options) for view in measured for options in (_best(measured[view]), _DEFAULT)]
-    rows = list(dict.fromkeys(rows))
-    figure, axes = pyplot.subplots(
-        len(rows), len(chosen), figsize=(2 * len(chosen), 2.05 * len(rows)), squeeze=False
-    )
-    for row, (view, options) in zip(axes, rows, strict=True):
-        for axis, (label, phantom) in zip(row, chosen.items(), strict=True):
-            mask = masks_of(phantom)[label]
-            number = int(mask.sum(axis=(1, 2)).argmax())
-            maps = explain_series(runs[view], phantom.hu, phantom.spacing_mm, label, options)
-            heat = maps.values[label][number]
-            # A few pixels of integrated gradients are far above all others.
-            heat = np.clip(heat / max(np.quantile(heat, 0.998), 1e-9), 0, 1)
-            axis.imshow(BRAIN(phantom.hu[number]), cmap="gray")
-            axis.imshow(heat, cmap="inferno", alpha=0.75 * np.sqrt(heat), vmin=0, vmax=1)
-            axis.contour(mask[number], [0.5], colors="cyan", linewidths=0.6)
-            axis.set_axis_off()
-            note = "" if measured[view].is_judged(label) else " (n.j.)"
-            axis.set_title(f"{label}{note}", fontsize=7)
-        row[0].text(
-            -6, 64, f"{view}\n{name_of(options)}", rotation=90, ha="right", va="center", fontsize=7
-        )
-    figure.text(0.01, 0.005, MARK, fontsize=6, color="dimgrey")
-    figure.tight_layout(rect=(0.02, 0.02, 1, 1), pad=0.4)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return stream.getvalue()
-
-
-def _best(one: Measured) -> Any:
-    rows = one.rows[(one.rows["level"] == "slice") & (one.rows["method"] != BRIGHTEST)]
-    best = rows.groupby("method", sort=False)["hit"].mean().idxmax()
-    return next(options for options in OPTIONS if name_of(options) == best)
