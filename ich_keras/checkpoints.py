@@ -25,6 +25,7 @@ from ich_keras.files import (
     sha256_of,
     write_json,
 )
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.leftovers import partial_of
 from ich_keras.models.weights import BYTES_PER_VALUE, load_weights, save_weights
 from ich_keras.progress import Tell
@@ -130,7 +131,13 @@ def has_state(folder: Path) -> bool:
     return bool(_epochs(folder))
 
 
-def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | None = None) -> dict:
+def load_state(
+    folder: Path,
+    model: Any,
+    tell: Tell | None = None,
+    run: dict | None = None,
+    labels: LabelSet = SIX,
+) -> dict:
     """Restore the latest complete state into a compiled model of the same network.
 
     Args:
@@ -139,6 +146,7 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | N
         tell: called with one line of text for each damaged or foreign state that is skipped, and
             for one of an older version, which has no checksums.
         run: what tells the run from others; None takes a state of any.
+        labels: of the model's head.
 
     Returns:
         The JSON that was given to `save_state`, with `epoch`.
@@ -152,7 +160,7 @@ def load_state(folder: Path, model: Any, tell: Tell | None = None, run: dict | N
     problems = []
     for epoch in epochs:
         try:
-            return _load(folder / f"epoch-{epoch:04d}", model, epoch, run, tell)
+            return _load(folder / f"epoch-{epoch:04d}", model, epoch, run, tell, labels)
         except (StaleError, DataError, UsageError) as error:
             problems.append(error)
             if tell is not None:
@@ -232,7 +240,14 @@ def _read_record(folder: Path) -> tuple[dict, dict[str, str] | None]:
     return state, state.pop(FILES)
 
 
-def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | None) -> dict:
+def _load(
+    folder: Path,
+    model: Any,
+    epoch: int,
+    run: dict | None,
+    tell: Tell | None,
+    labels: LabelSet,
+) -> dict:
     state, has_checksums = read_state(folder, epoch)
     of = state.get(RUN)
     if run is not None and of is not None and of != run:
@@ -244,7 +259,7 @@ def _load(folder: Path, model: Any, epoch: int, run: dict | None, tell: Tell | N
     if not has_checksums and tell is not None:
         tell(f"{folder} has no checksums (an older version saved it): damage would go unnoticed.")
     arrays = _arrays(folder / VARIABLES)
-    load_weights(model, folder / WEIGHTS, needs_head=True)
+    load_weights(model, folder / WEIGHTS, needs_head=True, labels=labels)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     wanted = _other_variables(model)

@@ -9,7 +9,7 @@ import pandas as pd
 from ich_keras.breakdown import broken_down
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.data.labels import series_labels
+from ich_keras.data.labels import series_labels, torn_series
 from ich_keras.data.pixels import part_digests
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.trivial import trivial_auroc
@@ -259,7 +259,8 @@ def _metrics(
     labels = level.labels
     levels = {"series" if smoothing is None else "slice": level}
     choices, is_choosing = run.choices(), _is_choosing(run, split)
-    is_aggregated = smoothing is not None and is_whole
+    # Of a series with several exclusive labels nothing says what it is as a whole.
+    is_aggregated = smoothing is not None and is_whole and not torn_series(rows, labels)
     if is_aggregated:
         uids = rows["series_uid"].to_numpy()
         if is_choosing:

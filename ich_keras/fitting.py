@@ -172,7 +172,8 @@ def restored(training: Fit, tell: Tell) -> Course:
         LostState: all states are damaged, or the best weights are lost after the last epoch.
     """
     run = training.run
-    state = load_state(run.state_folder, training.model, tell, training.marks[RUN])
+    labels = training.recipe.labels
+    state = load_state(run.state_folder, training.model, tell, training.marks[RUN], labels)
     course = Course.of_state(state)
     write_history(run, course)  # as the state knows it, whatever became of the file
     if not _has_best(run, course):

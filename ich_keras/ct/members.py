@@ -126,6 +126,11 @@ class _Part(io.RawIOBase):
         self._member = member
         self._position = 0
 
+    @property
+    def name(self) -> str:
+        """Its name, which pydicom asks for."""
+        return self._member.name
+
     def readable(self) -> bool:
         return True
 

@@ -196,7 +196,7 @@ def series_labels(slices: pd.DataFrame, labels: LabelSet = SIX) -> pd.DataFrame:
 
     Returns:
         Indexed by series_uid in the order of first appearance; int8 columns; -1 where no slice of
-        the series has the label.
+        the series has the label, and where exclusive labels differ between its slices.
 
     Raises:
         DataError: no labels were joined to this table.
@@ -206,7 +206,26 @@ def series_labels(slices: pd.DataFrame, labels: LabelSet = SIX) -> pd.DataFrame:
     {'a': 1, 'b': -1}
     """
     is_labelled(slices, labels)
-    return slices.groupby("series_uid", sort=False)[list(labels.names)].max()
+    found = slices.groupby("series_uid", sort=False)[list(labels.names)].max()
+    found.loc[torn_series(slices, labels)] = UNLABELLED
+    return found
+
+
+def torn_series(slices: pd.DataFrame, labels: LabelSet) -> list[str]:
+    """Return the series whose slices have different exclusive labels; none of other labels.
+
+    Such a series as a whole is of no class.
+
+    Args:
+        slices: with the columns series_uid and the labels (int8; -1 = no label).
+        labels: the columns.
+    """
+    if not labels.exclusive:
+        return []
+    names = list(labels.names)
+    known = slices[(slices[names] != UNLABELLED).all(axis=1)]
+    differing = known.groupby("series_uid", sort=False)[names].nunique().max(axis=1) > 1
+    return differing.index[differing].tolist()
 
 
 def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFrame, LabelJoin]:

@@ -14,7 +14,7 @@ import pandas as pd
 from ich_keras.ct.verdict import DUPLICATE as DUPLICATE_WORD
 from ich_keras.ct.verdict import TILTED as TILTED_WORD
 from ich_keras.ct.verdict import has_word
-from ich_keras.data.labels import has_labels, is_labelled, series_labels
+from ich_keras.data.labels import has_labels, is_labelled, series_labels, torn_series
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import RSNA_LABELLING, SIX, Labelling, LabelSet
 
@@ -306,12 +306,11 @@ def _labels(slices: pd.DataFrame, view: View, labelling: Labelling) -> np.ndarra
             )
         return slices[list(labels.names)].to_numpy(np.int8)
     if labels.exclusive and level == "slice":
-        of_slices = slices.groupby("series_uid", sort=False)[list(labels.names)]
-        torn = of_slices.nunique().max(axis=1)
-        if (torn > 1).any():
+        torn = torn_series(slices, labels)
+        if torn:
             raise DataError(
-                f"exclusive labels differ between the slices of series {torn.idxmax()}: they do"
-                " not say what the whole series is.",
+                f"exclusive labels differ between the slices of series {torn[0]}: they do not say"
+                " what the whole series is.",
                 "Give labels of series.",
             )
     return series_labels(slices, labels).to_numpy(np.int8)
