@@ -57,9 +57,13 @@ class WrittenReports:
     def sentences(self) -> list[str]:
         """Say it in lines."""
         lines = [f"Structured reports: {len(self.paths):,}."] if self.paths else []
-        return lines + [
-            f"No structured report of study {number}: {why}" for number, why in self.left_out
-        ]
+        numbers: dict[str, list[int]] = {}
+        for number, why in self.left_out:
+            numbers.setdefault(why, []).append(number)
+        for why, found in numbers.items():
+            others = f", and {len(found) - 1:,} more" if len(found) > 1 else ""
+            lines.append(f"No structured report of study {found[0]}{others}: {why}")
+        return lines
 
 
 def require_highdicom() -> None:
@@ -161,7 +165,7 @@ def _data_set(file: Any) -> pydicom.Dataset:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         uid = UID(str(data_set.get(keyword, "")))
         if not uid.is_valid:
-            raise _Unsuitable(f"{keyword} {str(uid)[:64]!r} is no DICOM UID to refer to.")
+            raise _Unsuitable(f"its {keyword} is no DICOM UID to refer to, as in RSNA's files.")
     return data_set
 
 

@@ -168,8 +168,10 @@ def test_identifiers_that_are_no_uids_are_told(run, as_rsna, tmp_path):
     made = write_structured_reports(tmp_path, prediction, index, "run 1")
     assert made.paths == ()
     assert [number for number, _ in made.left_out] == [1, 2]
-    assert "StudyInstanceUID 'ID_" in made.left_out[0][1]
-    assert made.left_out[0][1].endswith("is no DICOM UID to refer to.")
+    assert made.sentences() == [
+        "No structured report of study 1, and 1 more: its StudyInstanceUID is no DICOM UID to refer"
+        " to, as in RSNA's files."
+    ]
 
 
 def test_volumes_that_are_not_dicom_have_no_report(run, tmp_path):
@@ -207,3 +209,21 @@ def test_without_a_folder_there_is_nothing_to_write_to(run, images):
         predict_folder(run, images, structured_reports=True)
     with pytest.raises(UsageError, match="heat_maps is about the pages of report"):
         predict_folder(run, images, heat_maps="hirescam")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_images_in_archives_are_referred_to_like_others(run, images, tmp_path, kind):
+    packed = shutil.make_archive(str(tmp_path / "all"), kind, images)
+    prediction = predict_folder(run, packed)
+    made = write_structured_reports(tmp_path, prediction, index_folder(packed).usable(), "run 1")
+    assert made.left_out == ()
+    assert len(made.paths) == 2
+    read = (pydicom.dcmread(path, stop_before_pixels=True) for path in images.iterdir())
+    uids = {data_set.SOPInstanceUID for data_set in read}
+    referred = {
+        one.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+        for path in made.paths
+        for group in groups_of(path)
+        for one in group.source_images
+    }
+    assert referred and referred <= uids
