@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ich_keras.checkpoints import POINTER, read_state, states_of, write_state
+from ich_keras.counting import number_of
 from ich_keras.course import STOPPED
 from ich_keras.data.augment import Augmentation, Change
 from ich_keras.data.cache.cache import CTCache
@@ -127,7 +128,8 @@ def extend(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if tell is not None:
-        tell(f"{done} epochs are done in {run}, {epochs} more make {total} in {out}.")
+        said = f"{number_of(done, 'epoch')} {'is' if done == 1 else 'are'} done in {run}"
+        tell(f"{said}, {epochs} more make {total} in {out}.")
         if recipe.training.schedule == "cosine":
             tell(
                 f"The learning rate follows the cosine of {total} epochs from here on: it goes up"

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any
 
 from ich_keras.breakdown import bleed_size_note, breakdown_rows, unknown_properties
+from ich_keras.counting import number_of
 from ich_keras.metrics.binary import format_metric
 from ich_keras.summary import SYNTHETIC_LINE, text_table
 
@@ -43,7 +44,8 @@ def _data_line(data: dict[str, Any]) -> str:
         for name in data["labels"]
     )
     line = (
-        f"{data['patients']:,} patients, {data['series']:,} series, {data['slices']:,} slices;"
+        f"{number_of(data['patients'], 'patient')}, {data['series']:,} series,"
+        f" {number_of(data['slices'], 'slice')};"
         f" labels of each {data['label_level']}. Positive series: {positive}."
     )
     if data["missing_labels"]:
@@ -103,8 +105,8 @@ def _recalibrated(level: str, found: dict[str, Any]) -> str:
         ["temperature", *(format_metric(found["temperature"][w], 3) for w in ("run", "local"))],
     ]
     return (
-        f"{text_table(rows)}\n{count['fitted']:,} patients fitted, the other {count['scored']:,}"
-        " scored."
+        f"{text_table(rows)}\n{number_of(count['fitted'], 'patient')} fitted, the other"
+        f" {count['scored']:,} scored."
     )
 
 

@@ -77,8 +77,9 @@ class LabelSet:
         if self.exclusive and (self.any_label is not None or len(self.names) < 2):
             raise UsageError(
                 "exclusive labels are two or more, of which exactly one is 1 in every sample; none"
-                " of them stands for the others.",
-                "Leave any_label out, or give labels that are not exclusive.",
+                f" of them stands for the others: got {self}.",
+                "Give labels that are not exclusive"
+                + (", or more of them." if self.any_label is None else ", or leave any_label out."),
             )
 
     def __len__(self) -> int:

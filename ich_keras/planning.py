@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.config import RunConfig
+from ich_keras.counting import number_of
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import has_labels
@@ -184,13 +185,12 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
     """Say what a training will do, one line each."""
     training = recipe.training
     lines = [
-        f"  {name:5} {plan.num_patients[name]:,} patients, {plan.num_series[name]:,} series,"
-        f" {plan.num_slices[name]:,} slices"
+        f"  {name:5} {number_of(plan.num_patients[name], 'patient')},"
+        f" {plan.num_series[name]:,} series, {number_of(plan.num_slices[name], 'slice')}"
         for name in plan.num_slices
     ]
     lines.append(
-        f"  {training.epochs} epoch{'' if training.epochs == 1 else 's'} of"
-        f" {plan.steps_per_epoch:,} steps,"
+        f"  {number_of(training.epochs, 'epoch')} of {number_of(plan.steps_per_epoch, 'step')},"
         f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[recipe.inputs.view.kind]} each"
     )
     if training.accumulate > 1:

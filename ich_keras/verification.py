@@ -6,6 +6,7 @@ Reads everything and compares it with the checksums that were stored when it was
 from pathlib import Path
 
 from ich_keras.checkpoints import read_state, states_of
+from ich_keras.counting import number_of
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.reading import indexed_slices, is_in_place
@@ -80,7 +81,8 @@ def _verify_cache(path: Path, progress: Progress | None) -> list[str]:
     cache.verify(progress)
     said = "their checksums and the hashes in slices.csv" if cache.pixels_digest else "checksums"
     return [
-        f"{path}: a cache; {len(cache):,} slices in {len(cache.pixels.shards)} shards match {said}",
+        f"{path}: a cache; {number_of(len(cache), 'slice')} in"
+        f" {number_of(len(cache.pixels.shards), 'shard')} match {said}",
         f"pixels {cache.pixels_digest or f'without digest: {_NO_CHECKSUMS}'}",
     ]
 

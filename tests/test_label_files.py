@@ -61,7 +61,7 @@ def test_a_wide_table_of_series_in_any_order_with_holes(write):
     assert join.labelling.level == "series"
     assert "4 slices with labels (each those of its series)" in str(join)
     assert str(labels).startswith("2 series; positive: subdural 0, any 1; 2 rows, 0 duplicates")
-    assert "1 labels missing" in str(labels)
+    assert "1 label missing" in str(labels)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ BAD = {
     "half": ("PatientID,any\na,0.5\n", "'0.5'"),
     "uncertain": ("PatientID,any\na,-1\n", "'-1'"),
     "huge": ("PatientID,any\na,1e400\n", "'1e400'"),
-    "short row": ("PatientID,any\na\n", "line 2: 1 fields, expected 2"),
+    "short row": ("PatientID,any\na\n", "line 2: 1 field, expected 2"),
     "no identifier": ("any,subdural\n1,1\n", "no column identifies the rows"),
     "empty identifier": ("PatientID,any\n,1\n", "line 2: 'PatientID' is ''"),
     "mixed levels": (
@@ -267,7 +267,7 @@ def test_maps_that_do_not_fit_are_refused(write, tmp_path):
     rsna = write("ID,Label\n" + "".join(f"ID_1_{name},0\n" for name in LABELS), "rsna.csv")
     with pytest.raises(UsageError, match="--label-map does not apply"):
         read_labels(rsna, "a=any")
-    with pytest.raises(UsageError, match="--exclusive does not apply"):
+    with pytest.raises(UsageError, match="are not exclusive"):
         read_labels(rsna, exclusive=True)
     (tmp_path / "bad.json").write_text("[1]")
     with pytest.raises(UsageError, match="expected an object"):
@@ -304,3 +304,162 @@ def test_a_label_is_not_called_as_a_column(write):
     labels = read_labels(write("patient_id,x\n049,1\n"), "x=series_uid")
     with pytest.raises(DataError, match="a label is called 'series_uid', as a column of tables"):
         attach_labels(slices_of(), labels)
+
+
+# What a newcomer met.
+
+TWO_SERIES = {"patient_id": ["49"] * 4, "instance_number": ["1", "2", "1", "2"]}
+
+
+def physionet_of(write, *rows):
+    return read_labels(write("\n".join([PHYSIONET, *rows])))
+
+
+def test_a_slice_number_of_two_series_is_refused_and_the_patient_not_named(write):
+    labels = physionet_of(write, "49,1,0,1,0,0,0,0,0", "49,2,0,0,0,0,0,1,0", "50,1,0,0,0,0,0,1,0")
+    message = r"patient and slice number fit several series \(2 rows of 3\)"
+    with pytest.raises(DataError, match=message) as error:
+        attach_labels(slices_of(**TWO_SERIES), labels)
+    assert "Index only the series" in error.value.hint and "49" not in error.value.message
+    one = slices_of(**TWO_SERIES, series_uid=["1"] * 4)
+    with pytest.raises(DataError, match=r"fit several images of a series \(2 rows of 3\)"):
+        attach_labels(one, labels)
+    alone, join = attach_labels(slices_of(**TWO_SERIES)[2:], labels)
+    assert alone["any"].tolist() == [1, 0] and join.num_labels_unused == 1
+
+
+def test_patients_that_differ_by_signs_do_not_share_a_row(write):
+    reads = ",".join(["CQ500-CT-7", "B1", *["1,0,0,1,0,0,0,0"] * 3])
+    labels = read_labels(write(f"{CQ500}\n{reads}\n"))
+    two = ["CQ500-CT-7", "CQ500-CT-7", "cq500ct007", "x"]
+    with pytest.raises(DataError, match="a row fits several values of patient_id: 1 of") as error:
+        attach_labels(slices_of(patient_id=two), labels)
+    assert "500" not in str(error.value).removeprefix(labels.source)
+    _, join = attach_labels(slices_of(patient_id=["cq500ct007"] * 2 + ["a", "A"]), labels)
+    assert join.num_labelled == 2
+
+
+def test_slice_numbers_that_fit_nothing_say_what_is_compared(write):
+    labels = physionet_of(write, "49,1,0,1,0,0,0,0,0")
+    with pytest.raises(DataError, match="a patient and slice number; the images have no Instance"):
+        attach_labels(slices_of(patient_id=["49"] * 4, instance_number=[""] * 4), labels)
+    message = "a patient and slice number; no image has the PatientID and the InstanceNumber"
+    with pytest.raises(DataError, match=message) as error:
+        attach_labels(slices_of(patient_id=["49"] * 4, instance_number=["7"] * 4), labels)
+    assert "49" not in str(error.value).removeprefix(labels.source)
+
+
+@pytest.mark.parametrize("key", ["SOPInstanceUID", "series_uid", "StudyInstanceUID", "PatientID"])
+def test_an_empty_any_follows_from_all_five_subtypes(write, key):
+    header = f"{key},epidural,intraparenchymal,intraventricular,subarachnoid,subdural,any"
+    rows = ["a,0,0,0,0,0,", "b,0,0,0,0,1,", "c,0,0,0,,0,", "d,0,0,0,,1,", "e,,,,,,1", "f,,,,,,"]
+    labels = read_labels(write("\n".join([header, *rows])))
+    assert labels.table["any"].tolist() == [0, 1, -1, 1, 1, -1]
+
+
+def test_an_empty_opposite_follows_from_all_five_subtypes(write):
+    labels = physionet_of(write, "49,1,0,0,0,0,0,,0", "49,2,0,0,1,0,0,,0", "49,3,0,0,,0,0,,0")
+    assert labels.table["any"].tolist() == [0, 1, -1]
+
+
+def test_rows_complete_each_other(write):
+    header = "series_uid,epidural,intraparenchymal,intraventricular,subarachnoid,subdural,any"
+    rows = ["1,0,,0,0,0,", "2,1,0,0,0,0,", "1,,0,,,,", "2,,,,,,1"]
+    labels = read_labels(write("\n".join([header, *rows])))
+    assert labels.table.to_numpy().tolist() == [[0] * 6, [1, 0, 0, 0, 0, 1]]
+    assert (labels.num_rows, labels.num_duplicates) == (4, 2)
+    other = write("series_uid,epidural,any\n1,,1\n1,1,\n1,0,1\n", "other.csv")
+    with pytest.raises(DataError, match="line 4: '1' has another epidural on line 3"):
+        read_labels(other)
+
+
+def test_readers_that_tie_are_no_gap(write):
+    """Two rows of a patient: one yes, one no; then two yes."""
+    rows = [["1,0,0,0,0,0,0,0", "0,0,0,0,0,0,0,0", ",,,,,,,"], ["1,0,0,0,0,0,0,0"] * 3]
+    text = "\n".join([CQ500, *(",".join(["CQ500-CT-1", "B1", *row]) for row in rows)])
+    with pytest.raises(DataError, match="line 3: the same patient has another any on line 2"):
+        read_labels(write(text))
+
+
+def test_a_map_may_name_columns_with_commas_and_equals_signs(write, tmp_path):
+    path = write('PatientID,"Bleed, any",a=b\nx,1,0\n')
+    label_map = {"Bleed, any": "any", " a=b ": "subdural"}
+    (tmp_path / "map.json").write_text(json.dumps(label_map))
+    for given in (label_map, tmp_path / "map.json", str(tmp_path / "map.json")):
+        labels = read_labels(path, given)
+        assert labels.labels.names == ("subdural", "any")
+        assert labels.table.to_numpy().tolist() == [[0, 1]]
+
+
+BAD_JSON = {
+    "nothing": ("{}", r"--label-map .*map\.json names no column"),
+    "twice": ('{"a": "any", "a": "subdural"}', "names the column 'a' twice"),
+    "one label": ('{"a": "any", "b": "!any"}', "gives the label 'any' to two columns"),
+    "no label": ('{"a": " ! "}', r"map\.json: 'a=!' is not COLUMN=LABEL"),
+    "nested": ('{"a": {"b": "any"}}', r"map\.json: expected an object"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_JSON.values(), ids=BAD_JSON)
+def test_bad_maps_in_files_are_refused(write, tmp_path, text, message):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_labels(write("PatientID,a,b\nx,1,0\n"), str(tmp_path / "map.json"))
+
+
+@pytest.mark.parametrize("label_map", ["", "  "])
+def test_an_empty_map_is_refused(write, label_map):
+    with pytest.raises(UsageError, match="--label-map is empty; expected COLUMN=LABEL"):
+        read_labels(write("PatientID,a\nx,1\n"), label_map)
+    with pytest.raises(UsageError, match="names no column"):
+        read_labels(write("PatientID,a\nx,1\n"), {})
+
+
+NO_TABLES = {
+    "semicolons": ("PatientID;any\n1;0\n", "separated by semicolons; expected commas", "sep=';'"),
+    "tabs": ("PatientID\tany\n1\t0\n", "separated by tabs; expected commas", r"sep='\t'"),
+    "empty": ("", "is empty; expected a CSV file", "one for each label"),
+    "zeros": ("\0\0\1\0\n", "is no text", "one for each label"),
+    "one column": ("any\n1\n", "the header is 'any'", "one for each label"),
+}
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), NO_TABLES.values(), ids=NO_TABLES)
+def test_what_is_no_table_is_not_taken_for_rsnas(write, text, message, hint):
+    with pytest.raises(DataError, match=message) as error:
+        read_labels(write(text))
+    assert hint in error.value.hint
+
+
+def test_the_way_to_commas_that_the_hint_names_keeps_every_label(write, tmp_path):
+    path = write("PatientID;any;subdural\n049;1;\n50;0;0\n")
+    table = pd.read_csv(path, sep=";", dtype=str, keep_default_na=False)
+    table.to_csv(tmp_path / "new.csv", index=False)
+    found = read_labels(tmp_path / "new.csv").table
+    assert found.index.tolist() == ["049", "50"] and found["subdural"].tolist() == [-1, 0]
+
+
+def test_exclusive_labels_that_are_none_are_refused_as_a_whole(write):
+    one = write("PatientID,any\nx,1\n", "one.csv")
+    with pytest.raises(UsageError, match="--exclusive: .* gives one label, any;") as error:
+        read_labels(one, exclusive=True)
+    assert "Leave --exclusive out" in error.value.hint and "any_label" not in str(error.value)
+    six = write(f"PatientID,{','.join(LABELS)}\nx,0,0,0,0,1,1\n", "six.csv")
+    rsna = write("ID,Label\n" + "".join(f"ID_1_{name},0\n" for name in LABELS), "rsna.csv")
+    for path in (six, rsna):
+        with pytest.raises(UsageError, match="are not exclusive: any is 1 wherever a") as error:
+            read_labels(path, exclusive=True)
+        assert error.value.hint == "Leave --exclusive out."
+    with pytest.raises(UsageError, match="got any") as error:
+        LabelSet(("any",), exclusive=True)
+    assert "any_label" not in error.value.hint
+
+
+def test_one_is_one(write):
+    labels = read_labels(write("StudyInstanceUID,any,subdural\ns1,1,\n"))
+    assert str(labels).startswith(
+        "1 study; positive: subdural 0, any 1; 1 row, 0 duplicates merged, 1 label missing;"
+    )
+    labels = read_labels(write("patient_id,any\n049,1\nz,0\n"))
+    _, join = attach_labels(slices_of(), labels)
+    assert str(join).endswith("; 1 label without an image")

@@ -120,11 +120,14 @@ REFUSED = {
     "endless id": (text_of([("x" * 200_000, "any", 0)]), "rows are refused: line 2: "),
     "no header": (text_of(BOTH).split("\n", 1)[1], "the header is 'ID_a_epidural,0'; expected"),
     "other header": (text_of(BOTH, header="Image,Label"), "the header is 'Image,Label'"),
-    "semicolons": (text_of(BOTH).replace(",", ";"), "the header is 'ID;Label'"),
+    "semicolons": (
+        text_of(BOTH).replace(",", ";"),
+        "the columns are separated by semicolons; expected commas",
+    ),
     "other order of columns": (text_of(BOTH, header="Label,ID"), "the header is 'Label,ID'"),
     "extra column": (text_of(BOTH, header="ID,Label,x"), "the header is 'ID,Label,x'"),
     "extra field": (text_of(BOTH) + "ID_c_any,0,1\n", "line 14: 3 fields, expected 2"),
-    "too few fields": (text_of(BOTH) + "ID_c_any\n", "line 14: 1 fields, expected 2"),
+    "too few fields": (text_of(BOTH) + "ID_c_any\n", "line 14: 1 field, expected 2"),
     "empty": ("", "is empty"),
     "header only": ("ID,Label\n\n", "has a header but no rows"),
     "any 0, subtype 1": (
@@ -177,7 +180,7 @@ def test_inconsistent_any_is_kept_and_counted_on_request(write):
     labels = read_rsna_labels(path, allow_inconsistent_any=True)
     assert labels.table.loc["ID_a"].tolist() == [0, 0, 0, 0, 0, 1]
     assert labels.num_inconsistent == 1
-    assert "1 rows whose any is not the OR" in repr(labels)
+    assert "1 row whose any is not the OR" in repr(labels)
 
 
 def slices_of(*rows):

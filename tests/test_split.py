@@ -231,8 +231,8 @@ def test_file_of_slices_counts_what_does_not_fit(tmp_path):
     )
     assert split.note == (
         f"{len(slices) - 5} of {len(slices) - 4} values of sop_instance_uid in lists.csv belong to "
-        f"labelled slices, the others do not (line {len(slices) - 2}); 1 repeated rows in "
-        "lists.csv; 5 labelled slices that it does not name, left out"
+        f"labelled slices, the others do not (line {len(slices) - 2}); 1 repeated row in "
+        "lists.csv; 5 labelled slices that the split list does not name, left out"
     )
     assert audit(split, slices)["left_out"] == 5
 
@@ -248,8 +248,8 @@ def test_unknown_and_unnamed_patients_are_counted_and_not_named(tmp_path):
     assert split.note == (
         "11 of 18 values of patient_id in lists.csv belong to labelled slices, the others do not "
         "(line 4; line 5; line 6; line 7; line 8; and 2 more); "
-        f"{left_out} labelled slices that it does not name, left out; "
-        "1 patients of whom it names no slice"
+        f"{left_out} labelled slices that the split list does not name, left out; "
+        "1 patient of whom it names no slice"
     )
     path.write_text("\n".join([lines[0], *strangers, ""]))
     with pytest.raises(DataError, match="none of its 7 values of patient_id belongs to") as caught:
@@ -278,7 +278,9 @@ def test_a_split_of_other_data_says_what_does_not_fit(tmp_path):
 
 
 BAD_LISTS = {
-    "empty": ("", "is empty"),
+    "empty": ("", "is empty; expected a CSV file"),
+    "semicolons": ("patient_id;split\nA;train\n", "are separated by semicolons; expected commas"),
+    "tabs": ("patient_id\tsplit\nA\ttrain\n", "are separated by tabs; expected commas"),
     "header only": ("patient_id,split\n", "has a header but no rows"),
     "no split": ("patient_id,fold\nA,train\n", "the header is 'patient_id,fold'; expected"),
     "no ids": (
@@ -290,7 +292,7 @@ BAD_LISTS = {
         "expected `split` and one of patient_id",
     ),
     "unknown part": ("patient_id,split\nA,val\n", "line 2: split 'val', expected train, valid"),
-    "short row": ("patient_id,split\nA\n", "line 2: 1 fields, expected 2"),
+    "short row": ("patient_id,split\nA\n", "line 2: 1 field, expected 2"),
     "empty id": ("patient_id,split\n,train\n", "line 2: patient_id is empty"),
     "two parts": (
         "patient_id,split\nA,train\nB,test\nA,valid\n",

@@ -119,6 +119,33 @@ def open_csv(path: Path | str) -> Iterator[CsvRows]:
         ) from error
 
 
+def read_header(reader: CsvRows, path: Path | str, hint: str) -> list[str]:
+    """Return the first row, which names the columns.
+
+    Args:
+        reader: as `open_csv` yields it, at the start.
+        path: for messages.
+        hint: what is expected, for a file that holds no table.
+
+    Raises:
+        DataError: the file is empty, no text, or separates its columns by semicolons or tabs.
+    """
+    header = next(reader, None)
+    if header is None:
+        raise DataError(f"{path} is empty; expected a CSV file.", hint)
+    if any("\0" in name for name in header):
+        raise DataError(f"{path} is no text (line 1 holds zero bytes); expected a CSV file.", hint)
+    if len(header) == 1:
+        for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+            if sign in header[0]:
+                raise DataError(
+                    f"{path}: the columns are separated by {name}; expected commas.",
+                    f"Save it as CSV with commas; with pandas: read_csv(FILE, sep={sign!r},"
+                    " dtype=str, keep_default_na=False).to_csv(NEW, index=False).",
+                )
+    return header
+
+
 def _first_undecodable_line(path: Path) -> int:
     # The decoder works on blocks, so the reader's own line number lags behind the fault.
     number = 1

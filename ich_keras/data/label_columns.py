@@ -1,8 +1,9 @@
 """What the columns of other people's label tables mean."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ich_keras.data.csv_rows import excerpt
 from ich_keras.errors import DataError, UsageError
@@ -41,6 +42,8 @@ ALIASES = {
 # Columns of the known tables that are no labels of a bleed.
 IGNORED = ("slicenumber", "fractureyesno", "split", "numslices", "age", "sex", "note", "notes")
 
+_EXAMPLE = "For instance: --label-map 'ICH=any,IPH=intraparenchymal,Normal=!any'."
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -53,7 +56,6 @@ class Columns:
         columns: label -> the place of its column; not for a label that is derived.
         negated: labels whose column says the opposite.
         opposites: label -> the place of a second column, which says the opposite.
-        is_any_derived: whether `any` is the OR of the subtypes, for want of a column.
         ignored: names of columns that are not used.
     """
 
@@ -63,7 +65,6 @@ class Columns:
     columns: Mapping[str, int]
     negated: frozenset[str]
     opposites: Mapping[str, int]
-    is_any_derived: bool
     ignored: tuple[str, ...]
 
 
@@ -85,14 +86,37 @@ def parse_label_map(text: str) -> dict[str, str]:
     >>> parse_label_map("ICH=any, Normal=!any2")
     {'ICH': 'any', 'Normal': '!any2'}
     """
-    found: dict[str, str] = {}
+    if not text.strip():
+        raise UsageError(
+            "--label-map is empty; expected COLUMN=LABEL,... or a JSON file.", _EXAMPLE
+        )
+    pairs = []
     for part in text.split(","):
-        column, equals, label = (piece.strip() for piece in part.partition("="))
-        if not equals or not column or not label.removeprefix("!"):
+        column, equals, label = part.partition("=")
+        if not equals:
             raise UsageError(
                 f"--label-map {excerpt(text)}: {excerpt(part.strip())} is not COLUMN=LABEL.",
-                "For instance: --label-map 'ICH=any,IPH=intraparenchymal,Normal=!any'.",
+                _EXAMPLE,
             )
+        pairs.append((column, label))
+    return check_label_map(pairs, excerpt(text))
+
+
+def check_label_map(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, str]:
+    """Return column -> label, without spaces around them.
+
+    Args:
+        pairs: column and label; a column may have any sign in its name.
+        source: what the user gave, for messages.
+
+    Raises:
+        UsageError: no pair, an empty name, a column twice, or two columns that give one label.
+    """
+    found: dict[str, str] = {}
+    for column, label in ((column.strip(), label.strip()) for column, label in pairs):
+        if not column or not label.removeprefix("!"):
+            shown = excerpt(f"{column}={label}")
+            raise UsageError(f"--label-map {source}: {shown} is not COLUMN=LABEL.", _EXAMPLE)
         if column in found:
             raise UsageError(f"--label-map names the column {excerpt(column)} twice.")
         found[column] = label
@@ -100,6 +124,8 @@ def parse_label_map(text: str) -> dict[str, str]:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--label-map gives the label {excerpt(name)} to two columns.")
+    if not found:
+        raise UsageError(f"--label-map {source} names no column.", _EXAMPLE)
     return found
 
 
@@ -202,6 +228,8 @@ def _columns(
             "Name the columns to use: --label-map 'COLUMN=LABEL,COLUMN=LABEL'.",
         )
     found = list(of_label)
+    if exclusive:
+        require_exclusive(found, source)
     derived = set(found) == set(SUBTYPES) and not exclusive
     if set(found) <= set(LABELS):
         found = [name for name in LABELS if name in of_label or (derived and name == ANY)]
@@ -214,9 +242,28 @@ def _columns(
         columns=of_label,
         negated=frozenset(name for name, n in of_label.items() if meant[n].startswith("!")),
         opposites=opposites,
-        is_any_derived=derived,
         ignored=tuple(name for n, name in enumerate(names) if n not in used),
     )
+
+
+def require_exclusive(labels: Sequence[str], source: Path | str) -> None:
+    """Refuse labels of which more or fewer than one can be 1, before their rows are read.
+
+    Raises:
+        UsageError: one label alone, or `any` beside a subtype.
+    """
+    if len(labels) < 2:
+        raise UsageError(
+            f"--exclusive: {source} gives one label, {labels[0]}; exclusive labels are two or more,"
+            " of which exactly one is 1 in every row.",
+            "Leave --exclusive out, or name more columns with --label-map.",
+        )
+    if ANY in labels and set(SUBTYPES) & set(labels):
+        raise UsageError(
+            f"--exclusive: the labels of {source} ({', '.join(labels)}) are not exclusive: {ANY} is"
+            " 1 wherever a subtype is, and an image may have several subtypes.",
+            "Leave --exclusive out.",
+        )
 
 
 _ALL_KEYS = {name for known in KEY_NAMES.values() for name in known}

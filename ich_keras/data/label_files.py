@@ -5,30 +5,51 @@
 - CQ500's `reads.csv`: three readers per patient; the majority counts.
 - PhysioNet CT-ICH's table of diagnoses: a row per patient and slice number.
 
-An empty cell is a missing label. Rows that repeat each other are merged, rows that contradict each
-other are refused. Sources of the formats: Chilamkurthy et al., Lancet 2018;392:2388 (CQ500);
-Hssayeni et al., PhysioNet 2020, doi:10.13026/4nae-zg36 (CT-ICH).
+An empty cell is a missing label. Rows that repeat or complete each other are merged, rows that
+contradict each other are refused. Sources of the formats: Chilamkurthy et al., Lancet
+2018;392:2388 (CQ500); Hssayeni et al., PhysioNet 2020, doi:10.13026/4nae-zg36 (CT-ICH).
 """
 
 import json
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich_keras.data.csv_rows import CsvRows, RowFaults, excerpt, is_identifier, open_csv
-from ich_keras.data.label_columns import ALIASES, Columns, find_columns, parse_label_map, plain
+from ich_keras.counting import number_of
+from ich_keras.data.csv_rows import (
+    CsvRows,
+    RowFaults,
+    excerpt,
+    is_identifier,
+    open_csv,
+    read_header,
+)
+from ich_keras.data.label_columns import (
+    ALIASES,
+    Columns,
+    check_label_map,
+    find_columns,
+    parse_label_map,
+    plain,
+    require_exclusive,
+)
 from ich_keras.data.labels import LabelTable, contradicts_any
 from ich_keras.data.rsna_labels import HEADER, VALUES, read_rsna_labels
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY, SIX, UNLABELLED, Labelling, LabelSet, LabelSource
+from ich_keras.labels import ANY, LABELS, SIX, UNLABELLED, Labelling, LabelSet, LabelSource
 
 # What a person gives as labels: what was read, or the file to read (`label_table`).
 Labels = LabelTable | LabelSource | Path | str
 MISSING = ("", "na", "nan", "n/a", "null", "none")
 MAX_KEY_CHARACTERS = 1024  # of a path
+_FORMATS = (
+    "Expected the column SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, PatientID or path and"
+    " one for each label; or RSNA's stage_2_train.csv, whose header is ID,Label."
+)
 _READERS = ("R1", "R2", "R3")
 _HINT = "Labels are 0 or 1; leave a cell empty where a label is missing."
 _LEVEL_OF = {
@@ -63,18 +84,22 @@ def read_labels(
     """
     label_map = _label_map(label_map)
     with open_csv(path) as reader:
-        header = next(reader, None)
-        kind = None if header is None else _kind(header)
+        header = read_header(reader, path, _FORMATS)
+        if len(header) < 2:
+            raise DataError(f"{path}: the header is {excerpt(','.join(header))}.", _FORMATS)
+        kind = _kind(header)
+        if kind == "rsna" and exclusive:
+            require_exclusive(LABELS, path)
         if kind in ("rsna", "cq500") and (label_map or exclusive):
             option = "--label-map" if label_map else "--exclusive"
             raise UsageError(f"{path} has a format of its own; {option} does not apply to it.")
-        if header is not None and kind == "cq500":
+        if kind == "cq500":
             # Majorities need not agree: two readers may see a bleed, and differ on its kind.
             return _finish(_cq500(reader, header, path), path, allow_inconsistent_any=True)
-        if header is not None and kind == "physionet":
+        if kind == "physionet":
             found = _table(reader, header, path, label_map, exclusive, "PhysioNet's diagnoses")
             return _finish(found, path, allow_inconsistent_any)
-        if header is not None and kind == "table":
+        if kind == "table":
             found = _table(reader, header, path, label_map, exclusive, "a table of labels")
             return _finish(found, path, allow_inconsistent_any)
     return read_rsna_labels(path, allow_inconsistent_any)
@@ -97,12 +122,12 @@ def _label_map(given: Mapping[str, str] | str | Path | None) -> dict[str, str] |
     if given is None:
         return None
     if isinstance(given, Mapping):
-        return parse_label_map(",".join(f"{column}={label}" for column, label in given.items()))
+        return check_label_map(given.items(), excerpt(str(dict(given))))
     text = str(given)
-    if "=" in text:
+    if isinstance(given, str) and ("=" in text or not text.strip()):
         return parse_label_map(text)
     try:
-        content = json.loads(Path(text).read_text(encoding="utf-8"))
+        content = json.loads(Path(text).read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
     except OSError as error:
         raise UsageError(
             f"--label-map {text} is neither COLUMN=LABEL,... nor a file that can be read"
@@ -111,9 +136,13 @@ def _label_map(given: Mapping[str, str] | str | Path | None) -> dict[str, str] |
         ) from error
     except ValueError as error:
         raise UsageError(f"--label-map {text} is not JSON ({error}).") from error
-    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+    if not isinstance(content, _Pairs) or not all(isinstance(label, str) for _, label in content):
         raise UsageError(f'--label-map {text}: expected an object such as {{"ICH": "any"}}.')
-    return _label_map(content)
+    return check_label_map(content, text)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it is written: a dict would hide a column that stands there twice."""
 
 
 def _kind(header: list[str]) -> str:
@@ -121,7 +150,7 @@ def _kind(header: list[str]) -> str:
     names = [plain(name) for name in header]
     if names[:1] == ["name"] and "r1ich" in names:
         return "cq500"
-    if header == HEADER or len(header) < 2 or names == ["id", "label"]:
+    if header == HEADER or names == ["id", "label"]:
         return "rsna"  # whose reader says what is wrong with it
     return "physionet" if {"patientnumber", "slicenumber"} <= set(names) else "table"
 
@@ -134,6 +163,9 @@ class _Found:
         labels: the columns.
         key: what identifies a row; "place" is patient and slice number.
         kind: what the format is called.
+
+    Attributes:
+        is_any_derived: whether a missing `any` follows from the subtypes.
     """
 
     def __init__(self, path: Path | str, labels: LabelSet, key: str, kind: str) -> None:
@@ -144,7 +176,8 @@ class _Found:
         self.lines = array("q")
         self.readers = array("b")
         self.num_rows = self.num_duplicates = 0
-        self.is_loose = False
+        self.is_loose = self.is_any_derived = False
+        self.filled: dict[tuple[int, int], int] = {}  # cells that a later row gave -> its line
 
     def add(self, line: int, key: str, values: list[int], readers: int = 0) -> None:
         """Add a row, or compare it with an earlier one of the same identifier."""
@@ -156,18 +189,24 @@ class _Found:
             self.readers.append(readers)
             return
         width = len(self.labels)
-        before = self.values[place * width : (place + 1) * width].tolist()
-        if before == values:
-            self.num_duplicates += 1
+        start = place * width
+        before = self.values[start : start + width].tolist()
+        for column, (one, other) in enumerate(zip(before, values, strict=True)):
+            # A tie of readers is no gap that another row may fill.
+            if one == other or (UNLABELLED in (one, other) and not readers):
+                continue
+            # Of a patient, the identifier is not shown: messages end up in logs.
+            whose = "the same patient" if self.key in ("patient_id", "place") else excerpt(key)
+            earlier = self.filled.get((place, column), self.lines[place])
+            self.faults.add(
+                line, f"{whose} has another {self.labels.names[column]} on line {earlier}"
+            )
             return
-        names = [
-            name
-            for name, one, other in zip(self.labels.names, before, values, strict=True)
-            if one != other
-        ]
-        # Of a patient, the identifier is not shown: messages end up in logs.
-        whose = "the same patient" if self.key in ("patient_id", "place") else excerpt(key)
-        self.faults.add(line, f"{whose} has another {names[0]} on line {self.lines[place]}")
+        for column, (one, other) in enumerate(zip(before, values, strict=True)):
+            if one != other and one == UNLABELLED:
+                self.values[start + column] = other
+                self.filled[place, column] = line
+        self.num_duplicates += 1
 
 
 def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> LabelTable:
@@ -178,6 +217,8 @@ def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> La
     values = np.frombuffer(found.values, np.int8).reshape(-1, len(found.labels)).copy()
     keys = list(found.places)
     labels = found.labels
+    if found.is_any_derived:
+        _derive_any(values, labels)
     num_inconsistent = 0
     if labels.any_column is not None and len(labels) > 1:
         own = values[:, labels.any_column]
@@ -209,6 +250,18 @@ def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> La
     )
 
 
+def _derive_any(values: np.ndarray, labels: LabelSet) -> None:
+    """Fill a missing `any`, in place: 1 where a subtype is 1, 0 where all five are known and 0."""
+    if labels.any_column is None or len(labels) == 1:
+        return
+    parts = np.delete(values, labels.any_column, axis=1)
+    own = values[:, labels.any_column]  # a view
+    missing = own == UNLABELLED
+    own[missing & (parts == 1).any(axis=1)] = 1
+    if set(labels.parts) == set(SIX.parts):
+        own[missing & (parts == 0).all(axis=1)] = 0
+
+
 def _rows(reader: CsvRows, width: int, found: _Found) -> Iterator[tuple[int, list[str]]]:
     """Yield line and fields of the rows that have as many fields as the header."""
     for row in reader:
@@ -216,7 +269,7 @@ def _rows(reader: CsvRows, width: int, found: _Found) -> Iterator[tuple[int, lis
             continue
         found.num_rows += 1
         if len(row) != width:
-            found.faults.add(reader.line_num, f"{len(row)} fields, expected {width}")
+            found.faults.add(reader.line_num, f"{number_of(len(row), 'field')}, expected {width}")
             continue
         yield reader.line_num, [field.strip() for field in row]
 
@@ -236,6 +289,7 @@ def _table(
     key = columns.key if slice_number is None else "place"
     found = _Found(path, columns.labels, key, kind)
     found.is_loose = slice_number is not None
+    found.is_any_derived = True
     for line, row in _rows(reader, len(header), found):
         identifier = row[columns.key_column]
         if slice_number is not None:
@@ -271,7 +325,7 @@ def _values(
     values = []
     for name in columns.labels.names:
         if name not in columns.columns:
-            values.append(UNLABELLED)  # `any`, derived below
+            values.append(UNLABELLED)  # `any`, which `_derive_any` fills
             continue
         text = row[columns.columns[name]]
         if text.lower() in MISSING:
@@ -293,13 +347,6 @@ def _values(
             faults.add(line, f"{excerpt(header[other])} is {excerpt(text)}, {problem}")
             return None
         values[place] = 1 - value
-    any_place = columns.labels.any_column
-    if any_place is not None and values[any_place] == UNLABELLED:
-        parts = values[:any_place] + values[any_place + 1 :]
-        if 1 in parts:
-            values[any_place] = 1
-        elif columns.is_any_derived and UNLABELLED not in parts:
-            values[any_place] = 0
     return values
 
 

@@ -42,7 +42,8 @@ def match(
         row belongs to more than one slice.
 
     Raises:
-        DataError: two rows belong to one slice, or one to files in several places.
+        DataError: two rows belong to one slice, or one to files in several places or, compared
+            loosely, to several identifiers.
     """
     if key == PATH:
         # A file of many slices is named as a whole.
@@ -51,8 +52,11 @@ def match(
     else:
         own = _identifiers(slices, key)
         if is_loose:
+            written = own
             keys, own = [loose(name) for name in keys], own.map(loose)
             _require_different(keys, source)
+            if key != PLACE:  # of which the caller counts what fits several images
+                _require_different_images(written[own.isin(keys)], key, source)
         found = pd.Index(keys).get_indexer(pd.Index(own))
     counts = np.bincount(found[found >= 0], minlength=1)
     return found, bool(counts.max() > 1)
@@ -83,6 +87,17 @@ def _require_different(keys: Sequence[str], source: str) -> None:
         raise DataError(
             f"{source}: {count:,} identifiers differ only by signs or leading zeros.",
             "Remove the rows that do not belong to these images.",
+        )
+
+
+def _require_different_images(written: pd.Series, key: str, source: str) -> None:
+    identifiers = written.drop_duplicates()
+    count = int(identifiers.map(loose).duplicated().sum())
+    if count:  # without them: they may be PatientIDs, and messages end up in logs
+        raise DataError(
+            f"{source}: a row fits several values of {key}: {count:,} of the images' differ from"
+            " another only by signs or leading zeros.",
+            "Index only the images that the labels are of.",
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ich_keras.counting import number_of
 from ich_keras.ct.tables import SERIES_COLUMNS, SLICE_COLUMNS, shown_paths
 from ich_keras.data.csv_rows import excerpt, first_few
 from ich_keras.data.label_matching import PATH, PLACE, match, prefix_hint
@@ -24,7 +25,12 @@ _OF_RESULTS = (
     *("fold", "study", "repaired", "pixel_hash", "split", "bleed_ml"),
     *("domain", "domain_distance", "operated", "empty", "disagreement"),
 )
-_PLURALS = {"slice": "images", "series": "series", "study": "studies", "patient": "patients"}
+_NOUNS = {
+    "slice": ("image", "images"),
+    "series": ("series", "series"),
+    "study": ("study", "studies"),
+    "patient": ("patient", "patients"),
+}
 _TAGS = {
     "sop_instance_uid": "SOPInstanceUIDs",
     "series_instance_uid": "SeriesInstanceUIDs",
@@ -71,17 +77,20 @@ class LabelTable:
 
     def __str__(self) -> str:
         positives = ", ".join(f"{name} {count:,}" for name, count in self.num_positive.items())
-        notes = f"{self.num_rows:,} rows, {self.num_duplicates:,} duplicates merged"
+        rows = number_of(self.num_rows, "row")
+        notes = f"{rows}, {number_of(self.num_duplicates, 'duplicate')} merged"
         missing = int((self.table.to_numpy() == UNLABELLED).sum())
         if missing:
-            notes += f", {missing:,} labels missing"
+            notes += f", {number_of(missing, 'label')} missing"
         if self.num_readers is not None:
             low, high = int(self.num_readers.min()), int(self.num_readers.max())
-            notes += f", {low if low == high else f'{low} to {high}'} readers each"
+            many = f"{low} to {high} readers" if low != high else number_of(low, "reader")
+            notes += f", {many} each"
         if self.num_inconsistent:
-            notes += f", {self.num_inconsistent:,} rows whose any is not the OR of the subtypes"
-        what = _PLURALS[self.labelling.level]
-        return f"{len(self):,} {what}; positive: {positives}; {notes}; {self.kind}; {self.source}"
+            rows = number_of(self.num_inconsistent, "row")
+            notes += f", {rows} whose any is not the OR of the subtypes"
+        what = number_of(len(self), *_NOUNS[self.labelling.level])
+        return f"{what}; positive: {positives}; {notes}; {self.kind}; {self.source}"
 
     @property
     def labels(self) -> LabelSet:
@@ -114,8 +123,9 @@ class LabelJoin:
         level = self.labelling.level
         whose = "" if level == "slice" else f" (each those of its {level})"
         return (
-            f"{self.num_labelled:,} slices with labels{whose}; {self.num_unlabelled:,} without (not"
-            f" used for training); {self.num_labels_unused:,} labels without an image"
+            f"{number_of(self.num_labelled, 'slice')} with labels{whose};"
+            f" {self.num_unlabelled:,} without (not used for training);"
+            f" {number_of(self.num_labels_unused, 'label')} without an image"
         )
 
 
@@ -238,7 +248,8 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         A new table, with int8 columns (-1 where there is no label), and the counts.
 
     Raises:
-        DataError: no label belongs to any of the images, or a label is called as another column.
+        DataError: no label belongs to any of the images, a label is called as another column, or
+            a patient and slice number fit several images.
 
     >>> table = pd.DataFrame({name: [1] for name in SIX.names}, index=["ID_1"], dtype="int8")
     >>> labels = LabelTable(table, "labels.csv", num_rows=6)
@@ -264,6 +275,8 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
     matched = positions >= 0
     if not matched.any():
         raise _nothing_matched(slices, labels, key)
+    if key == PLACE and is_shared:
+        raise _several_fit(slices, labels, positions)
     values = labels.table.to_numpy()[positions]
     values[~matched] = UNLABELLED
     used = np.zeros(len(labels), dtype=bool)
@@ -280,14 +293,38 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
 def _nothing_matched(slices: pd.DataFrame, labels: LabelTable, key: str) -> DataError:
     hint = "Give the label file that belongs to these DICOM files."
     start = f"{labels.source}: the labels match no image."
-    if key in ("patient_id", PLACE):  # must not reach a log
+    if key == PLACE:
+        return DataError(
+            f"{start} They are for a patient and slice number; {_unlike(slices)}.", hint
+        )
+    if key == "patient_id":  # must not reach a log
         return DataError(f"{start} They are for patients; no PatientID is the same.", hint)
     theirs = first_few([excerpt(uid) for uid in labels.table.index[:2]], len(labels))
     ours = (shown_paths(slices) if key == PATH else slices[key]).drop_duplicates()
     shown = first_few([excerpt(uid) for uid in ours[:2]], len(ours)) or "none"
     hint = prefix_hint(slices, labels.table.index.tolist(), key) or hint
-    what = _PLURALS[labels.labelling.level]
+    what = _NOUNS[labels.labelling.level][1]
     return DataError(f"{start} Labels are for {theirs}. {_TAGS[key]} of the {what}: {shown}.", hint)
+
+
+def _unlike(slices: pd.DataFrame) -> str:
+    if not slices["instance_number"].str.strip().any():
+        return "the images have no InstanceNumber"
+    return "no image has the PatientID and the InstanceNumber of a row"
+
+
+def _several_fit(slices: pd.DataFrame, labels: LabelTable, positions: np.ndarray) -> DataError:
+    """Describe rows of patient and slice number that fit several images, without the PatientID."""
+    found = slices[["series_uid"]].assign(row=positions)[positions >= 0]
+    images = found.groupby("row")["series_uid"]
+    several = images.size() > 1
+    in_series = several & (images.nunique() > 1)
+    what, count = ("series", in_series) if in_series.any() else ("images of a series", several)
+    return DataError(
+        f"{labels.source}: patient and slice number fit several {what}"
+        f" ({number_of(int(count.sum()), 'row')} of {len(labels):,}).",
+        "Index only the series that the labels are of, or give the SOPInstanceUID of each image.",
+    )
 
 
 def join_labels(index: "SeriesIndex", labels: LabelTable) -> tuple["SeriesIndex", LabelJoin]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ich_keras.counting import number_of
 from ich_keras.data.csv_rows import (
     FAULTS_SHOWN,
     CsvRows,
@@ -14,6 +15,7 @@ from ich_keras.data.csv_rows import (
     first_few,
     is_identifier,
     open_csv,
+    read_header,
 )
 from ich_keras.data.labels import LabelTable
 from ich_keras.errors import DataError
@@ -57,9 +59,7 @@ def read_rsna_labels(path: Path | str, allow_inconsistent_any: bool = False) -> 
     (1, 1, 0)
     """
     with open_csv(path) as reader:
-        header = next(reader, None)
-        if header is None:
-            raise DataError(f"{path} is empty.", _FORMAT_HINT)
+        header = read_header(reader, path, _FORMAT_HINT)
         if header != HEADER:
             shown = excerpt(",".join(header))
             raise DataError(f"{path}: the header is {shown}; expected 'ID,Label'.", _FORMAT_HINT)
@@ -94,7 +94,7 @@ def _read_rows(
             continue
         num_rows += 1
         if len(row) != 2:
-            faults.add(reader.line_num, f"{len(row)} fields, expected 2")
+            faults.add(reader.line_num, f"{number_of(len(row), 'field')}, expected 2")
             continue
         name, text = row
         uid, _, label = name.rpartition("_")

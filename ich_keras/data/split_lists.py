@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich_keras.data.csv_rows import FAULTS_SHOWN, RowFaults, excerpt, first_few, open_csv
+from ich_keras.counting import number_of
+from ich_keras.data.csv_rows import (
+    FAULTS_SHOWN,
+    RowFaults,
+    excerpt,
+    first_few,
+    open_csv,
+    read_header,
+)
 from ich_keras.data.labels import is_labelled
 from ich_keras.data.split_record import (
     SPLITS,
@@ -56,19 +64,19 @@ def split_from_file(path: Path | str, slices: pd.DataFrame, labels: LabelSet = S
     unknown = [line for uid, line in line_of.items() if uid not in found]
     shown = first_few([f"line {line}" for line in unknown[:FAULTS_SHOWN]], len(unknown))
     num_patients = labelled["patient_id"].nunique() - listed["patient_id"].nunique()
+    num_left = len(labelled) - len(listed)
     notes = [
-        (
-            len(found),
-            f"of {len(part_of):,} values of {key} in {file} belong to labelled slices, the others"
-            f" do not ({shown})"
-            if unknown
-            else "",
-        ),
-        (num_duplicates, f"repeated rows in {file}"),
-        (len(labelled) - len(listed), "labelled slices that it does not name, left out"),
-        (num_patients, "patients of whom it names no slice"),
+        f"{len(found):,} of {len(part_of):,} values of {key} in {file} belong to labelled slices,"
+        f" the others do not ({shown})"
+        if unknown
+        else "",
+        f"{number_of(num_duplicates, 'repeated row')} in {file}" if num_duplicates else "",
+        f"{number_of(num_left, 'labelled slice')} that the split list does not name, left out"
+        if num_left
+        else "",
+        f"{number_of(num_patients, 'patient')} of whom it names no slice" if num_patients else "",
     ]
-    note = "; ".join(f"{count:,} {what}" for count, what in notes if count and what)
+    note = "; ".join(part for part in notes if part)
     name = f"file:{Path(path).name}"
     if key == "sop_instance_uid":
         members = members_of(listed[key], parts[parts.notna()])
@@ -83,10 +91,9 @@ def _read_lists(path: Path | str) -> tuple[str, dict[str, str], dict[str, int], 
     """Return the key column, split and line of each identifier, the number of repeated rows."""
     expected = f"`split` and one of {', '.join(FILE_KEYS)}"
     hint = "The first line names the columns."
+    whole_hint = f"Expected the columns {expected}."
     with open_csv(path) as reader:
-        header = next(reader, None)
-        if header is None:
-            raise DataError(f"{path} is empty; expected the columns {expected}.", hint)
+        header = read_header(reader, path, whole_hint)
         keys = [name for name in header if name in FILE_KEYS]
         if len(keys) != 1 or header.count("split") != 1:
             shown = excerpt(",".join(header))
@@ -101,7 +108,7 @@ def _read_lists(path: Path | str) -> tuple[str, dict[str, str], dict[str, int], 
                 continue
             line = reader.line_num
             if len(row) != len(header):
-                faults.add(line, f"{len(row)} fields, expected {len(header)}")
+                faults.add(line, f"{number_of(len(row), 'field')}, expected {len(header)}")
                 continue
             uid, part = row[key_column], row[part_column]
             if not uid:

@@ -152,7 +152,10 @@ def known_part(split: Split, slices: pd.DataFrame, labels: LabelSet = SIX) -> Sp
         )
     notes = [
         (unknown, f"of {len(members):,} values of {split.key} belong to no labelled slice"),
-        (unnamed, "labelled slices that the split does not name, left out"),
+        (
+            unnamed,
+            f"labelled slice{'' if unnamed == 1 else 's'} that the split does not name, left out",
+        ),
     ]
     # A split that left slices out when it was made says so already.
     new = [

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ich_keras import files
+from ich_keras.counting import number_of
 from ich_keras.ct.rejects import require_few_rejects
 from ich_keras.ct.turning import require_turned
 from ich_keras.data.cache.build import (
@@ -239,11 +240,13 @@ class CTCache:
 
     def __str__(self) -> str:
         num_bytes = sum(shard.entry.num_bytes for shard in self.pixels.shards)
-        rejects = f", {len(self.rejects):,} rejects" if len(self.rejects) else ""
+        count = len(self.rejects)
+        rejects = f", {number_of(count, 'reject')}" if count else ""
         return (
-            f"{len(self):,} slices of {self.size}x{self.size}, "
+            f"{number_of(len(self), 'slice')} of {self.size}x{self.size}, "
             f"{len(self.series):,} series{rejects}; {num_bytes / 2**20:,.1f} MiB in "
-            f"{len(self.pixels.shards)} shards, {self.manifest['compression'] or 'uncompressed'}"
+            f"{number_of(len(self.pixels.shards), 'shard')},"
+            f" {self.manifest['compression'] or 'uncompressed'}"
             f"{'' if self.pixels_digest else ', of an older version, without pixel hashes'}"
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich_keras import files
+from ich_keras.counting import number_of
 from ich_keras.data.cache.build import fill_shards, finish_folder
 from ich_keras.data.cache.cache import CTCache, ready_to_build
 from ich_keras.data.cache.plan import PlannedShard, plan_build
@@ -91,7 +92,8 @@ class BuiltPart:
     num_slices: int
 
     def __str__(self) -> str:
-        return f"Part {self.part}: {self.num_slices:,} slices in {self.num_shards} shards"
+        slices = number_of(self.num_slices, "slice")
+        return f"Part {self.part}: {slices} in {number_of(self.num_shards, 'shard')}"
 
 
 def build_part(
@@ -244,7 +246,8 @@ def _unfinished(
         f"ich cache --index INDEX --out {out} --shard {Part(number, count)}" for number in numbers
     )
     return StaleError(
-        f"{len(missing)} of {len(planned)} shards of {out} are not finished: of part {names}.",
+        f"{len(missing)} of {number_of(len(planned), 'shard')} of {out} not finished: of part"
+        f" {names}.",
         f"Run: {commands}. Then join again.",
     )
 
