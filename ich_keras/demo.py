@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.counting import number_of
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.environment import choose_backend, choose_device, choose_precision
@@ -156,7 +157,7 @@ def run_demo(
     tell(f"Demo on synthetic head CT; backend {backend}, device {device}.")
     tell(
         f"Plan {plan or 'of your own'}: {settings.num_series} series, {settings.preset} at"
-        f" {settings.size}x{settings.size} pixels, {settings.epochs} epochs."
+        f" {settings.size}x{settings.size} pixels, {number_of(settings.epochs, 'epoch')}."
     )
     phantoms, cache_dir = out / PHANTOMS, out / CACHE
     write_phantoms(

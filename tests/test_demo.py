@@ -42,7 +42,7 @@ def test_the_demo_walks_the_whole_road(tmp_path):
     assert summary["synthetic"] is True
     assert summary["plan"] is None
     assert told[0].startswith("Demo on synthetic head CT; backend ")
-    assert told[1] == "Plan of your own: 24 series, resnet18_2d at 32x32 pixels, 1 epochs."
+    assert told[1] == "Plan of your own: 24 series, resnet18_2d at 32x32 pixels, 1 epoch."
     metrics = json.loads((result.run_dir / "metrics-test.json").read_text())["slice"]
     assert summary["auroc"] == metrics["auroc"]
     assert any("AUROC(any): " in line for line in told)

@@ -246,8 +246,8 @@ def _unfinished(
         f"ich cache --index INDEX --out {out} --shard {Part(number, count)}" for number in numbers
     )
     return StaleError(
-        f"{len(missing)} of {number_of(len(planned), 'shard')} of {out} not finished: of part"
-        f" {names}.",
+        f"{len(missing)} of {number_of(len(planned), 'shard')} of {out}"
+        f" {'is' if len(missing) == 1 else 'are'} not finished: of part {names}.",
         f"Run: {commands}. Then join again.",
     )
 
