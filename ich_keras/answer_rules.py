@@ -174,9 +174,10 @@ class AnswerRules:
         if grouped:
             rate = f"{100 * self.point.error_rate:g} %"
             found.append(
-                f"Groups per {' and '.join(grouped)}: low is wrong for at most {rate} of those with"
-                f" the label, high for at most {rate} of those without it (conformal, from the"
-                " validation patients); unsure could be either. This is void outside the training"
+                f"Groups per {' and '.join(grouped)}: low is wrong for about {rate} at most of"
+                f" those with the label, high for about {rate} at most of those without it, in the"
+                " worst case for twice as many (conformal, from the validation patients); unsure"
+                " could be either. This is void outside the training"
                 " domain: for patients, scanners or hospitals unlike those of the validation split,"
                 " groups promise nothing."
             )

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ich_keras.answer_rules import USUAL_ERROR_RATE
 from ich_keras.ct.array_files import ArrayVolume, VolumeUids, write_slices
-from ich_keras.ct.header import MAX_ROWS_COLUMNS, MAX_SPACING_MM
+from ich_keras.ct.header import MAX_ROWS_COLUMNS, MAX_SPACING_MM, MIN_SPACING_MM
 from ich_keras.ct.rejects import MAX_REJECTS, RejectedFile
 from ich_keras.ct.series import index_folder
 from ich_keras.data.cache.cache import CTCache, build_cache
@@ -202,9 +202,11 @@ def _spacings(spacing_mm: Spacing, count: int) -> list[tuple[float, float, float
             f" each of the {count}.",
             "They are the distances between slices, rows and columns.",
         )
-    if not ((values > 0) & (values <= MAX_SPACING_MM)).all():
+    if not ((values >= MIN_SPACING_MM) & (values <= MAX_SPACING_MM)).all():
         raise UsageError(
-            f"spacing_mm is {spacing_mm!r}; expected numbers above 0, up to {MAX_SPACING_MM:g} mm."
+            f"spacing_mm is {spacing_mm!r}; expected numbers from {MIN_SPACING_MM:g} to"
+            f" {MAX_SPACING_MM:g} mm.",
+            "They are the distances between slices, rows and columns, in mm.",
         )
     return [tuple(row) for row in values.tolist()]
 

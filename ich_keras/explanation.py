@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ich_keras.ct.head import head_mask
-from ich_keras.ct.header import MAX_SPACING_MM
+from ich_keras.ct.header import MAX_SPACING_MM, MIN_SPACING_MM
 from ich_keras.data.image_space import input_places, interpolation, series_interpolation
 from ich_keras.data.inputs import resize_hu
 from ich_keras.data.views import AIR, Samples
@@ -362,10 +362,10 @@ def _checked_spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
         values = np.asarray(spacing_mm, np.float64)
     except (TypeError, ValueError):
         values = np.empty(0)
-    if values.shape != (3,) or not ((values > 0) & (values <= MAX_SPACING_MM)).all():
+    if values.shape != (3,) or not ((values >= MIN_SPACING_MM) & (values <= MAX_SPACING_MM)).all():
         raise UsageError(
-            f"spacing_mm is {spacing_mm!r}; expected three numbers above 0, up to"
-            f" {MAX_SPACING_MM:g} mm.",
+            f"spacing_mm is {spacing_mm!r}; expected three numbers from"
+            f" {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g} mm.",
             "They are the distances between slices, rows and columns.",
         )
     return tuple(values.tolist())

@@ -116,6 +116,11 @@ def evaluate_external(
     unlabelled = seen.cache.slices.drop(columns=list(cache.labels.names))
     samples = replace(make_samples(unlabelled, seen.cache.series, view), label_set=labels)
     chosen = _labelled(samples, seen.cache, view)
+    if recalibrate is not None:
+        # What is scored is known before it is predicted, which may take hours.
+        even = np.full((len(chosen), len(labels)), 1 / len(labels), np.float32)
+        for level in _levels(run, cache, seen, labels, view, chosen, even)[0].values():
+            _drawn(level, recalibrate, seed)
     found: list[np.ndarray] = []
     values = _predict(model, seen.cache, recipe, samples, chosen, progress, domain, found)
     levels, tables = _levels(run, cache, seen, labels, view, chosen, values)
@@ -360,8 +365,8 @@ def _training_prevalence(own: dict | None, labels: LabelSet) -> list[float] | No
     return [found[name] for name in labels.names]
 
 
-def _recalibrated(level: Level, chosen: dict, share: float, seed: int) -> dict[str, Any]:
-    """Fit temperature and thresholds to some patients, and score the others before and after."""
+def _drawn(level: Level, share: float, seed: int) -> np.ndarray:
+    """Return the patients to recalibrate with."""
     patients = np.unique(level.patients)
     drawn = np.random.default_rng(seed).permutation(patients)
     count = round(share * len(patients))
@@ -371,14 +376,20 @@ def _recalibrated(level: Level, chosen: dict, share: float, seed: int) -> dict[s
             f" and {len(patients) - count} to score; expected {MIN_PATIENTS} of each.",
             "Leave --recalibrate out, or give more data.",
         )
-    is_local = np.isin(level.patients, drawn[:count])
+    return drawn[:count]
+
+
+def _recalibrated(level: Level, chosen: dict, share: float, seed: int) -> dict[str, Any]:
+    """Fit temperature and thresholds to some patients, and score the others before and after."""
+    local = _drawn(level, share, seed)
+    is_local = np.isin(level.patients, local)
     parts = [
         Level(level.truth[rows], level.values[rows], level.patients[rows], level.labels)
         for rows in (is_local, ~is_local)
     ]
     fitted = choose(parts[0])
     return {
-        "patients": {"fitted": count, "scored": len(patients) - count},
+        "patients": {"fitted": len(local), "scored": len(np.unique(level.patients[~is_local]))},
         "seed": seed,
         "temperature": {"run": chosen.get("temperature"), "local": fitted["temperature"]},
         "before": scored(parts[1], None, chosen),

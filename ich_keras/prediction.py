@@ -266,9 +266,10 @@ def predict_folder(
         `dicom_dir`. Of an ensemble, without answers; `members` holds what each run predicts alone.
 
     Raises:
-        UsageError: `out` exists, `max_rejects` is not a share, `dicom_dir` does not exist, the runs
-            cannot be averaged, or `tta` does not suit them; an ensemble is asked for decisions; and
-            as `OperatingPoint` and `answer_rules` raise it, before anything is written.
+        UsageError: `out` exists, or lies in `dicom_dir` without an interrupted prediction;
+            `max_rejects` is not a share, `dicom_dir` does not exist, the runs cannot be averaged,
+            or `tta` does not suit them; an ensemble is asked for decisions; and as
+            `OperatingPoint` and `answer_rules` raise it, before anything is written.
         StaleError: a run is not finished, another process predicts into `out`, or what lies there
             was begun with another run, other files or other options; and as `answer_rules` raises
             it.
@@ -291,7 +292,7 @@ def predict_folder(
     tta = [name for name in TTA if name in tta]
     root = Path(dicom_dir).absolute()
     root = root.parent if root.is_file() else root  # an archive
-    with contextlib.nullcontext() if out is None else prediction_folder(out) as folder:
+    with contextlib.nullcontext() if out is None else prediction_folder(out, dicom_dir) as folder:
         members = load_members(runs, device, unfinished)
         beside = extras.prepared(members, thin)
         if tell is not None and (cost := cost_line(members, tta)):

@@ -318,14 +318,15 @@ def journal_in(
 
 
 @contextlib.contextmanager
-def prediction_folder(out: Path | str) -> Iterator[Path]:
+def prediction_folder(out: Path | str, dicom: Path | str) -> Iterator[Path]:
     """Hold the output folder of a prediction for the length of a block: new, or interrupted.
 
     Raises:
-        UsageError: something else lies there, such as a finished prediction.
+        UsageError: something else lies there, such as a finished prediction; or it lies in `dicom`.
         StaleError: another process predicts into it.
         EnvironmentProblem: it cannot be created.
     """
+    _require_outside(out, dicom)
     is_begun = (Path(out) / LOCK_FILE).is_file()
     with (
         new_folder(out, Path if is_begun else _require_own) as folder,
@@ -334,6 +335,18 @@ def prediction_folder(out: Path | str) -> Iterator[Path]:
         _require_own(folder)  # another may have finished between the first look and the lock
         remove_leftovers(folder, is_alone=is_alone)
         yield folder
+
+
+def _require_outside(out: Path | str, dicom: Path | str) -> None:
+    """Refuse results among the images, except those of a prediction that was begun there."""
+    source = Path(dicom).resolve()
+    if not source.is_dir() or (Path(out) / JOURNAL_FILE).is_file():
+        return
+    if Path(out).resolve().is_relative_to(source):
+        raise UsageError(
+            f"the results would go to {out}, inside the folder of the images, {dicom}.",
+            "Choose a folder outside of it: later runs would read the results as input.",
+        )
 
 
 def _require_own(out: Path | str) -> Path:

@@ -286,7 +286,8 @@ def test_a_folder_is_answered_and_says_how(two, images, tmp_path):
     notice = (out / "notice.txt").read_text()
     assert "Decisions per series: yes where raw_* is at least the highest threshold" in notice
     assert "sensitivity 0.9 on validation (bleed 0." in notice
-    assert "low is wrong for at most 20 %" in notice
+    assert "low is wrong for about 20 % at most of those with the label" in notice
+    assert "in the worst case for twice as many" in notice
     assert "void outside the training domain" in notice
     shown = " ".join(done.output.split())
     assert all(" ".join(line.split()) in shown for line in notice.splitlines())

@@ -137,6 +137,14 @@ def test_what_does_not_fit_the_budget_is_left_out_and_listed(tmp_path, monkeypat
     assert "3 of 4 jobs done." in told and "sweep / slice: needs about 500 s" in told
 
 
+def test_no_time_left_is_0_seconds(tmp_path, monkeypatch):
+    made, clock, _ = campaign(tmp_path, monkeypatch, {"loader": 10_000})
+    made.run(JOBS[:2], seconds=10, clock=clock)
+    clock.now += 1
+    made.run(JOBS, seconds=-1, clock=clock)
+    assert made.rows[-1].note == "needs about 20 s; 0 s left"
+
+
 def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
     made, clock, _ = campaign(tmp_path, monkeypatch, {})
     made.run(JOBS, seconds=100, clock=clock)

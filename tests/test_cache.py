@@ -783,6 +783,25 @@ def test_an_edited_manifest_is_refused(index, tmp_path):
         CTCache.open(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "hint"),
+    [
+        ("index.json", "is an index, not a cache", "ich cache --index {path} --out"),
+        ("recipe.json", "is a run, not a cache", "Give the cache"),
+        ("notice.txt", "is a prediction, not a cache", "Give the cache"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(index, tmp_path, name, told, hint):
+    folder = tmp_path / "a{b}"
+    folder.mkdir()
+    (folder / name).write_text("{}")
+    if name == "index.json":
+        index.save(folder := tmp_path / "index")
+    with pytest.raises(StaleError, match=told) as caught:
+        CTCache.open(folder)
+    assert hint.format(path=folder) in caught.value.hint
+
+
 def test_another_schema_is_refused(index, tmp_path):
     cache = build(index, tmp_path / "cache")
     edit_manifest(cache.path, schema=99)

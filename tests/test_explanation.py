@@ -334,7 +334,8 @@ def test_floats_are_rounded(runs, phantom):
         ({"hu": np.full((1, 9, 9), np.nan)}, DataError, "hu holds values that are not finite"),
         ({"hu": np.full((1, 9, 9), 40000)}, DataError, "not from -32768 to 32767 HU"),
         ({"spacing_mm": (5, 0.5)}, UsageError, r"spacing_mm is \(5, 0.5\); expected three numbers"),
-        ({"spacing_mm": (5, 0, 1)}, UsageError, "expected three numbers above 0"),
+        ({"spacing_mm": (5, 0, 1)}, UsageError, "expected three numbers from 0.02 to 100 mm"),
+        ({"spacing_mm": (0.005, 5e-4, 5e-4)}, UsageError, "expected three numbers from 0.02 to"),
         ({"spacing_mm": "wide"}, UsageError, "spacing_mm is 'wide'"),
         (
             {"method": MapOptions(neighbours=True)},

@@ -171,6 +171,8 @@ def test_recalibration_fits_some_patients_and_scores_the_others(run, others, mon
         == found["temperature"]["local"]
         != (found["temperature"]["run"])
     )
+    # Before anything is predicted.
+    monkeypatch.setattr("ich_keras.external._predict", None)
     with pytest.raises(DataError, match="expected 4 of each"):
         evaluate_external(run, cache, recalibrate=0.01)
 
@@ -205,7 +207,7 @@ def test_the_command_scores_dicom_files_and_prints_both(run, others, tmp_path):
 
 BAD = {
     "no out": (["--external"], "--out is missing"),
-    "both": (["--external", "--dicom", "x", "--out", "o"], "either --cache or --dicom"),
+    "both": (["--external", "--dicom", "x", "--out", "o"], "--cache and --dicom are both given"),
     "split": (["--external", "--split", "test", "--out", "o"], "--split does not go with"),
     "unfinished": (["--external", "--unfinished", "--out", "o"], "--unfinished does not go with"),
     "share": (["--external", "--recalibrate", "1.5", "--out", "o"], "recalibrate is 1.5; expected"),

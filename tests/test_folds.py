@@ -74,8 +74,10 @@ def test_folds_that_do_not_exist_are_refused(phantom_cache, name):
 
 
 def test_more_folds_than_patients_are_refused(phantom_cache):
-    with pytest.raises(DataError, match=r"\d+ patient\(s\) with labels; 500 folds need as many"):
+    told = r"\d+ patient\(s\) with labels; 500 folds need as many"
+    with pytest.raises(DataError, match=told) as caught:
         make_split("fold-1/500", phantom_cache.slices, 0)
+    assert "take fewer folds" in caught.value.hint
 
 
 def config_of(fold, **settings):

@@ -299,6 +299,12 @@ def sheared(place: tuple[int, int], by: float) -> bytes:
     return image_of(head_volume(), affine=affine).to_bytes()
 
 
+def scaled(by: float) -> bytes:
+    """Return a file whose affine counts in another unit, which it does not name."""
+    image = image_of(head_volume(), affine=np.diag([by, by, by, 1]) @ RAS)
+    return edited({123: b"\0"}, image)
+
+
 def four_axes() -> bytes:
     voxels = np.zeros((8, 8, 4, 2), np.int16) - 1000
     return nib.Nifti1Image(voxels, RAS).to_bytes()
@@ -344,6 +350,16 @@ BAD = {
     "a NaN intercept": (lambda: edited({112: floats(1, NAN)}), "BAD_RESCALE", "scl_inter nan"),
     "a tiny slope": (lambda: edited({112: floats(1e-6, 0)}), "BAD_RESCALE", "1e-06"),
     "metres": (lambda: edited({123: b"\1"}), "BAD_NIFTI", "distances are in metres"),
+    "metres without a unit": (
+        lambda: scaled(1e-3),
+        "BAD_NIFTI",
+        "makes voxels of 0.004 x 0.004 x 0.005 mm; expected 0.02 to 100, in mm",
+    ),
+    "micrometres without a unit": (
+        lambda: scaled(1e3),
+        "BAD_NIFTI",
+        "makes voxels of 4000 x 4000 x 5000 mm; expected 0.02 to 100, in mm",
+    ),
     "no place": (lambda: edited(NO_FORMS), "BAD_NIFTI", "neither sform nor qform"),
     "zero affine": (lambda: edited({280: bytes(48)}), "BAD_NIFTI", "voxels of 0 x 0 x 0 mm"),
     "NaN affine": (lambda: edited({280: floats(NAN)}), "BAD_NIFTI", "sform holds values that are"),

@@ -504,12 +504,33 @@ def test_after_a_folder_without_slices_the_same_output_will_do(run, images, whol
     assert tables(out) == whole
 
 
-def test_results_inside_the_dicom_folder_are_not_searched(run, images, tmp_path):
+def test_an_interrupted_prediction_inside_the_dicom_folder_goes_on(run, images, tmp_path):
     copy = shutil.copytree(images, tmp_path / "images")
     predict_folder(run, copy, tmp_path / "whole", batch_size=BATCH)
-    out = interrupted(run, copy, copy / "out", 2)
+    # Of an earlier version, which began there.
+    out = shutil.copytree(interrupted(run, copy, tmp_path / "out", 2), copy / "out")
     predict_folder(run, copy, out, batch_size=BATCH)
     assert tables(out) == tables(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["", "out", "out/deep", "../link/out", "../linked"])
+def test_results_among_the_images_are_refused(run, images, tmp_path, place):
+    copy = shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "link").symlink_to(copy)
+    (tmp_path / "linked").symlink_to(copy / "out")
+    before = names(copy)
+    with pytest.raises(UsageError, match="inside the folder of the images") as caught:
+        predict_folder(run, copy, f"{copy}/{place}", batch_size=BATCH)
+    assert "later runs would read the results as input" in caught.value.hint
+    with pytest.raises(UsageError, match="inside the folder of the images"):
+        predict_folder(run, tmp_path / "link", copy / "out", batch_size=BATCH)
+    assert names(copy) == before
+
+
+def test_results_may_lie_beside_one_file(run, images, tmp_path):
+    path = Path(shutil.copy(slice_paths(images)[0], tmp_path / "a.dcm"))
+    predict_folder(run, path, tmp_path / "out", batch_size=BATCH)
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 1
 
 
 def test_without_an_output_nothing_is_written(run, images, tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_run_of_before_does_not_average_and_says_so(runs, thin, tmp_path):
     for damage in ({"median": 5.0}, [5.0]):
         write_json(old / "data.json", facts | {"slice_spacing_mm": damage})
         with pytest.raises(StaleError, match=r"data\.json is damaged: slice_spacing_mm: "):
-            predict_folder(old, tmp_path, tmp_path / "out")
+            predict_folder(old, old, tmp_path / "out")
 
 
 def sorted_series(images, uid):

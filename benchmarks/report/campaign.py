@@ -86,7 +86,8 @@ class Campaign:
             left, expected = end - clock(), self._expected(job, jobs)
             head = f"[{number}/{len(jobs)}] {job.name}"
             if left < max(_SHORTEST_SECONDS, expected):
-                self._end(job, LEFT_OUT, None, f"needs about {expected:.0f} s; {left:.0f} s left")
+                note = f"needs about {expected:.0f} s; {max(0, left):.0f} s left"
+                self._end(job, LEFT_OUT, None, note)
                 continue
             self.tell(f"{head} (about {expected:.0f} s)")
             # What an earlier try measured stays until there is a new one.

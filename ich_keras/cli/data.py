@@ -246,7 +246,8 @@ def _build(
         "progress": progress,
     }
     if part is not None:
-        _refuse(("join", "max_rejects"), "--shard", "It is for --join, when all parts are there.")
+        _refuse(("join",), "--shard", "Build the parts first, then --join alone.")
+        _refuse(("max_rejects",), "--shard", "It is for --join, when all parts are there.")
     if join:
         _refuse(("restart", "executor", "scheduler"), "--join", "It reads no DICOM files.")
         given = {name: settings[name] for name in _given(("size", "compression"))}

@@ -94,8 +94,12 @@ def evaluate(
         if split is not None or unfinished:
             option = "--split" if split is not None else "--unfinished"
             raise UsageError(f"{option} does not go with --external.", "Leave it out.")
-        if (dicom is None) == (cache_dir is None):
+        if dicom is None and cache_dir is None:
             raise UsageError("--external needs either --cache or --dicom.")
+        if dicom is not None and cache_dir is not None:
+            raise UsageError(
+                "--cache and --dicom are both given with --external.", "Leave one of them out."
+            )
         settings = {"recalibrate": recalibrate, "thin": thin or "average"}
         _evaluate_external(run_dir, cache_dir, dicom, labels, out, device, workers, settings)
         return

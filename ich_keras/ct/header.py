@@ -47,7 +47,8 @@ from ich_keras.ct.turning import Plane, Turn
 MAX_ROWS_COLUMNS = 4096
 # Scanners write 1, rarely 0.5 or 2. Outside these bounds a slice would be one grey, or overflow.
 MIN_SLOPE, MAX_SLOPE = 0.01, 100.0
-MAX_SPACING_MM = 100.0
+# The finest scanners write 0.05 mm; a head in metres has 0.001 at most.
+MIN_SPACING_MM, MAX_SPACING_MM = 0.02, 100.0
 MAX_POSITION_MM = 1e5
 # How far direction cosines may be from orthonormal: some writers keep only three decimals.
 ORIENTATION_TOLERANCE = 5e-3
@@ -246,9 +247,9 @@ def slice_of(data_set: DataSet, pixels: StoredPixels) -> SliceHeader:
         "instance_number": text_of(elements, "InstanceNumber"),
     }
     row_spacing, column_spacing = decimals_of(elements, "PixelSpacing", 2, MAX_SPACING_MM)
-    if min(row_spacing, column_spacing) <= 0:
+    if min(row_spacing, column_spacing) < MIN_SPACING_MM:
         found = show(text_of(elements, "PixelSpacing"))
-        raise bad_value("PixelSpacing", found, "two numbers above 0, in mm")
+        raise bad_value("PixelSpacing", found, f"two numbers, {MIN_SPACING_MM:g} or more, in mm")
     position = decimals_of(elements, "ImagePositionPatient", 3, MAX_POSITION_MM)
     plane = Plane(
         pixels.rows,

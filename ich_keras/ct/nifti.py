@@ -21,6 +21,7 @@ from ich_keras.ct.header import (
     MAX_SLOPE,
     MAX_SPACING_MM,
     MIN_SLOPE,
+    MIN_SPACING_MM,
     ORIENTATION_TOLERANCE,
     TIME_TAGS,
     SliceHeader,
@@ -34,7 +35,7 @@ from ich_keras.ct.units import ValueRange, require_hu
 
 SUFFIXES = (".nii.gz", ".nii")
 MAX_SLICES = 4096
-_CONVERT = "Write it as a 3-D volume of one value per voxel in HU, int16, with its affine."
+_CONVERT = "Write it as a 3-D volume of one value per voxel in HU, int16, with its affine in mm."
 _NO_HEAD_BYTES = "it ends inside its header"
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 20
@@ -257,9 +258,11 @@ def _affine(header: Any) -> np.ndarray:
     if not np.isfinite(affine).all():
         raise _bad(f"its {name} holds values that are not finite", "numbers")
     spacings = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (spacings > 0).all() or spacings.max() > MAX_SPACING_MM:
+    if spacings.min() < MIN_SPACING_MM or spacings.max() > MAX_SPACING_MM:
+        # Without a code of units metres and micrometres are taken for mm.
         shown = " x ".join(f"{one:g}" for one in spacings)
-        raise _bad(f"its {name} makes voxels of {shown} mm", f"above 0, up to {MAX_SPACING_MM:g}")
+        expected = f"{MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}, in mm"
+        raise _bad(f"its {name} makes voxels of {shown} mm", expected)
     if abs(affine[:3, 3]).max() > MAX_POSITION_MM:
         raise _bad(f"its {name} begins at {affine[:3, 3]} mm", f"within {MAX_POSITION_MM:g}")
     row, column, step = (affine[:3, :3] / spacings).T

@@ -175,12 +175,13 @@ def _parts_of_patients(
     positive = (by_patient[list(labels.names)].max().to_numpy() == 1).astype(np.int64)
     num_slices = by_patient.size().to_numpy()
     if len(num_slices) < len(fractions):
-        count = "three splits need at least three"
+        count, hint = "three splits need at least three", "Add patients"
         if len(fractions) > len(SPLITS):
             count = f"{len(fractions)} folds need as many"
+            hint = f"{hint}, or take fewer folds"
         raise DataError(
             f"{len(num_slices)} patient(s) with labels; {count}.",
-            "Add patients, or overfit deliberately with --split none.",
+            f"{hint}, or overfit deliberately with --split none.",
         )
     parts = stratify(positive, num_slices, fractions, np.random.default_rng(seed))
     series = labelled[["series_uid", "patient_id"]].drop_duplicates()

@@ -15,6 +15,12 @@ MIN_SIZE = 8
 MAX_SIZE = 4096
 # Caches of schema 1 have no hashes of their pixels: what needs those is not checked.
 _READABLE = (1, SCHEMA)
+# What else a folder may be, by a file in it: in words, and what to do.
+_OTHERS = {
+    "index.json": ("an index", "Make a cache of it: ich cache --index {path} --out CACHE"),
+    "recipe.json": ("a run", "Give the cache of the data."),
+    "notice.txt": ("a prediction", "Give the cache of the data."),
+}
 
 
 def read_cache_table(path: Path, name: str, manifest: dict) -> pd.DataFrame:
@@ -40,6 +46,9 @@ def read_manifest(path: Path) -> dict:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
+        for name, (what, hint) in _OTHERS.items():
+            if (path / name).is_file():
+                raise StaleError(f"{path} is {what}, not a cache.", hint.format(path=path))
         raise StaleError(
             f"{path} is not a finished cache: it has no {MANIFEST}.",
             "Is it the right folder? If so, build the cache.",
