@@ -160,14 +160,21 @@ def inputs_picture(cache: CTCache, shown: Shown) -> bytes:
         parts = [found.before[place]] + ([] if found.after is None else [found.after[place]])
         if shown.view.is_volume:
             for part, when in zip(parts, ("before", "after"), strict=False):
-                kept = np.linspace(0, len(part) - 1, min(len(part), _MOST_SLICES)).round()
-                tiles = [part[int(one), ..., 0] for one in kept]
-                said = text if when == "before" else "after augmentation"
+                tiles = [part[one, ..., 0] for one in _kept(shown.view, len(part))]
+                said = "after augmentation"
+                if when == "before":
+                    said = text if found.after is None else f"{text}\nbefore augmentation"
                 rows.append((said, is_positive and when == "before", tiles))
         else:
             tiles = [part[0, ..., channel] for part in parts for channel in range(part.shape[-1])]
             rows.append((text, is_positive, tiles))
     return _sheet(cache, rows, _columns(shown, found))
+
+
+def _kept(view: View, count: int) -> list[int]:
+    """Return which slices of a volume are drawn: of a slab always its middle one."""
+    most = _MOST_SLICES - 1 if view.kind == "slab" and count > _MOST_SLICES else _MOST_SLICES
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def _columns(shown: Shown, found: ShownInputs) -> list[str]:
@@ -177,6 +184,14 @@ def _columns(shown: Shown, found: ShownInputs) -> list[str]:
         whens = ["before"] if found.after is None else ["before", "augmented"]
         return [f"{name}\n{when}" for when in whens for name in names]
     count = found.before.shape[1]
+    if shown.view.kind == "slab":
+        middle = count // 2
+        places = [one - middle for one in _kept(shown.view, count)]
+        found_names = [
+            f"{abs(place)} {'below' if place < 0 else 'above'}" if place else "labelled slice"
+            for place in places
+        ]
+        return [f"{name}\n{names[0]} HU" for name in found_names]
     shown_count = min(count, _MOST_SLICES)
     which = f"{shown_count} of {count} slices" if shown_count < count else f"{count} slices"
     return [f"{which}, inferior to superior\n{names[0]} HU"]

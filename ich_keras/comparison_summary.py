@@ -2,7 +2,7 @@
 
 import textwrap
 
-from ich_keras.notices import SYNTHETIC_NOTE
+from ich_keras.notices import SYNTHETIC_RUNS_NOTE
 from ich_keras.run_pages.comparison import Comparison
 from ich_keras.run_pages.comparison_page import READING, about_level, comparison_rows
 from ich_keras.summary import shorten_middle, text_table
@@ -17,7 +17,7 @@ def comparison_text(comparison: Comparison, width: int) -> str:
     """
     parts = []
     if comparison.is_synthetic:
-        parts.append(textwrap.fill(SYNTHETIC_NOTE.replace("*", ""), width))
+        parts.append(textwrap.fill(SYNTHETIC_RUNS_NOTE.replace("*", ""), width))
     keys = [chr(ord("A") + number) for number in range(len(comparison.names))]
     parts.append(
         "\n".join(f"{key}  {name}" for key, name in zip(keys, comparison.names, strict=True))

@@ -13,6 +13,7 @@ from ich_keras.breakdown import (
 )
 from ich_keras.config import loss_settings_of
 from ich_keras.errors import StaleError
+from ich_keras.labels import LabelSet
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.recipe import Recipe, TrainingRecipe
@@ -216,11 +217,12 @@ def _range(interval: dict) -> str:
     return f"{interval['low']:.4f}-{interval['high']:.4f}"
 
 
-def _loss_text(training: TrainingRecipe) -> str:
+def _loss_text(training: TrainingRecipe, labels: LabelSet) -> str:
     """Return the loss with the settings that were given."""
+    kind = "softmax cross-entropy" if labels.exclusive else training.loss
     settings = vars(loss_settings_of(training)) | {"loss": None}
     given = [f"{name} {value}" for name, value in settings.items() if value is not None]
-    return f"{training.loss} ({', '.join(given)})" if given else training.loss
+    return f"{kind} ({', '.join(given)})" if given else kind
 
 
 def _average_line(best: int, training: TrainingRecipe, environment: dict) -> str:
@@ -276,7 +278,7 @@ def settings_line(recipe: Recipe, environment: dict) -> str:
         f"{recipe.preset}, {size}x{size} pixels,"
         f" {'weights ' + training.weights if training.weights else 'from scratch'},"
         f" Adam at {training.learning_rate:g} ({training.schedule}),"
-        f" loss {_loss_text(training)}, batch {training.batch_size},"
+        f" loss {_loss_text(training, recipe.labels)}, batch {training.batch_size},"
         f" seed {training.seed}, on {environment['backend']} ({environment['device']})."
     )
 

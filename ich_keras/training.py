@@ -378,7 +378,7 @@ def _finish(
     domain = domain_of(run, recipe, model, cache, progress)
     if domain is not None:
         domain.save(run.domain_file)
-    taken["what the training looks like"] = round(clock() - began, 1)
+    taken["measuring the domain"] = round(clock() - began, 1)
     write_json(run.environment_file, run.environment() | {STAGES: taken})
     # This report comes last: it makes the run a finished one.
     report = report_text(run)

@@ -119,6 +119,7 @@ def test_the_commands(phantom_cache_folder, tmp_path, monkeypatch):
         assert read_png((tmp_path / name).read_bytes()).std() > 10
     for arguments, message in (
         ([], "inputs.png already exists"),
+        (["--out", "a.jpg"], "a.jpg: the picture is a PNG; expected a name that ends in .png"),
         (["--series", "99", "--out", "a.png"], "series 99; expected 1 to 24"),
         (["--count", "0", "--out", "a.png"], "count is 0; expected 1 to 50"),
         (["--epoch", "0", "--out", "a.png"], "epoch is -1; expected 0 to"),
@@ -129,6 +130,21 @@ def test_the_commands(phantom_cache_folder, tmp_path, monkeypatch):
         result = CliRunner().invoke(main, ["show", cache, *arguments])
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("count", [5, 11])
+def test_the_labelled_slice_of_a_slab_is_marked(phantom_cache, monkeypatch, count):
+    written = []
+    monkeypatch.setattr(cache_pictures, "png", lambda image, words=(): written.extend(words) or b"")
+    shown = Shown(View("slab", count), count=1)
+    inputs_picture(phantom_cache, shown)
+    texts = [word.text.splitlines()[0] for word in written]
+    marked = texts.index("labelled slice")
+    assert all(text.endswith(" below") for text in texts[:marked])
+    assert all(text.endswith(" above") for text in texts[marked + 1 : 2 * marked + 1])
+    assert marked == min(count, 7) // 2
+    (word,) = [word for word in written if "before augmentation" in word.text]
+    assert word.text.startswith("series ")
 
 
 def test_a_view_that_skips_all_is_refused(phantom_cache, monkeypatch):

@@ -151,15 +151,33 @@ def test_the_command_prints_and_writes_the_same_numbers(tmp_path, two):
     found = compare([*two, three])
     difference = found.levels["series"].differences[1]["auroc/any"]
     row = page.table("<i>three minus one, per series")["AUROC any"]
-    assert row["difference"] == f"{difference['value']:+.4f}"
-    assert row["95 % interval"] == f"{difference['low']:+.4f} to {difference['high']:+.4f}"
-    assert row["difference"] in result.output and row["95 % interval"] in result.output
+    # A page has a true minus, the terminal what every encoding has.
+    shown = {name: row[name].replace("\u2212", "-") for name in ("difference", "95 % interval")}
+    assert shown["difference"] == f"{difference['value']:+.4f}"
+    assert shown["95 % interval"] == f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+    assert all(text in result.output for text in shown.values())
+    assert "These runs were trained and tested on phantoms" in page.warnings[0]
     assert "i" not in page.tags and "Synthetic data" in page.warnings[0]
     assert sum("ROC curves of any per slice" in alt for alt in page.charts) == 1
     assert max(map(len, comparison_text(found, 80).splitlines())) <= 80
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "already exists" in again.output
     assert PageParts.of(comparison_page(found)).headings[0].startswith("Comparison of one, two")
+
+
+def test_unfinished_and_damaged_runs_and_other_suffixes_are_refused(two, tmp_path, monkeypatch):
+    arguments = ["compare", *(str(run) for run in two)]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "x.pdf")])
+    assert result.exit_code == 2 and "ends in .html" in " ".join(result.output.split())
+    metrics = read_json(two[1].metrics_file("test"))
+    metrics["series"]["auroc"]["any"] = "x"
+    write_json(two[1].metrics_file("test"), metrics)
+    with pytest.raises(StaleError, match="series.auroc.any is 'x'"):
+        compare(two)
+    monkeypatch.setattr(type(two[0]), "is_interrupted", True)
+    with pytest.raises(StaleError, match="only finished runs are compared.*--resume") as caught:
+        compare(two)
+    assert "--unfinished" not in str(caught.value)
 
 
 def test_packages_that_differ_are_told(two):

@@ -3,6 +3,7 @@
 import base64
 import re
 import shutil
+from copy import deepcopy
 
 import cv2
 import keras
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from made_runs import made_run
 from narrow import preset_of
 from page_parts import PageParts
+from sklearn.metrics import average_precision_score
 from test_training import NARROW, config_of
 
 from ich_keras import training
@@ -24,9 +26,13 @@ from ich_keras.explanation import explain
 from ich_keras.files import read_json, write_json
 from ich_keras.labels import LABELS, SIX, LabelSet
 from ich_keras.metrics.binary import binary_metrics, format_metric
+from ich_keras.metrics.curves import curves
 from ich_keras.models.spec import ModelSpec
+from ich_keras.pages.chart import text_width
 from ich_keras.run_folder import RunFolder
+from ich_keras.run_pages.figures import _stepped
 from ich_keras.run_pages.heat import _samples_of, _slice_of, heat_maps_of
+from ich_keras.run_pages.metrics_form import wrong_entry
 from ich_keras.run_pages.numbers import flat
 from ich_keras.run_pages.report import NO_CACHE, write_report_page
 from ich_keras.run_pages.scores import read_results
@@ -120,7 +126,7 @@ def test_the_counts_of_decisions_are_those_of_the_predictions(trained):
         truth = table[f"true_{label}"].to_numpy() == 1
         yes = table[label].to_numpy(np.float32).astype(float) >= limits[label]
         counts = [(truth & yes), (truth & ~yes), (~truth & yes), (~truth & ~yes)]
-        names = ("found", "missed", "false alarms", "rightly negative")
+        names = ("found", "missed", "false alarms", "true negatives")
         assert [int(rows[label][name]) for name in names] == [int(c.sum()) for c in counts]
 
 
@@ -403,6 +409,134 @@ def test_what_is_no_run_or_damaged_is_refused(tmp_path):
     run.history_file.write_text('"')
     with pytest.raises(StaleError, match="history.csv is damaged"):
         write_report_page(run)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The content of a file of metrics."""
+    return read_json(made_run(tmp_path_factory.mktemp("sound") / "run").metrics_file("test"))
+
+
+def damaged(metrics, place, value):
+    *way, last = place
+    for name in way:
+        metrics = metrics[name]
+    if value is KeyError:
+        del metrics[last]
+    else:
+        metrics[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (["slice"], 3, "slice is 3; expected an object"),
+        (["slice", "auroc", "any"], "x", "slice.auroc.any is 'x'; expected a number from 0 to 1"),
+        (["series", "ap", "any"], [0.5], "series.ap.any is .0.5.; expected a number"),
+        (["slice", "auroc", "any"], True, "slice.auroc.any is True"),
+        (["slice", "auroc", "any"], -1e9, "slice.auroc.any is -1000000000.0"),
+        (["slice", "log_loss"], {}, "slice.log_loss is {}; expected a number or null"),
+        (["slice", "log_loss"], KeyError, "slice.log_loss is absent"),
+        (["slice", "n", "positive", "any"], None, "n.positive.any is None; expected a count"),
+        (["slice", "n", "positive", "any"], 1.5, "n.positive.any is 1.5; expected a count"),
+        (["slice", "n"], KeyError, "slice.n is absent"),
+        (["slice", "per_label", "any"], [], "slice.per_label.any is ..; expected an object"),
+        (["slice", "baseline", "prevalence", "source"], 1, "source is 1; expected a text"),
+        (["slice", "intervals", "metrics", "ap/any", "low"], None, "ap/any has one bound of two"),
+        (["slice", "calibration", "labels", "any", "bins"], [3], "bins.0. is 3; expected an obj"),
+        (["slice", "calibration", "temperature"], None, "has no temperature"),
+        (["slice", "operating", "at_specificity", "0.90", "any"], KeyError, "0.90.any is absent"),
+        (["slice", "aggregation"], {"rule": 3}, "slice.aggregation.rule is 3; expected a text"),
+    ],
+    ids=str,
+)
+def test_damaged_metrics_are_refused_by_entry(place, value, said, sound):
+    assert wrong_entry(sound, SIX) == ""
+    metrics = deepcopy(sound)
+    damaged(metrics, place, value)
+    assert re.search(said, wrong_entry(metrics, SIX))
+
+
+def test_the_command_refuses_damaged_metrics(tmp_path):
+    run = made_run(tmp_path / "run")
+    metrics = read_json(run.metrics_file("test"))
+    metrics["slice"]["auroc"]["any"] = "x"
+    write_json(run.metrics_file("test"), metrics)
+    with pytest.raises(StaleError, match="damaged: slice.auroc.any is 'x'.*--split test"):
+        write_report_page(run)
+    result = CliRunner().invoke(main, ["report", str(run)])
+    assert result.exit_code == StaleError.exit_code and "is damaged" in result.output
+
+
+def test_metrics_with_nan_and_damaged_tables_are_refused(tmp_path):
+    run = made_run(tmp_path / "run")
+    text = run.metrics_file("test").read_text(encoding="utf-8")
+    run.metrics_file("test").write_text(text.replace('"log_loss": 0', '"log_loss": NaN, "a": 0', 1))
+    with pytest.raises(StaleError, match="NaN is not a number"):
+        write_report_page(run)
+    run.metrics_file("test").write_text(text)
+    environment = read_json(run.environment_file)
+    write_json(run.environment_file, environment | {"seconds": {"evaluating test": "long"}})
+    with pytest.raises(StaleError, match="seconds.evaluating test is 'long'; expected seconds"):
+        write_report_page(run)
+    write_json(run.environment_file, environment)
+    history = run.history_file.read_text()
+    for one, other in (("0.55", "low"), ("2,", "inf,")):
+        run.history_file.write_text(history.replace(one, other))
+        with pytest.raises(StaleError, match="history.csv is damaged"):
+            write_report_page(run)
+
+
+def test_a_softmax_is_named(tmp_path):
+    assert "loss softmax cross-entropy," in page_of(made_run(tmp_path / "a", CLASSES)).text
+    assert "loss bce," in page_of(made_run(tmp_path / "b")).text
+
+
+def test_precision_and_recall_are_drawn_as_average_precision_sums_them():
+    truth, values = np.array([0, 1, 0, 1, 1]), np.array([0.9, 0.8, 0.7, 0.3, 0.1])
+    found = curves(truth == 1, values).pr
+    steps = _stepped(found)
+    area = float(np.trapezoid(steps.up, steps.across))
+    assert area == pytest.approx(average_precision_score(truth, values))
+    assert area != pytest.approx(float(np.trapezoid(found.up, found.across)), abs=0.02)
+
+
+def test_a_lacking_interval_is_explained(tmp_path):
+    run = made_run(tmp_path / "run")
+    assert "No interval" not in page_of(made_run(tmp_path / "one", ONE)).text
+    metrics = read_json(run.metrics_file("test"))
+    metrics["slice"]["intervals"]["metrics"]["auroc/any"] |= {"low": None, "high": None}
+    write_json(run.metrics_file("test"), metrics)
+    text = page_of(run).text
+    assert "No interval: too few patients" in text and "AUROC of any per slice" in text
+
+
+def test_thresholds_have_the_same_decimals_and_numbers_a_true_minus(tmp_path):
+    found = page_of(made_run(tmp_path / "run"))
+    rows = found.table("Per slice, thresholds for a specificity of 0.90")
+    decimals = {len(row["threshold"].partition(".")[2]) for row in rows.values()}
+    assert len(decimals) == 1 and decimals.pop() >= 3
+    cells = [
+        cell
+        for caption, table in found.tables.items()
+        if "Settings" not in caption
+        for row in table[1:]
+        for cell in row[1:]
+    ]
+    assert any(re.match("\u2212[0-9]", cell) for cell in cells)
+    assert not any(re.match("-[0-9]", cell) for cell in cells)
+
+
+def test_long_names_stay_within_their_charts(tmp_path):
+    labels = LabelSet(("W" * 64, "w" * 63 + "b", "short"))
+    page = write_report_page(made_run(tmp_path / "run", labels)).read_text(encoding="utf-8")
+    found = PageParts.of(page)
+    (alt,) = [alt for alt in found.charts if alt.startswith("AUROC with 95 %")]
+    assert all(name in alt for name in labels.names)
+    texts = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end"[^>]*>([^<]*\u2026[^<]*)<', page)
+    assert len(texts) >= 2
+    assert all(text_width(text) <= float(x) for x, text in texts)
+    assert "answered" not in found.text or 'class="number long"' in page
 
 
 def test_real_data_are_not_called_synthetic(tmp_path):

@@ -71,6 +71,7 @@ def compare(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     from ich_keras.run_pages.comparison_page import comparison_page
 
     if out is not None:
+        _require_suffix(out, ".html", "the page is HTML")
         require_absent(out)
     found = compare_runs(run_dirs)
     click.echo(comparison_text(found, terminal_width()))
@@ -125,6 +126,7 @@ def show(
     from ich_keras.workflow import open_cache
 
     out = Path("inputs.png" if number is None else f"series-{number}.png") if out is None else out
+    _require_suffix(out, ".png", "the picture is a PNG")
     require_absent(out)
     cache = open_cache(cache_dir)
     if number is not None:
@@ -143,3 +145,11 @@ def show(
         picture = inputs_picture(cache, shown)
     atomic_write(out, picture)
     click.echo(f"Picture: {out}")
+
+
+def _require_suffix(out: Path, suffix: str, why: str) -> None:
+    if out.suffix.lower() != suffix:
+        raise UsageError(
+            f"--out {out}: {why}; expected a name that ends in {suffix}.",
+            f"Give --out {out.with_suffix(suffix)}" if out.name else "",
+        )

@@ -1,10 +1,13 @@
 """Charts as inline SVG: their colours come from the page's style, for light and dark alike."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
+
+from ich_keras.pages.document import true_minus
 
 COLOURS = 8  # classes s0 to s7 of report.css
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 44  # around the axes, for ticks and labels
@@ -30,7 +33,7 @@ class Axis:
     @property
     def marks(self) -> list[tuple[float, str]]:
         """Each tick with its text."""
-        texts = self.texts or tuple(f"{tick:.6g}" for tick in self.ticks)
+        texts = self.texts or tuple(true_minus(f"{tick:.6g}") for tick in self.ticks)
         return list(zip(self.ticks, texts, strict=True))
 
 
@@ -82,6 +85,43 @@ def colour(number: int) -> str:
     return f"s{number % COLOURS}"
 
 
+def text_width(text: str) -> float:
+    """Return about how wide a text of a chart is, rather too wide: units of its viewBox.
+
+    >>> text_width("0.5") < text_width("WWW") < text_width("\u8133\u8133\u8133\u8133")
+    True
+    """
+    return float(sum(_character_width(character) for character in text))
+
+
+def _character_width(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 14.0
+    if character in "MW@%\u2014\u2026":
+        return 13.0
+    return 10.0 if character.isupper() or character in "mw" else 7.5
+
+
+def fitted(text: str, room: float) -> str:
+    """Return a text that is at most about so wide: a longer one loses its middle.
+
+    >>> fitted("subdural", 100), fitted("a very long name of a finding", 100)
+    ('subdural', 'a very… finding')
+    """
+    if text_width(text) <= room:
+        return text
+    kept = len(text) - 1
+    while kept > 2:
+        start = (kept + 1) // 2
+        short = f"{text[:start].rstrip()}\u2026{text[len(text) - kept // 2 :].lstrip()}"
+        if text_width(short) <= room:
+            return short
+        kept -= 1
+    return "\u2026"
+
+
 def chart(
     across: Axis, up: Axis, marks: Iterable[Mark], alt: str, width: int = 260, height: int = 240
 ) -> Markup:
@@ -119,8 +159,8 @@ class _Frame:
     @staticmethod
     def left(up: Axis) -> float:
         """Return the room that the texts of the upward axis need."""
-        longest = max((len(text) for _, text in up.marks), default=0)
-        return max(_LEFT, 24 + 7 * longest)
+        widest = max((text_width(text) for _, text in up.marks), default=0)
+        return max(_LEFT, 24 + widest)
 
     def x(self, value: float) -> float:
         share = (value - self.across.low) / (self.across.high - self.across.low)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
-from ich_keras.pages.document import render
+from ich_keras.pages.document import render, true_minus
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class Table:
     is_folded: bool = False
     has_numbers: bool = True
     kind: ClassVar[str] = "table"
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as they are shown: numbers have a true minus."""
+        if not self.has_numbers:
+            return [list(row) for row in self.rows]
+        return [[*row[:1], *map(true_minus, row[1:])] for row in self.rows]
 
 
 @dataclass(frozen=True)

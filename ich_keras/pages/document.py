@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import unicodedata
 from functools import cache
 from importlib.resources import files
@@ -13,6 +14,7 @@ from markupsafe import Markup
 # Controls, signs that turn the direction of a text around or have no width, halves of characters
 # (bytes of a file's name that are no UTF-8), and what separates lines.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_MINUS = re.compile(r"(?<![\w.])-(?=[\d.])")
 _LONGEST = 200  # characters of a text from a file
 
 
@@ -42,6 +44,15 @@ def short(text: str, longest: int = _LONGEST) -> str:
         return text
     head = (longest - 1) // 2
     return f"{text[:head]}…{text[head + 1 - longest :]}"
+
+
+def true_minus(text: str) -> str:
+    """Return a text with a minus sign for each hyphen before a number.
+
+    >>> true_minus("-0.5 to +0.1, 2020-01, 1e-05, a-1")
+    '\u22120.5 to +0.1, 2020-01, 1e-05, a-1'
+    """
+    return _MINUS.sub("\u2212", text)
 
 
 @cache

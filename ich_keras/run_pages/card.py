@@ -8,7 +8,7 @@ from ich_keras.external_data import described
 from ich_keras.labels import LabelSet
 from ich_keras.pages.content import Part, Table, Text
 from ich_keras.run_folder import PIXELS, PLAN
-from ich_keras.run_pages.numbers import counted
+from ich_keras.run_pages.numbers import column, counted
 
 CARD = "card"  # entry of data.json
 _QUARTILES = ("slices_per_series", "slice_spacing_mm", "pixel_spacing_mm", "tilt_degrees")
@@ -99,8 +99,7 @@ def _described_parts(card: dict, labels: LabelSet) -> list[Part]:
     ]
     positive, known = card["series_positive"], card["series_with_label"]
     quartiles = [
-        [name.replace("_mm", " (mm)").replace("_", " "), *(_number(value) for value in card[name])]
-        for name in _QUARTILES
+        [name.replace("_mm", " (mm)").replace("_", " "), *column(card[name])] for name in _QUARTILES
     ]
     return [
         Table("All of the data", ["property", "value"], rows, has_numbers=False),
@@ -111,11 +110,7 @@ def _described_parts(card: dict, labels: LabelSet) -> list[Part]:
         ),
         Table(
             "Geometry of the series",
-            ["", "lowest", "first quarter", "median", "third quarter", "highest"],
+            ["", "lowest", "first quartile", "median", "third quartile", "highest"],
             quartiles,
         ),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:g}"

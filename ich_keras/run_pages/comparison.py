@@ -1,5 +1,6 @@
 """Comparing runs on the same test rows: paired differences, and what differs in their settings."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ich_keras.errors import DataError, UsageError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import LabelSet
 from ich_keras.metrics.binary import binary_metrics
 from ich_keras.metrics.intervals import paired_bootstrap
 from ich_keras.run_folder import CACHE, PIXELS_OF, SYNTHETIC, RunFolder
+from ich_keras.run_pages.metrics_form import LEVELS
 from ich_keras.run_pages.numbers import flat
-from ich_keras.run_pages.scores import LEVELS, TEST, LevelScores, Results, read_results
+from ich_keras.run_pages.scores import TEST, LevelScores, Results, read_results
 from ich_keras.validation_scores import evaluate_again
 
 _PLACES = ("backend", "device", "device_name", "processor", "python", "system", "versions")
@@ -75,7 +77,7 @@ def compare(run_dirs: Sequence[RunFolder | Path | str]) -> Comparison:
         DataError: their test rows cannot be compared; says why.
         StaleError: a run is not finished, is damaged, or was not tested.
     """
-    runs = [RunFolder.at(path).require_finished() for path in run_dirs]
+    runs = [_finished(path) for path in run_dirs]
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run; expected at least two to compare.")
     for one, other in combinations(runs, 2):
@@ -104,6 +106,19 @@ def compare(run_dirs: Sequence[RunFolder | Path | str]) -> Comparison:
         environment=_differing([_environment(run) for run in runs]),
         is_synthetic=any(record.get(SYNTHETIC) for record in data),
     )
+
+
+def _finished(path: RunFolder | Path | str) -> RunFolder:
+    run = RunFolder.at(path)
+    for is_so, hint in (
+        (not run.is_finished and run.is_running, "Wait until it finishes."),
+        (run.is_interrupted, f"Finish it first: ich-train --resume {shlex.quote(str(run))}"),
+    ):
+        if is_so:
+            raise StaleError(
+                f"the training in {run} is not finished; only finished runs are compared.", hint
+            )
+    return run.require_finished()
 
 
 def _names(runs: list[RunFolder]) -> list[str]:

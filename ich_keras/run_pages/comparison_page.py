@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from ich_keras.metrics.binary import format_metric
-from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
+from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_RUNS_NOTE
 from ich_keras.pages.chart import colour
 from ich_keras.pages.content import Charts, Part, Section, Table, Text, sections_page
 from ich_keras.run_pages.comparison import Comparison, LevelComparison, metric_names, value_of
 from ich_keras.run_pages.figures import learning_charts, overlaid_curves
-from ich_keras.run_pages.numbers import counted, shown_labels, signed
+from ich_keras.run_pages.numbers import TOO_FEW, counted, shown_labels, signed
+from ich_keras.run_pages.scores import read_history
 
 _TITLES = {"log_loss": "log loss", "exact_match": "exact match"}
 READING = (
@@ -71,6 +70,12 @@ def about_level(comparison: Comparison, level: str, found: LevelComparison) -> l
             "The predictions do not say which rows are of one patient: there are no intervals."
             " ich evaluate adds that."
         )
+    elif any(
+        row["value"] is not None and row["low"] is None
+        for differences in found.differences
+        for row in differences.values()
+    ):
+        said.append(f"No interval (n/a): {TOO_FEW}.")
     return said
 
 
@@ -79,7 +84,7 @@ def comparison_page(comparison: Comparison) -> str:
     names = comparison.names
     lead = []
     if comparison.is_synthetic:
-        lead.append(Text(SYNTHETIC_NOTE.replace("*", ""), is_warning=True))
+        lead.append(Text(SYNTHETIC_RUNS_NOTE.replace("*", ""), is_warning=True))
     lead += [Text(NOT_CLINICAL), Text(READING)]
     sections = [
         Section(f"Differences per {level}", _difference_parts(comparison, level, found))
@@ -127,7 +132,7 @@ def _curve_parts(comparison: Comparison) -> list[Part]:
 
 def _learning_parts(comparison: Comparison) -> list[Part]:
     histories = [
-        (name, pd.read_csv(run.history_file), run.best_epoch())
+        (name, read_history(run), run.best_epoch())
         for name, run in zip(comparison.names, comparison.runs, strict=True)
         if run.history_file.is_file()
     ]

@@ -1,5 +1,6 @@
 """The charts of the pages of runs."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,17 @@ from ich_keras.course import auroc_of
 from ich_keras.labels import LabelSet
 from ich_keras.metrics.binary import format_metric
 from ich_keras.metrics.curves import Curve, curves
-from ich_keras.pages.chart import Axis, Band, Dots, Line, Mark, chart, colour, round_ticks
+from ich_keras.pages.chart import (
+    Axis,
+    Band,
+    Dots,
+    Line,
+    Mark,
+    chart,
+    colour,
+    fitted,
+    round_ticks,
+)
 from ich_keras.pages.content import Chart, Charts
 from ich_keras.run_pages.numbers import interval_of, shown_labels, with_interval
 from ich_keras.run_pages.scores import LevelScores
@@ -18,7 +29,7 @@ from ich_keras.run_pages.scores import LevelScores
 _ROC = (Axis("1 - specificity"), Axis("sensitivity"))
 _PR = (Axis("recall"), Axis("precision"))
 _MOST_EPOCHS = 400  # points of a learning curve
-_LONGEST_NAME = 18  # beside an axis; tables have the whole
+_NAME_ROOM, _TITLE_ROOM = 130, 190  # beside an axis; alt, captions and tables have the whole
 
 
 def colour_of(labels: LabelSet, label: str) -> str:
@@ -54,13 +65,21 @@ def ranking_charts(metrics: dict, scores: LevelScores, level: str) -> list[Chart
                 f"Precision-recall curve of {label} per {level}: average precision {said};"
                 f" a constant answer has {share:.3f}."
             )
-            marks = [Line([0, 1], [share, share], "rule"), *_marks(found.pr, style)]
+            marks = [Line([0, 1], [share, share], "rule"), *_marks(_stepped(found.pr), style)]
             pr.append(Chart(chart(*_PR, marks, alt), f"{label}: AP {said}"))
     return [Charts(part) for part in (roc, pr) if part]
 
 
 def _marks(curve: Curve, style: str) -> list[Mark]:
     return [Band(curve.grid, curve.low, curve.high, style), Line(curve.across, curve.up, style)]
+
+
+def _stepped(curve: Curve) -> Curve:
+    """Return a precision-recall curve as average precision sums it: the precision at a threshold
+    holds back to the recall of the one above.
+    """
+    across, up = np.repeat(curve.across, 2)[:-1], np.repeat(curve.up, 2)[1:]
+    return dataclasses.replace(curve, across=across, up=up)
 
 
 def overlaid_curves(runs: Sequence[tuple[str, LevelScores]], label: str, level: str) -> list[Chart]:
@@ -81,7 +100,8 @@ def overlaid_curves(runs: Sequence[tuple[str, LevelScores]], label: str, level: 
         if found.pr is not None:
             share = float(truth.mean())
             pr = pr or [Line([0, 1], [share, share], "rule")]
-            pr.append(Line(found.pr.across, found.pr.up, colour(number)))
+            steps = _stepped(found.pr)
+            pr.append(Line(steps.across, steps.up, colour(number)))
     names = ", ".join(name for name, _ in runs)
     found_charts = []
     for axes, marks, kind in ((_ROC, roc, "ROC"), (_PR, pr, "precision-recall")):
@@ -150,7 +170,7 @@ def level_chart(metrics: dict[str, dict], labels: LabelSet) -> Charts | None:
         return None
     step = 0.1 if lowest >= 0.5 else 0.2
     low = np.floor(lowest / step + 1e-9) * step
-    texts = tuple(_short(name) for name in reversed(names))
+    texts = tuple(fitted(name, _NAME_ROOM) for name in reversed(names))
     up = Axis("", -0.6, len(names) - 0.4, tuple(range(len(names))), texts)
     ticks = tuple(np.round(np.arange(low, 1.01, step), 1).tolist())
     svg = chart(
@@ -162,11 +182,7 @@ def level_chart(metrics: dict[str, dict], labels: LabelSet) -> Charts | None:
         height=90 + 34 * len(names),
     )
     legend = [(colour(2 * number), f"per {level}") for number, level in enumerate(metrics)]
-    return Charts([Chart(svg, "The dotted line is a constant answer.")], legend, is_wide=True)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return Charts([Chart(svg, "The dashed line is a constant answer.")], legend, is_wide=True)
 
 
 def learning_charts(
@@ -204,7 +220,7 @@ def learning_charts(
     drawn = []
     for marks, title, name in (
         (losses, "loss", "Losses" if is_alone else "Validation log loss"),
-        (ranks, f"AUROC of {label}", f"Validation AUROC of {label}"),
+        (ranks, fitted(f"AUROC of {label}", _TITLE_ROOM), f"Validation AUROC of {label}"),
     ):
         up = _room(marks, title)
         if up is not None:

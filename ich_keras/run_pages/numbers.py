@@ -1,11 +1,17 @@
 """Numbers and settings as texts in the pages of runs."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ich_keras.labels import LabelSet
 from ich_keras.metrics.binary import format_metric
 
+_MOST_DECIMALS = 8
+TOO_FEW = (
+    "too few patients have the label, or lack it, and more than a tenth of the resamples cannot be"
+    " scored"
+)
 MOST_LABELS = 12  # with charts of their own; tables hold all labels
 
 
@@ -26,6 +32,53 @@ def interval_of(metrics: dict, name: str) -> tuple[float, float] | None:
     if found is None or found["low"] is None:
         return None
     return found["low"], found["high"]
+
+
+def without_interval(metrics: dict[str, dict], labels: LabelSet) -> str:
+    """Say which AUROC and AP have no interval, though others have one; "" where there are none.
+
+    Args:
+        metrics: level -> its metrics.
+        labels: of the run.
+    """
+    found = [
+        f"{title} of {label} per {level}"
+        for level, part in metrics.items()
+        if (part.get("intervals") or {}).get("metrics")
+        for label in labels.names
+        for name, title in (("auroc", "AUROC"), ("ap", "AP"))
+        if part["per_label"][label][name] is not None
+        and interval_of(part, f"{name}/{label}") is None
+    ]
+    return f"No interval: {TOO_FEW}. This concerns {names_of(found)}." if found else ""
+
+
+def form_of(values: Iterable[float | None], fewest: int = 3) -> str:
+    """Return a format that shows all numbers of a column alike, each with some significant digits.
+
+    Args:
+        values: of the column; None and what is not finite do not count.
+        fewest: decimals, unless all are whole, and significant digits of the smallest.
+
+    >>> form_of([0.119, 0.06998, None]), form_of([3.0, 12]), form_of([2e-9, 0.5])
+    ('.4f', '.0f', '.2e')
+    """
+    found = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    if all(value == round(value) for value in found):
+        return ".0f"
+    smallest = min(value for value in found if value)
+    needed = max(fewest - 1 - math.floor(math.log10(smallest)), fewest)
+    return f".{needed}f" if needed <= _MOST_DECIMALS else f".{fewest - 1}e"
+
+
+def column(values: Sequence[float | None], fewest: int = 3) -> list[str]:
+    """Return the numbers of a column as texts of one form; arguments as of `form_of`.
+
+    >>> column([0.119, 0.06998, None])
+    ['0.1190', '0.0700', 'n/a']
+    """
+    form = form_of(values, fewest)
+    return ["n/a" if value is None or math.isnan(value) else f"{value:{form}}" for value in values]
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -98,6 +151,8 @@ def duration(seconds: float) -> str:
     >>> duration(0.42), duration(75.2), duration(7260)
     ('0.4 s', '1 min 15 s', '2 h 1 min')
     """
+    if not math.isfinite(seconds):
+        return "n/a"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,6 +1,5 @@
 """report.html: a run to look at. It is made again from what lies in the run folder."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from ich_keras.run_pages.figures import (
     ranking_charts,
     reliability_charts,
 )
-from ich_keras.run_pages.numbers import duration, flat
-from ich_keras.run_pages.scores import TEST, Results, read_results
+from ich_keras.run_pages.numbers import column, duration, flat, without_interval
+from ich_keras.run_pages.scores import TEST, Results, read_history, read_results
 from ich_keras.run_pages.tables import (
     baseline_parts,
     calibration_table,
@@ -99,7 +98,7 @@ def report_page(
         if split is not None:
             require_pixels(run, split, TEST, cache)
     environment = run.environment() if run.environment_file.is_file() else {}
-    history = _history(run)
+    history = read_history(run)
     results = read_results(run)
     card = data.get(CARD)
     if card is None and cache is not None and cache.labelling is not None:
@@ -114,7 +113,7 @@ def report_page(
         Section("Learning", _learning_parts(run, recipe, history)),
         Section("Data", card_parts(data, split, card, labels)),
         Section("Settings", [_settings("Settings, as they were decided", recipe.to_dict())]),
-        Section("Environment and time", _environment_parts(environment, history)),
+        Section("Environment and time", _environment_parts(run, environment, history)),
     ]
     return sections_page(title, _lead(run, recipe, data, environment), sections)
 
@@ -138,24 +137,14 @@ def _lead(run: RunFolder, recipe: Recipe, data: dict, environment: dict) -> list
     return found
 
 
-def _history(run: RunFolder) -> pd.DataFrame:
-    if not run.history_file.is_file():
-        return pd.DataFrame()
-    try:
-        table = pd.read_csv(run.history_file)
-        return table if {"epoch", "train_loss", "valid_log_loss"} <= set(table) else table[:0]
-    except (ValueError, csv.Error) as error:
-        raise StaleError(
-            f"{run.history_file} is damaged: {error}.", "Copy the original run folder again."
-        ) from error
-
-
 def _result_parts(results: Results, recipe: Recipe) -> list[Part]:
     if not results.metrics:
         return [Text("The test split was not evaluated: ich evaluate does that.", is_warning=True)]
     metrics = {level: results.metrics[level] for level in results.levels}
     parts: list[Part] = [Text(_counts(results))]
     parts.append(levels_table(metrics, recipe.labels))
+    if lacking := without_interval(metrics, recipe.labels):
+        parts.append(Text(lacking))
     chart = level_chart(metrics, recipe.labels)
     parts += [] if chart is None else [chart]
     for level, part in metrics.items():
@@ -194,7 +183,7 @@ def _curve_parts(results: Results) -> list[Part]:
         band = "Bands and brackets are 95 % intervals of resampled patients."
         if scores.patients is None:
             band = "The predictions do not say which rows are of one patient: there are no bands."
-        parts += [Text(f"Per {level}. {band} Dotted lines are constant answers."), *drawn]
+        parts += [Text(f"Per {level}. {band} Dashed lines are constant answers."), *drawn]
     if results.metrics and not parts:
         parts.append(Text("There are no predictions of the test split to draw curves from."))
     return parts
@@ -243,16 +232,14 @@ def _learning_parts(run: RunFolder, recipe: Recipe, history: pd.DataFrame) -> li
     charts = learning_charts([("run", history, best)], recipe.labels.shown)
     parts += [] if charts is None else [charts]
     shown = history.iloc[-MOST_ROWS:]
-    rows = [
-        ["n/a" if pd.isna(value) else f"{value:.6g}" for value in row]
-        for row in shown.itertuples(index=False)
-    ]
+    columns = [column(shown[name].tolist(), fewest=5) for name in shown]
+    rows = [list(row) for row in zip(*columns, strict=True)]
     last = "" if len(shown) == len(history) else f", the last {MOST_ROWS}"
     parts.append(Table(f"Every epoch{last}", list(history.columns), rows, is_folded=True))
     return parts
 
 
-def _environment_parts(environment: dict, history: pd.DataFrame) -> list[Part]:
+def _environment_parts(run: RunFolder, environment: dict, history: pd.DataFrame) -> list[Part]:
     stages = []
     if "seconds" in history and len(history):
         seconds = history["seconds"].astype(float)
@@ -260,6 +247,13 @@ def _environment_parts(environment: dict, history: pd.DataFrame) -> list[Part]:
         stages.append(["an epoch with its validation", duration(float(seconds.mean()))])
     taken = environment.get(STAGES)
     if isinstance(taken, dict):
+        for name, value in taken.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise StaleError(
+                    f"{run.environment_file} is damaged: {STAGES}.{name} is {value!r}; expected"
+                    " seconds.",
+                    "Copy the original run folder again.",
+                )
         stages += [[name, duration(float(value))] for name, value in taken.items()]
     parts: list[Part] = []
     if stages:

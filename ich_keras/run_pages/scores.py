@@ -1,5 +1,6 @@
-"""What a run answered on a split, per slice and per series, read back from its folder."""
+"""What a run answered on a split, per slice and per series, and how it was trained, read back."""
 
+import csv
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ from ich_keras.errors import StaleError
 from ich_keras.files import read_json
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.run_folder import RunFolder
-from ich_keras.validation_scores import read_split_scores
+from ich_keras.run_pages.metrics_form import LEVELS, wrong_entry
+from ich_keras.validation_scores import evaluate_again, read_split_scores
 
-LEVELS = ("slice", "series")
 TEST = "test"
 
 
@@ -88,11 +89,11 @@ def read_results(run: RunFolder, split: str = TEST) -> Results:
     is_final = run.is_finished
     path = run.metrics_file(split, is_final)
     metrics = read_json(path) if path.is_file() else {}
-    if not isinstance(metrics, dict) or not all(
-        isinstance(part, dict) for part in metrics.values()
-    ):
-        raise StaleError(f"{path} is damaged.", "Evaluate again: ich evaluate.")
     labels = run.recipe().labels
+    if wrong := wrong_entry(metrics, labels):
+        raise StaleError(
+            f"{path} is damaged: {wrong}.", f"Evaluate again: {evaluate_again(run, split)}"
+        )
     found = read_split_scores(run, labels, split, is_final)
     scores: dict[str, LevelScores] = {}
     if found is not None:
@@ -108,3 +109,27 @@ def read_results(run: RunFolder, split: str = TEST) -> Results:
                 labels, series.truth, series.values, series.patients, uids, uids
             )
     return Results(metrics, {name: scores[name] for name in LEVELS if name in scores})
+
+
+def read_history(run: RunFolder) -> pd.DataFrame:
+    """Read history.csv: float64, a row for each epoch; empty where the run has none.
+
+    Args:
+        run: finished or unfinished.
+
+    Raises:
+        StaleError: the file is damaged.
+    """
+    if not run.history_file.is_file():
+        return pd.DataFrame()
+    hint = "Copy the original run folder again."
+    try:
+        table = pd.read_csv(run.history_file)
+        if not {"epoch", "train_loss", "valid_log_loss"} <= set(table):
+            return table[:0]
+        table = table.astype(float)
+    except (ValueError, csv.Error) as error:
+        raise StaleError(f"{run.history_file} is damaged: {error}.", hint) from error
+    if not np.isfinite(table["epoch"]).all():
+        raise StaleError(f"{run.history_file} is damaged: an epoch has no number.", hint)
+    return table

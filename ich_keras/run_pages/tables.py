@@ -8,7 +8,7 @@ from ich_keras.labels import LabelSet
 from ich_keras.metrics.binary import CLIP, PER_LABEL, format_metric
 from ich_keras.pages.content import Part, Table, Text
 from ich_keras.report import summary_rows, trivial_line
-from ich_keras.run_pages.numbers import signed, with_interval
+from ich_keras.run_pages.numbers import column, signed, with_interval
 from ich_keras.run_pages.scores import LevelScores
 
 MOST_CLASSES = 20  # of exclusive labels, in a table of confusions
@@ -81,13 +81,13 @@ def baseline_parts(metrics: dict, level: str) -> list[Part]:
     return parts
 
 
-def constant_log_loss(positive: int, present: int, chance: float) -> float | None:
-    """Return the log loss of one answer for all samples; None without samples.
+def constant_log_loss(positive: int, present: int, chance: float | None) -> float | None:
+    """Return the log loss of one answer for all samples; None without samples or an answer.
 
     >>> round(constant_log_loss(1, 4, 0.25), 4)
     0.5623
     """
-    if not present:
+    if not present or chance is None:
         return None
     chance = min(max(chance, CLIP), 1 - CLIP)
     share = positive / present
@@ -100,20 +100,21 @@ def operating_parts(metrics: dict, level: str) -> list[Part]:
     if POINT not in points:
         return []
     rows = []
-    for label, rates in points[POINT].items():
+    limits = column([rates["threshold"] for rates in points[POINT].values()])
+    for limit, (label, rates) in zip(limits, points[POINT].items(), strict=True):
         positive, present = metrics["n"]["positive"][label], _present(metrics, label)
         counts = confusion(rates, positive, present - positive)
         rows.append(
             [
                 label,
-                _threshold(rates["threshold"]),
+                limit,
                 *(("n/a",) * 4 if counts is None else (f"{count:,}" for count in counts)),
                 *(format_metric(rates[name], 3) for name in ("recall", "specificity")),
                 format_metric(rates["precision"], 3),
                 format_metric(_negative_value(counts), 3),
             ]
         )
-    header = ["label", "threshold", "found", "missed", "false alarms", "rightly negative"]
+    header = ["label", "threshold", "found", "missed", "false alarms", "true negatives"]
     header += ["sensitivity", "specificity", "PPV", "NPV"]
     parts: list[Part] = [
         Table(f"Per {level}, thresholds for a specificity of {POINT} on validation", header, rows)
@@ -137,7 +138,7 @@ def operating_parts(metrics: dict, level: str) -> list[Part]:
 
 
 def confusion(rates: dict, positive: int, negative: int) -> tuple[int, int, int, int] | None:
-    """Return how many are found, missed, false alarms and rightly negative.
+    """Return how many are found, missed, false alarms and true negatives.
 
     Args:
         rates: "recall" and "specificity", which is None where there is nothing to count.
@@ -160,10 +161,6 @@ def _negative_value(counts: tuple[int, int, int, int] | None) -> float | None:
     if counts is None or counts[1] + counts[3] == 0:
         return None
     return counts[3] / (counts[1] + counts[3])
-
-
-def _threshold(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4g}"
 
 
 def class_confusion(scores: LevelScores, level: str) -> list[Part]:

@@ -14,7 +14,7 @@ from ich_keras.labels import UNLABELLED
 from ich_keras.metrics.binary import THRESHOLD
 from ich_keras.pages.content import Part, Picture, Pictures, Text
 from ich_keras.pages.pictures import grey, picture_uri
-from ich_keras.run_pages.numbers import shown_labels
+from ich_keras.run_pages.numbers import form_of, shown_labels
 from ich_keras.run_pages.scores import LevelScores
 from ich_keras.run_pages.tables import POINT
 
@@ -72,6 +72,8 @@ def mistake_parts(
     _require_rows(scores, level, cache)
     parts: list[Part] = [Text(PRIVATE if heat_maps is None else f"{PRIVATE} {HEAT}")]
     names = shown_labels(scores.labels, metrics["n"]["positive"])
+    # As in the table of decisions.
+    form = form_of([_limit(metrics, label) for label in scores.labels.names])
     for label in sorted(names, key=lambda name: name != scores.labels.shown):
         limit = _limit(metrics, label)
         for is_miss in (True, False):
@@ -82,7 +84,7 @@ def mistake_parts(
                 continue
             pictures = _pictures(found, scores, label, level, cache, heat_maps)
             what = "worst misses" if is_miss else "worst false alarms"
-            title = f"{label}: {what} ({len(chosen):,} at the threshold {limit:.3g})"
+            title = f"{label}: {what} ({len(chosen):,} at the threshold {limit:{form}})"
             parts.append(Pictures(title, pictures))
     if len(parts) == 1:
         return [Text("There is no miss and no false alarm at the thresholds.")]
