@@ -6,8 +6,8 @@ import pandas as pd
 
 from ich_keras.ct.rejects import NothingUsable, Reject, joined
 from ich_keras.ct.series import SeriesIndex, index_folder
-from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.ct.verdict import OK
+from ich_keras.data.cache.tables import verdicts_after_reading
 from ich_keras.data.reading import indexed_slices
 from ich_keras.errors import EnvironmentProblem, UsageError
 from ich_keras.files import atomic_write, require_absent, require_creatable

@@ -965,6 +965,38 @@ def test_exclusive_labels(browser, tmp_path, images):
         expect(page.get_by_role("radio", name=label, exact=True)).to_be_checked()
 
 
+def test_a_page_of_a_study_says_what_is_of_the_whole_folder(browser, tmp_path):
+    """Two series of one study and one of another, thin ones; no label stands for the others."""
+    for number, study in [(1, "1.9.1"), (2, "1.9.1"), (3, "1.9.2")]:
+        prefix = f"s{number}"
+        write_scan(*(tmp_path / "scan", 20, 64, prefix, 1), number=number, StudyInstanceUID=study)
+    labels = LabelSet(("none", "small bleed", "large"), exclusive=True)
+    run = untrained_run(tmp_path / "run", "narrow", SPEC, labels=labels)
+    facts = json.loads((run / "data.json").read_text())
+    facts["slice_spacing_mm"] = SliceDistances(5.0, 5.0).record()
+    (run / "data.json").write_text(json.dumps(facts))
+    out = tmp_path / "out"
+    predict_folder(run, tmp_path / "scan", out, report=True, device="cpu")
+    with opened(browser, out / "reports/1.html") as page:
+        wait_until_drawn(page)
+        told = "In the whole folder: Thin series: 3 of 3 series were averaged"
+        expect(page.locator("main")).to_contain_text(told)
+        label = page.locator("#curve-label").text_content()
+        choice = page.locator(".choice").first
+        expect(choice).to_contain_text("Series 1 (the one that counts)")
+        expect(choice).to_contain_text(re.compile(rf"; {label} 0\.\d+"))
+
+
+def test_the_page_of_all_studies_fits_a_phone_word_by_word(browser, tmp_path, images):
+    out = predicted(tmp_path, images)
+    with browser.new_page(viewport={"width": 390, "height": 800}) as page:
+        page.goto((out / "reports/index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for cell in page.locator("thead th").all():
+            assert cell.bounding_box()["height"] < 60, cell.text_content()
+        assert page.locator("tbody a").first.bounding_box()["height"] < 30
+
+
 def test_a_run_on_whole_series_has_no_curve(browser, tmp_path, images):
     spec = ModelSpec((20, 48, 48, 1), depth=10, width=4)
     out = predicted(tmp_path, images, spec=spec, view="series", slices=20)
