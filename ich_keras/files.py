@@ -207,6 +207,25 @@ def require_absent(path: Path | str) -> Path:
     return path
 
 
+def require_creatable(path: Path | str) -> None:
+    """Refuse, before long work, a file that could not be written; nothing is left behind.
+
+    Raises:
+        EnvironmentProblem: its folder, or the nearest one above that exists, takes no file.
+    """
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EnvironmentProblem(
+            f"{path} cannot be written: {reason}.", "Choose another folder for it."
+        ) from error
+
+
 @contextlib.contextmanager
 def new_folder(
     path: Path | str, require: Callable[[Path | str], Path] = require_absent

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich_keras.ct.geometry import TILT_DEGREES
+from ich_keras.ct.geometry import TILT_DEGREES, is_axial, slice_normal
 from ich_keras.ct.plausibility import Content, content_of_reject, implausible_rows
 from ich_keras.ct.rejects import REJECT_CODES, Reject, RejectedFile
 from ich_keras.ct.series import SeriesIndex
@@ -36,6 +36,10 @@ _NONE_READ = "None of its slices could be read."
 _NO_ROOM = "Its slices are left out: a page holds {:.0f} million pixels. Give this series alone."
 # What the patient's axes x, y, z lead to, and what they come from.
 _SIDES = ("LR", "PA", "HF")
+_TOWARDS = {
+    **{"L": "the left", "R": "the right", "P": "the back", "A": "the front"},
+    **{"H": "the head", "F": "the feet"},
+}
 _OBLIQUE = 0.5  # of a direction: beyond 30 degrees, as no gantry tilts, a second letter tells it
 
 
@@ -59,6 +63,20 @@ def _side(direction: np.ndarray) -> str:
     order = np.argsort(-abs(direction), kind="stable")
     chosen = [axis for place, axis in enumerate(order) if not place or _is_oblique(direction[axis])]
     return "".join(_SIDES[axis][int(direction[axis] < 0)] for axis in chosen)
+
+
+def ends_of(cosines: Sequence[float]) -> tuple[str, str]:
+    """Return what the first and the last slice of a series lie towards.
+
+    Args:
+        cosines: as for `letters_of`.
+
+    >>> ends_of((0, 1, 0, 0, 0, -1))
+    ('towards the right', 'towards the left')
+    """
+    normal = slice_normal(cosines)
+    first, last = (_TOWARDS[_side(direction)[0]] for direction in (-normal, normal))
+    return f"towards {first}", f"towards {last}"
 
 
 def _is_oblique(part: float) -> bool:
@@ -129,18 +147,25 @@ def read_series(
         return SeriesRead(None, kept, rejects, None)
     table = index.slices.iloc[kept]
     along, z = table["position_mm"], table["image_position_z_mm"]
+    cosines = _cosines(series)
     picture = Picture(
         [lines[number] for number in places],
         *shape,
         float(series.row_spacing_mm) * factor,
         float(series.column_spacing_mm) * factor,
-        letters_of([getattr(series, name) for name in COSINES]),
+        letters_of(cosines),
         z.where(np.isfinite(z), along).tolist(),
         along.tolist(),
         table["instance_number"].tolist(),
+        is_axial(cosines),
+        ends_of(cosines),
     )
     hu = np.stack([whole[number] for number in places]) if keep_hu else None
     return SeriesRead(picture, kept, rejects, hu)
+
+
+def _cosines(series: Any) -> list[float]:
+    return [float(getattr(series, name)) for name in COSINES]
 
 
 def rooms(series: pd.DataFrame) -> list[bool]:
@@ -170,7 +195,7 @@ def about(series: Any, verdict: str) -> str:
         series: its row in an index.
         verdict: on it, after its files were read.
     """
-    slices = f"{series.num_slices:,} {'slice' if series.num_slices == 1 else 'slices'}"
+    slices = _slices(series.num_slices)
     spacing = f" of {abs(series.slice_spacing_mm):.3g} mm" if _has_spacing(series) else ""
     kernel = f", {series.kernel}" if series.kernel else ""
     return f"{slices}{spacing}{kernel}; {shown(verdict)}"
@@ -187,19 +212,19 @@ def facts_of(
         picture: its slices in the page.
         show_patient: also tell its PatientID.
     """
-    spacing = f"{series.row_spacing_mm:.4g} x {series.column_spacing_mm:.4g} mm"
+    spacing = f"{series.row_spacing_mm:.4g} × {series.column_spacing_mm:.4g} mm each"
     count = series.num_slices if picture is None else len(picture.lines)
-    matrix = f"{series.rows} x {series.columns}"
+    matrix = f"{series.rows} × {series.columns} pixels"
     found = [
         ("PatientID", (series.patient_id or "none") if show_patient else ""),
-        ("Slices", f"{count:,} of {matrix} pixels of {spacing}"),
+        ("Slices", f"{_slices(count)} of {matrix}, {spacing}"),
     ]
     if picture is not None and (picture.rows, picture.columns) != (series.rows, series.columns):
-        small = f"{picture.rows} x {picture.columns}"
+        small = f"{picture.rows} × {picture.columns}"
         found.append(("On this page", f"{small} pixels, the means of those of the files"))
     if _has_spacing(series):
         found.append(("Slice distance", f"{abs(series.slice_spacing_mm):.4g} mm (median)"))
-    if series.tilt_degrees > TILT_DEGREES:
+    if series.tilt_degrees > TILT_DEGREES and is_axial(_cosines(series)):
         found.append(("Tilt", f"{series.tilt_degrees:.1f} degrees"))
     found += [
         ("Kernel", series.kernel),
@@ -214,6 +239,10 @@ def facts_of(
 def faults_of(verdict: str) -> list[str]:
     """Say in sentences what a verdict means; none for "ok"."""
     return [MEANINGS[word] for word in words_of(verdict)]
+
+
+def _slices(number: int) -> str:
+    return f"{number:,} {'slice' if number == 1 else 'slices'}"
 
 
 def _has_spacing(series: Any) -> bool:

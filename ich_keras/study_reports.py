@@ -51,6 +51,9 @@ _OUTSIDE = (
     "This series is unlike those of the training (domain: outside). Its probabilities, decisions"
     " and groups promise nothing."
 )
+# How sentences of a notice begin that count all series of the predicted folder.
+_COUNTED = ("Domain: ", "Thin series: ")
+_WHOLE = "In the whole folder: "
 
 # Heat maps: of a series (its row in the index), its slices that are shown (int16, HU; their
 # positions, mm) and labels, the most wanted first: label -> float32 (slices, rows, columns), 0..1.
@@ -179,6 +182,7 @@ def _start_page(prediction: FolderPrediction, cards: Sequence[Card]) -> str:
         warnings=_warnings(cards),
         notices=[NOT_CLINICAL],
         header=["page", *(columns[name] for name in table)],
+        long=[columns[name] for name in ("disagreement", "study_instance_uid")],
         rows=rows,
     )
 
@@ -209,7 +213,7 @@ class _StudyMaker:
         ):
             name = f"Series {number}"
             if len(table) > 1 and series.series_uid == study.series_instance_uid:
-                name += ", which counts"
+                name += " (the one that counts)"
             parts.append(self._part(series, name, has_room, found))
         uids = set(table["series_instance_uid"])
         own = self.prediction.rejects[self.prediction.rejects[_UID].isin(uids)]
@@ -217,11 +221,13 @@ class _StudyMaker:
         rest = len(self.prediction.rejects) + len(found) - len(own)
         note = f"{rest:,} more files of the folder were not used: see rejects.csv." if rest else ""
         first, *told = self.prediction.notice.splitlines()
+        if not self.prediction.series[_UID].isin(uids).all():
+            told = [f"{_WHOLE}{one}" if one.startswith(_COUNTED) else one for one in told]
         warnings = _warnings(cards) + drawn_warnings(table)
         notices = [NOT_CLINICAL]
         if study.disagreement:
             names = study.disagreement.replace(";", ", ")
-            warnings.append(f"The series of this study are decided otherwise on: {names}.")
+            warnings.append(f"The series of this study disagree on: {names}.")
         if len(cards) > 1:
             notices += [_without(first, NOT_CLINICAL, TRAINED_ON_PHANTOMS, *warnings)]
         return study_page(
@@ -288,7 +294,7 @@ class _StudyMaker:
             facts.append(("Domain", answer[VERDICT]))
         return SeriesPart(
             title,
-            f"{about(series, verdict)}; {_headline(answer, labels.shown)}",
+            f"{about(series, verdict)}; {_headline(answer, shown)}",
             facts,
             faults_of(verdict),
             picture,

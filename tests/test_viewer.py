@@ -382,10 +382,16 @@ def test_the_curve_leads_to_a_slice(browser, own_page):
         assert curve.get_attribute("aria-valuenow") == "5"
         assert curve.get_attribute("aria-valuetext").endswith("any 0.850")
         points = page.locator("polyline.chosen").get_attribute("points").split()
-        assert points[3] == "200.0,5.0" and points[-1] == "1000.0,98.0"
+        # The last slice lies behind a gap: a dot.
+        assert points[3] == "200.0,5.0" and points[-1] == "466.7,90.0" and len(points) == 8
+        dot = page.locator("line.dot.chosen")
+        assert [dot.get_attribute(one) for one in ("x1", "y2")] == ["1000.0", "98.0"]
         page.get_by_role("radio", name="old").check()
         expect(page.locator("#curve-value")).to_have_text("none")
-        assert len(page.locator("polyline.chosen").get_attribute("points").split()) == 8
+        parts = page.locator("polyline.chosen").evaluate_all(
+            "found => found.map((one) => one.getAttribute('points').split(' ').length)"
+        )
+        assert parts == [4, 3]
 
 
 def test_slices_to_look_at_first_are_buttons(browser, own_page):
@@ -552,6 +558,87 @@ def test_without_javascript_the_answers_are_there(browser, own_page):
         assert "The slices need JavaScript" in page.locator("noscript").text_content()
         expect(page.locator("#series-0 .answers")).to_contain_text("0.950")
         expect(page.locator("#viewer")).to_be_hidden()
+        assert page.locator("button").evaluate_all("found => found.every((b) => !b.offsetWidth)")
+        expect(page.locator("#series-0 .jumps").first).to_contain_text("slice 4 (0.900)")
+
+
+def test_going_back_keeps_fields_and_picture_together(browser, own_page):
+    with browser.new_page() as page:
+        page.goto(own_page.as_uri())
+        drawn(page, 3)
+        page.get_by_role("radio", name="bleed").check()
+        page.get_by_label("Level").fill("200")
+        page.get_by_label("Level").press("Tab")
+        page.get_by_role("radio", name="Series 2").check()
+        drawn(page, 1, 200, 80, series=1)
+        page.goto("about:blank")
+        page.go_back()
+        wait_until_drawn(page)
+        series, number, level, _ = page.locator("#stage").get_attribute("data-drawn").split("/")
+        expect(page.locator("input[name=series]:checked")).to_have_value(series)
+        expect(page.locator("#slice")).to_have_value(str(int(number) + 1))
+        expect(page.locator("#level")).to_have_value(level)
+        label = page.locator("#curve-label").text_content()
+        expect(page.locator("input[name=label-0]:checked")).to_have_value(label)
+        on = page.locator("input:not([autocomplete=off])")
+        assert on.count() == 0
+
+
+def test_labels_may_be_called_like_members_of_objects(browser, tmp_path):
+    """Only one of them has a curve; a series of one slice has a dot."""
+    names = ["constructor", "toString", "__proto__"]
+    part = answered(
+        picture=picture(volume()[:1]),
+        answers=[Answer(name, 0.5) for name in names],
+        curves={"__proto__": [0.25]},
+        first=[],
+        shown="toString",
+        maps=None,
+    )
+    path = tmp_path / "page.html"
+    path.write_text(study_page("Head CT", [part], PRESETS))
+    with opened(browser, path) as page:
+        drawn(page, 0)
+        for name, told in zip(names, ("", "", "0.250"), strict=True):
+            page.get_by_role("radio", name=name).check()
+            expect(page.locator("#curve-label")).to_have_text(name)
+            expect(page.locator("#curve-value")).to_have_text(told)
+        dot = page.locator("#plot .dot")
+        assert [dot.get_attribute(one) for one in ("x1", "x2", "y1")] == ["500.0", "500.0", "75.0"]
+
+
+def test_what_is_operated_has_a_name(browser, own_page):
+    with opened(browser, own_page) as page:
+        drawn(page, 3)
+        expect(page.get_by_role("radiogroup", name="Label to show of Series 1")).to_be_visible()
+        expect(page.get_by_role("region", name="Answers for Series 1")).to_be_visible()
+        page.get_by_role("button", name="slice 4, any, probability 0.950").click()
+        page.locator("#stage").press("h")
+        page.locator("#opacity").fill("80")
+        expect(page.locator("#opacity")).to_have_attribute("aria-valuetext", "80 percent")
+        assert page.locator(".table:not([role=region][tabindex='0'][aria-label])").count() == 0
+
+
+@pytest.mark.parametrize("width", [390, 1000])
+def test_tables_of_answers_fit(browser, tmp_path, width):
+    """Also with the longest label; words of usual length stay whole."""
+    names = [*SIX.names, "x" * 64]
+    part = answered(
+        answers=[Answer(name, 0.5, 0.25, "unsure", "unsure") for name in names],
+        curves={},
+        first=[],
+        shown="any",
+        maps=None,
+    )
+    path = tmp_path / "page.html"
+    path.write_text(study_page("Head CT", [part], PRESETS))
+    with opened(browser, path, width) as page:
+        drawn(page, 4)
+        table = page.locator(".table").first
+        assert table.evaluate("one => one.scrollWidth <= one.clientWidth")
+        word = page.locator(".answers bdi", has_text="intraparenchymal")
+        assert word.evaluate("one => one.getClientRects().length") == 1
+        assert word.bounding_box()["height"] < 30
 
 
 def test_texts_cannot_do_anything(browser, tmp_path):
@@ -660,6 +747,67 @@ def test_view_shows_gaps_and_prone_patients_right_side_left(browser, tmp_path):
         assert [page.locator(f"#letter-{s}").inner_text() for s in ("left", "top")] == ["R", "A"]
 
 
+def test_sagittal_series_are_not_called_axial(browser, tmp_path):
+    for number in range(4):
+        write_scan(
+            tmp_path / "scan",
+            1,
+            prefix=f"sagittal-{number}",
+            SOPInstanceUID=f"1.2.1.{number + 1}",
+            ImageOrientationPatient=[0, 1, 0, 0, 0, -1],
+            ImagePositionPatient=[5 * number - 60, -125, 70],
+        )
+    done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    with opened(browser, tmp_path / "p.html") as page:
+        drawn(page, 2)
+        expect(page.locator("#where")).to_contain_text("position \u221250.0 mm")
+        text = page.locator("main").inner_text()
+        for wrong in ("Tilt", "head)", "lowest", "right is shown", " z "):
+            assert wrong not in text, wrong
+        assert "4 slices of 64 × 64 pixels, 0.5 × 0.5 mm each" in text
+
+
+def test_the_best_series_comes_first_and_studies_are_numbered(browser, tmp_path):
+    write_scan(tmp_path / "scan", 3, prefix="few")
+    for number, slices in [(2, 20), (3, 22)]:
+        uid = f"1.9.{number}"
+        write_scan(
+            *(tmp_path / "scan", slices, 64, f"b{number}"), number=number, StudyInstanceUID=uid
+        )
+    write_scan(tmp_path / "scan", 2, prefix="c", number=4, StudyInstanceUID="1.9.3")
+    done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
+    assert done.exit_code == 0, done.output
+    with opened(browser, tmp_path / "p.html") as page:
+        wait_until_drawn(page)
+        told = [" ".join(one.split()[:5]) for one in page.locator(".choice").all_inner_texts()]
+    assert told == [
+        *("Series 1 study 1: 22", "Series 2 study 1: 2"),
+        *("Series 3 study 2: 20", "Series 4 study 3: 3"),
+    ]
+
+
+def test_view_of_an_empty_folder_names_no_file(tmp_path):
+    (tmp_path / "scan").mkdir()
+    done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
+    assert done.exit_code == 3 and "names every file" not in done.output
+    write_scan(tmp_path / "scan")
+    again = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
+    assert again.exit_code == 0, again.output
+    assert "There is no series to show" not in (tmp_path / "p.html").read_text()
+
+
+def test_view_tries_its_target_before_it_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr("ich_keras.viewing.index_folder", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "scan").mkdir()
+    for out, message in [("file/p.html", "file/p.html cannot be written"), ("folder", "a folder")]:
+        done = ich("view", tmp_path / "scan", "--out", tmp_path / out)
+        assert done.exit_code in (1, 2, 3, 4) and message in "".join(done.output.splitlines())
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder", "scan"]
+
+
 def test_view_of_nothing_says_so(browser, tmp_path):
     write_scan(tmp_path / "scan", 2, RescaleSlope=None)
     done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
@@ -667,6 +815,9 @@ def test_view_of_nothing_says_so(browser, tmp_path):
     with opened(browser, tmp_path / "p.html") as page:
         expect(page.get_by_text("There is no series to show.")).to_be_visible()
         assert page.locator("canvas").count() == 0
+    write_scan(tmp_path / "scan", 2)
+    again = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
+    assert again.exit_code == 0, again.output
     again = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html")
     assert again.exit_code == 2 and "already exists" in again.output
     none = ich("view", tmp_path / "none", "--out", tmp_path / "q.html")
@@ -695,7 +846,7 @@ def test_view_shrinks_huge_matrices_and_says_so(browser, tmp_path):
     hu = write_scan(tmp_path / "scan", 1, side=1200)
     done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
     assert done.exit_code == 0, done.output
-    assert "600 x 600 pixels, the means" in (tmp_path / "p.html").read_text()
+    assert "600 × 600 pixels, the means" in (tmp_path / "p.html").read_text()
     with opened(browser, tmp_path / "p.html") as page:
         drawn(page, 0)
         found = canvas_pixels(page)
@@ -710,8 +861,8 @@ def test_series_without_room_are_listed(browser, tmp_path, monkeypatch):
     done = ich("view", tmp_path / "scan", "--out", tmp_path / "p.html", "--workers", 0)
     assert done.exit_code == 0, done.output
     with opened(browser, tmp_path / "p.html") as page:
-        drawn(page, 1)
-        assert page.locator("#slice").get_attribute("max") == "3"
+        drawn(page, 2)
+        assert page.locator("#slice").get_attribute("max") == "4"
         assert page.locator("input[name=series]").count() == 0
         expect(page.get_by_role("heading", name="Series 2")).to_be_visible()
         expect(page.locator("main")).to_contain_text("Its slices are left out: a page holds")
@@ -812,6 +963,38 @@ def test_exclusive_labels(browser, tmp_path, images):
         assert page.locator("#series-0 .answers tbody tr").count() == 3
         label = page.locator("#curve-label").text_content()
         expect(page.get_by_role("radio", name=label, exact=True)).to_be_checked()
+
+
+def test_a_page_of_a_study_says_what_is_of_the_whole_folder(browser, tmp_path):
+    """Two series of one study and one of another, thin ones; no label stands for the others."""
+    for number, study in [(1, "1.9.1"), (2, "1.9.1"), (3, "1.9.2")]:
+        prefix = f"s{number}"
+        write_scan(*(tmp_path / "scan", 20, 64, prefix, 1), number=number, StudyInstanceUID=study)
+    labels = LabelSet(("none", "small bleed", "large"), exclusive=True)
+    run = untrained_run(tmp_path / "run", "narrow", SPEC, labels=labels)
+    facts = json.loads((run / "data.json").read_text())
+    facts["slice_spacing_mm"] = SliceDistances(5.0, 5.0).record()
+    (run / "data.json").write_text(json.dumps(facts))
+    out = tmp_path / "out"
+    predict_folder(run, tmp_path / "scan", out, report=True, device="cpu")
+    with opened(browser, out / "reports/1.html") as page:
+        wait_until_drawn(page)
+        told = "In the whole folder: Thin series: 3 of 3 series were averaged"
+        expect(page.locator("main")).to_contain_text(told)
+        label = page.locator("#curve-label").text_content()
+        choice = page.locator(".choice").first
+        expect(choice).to_contain_text("Series 1 (the one that counts)")
+        expect(choice).to_contain_text(re.compile(rf"; {label} 0\.\d+"))
+
+
+def test_the_page_of_all_studies_fits_a_phone_word_by_word(browser, tmp_path, images):
+    out = predicted(tmp_path, images)
+    with browser.new_page(viewport={"width": 390, "height": 800}) as page:
+        page.goto((out / "reports/index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for cell in page.locator("thead th").all():
+            assert cell.bounding_box()["height"] < 60, cell.text_content()
+        assert page.locator("tbody a").first.bounding_box()["height"] < 30
 
 
 def test_a_run_on_whole_series_has_no_curve(browser, tmp_path, images):

@@ -25,6 +25,8 @@ class Picture:
         z_mm: of each slice, as its header says (z of ImagePositionPatient).
         along_mm: of each slice, along the normal.
         images: of each slice, its InstanceNumber, or "".
+        is_axial: whether the transverse plane is the nearest one.
+        ends: what the first and the last slice lie towards.
     """
 
     lines: Sequence[str]
@@ -36,6 +38,8 @@ class Picture:
     z_mm: Sequence[float]
     along_mm: Sequence[float]
     images: Sequence[str]
+    is_axial: bool = True
+    ends: tuple[str, str] = ("towards the feet", "towards the head")
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,17 @@ class Card:
     scores: Sequence[Sequence[str]] = ()
 
 
+NO_SERIES = '<p id="no-series">There is no series to show.</p>'  # no text of a file looks like it
+_AXIAL = (
+    "The patient's right is shown at the left. Slices are counted from the lowest, which is 1 here"
+    " and slice_index 0 in the tables."
+)
+_OTHER = (
+    "The letters at the edges name the patient's sides; position is along the line on which the"
+    " slices lie."
+)
+
+
 def study_page(
     title: str,
     series: Sequence[SeriesPart],
@@ -191,9 +206,21 @@ def study_page(
         has_maps=any(maps for maps, _ in packed),
         has_curves=any(one.curves for one in shown),
         maps_method=maps_method,
-        ends=("towards the feet", "towards the head"),
+        no_series=Markup(NO_SERIES),
+        **_directions(shown),
         facts=json_block({"series": facts, "presets": windows}),
     )
+
+
+def _directions(shown: Sequence[SeriesPart]) -> dict[str, str]:
+    """Say how the slices of a page are laid and counted: other planes have no lowest slice."""
+    planes = {one.picture.is_axial for one in shown if one.picture is not None}
+    up, order = "to the next slice", _OTHER
+    if planes == {True, False}:
+        order = f"Of axial series: {_AXIAL} Of the others: {_OTHER}"
+    elif True in planes:
+        up, order = "towards the head", _AXIAL
+    return {"up": up, "order": order}
 
 
 def _lines(lines: Sequence[str]) -> Markup:
@@ -212,6 +239,8 @@ def _facts(one: SeriesPart, maps: list[dict]) -> dict[str, Any]:
         "row_mm": picture.row_spacing_mm,
         "column_mm": picture.column_spacing_mm,
         "letters": picture.letters,
+        "axial": picture.is_axial,
+        "ends": picture.ends,
         "z_mm": [round(float(value), 3) for value in picture.z_mm],
         "along_mm": [round(float(value), 3) for value in picture.along_mm],
         "images": [short(visible(text), 20) for text in picture.images],

@@ -9,9 +9,9 @@
  *   peak: number | null}} HeatMap
  * @typedef {{
  *   title: string, rows: number, columns: number, row_mm: number, column_mm: number,
- *   letters: [string, string, string, string], z_mm: number[], along_mm: number[],
- *   images: string[], labels: string[], curves: Object<string, (number | null)[]>, maps: HeatMap[],
- *   start: number, shown: string
+ *   letters: [string, string, string, string], axial: boolean, ends: [string, string],
+ *   z_mm: number[], along_mm: number[], images: string[], labels: string[],
+ *   curves: Object<string, (number | null)[]>, maps: HeatMap[], start: number, shown: string
  * }} Series
  * @typedef {{rows: number, columns: number, values: Uint8Array}} Heat
  */
@@ -23,6 +23,7 @@
   const WHEEL = 50; // pixels of a wheel or trackpad per slice
   const FINGER = 10; // pixels of a finger per slice
   const MOST_CURVES = 12;
+  const GAP = 1.5; // of the usual distance: no line joins slices farther apart
   const SVG = "http://www.w3.org/2000/svg";
 
   /** @param {string} id @returns {any} */
@@ -46,6 +47,8 @@
   /** @type {string[]} */
   const labels = facts.series.map((one) => one.shown);
   const places = facts.series.map((one) => one.start);
+  // A label may be called "constructor", which every object has.
+  const curves = facts.series.map((one) => new Map(Object.entries(one.curves)));
 
   /* Unpacking */
 
@@ -233,11 +236,12 @@
   function tell() {
     const one = facts.series[chosen], count = one.z_mm.length;
     const image = one.images[current] === "" ? "" : `image ${one.images[current]}`;
-    const z = `z ${told(one.z_mm[current], 1)} mm`;
+    const z = one.axial
+      ? `z ${told(one.z_mm[current], 1)} mm` : `position ${told(one.along_mm[current], 1)} mm`;
     at("where").textContent = [`Slice ${current + 1} of ${count}`, z, image]
       .filter(Boolean).join("\n");
     at("window-told").textContent = `L ${told(level, 0)}\nW ${told(width, 0)}`;
-    const values = one.curves[labels[chosen]];
+    const values = curves[chosen].get(labels[chosen]);
     const also = values === undefined ? "" : `, ${labels[chosen]} ${chance(values[current])}`;
     const text = `Slice ${current + 1} of ${count}, ${z}${also}`;
     slider.value = String(current + 1);
@@ -299,26 +303,53 @@
     return length > 0 ? (along[slice] - along[0]) / length : 0.5;
   }
 
+  /** The parts of a curve without a missing value or slice: the points of each.
+   * @param {(number | null)[]} values @returns {[number, number][][]} */
+  function partsOf(values) {
+    const along = facts.series[chosen].along_mm;
+    const distances = along.slice(1).map((mm, place) => mm - along[place]).sort((a, b) => a - b);
+    const usual = distances[Math.floor(distances.length / 2)];
+    /** @type {[number, number][][]} */
+    const parts = [];
+    let last = -2; // the slice of the last point
+    values.forEach((value, slice) => {
+      if (value === null) return;
+      const isNext = last === slice - 1 && along[slice] - along[last] <= GAP * usual;
+      if (!isNext) parts.push([]);
+      parts[parts.length - 1].push([1000 * share(slice), 100 * (1 - value)]);
+      last = slice;
+    });
+    return parts;
+  }
+
   function drawCurve() {
-    const one = facts.series[chosen], plot = at("plot"), names = Object.keys(one.curves);
+    const one = facts.series[chosen], plot = at("plot"), names = [...curves[chosen].keys()];
     at("curves").hidden = names.length === 0;
     plot.replaceChildren();
     for (const y of [0, 50, 100]) {
       plot.append(shape("line", { x1: 0, x2: 1000, y1: y, y2: y, class: "grid" }));
     }
     const order = names.length > MOST_CURVES ? [] : names.filter((n) => n !== labels[chosen]);
-    for (const name of [...order, labels[chosen]].filter((n) => one.curves[n] !== undefined)) {
-      const points = one.curves[name].flatMap((value, slice) => value === null
-        ? [] : [`${(1000 * share(slice)).toFixed(1)},${(100 * (1 - value)).toFixed(1)}`]);
+    for (const name of [...order, labels[chosen]]) {
       const is = name === labels[chosen] ? " chosen" : "";
       const tint = `line tint-${one.labels.indexOf(name) % 8}${is}`;
-      if (points.length > 1) {
-        plot.append(shape("polyline", { points: points.join(" "), class: tint }));
+      for (const part of partsOf(curves[chosen].get(name) || [])) {
+        const points = part.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`);
+        if (points.length > 1) {
+          plot.append(shape("polyline", { points: points.join(" "), class: tint }));
+        } else { // a line without length, which has round ends, is a dot
+          const [x, y] = points[0].split(",");
+          plot.append(shape("line", { x1: x, x2: x, y1: y, y2: y, class: `dot ${tint}` }));
+        }
       }
     }
     plot.append(shape("line", { x1: 0, x2: 0, y1: 0, y2: 100, class: "here", id: "here" }));
     at("curve-label").textContent = labels[chosen];
-    curve.setAttribute("aria-label", `Probability of ${labels[chosen]} along z`);
+    const along = one.axial ? "along z" : "through the slices";
+    at("curve-along").textContent = along;
+    at("end-first").textContent = one.ends[0];
+    at("end-last").textContent = one.ends[1];
+    curve.setAttribute("aria-label", `Probability of ${labels[chosen]} ${along}`);
     curve.setAttribute("aria-valuemax", String(one.z_mm.length));
   }
 
@@ -328,7 +359,7 @@
       line.setAttribute("x1", x);
       line.setAttribute("x2", x);
     }
-    const values = facts.series[chosen].curves[labels[chosen]];
+    const values = curves[chosen].get(labels[chosen]);
     at("curve-value").textContent = values === undefined ? "" : chance(values[current]);
   }
 
@@ -374,6 +405,7 @@
     peak.textContent = `Strongest: slice ${Number(place) + 1}`;
     opacityBox.disabled = !heatBox.checked || map === undefined;
     at("opacity-told").textContent = `${opacityBox.value} %`;
+    opacityBox.setAttribute("aria-valuetext", `${opacityBox.value} percent`);
   }
 
   /** @param {number} series */
@@ -420,7 +452,8 @@
       ArrowLeft: () => setWindow(level, width - 10),
     };
     const preset = facts.presets[Number(event.key) - 1];
-    let act = (event.shiftKey ? windows : moves)[event.key];
+    const keys = event.shiftKey ? windows : moves;
+    let act = Object.hasOwn(keys, event.key) ? keys[event.key] : undefined;
     if (preset !== undefined) act = () => setWindow(preset.level, preset.width);
     if (event.key.toLowerCase() === "h" && !at("heat-controls").hidden) {
       act = () => heatBox.click();
@@ -542,14 +575,26 @@
       setWindow(newLevel, newWidth);
     }
   });
+  /** @param {string} name @param {string} value */
+  function check(name, value) {
+    for (const box of document.querySelectorAll(`input[name="${name}"]`)) {
+      const radio = /** @type {HTMLInputElement} */ (box);
+      radio.checked = radio.value === value;
+    }
+  }
   /** @param {string} label */
   function choose(label) {
-    for (const box of document.querySelectorAll(`input[name="label-${chosen}"]`)) {
-      const radio = /** @type {HTMLInputElement} */ (box);
-      radio.checked = radio.value === label;
-    }
+    check(`label-${chosen}`, label);
     setLabel(label);
   }
+  // After "back", a browser restores what fields held, without a word and after this script ran.
+  window.addEventListener("pageshow", () => {
+    check("series", String(chosen));
+    labels.forEach((label, series) => check(`label-${series}`, label));
+    heatControls();
+    tell();
+    draw();
+  });
   document.addEventListener("change", (event) => {
     const box = /** @type {HTMLInputElement} */ (event.target);
     if (box.name === "series") setSeries(Number(box.value));
