@@ -47,7 +47,7 @@ from ich_keras.ct.turning import Plane, Turn
 MAX_ROWS_COLUMNS = 4096
 # Scanners write 1, rarely 0.5 or 2. Outside these bounds a slice would be one grey, or overflow.
 MIN_SLOPE, MAX_SLOPE = 0.01, 100.0
-# The finest scanners write 0.05 mm; a head in metres has 0.001 at most.
+# The pixels of a head are 0.2 to 1 mm wide; of one in metres, 0.001 mm at most.
 MIN_SPACING_MM, MAX_SPACING_MM = 0.02, 100.0
 MAX_POSITION_MM = 1e5
 # How far direction cosines may be from orthonormal: some writers keep only three decimals.
