@@ -197,9 +197,9 @@ def with_marks(
     if len(members) > 1:
         notices.insert(
             0,
-            f"Ensemble of {len(members)} runs: the mean over their logits, smoothed and"
-            " aggregated as each run chose. Each run's own answers are in members/. No run's"
-            " temperature or thresholds fit the mean.",
+            f"Ensemble of {len(members)} runs: the mean over their logits. Each run smooths"
+            " and aggregates as it chose; its own answers are in members/; no run's temperature or"
+            " thresholds fit the mean.",
         )
     unfinished = list(dict.fromkeys(member.notice for member in members if member.notice))
     if unfinished:

@@ -108,7 +108,7 @@ def fitted(text: str, room: float) -> str:
     """Return a text that is at most about so wide: a longer one loses its middle.
 
     >>> fitted("subdural", 100), fitted("a very long name of a finding", 100)
-    ('subdural', 'a very… finding')
+    ('subdural', 'a very…nding')
     """
     if text_width(text) <= room:
         return text
