@@ -15,6 +15,7 @@ from ich_keras.prediction_tables import FolderPrediction
 from ich_keras.progress import Progress
 
 if TYPE_CHECKING:
+    from ich_keras.report_maps import MapMaker
     from ich_keras.study_reports import Reports
 
 
@@ -25,8 +26,9 @@ class Extras:
     Args:
         report: a page for each study (`study_reports`).
         show_patient: on those pages, tell the PatientID.
-        heat_maps: on those pages, what the answers rest on, by a method of `relevance.METHODS`,
-            which takes about as long as the prediction; None makes none.
+        heat_maps: on those pages, and as secondary captures beside structured reports, what the
+            answers rest on, by a method of `relevance.METHODS`, which takes about as long as the
+            prediction; None makes none.
         structured_reports: one DICOM structured report per study (`structured_report`).
     """
 
@@ -45,9 +47,10 @@ class Extras:
             UsageError: there is no such folder, or an option of pages without pages.
             EnvironmentProblem: a package is missing.
         """
-        if not self.report and (self.show_patient or self.heat_maps is not None):
-            option = "show_patient" if self.show_patient else "heat_maps"
-            raise UsageError(f"{option} is about the pages of report, which is not asked for.")
+        if self.show_patient and not self.report:
+            raise UsageError("show_patient is about the pages of report, which is not asked for.")
+        if self.heat_maps is not None and not (self.report or self.structured_reports):
+            raise UsageError("heat_maps is about report and sr, of which none is asked for.")
         for is_asked, name in ((self.report, "report"), (self.structured_reports, "sr")):
             if is_asked and out is None:
                 raise UsageError(f"{name} needs a folder to write to.", "Give out.")
@@ -67,12 +70,16 @@ class Extras:
             StaleError: a file of a run is damaged.
             UsageError: heat maps cannot be made.
         """
-        if not self.report:
-            return PreparedExtras(self, members, None)
-        from ich_keras.study_reports import Reports  # what makes pages is heavy
+        reports = maker = None
+        if self.report:
+            from ich_keras.study_reports import Reports  # what makes pages is heavy
 
-        reports = Reports.of(members, self.show_patient, self.heat_maps, thin)
-        return PreparedExtras(self, members, reports)
+            reports = Reports.of(members, self.show_patient, self.heat_maps, thin)
+        if self.structured_reports and self.heat_maps is not None:
+            from ich_keras.report_maps import MapMaker
+
+            maker = MapMaker(members, self.heat_maps, thin)
+        return PreparedExtras(self, members, reports, maker)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +90,13 @@ class PreparedExtras:
         asked: for what.
         members: the runs.
         reports: what pages hold; None without pages.
+        maker: of heat maps for a PACS; None without them.
     """
 
     asked: Extras
     members: Sequence[Member]
     reports: "Reports | None"
+    maker: "MapMaker | None" = None
 
     def written(
         self,
@@ -117,7 +126,7 @@ class PreparedExtras:
             from ich_keras.structured_report import write_structured_reports
 
             run = fingerprint([member.digest for member in self.members])
-            made = write_structured_reports(folder, prediction, index, run, progress)
+            made = write_structured_reports(folder, prediction, index, run, progress, self.maker)
             notice = "\n".join([prediction.notice, *made.sentences()])
             prediction = dataclasses.replace(prediction, notice=notice)
         return prediction

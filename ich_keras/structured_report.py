@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pydicom
@@ -33,6 +33,9 @@ from ich_keras.prediction_journal import written
 from ich_keras.prediction_tables import FolderPrediction
 from ich_keras.progress import Progress
 
+if TYPE_CHECKING:
+    from ich_keras.report_maps import MapMaker
+
 FOLDER = "sr"  # in the folder of a prediction
 EXTRA = "dicom-out"
 _SCHEME = "99ICHKERAS"
@@ -49,14 +52,18 @@ class WrittenReports:
     Args:
         paths: of the reports, in the order of studies.csv.
         left_out: of a study without one: its number in studies.csv, from 1, and why.
+        num_captures: secondary captures with heat maps beside them.
     """
 
     paths: tuple[Path, ...]
     left_out: tuple[tuple[int, str], ...]
+    num_captures: int = 0
 
     def sentences(self) -> list[str]:
         """Say it in lines."""
         lines = [f"Structured reports: {len(self.paths):,}."] if self.paths else []
+        if self.num_captures:
+            lines[0] = f"{lines[0][:-1]}, with {self.num_captures:,} heat maps of slices."
         numbers: dict[str, list[int]] = {}
         for number, why in self.left_out:
             numbers.setdefault(why, []).append(number)
@@ -87,6 +94,7 @@ def write_structured_reports(
     index: SeriesIndex,
     run: str,
     progress: Progress | None = None,
+    maker: "MapMaker | None" = None,
 ) -> WrittenReports:
     """Write one report per study, and read each again.
 
@@ -96,6 +104,8 @@ def write_structured_reports(
         index: what was predicted.
         run: what made the answers: a name or digest of the run.
         progress: called as progress("writing structured reports", done, total) in studies.
+        maker: of heat maps; with it, sr/1-heat-1.dcm, ... are secondary captures of the slices to
+            look at first. A run on whole series has none.
 
     Raises:
         EnvironmentProblem: highdicom is not installed, or a file cannot be written.
@@ -104,7 +114,7 @@ def write_structured_reports(
     assert prediction.studies is not None  # of `predict_folder`
     studies = _study_of(index)
     answers = prediction.series.assign(study=prediction.series[_UID].map(studies))
-    paths, left_out = [], []
+    paths, left_out, num_captures = [], [], 0
     for number, (_, part) in enumerate(answers.groupby("study", sort=False), 1):
         if progress is not None:
             progress("writing structured reports", number - 1, len(prediction.studies))
@@ -114,6 +124,7 @@ def write_structured_reports(
                 warnings.simplefilter("ignore")
                 images = {uid: _headers(index, uid) for uid in part[_UID]}
                 report = _report(part, images, prediction, run)
+                made = [] if maker is None else _captures(maker, part, prediction, index, images)
         except _Unsuitable as error:
             left_out.append((number, str(error)))
             continue
@@ -121,7 +132,27 @@ def write_structured_reports(
         with written(path):
             atomic_write(path, report)
         paths.append(path)
-    return WrittenReports(tuple(paths), tuple(left_out))
+        for place, capture in enumerate(made, 1):
+            path = folder / FOLDER / f"{number}-heat-{place}.dcm"
+            with written(path):
+                atomic_write(path, capture)
+        num_captures += len(made)
+    return WrittenReports(tuple(paths), tuple(left_out), num_captures)
+
+
+def _captures(
+    maker: "MapMaker",
+    answers: pd.DataFrame,
+    prediction: FolderPrediction,
+    index: SeriesIndex,
+    images: "dict[str, dict[str, tuple[pydicom.Dataset, int]]]",
+) -> list[bytes]:
+    from ich_keras.secondary_capture import captures
+
+    try:
+        return list(captures(maker, answers, prediction.look_first, index, images))
+    except _BROKEN as error:
+        raise _Unsuitable(f"its headers do not make a secondary capture ({error}).") from error
 
 
 class _Unsuitable(Exception):

@@ -14,6 +14,7 @@ from nifti_files import head_volume, image_of, write_nifti
 from pydicom.uid import generate_uid
 from untrained_runs import copy_series, untrained_run, validated
 
+import ich_keras
 from ich_keras.cli import main
 from ich_keras.ct.series import index_folder
 from ich_keras.errors import EnvironmentProblem, UsageError
@@ -207,7 +208,7 @@ def test_the_command_writes_them_beside_the_tables(run, images, tmp_path):
 def test_without_a_folder_there_is_nothing_to_write_to(run, images):
     with pytest.raises(UsageError, match="sr needs a folder to write to"):
         predict_folder(run, images, structured_reports=True)
-    with pytest.raises(UsageError, match="heat_maps is about the pages of report"):
+    with pytest.raises(UsageError, match="heat_maps is about report and sr, of which none"):
         predict_folder(run, images, heat_maps="hirescam")
 
 
@@ -227,3 +228,40 @@ def test_images_in_archives_are_referred_to_like_others(run, images, tmp_path, k
         for one in group.source_images
     }
     assert referred and referred <= uids
+
+
+def test_heat_maps_are_secondary_captures_of_the_slices_to_look_at_first(run, images, tmp_path):
+    words = ["predict", "--run", run, "--dicom", images, "--out", tmp_path / "out", "--sr"]
+    words += ["--heat-maps", "--workers", "0", "--device", "cpu"]
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "out"
+    first = pd.read_csv(folder / "look_first.csv")
+    first = first[first["rank"] <= 3]
+    assert f"Structured reports: 2, with {len(first)} heat maps of slices." in done.output
+    found = [pydicom.dcmread(path) for path in sorted((folder / "sr").glob("*-heat-*.dcm"))]
+    assert len(found) == len(first)
+    headers = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, images.iterdir())}
+    colours = []
+    for image in found:
+        (of,) = image.SourceImageSequence
+        source = headers[of.ReferencedSOPInstanceUID]
+        assert image.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7"
+        assert (image.PatientID, image.StudyInstanceUID) == (
+            source.PatientID,
+            source.StudyInstanceUID,
+        )
+        assert list(image.PatientOrientation) == ["L", "P"]
+        pixels = image.pixel_array.astype(int)
+        grey = pixels.max(axis=-1) == pixels.min(axis=-1)
+        # Where nothing lies over it, it is the slice in the brain window.
+        hu = ich_keras.read_hu(next(p for p in images.iterdir() if same(p, source)))
+        expected = np.floor(255 * np.clip(hu / 80, 0, 1) + 0.5)
+        assert (pixels[grey, 0] == expected[grey]).all()
+        colours.append((~grey).mean())
+    assert max(colours) > 0.05, "a heat map is seen"
+
+
+def same(path, source):
+    data_set = pydicom.dcmread(path, stop_before_pixels=True)
+    return data_set.SOPInstanceUID == source.SOPInstanceUID

@@ -237,8 +237,9 @@ def _evaluate_split(
     metavar="[METHOD]",
     is_flag=False,
     flag_value="hirescam",
-    help="On those pages, show what the answers rest on: hirescam (without a METHOD), gradcam or"
-    " integrated-gradients. The first two take about as long as the prediction.",
+    help="On those pages, and as images beside --sr, show what the answers rest on: hirescam"
+    " (without a METHOD), gradcam or integrated-gradients. The first two take about as long as the"
+    " prediction.",
 )
 @SHOW_PATIENT
 @click.option(
@@ -292,9 +293,10 @@ def predict(
     from ich_keras.study_reports import REPORTS_FOLDER, START
     from ich_keras.summary import answers_table, flags_line, prediction_table
 
-    for is_given, option in ((show_patient, "--show-patient"), (heat_maps, "--heat-maps")):
-        if is_given and not report:
-            raise UsageError(f"{option} is about --report, which is missing.")
+    if show_patient and not report:
+        raise UsageError("--show-patient is about --report, which is missing.")
+    if heat_maps and not (report or sr):
+        raise UsageError("--heat-maps is about --report and --sr; both are missing.")
     choose_backend(backend)
     with open_terminal() as terminal:
         result = predict_folder(
