@@ -181,7 +181,7 @@ def test_the_report_shows_what_smoothing_changed():
     level = Level(truth, smooth(values, uids, positions, KERNEL), uids, SIX, values)
     metrics = binary_metrics(truth, level.values, truth.mean(axis=0).tolist())
     metrics |= {"smoothing": {"kernel": KERNEL, "chosen_on": "valid"}, **level.beside_unsmoothed()}
-    text = "\n".join(_split_section("Test", {"slice": metrics}))
+    text = "\n".join(_split_section("Test", {"slice": metrics}, True))
     assert f"Smoothing of the slices' logits along z: {KERNEL} (chosen on validation)." in text
     row = metrics["unsmoothed"]["gain"]["auroc/any"]
     old = metrics["unsmoothed"]["auroc"]["any"]
