@@ -103,7 +103,7 @@ def examples(
     figure.text(0.01, 0.005, MARK, fontsize=6, color="dimgrey")
     figure.tight_layout(rect=(0.02, 0.02, 1, 1), pad=0.4)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=75, metadata={"Software": None})
     pyplot.close(figure)
     return stream.getvalue()
 

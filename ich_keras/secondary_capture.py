@@ -30,6 +30,15 @@ _NAME = "ich_keras"
 _UID = "series_instance_uid"
 
 
+# What pydicom and highdicom raise at header values that their types do not allow. Only around calls
+# of theirs: around code of ours it would hide faults.
+BROKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+
+
+class UnsuitableHeaders(Exception):
+    """A study that no DICOM object can be made for."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Shown:
     """A slice to capture: its series (a row of the index), HU, map (0 to 1) and label."""
@@ -78,6 +87,7 @@ def captures(
         images: series -> UID of a slice -> data set of its file, and its frame.
 
     Raises:
+        UnsuitableHeaders: its headers make no image.
         RuntimeError: one reads otherwise than it was written.
     """
     series_uid = str(generate_uid())
@@ -125,21 +135,26 @@ def _capture(shown: _Shown, source: Dataset, frame: int, series_uid: str, number
     from highdicom.sc import SCImage
 
     pixels = overlay(shown.hu, shown.heat)
-    image: Any = SCImage.from_ref_dataset(
-        ref_dataset=source,
-        pixel_array=pixels,
-        photometric_interpretation="RGB",
-        bits_allocated=8,
-        coordinate_system="PATIENT",
-        series_instance_uid=series_uid,
-        series_number=_SERIES_NUMBER,
-        sop_instance_uid=str(generate_uid()),
-        instance_number=number,
-        manufacturer=_NAME,
-        pixel_spacing=shown.spacing_mm,  # type: ignore[arg-type]  # mm; annotated as whole ones
-        # Slices are turned when they are read: rows to the left, columns to the back.
-        patient_orientation=("L", "P"),
-    )
+    try:
+        image: Any = SCImage.from_ref_dataset(
+            ref_dataset=source,
+            pixel_array=pixels,
+            photometric_interpretation="RGB",
+            bits_allocated=8,
+            coordinate_system="PATIENT",
+            series_instance_uid=series_uid,
+            series_number=_SERIES_NUMBER,
+            sop_instance_uid=str(generate_uid()),
+            instance_number=number,
+            manufacturer=_NAME,
+            pixel_spacing=shown.spacing_mm,  # type: ignore[arg-type]  # mm; annotated as whole ones
+            # Slices are turned when they are read: rows to the left, columns to the back.
+            patient_orientation=("L", "P"),
+        )
+    except BROKEN as error:
+        raise UnsuitableHeaders(
+            f"its headers do not make a secondary capture ({type(error).__name__})."
+        ) from error
     image.SeriesDescription = "ich_keras heat maps: research only, not for clinical use"
     image.DerivationDescription = f"Heat map of {shown.label}: what an answer rests on, no finding"
     image.BurnedInAnnotation = "NO"

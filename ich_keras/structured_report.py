@@ -32,6 +32,7 @@ from ich_keras.labels import SIX, LabelSet
 from ich_keras.prediction_journal import written
 from ich_keras.prediction_tables import FolderPrediction
 from ich_keras.progress import Progress
+from ich_keras.secondary_capture import BROKEN, UnsuitableHeaders, captures
 
 if TYPE_CHECKING:
     from ich_keras.report_maps import MapMaker
@@ -125,7 +126,7 @@ def write_structured_reports(
                 images = {uid: _headers(index, uid) for uid in part[_UID]}
                 report = _report(part, images, prediction, run)
                 made = [] if maker is None else _captures(maker, part, prediction, index, images)
-        except _Unsuitable as error:
+        except UnsuitableHeaders as error:
             left_out.append((number, str(error)))
             continue
         path = folder / FOLDER / f"{number}.dcm"
@@ -147,16 +148,7 @@ def _captures(
     index: SeriesIndex,
     images: "dict[str, dict[str, tuple[pydicom.Dataset, int]]]",
 ) -> list[bytes]:
-    from ich_keras.secondary_capture import captures
-
-    try:
-        return list(captures(maker, answers, prediction.look_first, index, images))
-    except _BROKEN as error:
-        raise _Unsuitable(f"its headers do not make a secondary capture ({error}).") from error
-
-
-class _Unsuitable(Exception):
-    """A study that no report can refer to."""
+    return list(captures(maker, answers, prediction.look_first, index, images))
 
 
 def _study_of(index: SeriesIndex) -> "pd.Series[str]":
@@ -172,7 +164,7 @@ def _headers(index: SeriesIndex, uid: str) -> dict[str, tuple[pydicom.Dataset, i
     for row in rows.itertuples():
         file = file_of(row)
         if is_nifti(name_of(file)):
-            raise _Unsuitable("a NIfTI volume has no DICOM images to refer to.")
+            raise UnsuitableHeaders("a NIfTI volume has no DICOM images to refer to.")
         if file not in data_sets:
             data_sets[file] = _data_set(file)
         found[str(row.sop_instance_uid)] = data_sets[file], int(row.frame)
@@ -191,17 +183,19 @@ def _data_set(file: Any) -> pydicom.Dataset:
             if "SOPClassUID" not in data_set:  # as in RSNA's files
                 meta = data_set.file_meta
                 data_set.SOPClassUID = meta.get("MediaStorageSOPClassUID", CTImageStorage)
-    except (RejectedFile, InvalidDicomError, *_BROKEN) as error:
-        raise _Unsuitable(f"{name_of(file)} cannot be read again ({error}).") from error
+    except (RejectedFile, InvalidDicomError, ValueError, TypeError, NotImplementedError) as error:
+        # Not its text: it may quote a value of the header, and so the patient.
+        why = error.code if isinstance(error, RejectedFile) else type(error).__name__
+        raise UnsuitableHeaders(f"{name_of(file)} cannot be read again ({why}).") from error
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         uid = UID(str(data_set.get(keyword, "")))
         if not uid.is_valid:
-            raise _Unsuitable(f"its {keyword} is no DICOM UID to refer to, as in RSNA's files.")
+            raise UnsuitableHeaders(
+                f"its {keyword} is no DICOM UID to refer to, as in RSNA's files."
+            )
     return data_set
 
 
-# What pydicom and highdicom raise at values that their types do not allow.
-_BROKEN = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, OSError)
 _COPIED = (
     "PatientID",
     "PatientName",
@@ -263,8 +257,9 @@ def _report(
         )
         stream = io.BytesIO()
         report.save_as(stream)
-    except _BROKEN as error:
-        raise _Unsuitable(f"its headers do not make a report ({error}).") from error
+    except BROKEN as error:
+        why = type(error).__name__
+        raise UnsuitableHeaders(f"its headers do not make a report ({why}).") from error
     stream.seek(0)
     _require_same(sr.srread(stream), groups, evidence)
     return stream.getvalue()
