@@ -7,15 +7,31 @@ import ctypes
 import math
 import weakref
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 MOST_FREE = 3  # blocks that wait to be used again
 _free: deque[np.ndarray] = deque()
 
 
-def recycled(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def _own_memory(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, np.uint8)
+
+
+@dataclass
+class _Source:
+    allocate: Callable[[int], np.ndarray]
+
+
+_source = _Source(_own_memory)
+
+
+def recycled(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """Return an array whose memory may have been that of an earlier one; its values are arbitrary.
 
     The memory is free again when the array, its views and the tensors made of it are gone.
@@ -26,13 +42,38 @@ def recycled(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     >>> recycled((2, 3), np.float32).shape
     (2, 3)
     """
+    block = _take(math.prod(shape) * np.dtype(dtype).itemsize)
+    return leased(block, shape, dtype, at_end=partial(_give_back, block))
+
+
+def leased(
+    block: np.ndarray,
+    shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+    offset: int = 0,
+    *,
+    at_end: Callable[[], object],
+) -> np.ndarray:
+    """Return an array in a part of a block, and call a function once nobody holds it.
+
+    Args:
+        block: uint8 (n,).
+        shape, dtype: of the array.
+        offset: of its first byte.
+        at_end: the function; it may be called at any moment, from any thread.
+    """
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    block = _take(num_bytes)
     # Views hold the array they come from, which holds this object; with a NumPy array in its place
     # they would hold the block itself.
-    lease: Any = (ctypes.c_char * num_bytes).from_buffer(block.data)
-    weakref.finalize(lease, _give_back, block).atexit = False
+    lease: Any = (ctypes.c_char * num_bytes).from_buffer(block.data, offset)
+    weakref.finalize(lease, at_end).atexit = False
     return np.frombuffer(lease, dtype).reshape(shape)
+
+
+def allocate_by(allocate: Callable[[int], np.ndarray]) -> None:
+    """Take new blocks of this process from a function: number of bytes -> uint8 (n,)."""
+    _free.clear()
+    _source.allocate = allocate
 
 
 def _take(num_bytes: int) -> np.ndarray:
@@ -45,7 +86,7 @@ def _take(num_bytes: int) -> np.ndarray:
         if num_bytes <= len(block) <= 2 * num_bytes:
             return block
         _free.append(block)
-    return np.empty(num_bytes, np.uint8)
+    return _source.allocate(num_bytes)
 
 
 def _give_back(block: np.ndarray) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_convert
 
+from ich_keras.data.handover import Borrower, Lender
 from ich_keras.errors import EnvironmentProblem
 from ich_keras.processes import begin_worker
 
@@ -73,12 +74,14 @@ class _Worker:
 
     Args:
         process, connection: it, and the way to it.
+        borrower: reads its answers.
         tasks: what it was given and has not answered, in order.
         has_started: whether it is ready for tasks.
     """
 
     process: BaseProcess
     connection: Connection
+    borrower: Borrower = field(default_factory=Borrower)
     tasks: deque[Task] = field(default_factory=deque)
     has_started: bool = False
 
@@ -128,7 +131,7 @@ class WorkerPool:
             task.worker = worker = self._workers[self._turn % len(self._workers)]
             self._turn += 1
             try:
-                worker.connection.send((task.epoch, task.indices))
+                worker.connection.send((worker.borrower.returned(), task.epoch, task.indices))
             except OSError as error:
                 raise _death(worker, task) from error
             worker.tasks.append(task)
@@ -194,8 +197,9 @@ class WorkerPool:
             received = worker.receive()
             if received is not None:
                 task, message = received
-                # This fetches the memory of the batch from the worker.
-                task.answer = pickle.loads(message)
+                # This may fetch memory from the worker.
+                kind, content = worker.borrower.content(message)
+                task.answer = kind, default_convert(content) if kind == _BATCH else content
         except (EOFError, OSError, RuntimeError) as error:
             if time.monotonic() - began >= timeout:
                 raise _hang(worker, awaited, timeout) from error
@@ -266,22 +270,23 @@ def _work(connection: Connection, dataset: Dataset, number: int) -> None:
     torch.manual_seed(number)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent needs no more
         connection.send_bytes(b"ready")
+        lender = Lender()
         while True:
-            _answer(connection, dataset, connection.recv())
+            returned, *key = connection.recv()
+            lender.take_back(returned)
+            connection.send_bytes(_answer(lender, dataset, tuple(key)))
 
 
-def _answer(connection: Connection, dataset: Dataset, key: tuple[int, np.ndarray]) -> None:
+def _answer(lender: Lender, dataset: Dataset, key: tuple[int, np.ndarray]) -> bytes:
     answer: tuple[str, Any]
     try:
-        answer = _BATCH, default_convert(dataset[key])
+        answer = _BATCH, dataset[key]
     except Exception as error:  # noqa: BLE001 (whatever it is, it rises in the parent)
         answer = _ERROR, _packed(error)
     try:
-        connection.send(answer)
-    except ConnectionError:
-        raise
+        return lender.message(answer)
     except (OSError, RuntimeError, *_NO_PICKLE) as error:  # no shared memory, or no pickle
-        connection.send((_NOT_SENT, f"{type(error).__name__}: {error}"))
+        return lender.message((_NOT_SENT, f"{type(error).__name__}: {error}"))
 
 
 def _packed(error: Exception) -> tuple[bytes | None, str, str]:
