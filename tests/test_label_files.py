@@ -1,6 +1,7 @@
 """Label files of each format, made as the data sets have them, and what is wrong with others."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -221,6 +222,11 @@ BAD = {
         "line 3: the same patient has another any on line 2",
     ),
     "any without": ("series_uid,any,subdural\n1,0,1\n", "line 2: any is 0, but subdural is 1"),
+    "two owners": (
+        "SOPInstanceUID,StudyInstanceUID,SeriesInstanceUID,any\n"
+        "1.1,5,1,1\n1.2,5,1,1\n1.1,5,,1\n1.1,6,1,1\n",
+        "line 5: '1.1' has another StudyInstanceUID on line 2",
+    ),
     "empty": ("PatientID,any\n", "has a header but no rows"),
     "slice number": (f"{PHYSIONET}\n49,x,0,0,0,0,0,1,0\n", "slice number 'x'"),
     "one reader lacks": (
@@ -239,6 +245,39 @@ def test_bad_tables_are_refused_by_line(write, text, message):
     with pytest.raises(DataError, match=message) as error:
         read_labels(write(text))
     assert "Doe" not in str(error.value)
+
+
+OWNERS = "SOPInstanceUID,SeriesInstanceUID,StudyInstanceUID,PatientID,any\n"
+
+
+def test_rows_must_name_the_series_and_study_of_the_files(write):
+    series = ["8.1", "8.1", "8.2", "8.2"]
+    fits = "1.1,8.1,s1,x,1\n1.2,,,x,0\n2.1,8.2,,y,0\n2.2,8.2,s1,z,0\n9.9,5,5,,1\n"
+    labels = read_labels(write(OWNERS + fits))
+    assert labels.labelling.level == "slice"
+    assert "columns not used: 'PatientID'" in str(labels)
+    values, _ = joined(labels, series_instance_uid=series)
+    assert values == [[1], [0], [0], [0]]
+    rows = fits.replace("2.1,8.2", "2.1,8.1").replace("2.2,8.2", "2.2,7")
+    labels = read_labels(write(OWNERS + rows))
+    message = (
+        "the SeriesInstanceUID of a row is not that of the image: line 4: '8.1', in the files"
+        " '8.2'; line 5: '7', in the files '8.2'."
+    )
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        joined(labels, series_instance_uid=series)
+    assert "Correct the file, or remove the column" in error.value.hint
+    labels = read_labels(write("StudyInstanceUID,series_uid,any\ns2,8.2,1\n"))
+    assert labels.labelling.level == "series"
+    with pytest.raises(DataError, match="the StudyInstanceUID of a row .* line 2: 's2', in"):
+        joined(labels, series_instance_uid=series)
+
+
+def test_columns_that_are_not_used_are_told(write):
+    labels = read_labels(write("PatientID,a,b,c,fold,site,e,f\nx,1,0,1,0,1,1,1\n"), "a=any")
+    told = "columns not used: 'b'; 'c'; 'fold'; 'site'; 'e'; and 1 more;"
+    assert told in str(labels)
+    assert "not used" not in str(read_labels(write("PatientID,any\nx,1\n")))
 
 
 BAD_MAPS = {

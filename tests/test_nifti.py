@@ -360,6 +360,11 @@ BAD = {
         "BAD_NIFTI",
         "makes voxels of 4000 x 4000 x 5000 mm; expected 0.02 to 100, in mm",
     ),
+    "centimetres": (
+        lambda: scaled(0.1),
+        "BAD_NIFTI",
+        "makes slices of 25.6 x 25.6 mm; expected 50 mm or more: are its distances in mm?",
+    ),
     "no place": (lambda: edited(NO_FORMS), "BAD_NIFTI", "neither sform nor qform"),
     "zero affine": (lambda: edited({280: bytes(48)}), "BAD_NIFTI", "voxels of 0 x 0 x 0 mm"),
     "NaN affine": (lambda: edited({280: floats(NAN)}), "BAD_NIFTI", "sform holds values that are"),

@@ -43,6 +43,8 @@ _CHUNK_BYTES = 1 << 20
 _MAX_REST_BYTES = 1 << 20
 # Extensions of the header lie between it and the voxels.
 _MAX_VOXEL_OFFSET = 1 << 24
+# The smallest field of view that scanners reconstruct; a head cut out closely is over 100 mm wide.
+_MIN_SLICE_MM = 50.0
 _ROUNDED = 6  # digits of mm: the affine has seven in all
 # nifti1.h: NIFTI_UNITS_*, in the lower three bits of xyzt_units; 0 is unknown.
 _UNITS = {1: "metres", 3: "micrometres"}
@@ -275,6 +277,17 @@ def _affine(header: Any) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0
 
 
+def _require_size(affine: np.ndarray, columns: int, rows: int) -> None:
+    """Refuse slices that are smaller than any scanner makes them."""
+    width, height = np.linalg.norm(affine[:3, :2], axis=0) * (columns, rows)
+    if max(width, height) < _MIN_SLICE_MM:
+        # Centimetres, for which NIfTI has no code, taken for mm.
+        raise _bad(
+            f"its affine makes slices of {width:.3g} x {height:.3g} mm",
+            f"{_MIN_SLICE_MM:g} mm or more: are its distances in mm?",
+        )
+
+
 def _qform(header: Any) -> np.ndarray:
     from nibabel.spatialimages import HeaderDataError
 
@@ -294,6 +307,7 @@ def _volume(content: bytearray, stem: str) -> NiftiVolume:
     stored = stored.reshape(slices, rows, columns)  # the first axis of the file changes fastest
     stored.flags.writeable = False
     require_hu(_range(stored, slope, intercept))
+    _require_size(affine, columns, rows)
     geometry = repr((stored.shape, dtype.str, slope, intercept, affine.tolist()))
     digest = hashlib.sha256(geometry.encode())
     digest.update(stored.data)

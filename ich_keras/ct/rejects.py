@@ -83,7 +83,7 @@ REJECT_CODES = {
     "MULTIFRAME": Explanation("several slices in one file, where one is expected", SINGLE_FRAME),
     "BAD_NIFTI": Explanation(
         "a NIfTI file that is not one readable volume with a known place in space",
-        "Write it again as a 3-D volume in HU, with its affine.",
+        "Write it again as a 3-D volume in HU, with its affine in mm.",
     ),
     "TOO_LARGE": Explanation("the header claims more pixels than a CT can have", EXPORT_AGAIN),
     "NO_DECODER": Explanation("no decoder for this transfer syntax is installed", CODECS),

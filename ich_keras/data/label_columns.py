@@ -56,6 +56,7 @@ class Columns:
         columns: label -> the place of its column; not for a label that is derived.
         negated: labels whose column says the opposite.
         opposites: label -> the place of a second column, which says the opposite.
+        owners: key of a coarser level -> the place of its column; the files must agree with it.
         ignored: names of columns that are not used.
     """
 
@@ -65,6 +66,7 @@ class Columns:
     columns: Mapping[str, int]
     negated: frozenset[str]
     opposites: Mapping[str, int]
+    owners: Mapping[str, int]
     ignored: tuple[str, ...]
 
 
@@ -234,7 +236,8 @@ def _columns(
     if set(found) <= set(LABELS):
         found = [name for name in LABELS if name in of_label or (derived and name == ANY)]
     labels = SIX if tuple(found) == LABELS and not exclusive else label_set(found, exclusive)
-    used = {*of_label.values(), *opposites.values(), key_column}
+    owners = _owners(names, key, {*meant, key_column})
+    used = {*of_label.values(), *opposites.values(), *owners.values(), key_column}
     return Columns(
         key=key,
         key_column=key_column,
@@ -242,8 +245,27 @@ def _columns(
         columns=of_label,
         negated=frozenset(name for name, n in of_label.items() if meant[n].startswith("!")),
         opposites=opposites,
+        owners=owners,
         ignored=tuple(name for n, name in enumerate(names) if n not in used),
     )
+
+
+def _owners(names: list[str], key: str, taken: set[int]) -> dict[str, int]:
+    """Return the columns that say what else the rows are of.
+
+    Not the patient: tables call patients by other names than the files, which hides who they are.
+    """
+    coarser = list(KEY_NAMES)[list(KEY_NAMES).index(key) + 1 :]
+    places = {
+        level: [n for n, name in enumerate(names) if plain(name) in KEY_NAMES[level]]
+        for level in coarser
+        if level in _UIDS
+    }
+    return {
+        level: found[0]
+        for level, found in places.items()
+        if len(found) == 1 and found[0] not in taken
+    }
 
 
 def require_exclusive(labels: Sequence[str], source: Path | str) -> None:
@@ -266,4 +288,5 @@ def require_exclusive(labels: Sequence[str], source: Path | str) -> None:
         )
 
 
+_UIDS = ("series_instance_uid", "study_instance_uid")
 _ALL_KEYS = {name for known in KEY_NAMES.values() for name in known}

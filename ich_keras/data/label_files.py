@@ -11,13 +11,9 @@ contradict each other are refused. Sources of the formats: Chilamkurthy et al., 
 """
 
 import json
-from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from ich_keras.counting import number_of
 from ich_keras.data.csv_rows import (
@@ -37,10 +33,11 @@ from ich_keras.data.label_columns import (
     plain,
     require_exclusive,
 )
-from ich_keras.data.labels import LabelTable, contradicts_any
+from ich_keras.data.label_rows import LabelRows, finished
+from ich_keras.data.labels import LabelTable
 from ich_keras.data.rsna_labels import HEADER, VALUES, read_rsna_labels
 from ich_keras.errors import DataError, UsageError
-from ich_keras.labels import ANY, LABELS, SIX, UNLABELLED, Labelling, LabelSet, LabelSource
+from ich_keras.labels import ANY, LABELS, SIX, UNLABELLED, LabelSource
 
 # What a person gives as labels: what was read, or the file to read (`label_table`).
 Labels = LabelTable | LabelSource | Path | str
@@ -51,15 +48,6 @@ _FORMATS = (
     " one for each label; or RSNA's stage_2_train.csv, whose header is ID,Label."
 )
 _READERS = ("R1", "R2", "R3")
-_HINT = "Labels are 0 or 1; leave a cell empty where a label is missing."
-_LEVEL_OF = {
-    "sop_instance_uid": "slice",
-    "place": "slice",
-    "path": "slice",  # or a series, as the files turn out to hold one or more
-    "series_instance_uid": "series",
-    "study_instance_uid": "study",
-    "patient_id": "patient",
-}
 
 
 def read_labels(
@@ -95,13 +83,13 @@ def read_labels(
             raise UsageError(f"{path} has a format of its own; {option} does not apply to it.")
         if kind == "cq500":
             # Majorities need not agree: two readers may see a bleed, and differ on its kind.
-            return _finish(_cq500(reader, header, path), path, allow_inconsistent_any=True)
+            return finished(_cq500(reader, header, path), path, allow_inconsistent_any=True)
         if kind == "physionet":
             found = _table(reader, header, path, label_map, exclusive, "PhysioNet's diagnoses")
-            return _finish(found, path, allow_inconsistent_any)
+            return finished(found, path, allow_inconsistent_any)
         if kind == "table":
             found = _table(reader, header, path, label_map, exclusive, "a table of labels")
-            return _finish(found, path, allow_inconsistent_any)
+            return finished(found, path, allow_inconsistent_any)
     return read_rsna_labels(path, allow_inconsistent_any)
 
 
@@ -155,114 +143,7 @@ def _kind(header: list[str]) -> str:
     return "physionet" if {"patientnumber", "slicenumber"} <= set(names) else "table"
 
 
-class _Found:
-    """Rows as they are read: values and lines by identifier.
-
-    Args:
-        path: for messages.
-        labels: the columns.
-        key: what identifies a row; "place" is patient and slice number.
-        kind: what the format is called.
-
-    Attributes:
-        is_any_derived: whether a missing `any` follows from the subtypes.
-    """
-
-    def __init__(self, path: Path | str, labels: LabelSet, key: str, kind: str) -> None:
-        self.labels, self.key, self.kind = labels, key, kind
-        self.faults = RowFaults(path)
-        self.places: dict[str, int] = {}
-        self.values = array("b")
-        self.lines = array("q")
-        self.readers = array("b")
-        self.num_rows = self.num_duplicates = 0
-        self.is_loose = self.is_any_derived = False
-        self.filled: dict[tuple[int, int], int] = {}  # cells that a later row gave -> its line
-
-    def add(self, line: int, key: str, values: list[int], readers: int = 0) -> None:
-        """Add a row, or compare it with an earlier one of the same identifier."""
-        place = self.places.get(key)
-        if place is None:
-            self.places[key] = len(self.places)
-            self.values.extend(values)
-            self.lines.append(line)
-            self.readers.append(readers)
-            return
-        width = len(self.labels)
-        start = place * width
-        before = self.values[start : start + width].tolist()
-        for column, (one, other) in enumerate(zip(before, values, strict=True)):
-            # A tie of readers is no gap that another row may fill.
-            if one == other or (UNLABELLED in (one, other) and not readers):
-                continue
-            # Of a patient, the identifier is not shown: messages end up in logs.
-            whose = "the same patient" if self.key in ("patient_id", "place") else excerpt(key)
-            earlier = self.filled.get((place, column), self.lines[place])
-            self.faults.add(
-                line, f"{whose} has another {self.labels.names[column]} on line {earlier}"
-            )
-            return
-        for column, (one, other) in enumerate(zip(before, values, strict=True)):
-            if one != other and one == UNLABELLED:
-                self.values[start + column] = other
-                self.filled[place, column] = line
-        self.num_duplicates += 1
-
-
-def _finish(found: _Found, path: Path | str, allow_inconsistent_any: bool) -> LabelTable:
-    """Refuse what is wrong as a whole, and make the table."""
-    if found.num_rows == 0:
-        raise DataError(f"{path} has a header but no rows.", _HINT)
-    found.faults.refuse(f"Correct or remove these rows. {_HINT}")
-    values = np.frombuffer(found.values, np.int8).reshape(-1, len(found.labels)).copy()
-    keys = list(found.places)
-    labels = found.labels
-    if found.is_any_derived:
-        _derive_any(values, labels)
-    num_inconsistent = 0
-    if labels.any_column is not None and len(labels) > 1:
-        own = values[:, labels.any_column]
-        wrong = contradicts_any(values, labels)
-        num_inconsistent = int(wrong.sum())
-        if num_inconsistent and not allow_inconsistent_any:
-            for row in np.flatnonzero(wrong).tolist():
-                positive = [name for name in labels.parts if values[row, labels.index(name)] == 1]
-                said = f"{', '.join(positive)} is 1" if positive else "no subtype is 1"
-                found.faults.add(
-                    found.lines[row], f"{labels.any_label} is {int(own[row])}, but {said}"
-                )
-            found.faults.refuse("Correct the file: any is the OR of the subtypes.")
-    table = pd.DataFrame(
-        values, index=pd.Index(keys, dtype="str", name=found.key), columns=list(labels.names)
-    )
-    readers = np.frombuffer(found.readers, np.int8)
-    return LabelTable(
-        table=table,
-        source=str(path),
-        num_rows=found.num_rows,
-        num_duplicates=found.num_duplicates,
-        num_inconsistent=num_inconsistent,
-        labelling=Labelling(labels, _LEVEL_OF[found.key]),
-        kind=found.kind,
-        num_readers=pd.Series(readers, table.index) if readers.any() else None,
-        key=found.key,
-        is_loose=found.is_loose,
-    )
-
-
-def _derive_any(values: np.ndarray, labels: LabelSet) -> None:
-    """Fill a missing `any`, in place: 1 where a subtype is 1, 0 where all five are known and 0."""
-    if labels.any_column is None or len(labels) == 1:
-        return
-    parts = np.delete(values, labels.any_column, axis=1)
-    own = values[:, labels.any_column]  # a view
-    missing = own == UNLABELLED
-    own[missing & (parts == 1).any(axis=1)] = 1
-    if set(labels.parts) == set(SIX.parts):
-        own[missing & (parts == 0).all(axis=1)] = 0
-
-
-def _rows(reader: CsvRows, width: int, found: _Found) -> Iterator[tuple[int, list[str]]]:
+def _rows(reader: CsvRows, width: int, found: LabelRows) -> Iterator[tuple[int, list[str]]]:
     """Yield line and fields of the rows that have as many fields as the header."""
     for row in reader:
         if not row:
@@ -281,13 +162,13 @@ def _table(
     label_map: Mapping[str, str] | None,
     exclusive: bool,
     kind: str,
-) -> _Found:
+) -> LabelRows:
     columns = find_columns(header, label_map, exclusive, str(path))
     slice_number = None
     if kind.startswith("PhysioNet"):
         slice_number = [plain(name) for name in header].index("slicenumber")
     key = columns.key if slice_number is None else "place"
-    found = _Found(path, columns.labels, key, kind)
+    found = LabelRows(path, columns.labels, key, kind, tuple(columns.owners), columns.ignored)
     found.is_loose = slice_number is not None
     found.is_any_derived = True
     for line, row in _rows(reader, len(header), found):
@@ -314,7 +195,8 @@ def _table(
         if exclusive and sorted(values) != [0] * (len(values) - 1) + [1] and max(values) >= 0:
             found.faults.add(line, "exclusive labels: expected exactly one 1")
             continue
-        found.add(line, identifier, values)
+        owners = [row[place] for place in columns.owners.values()]
+        found.add(line, identifier, values, owners=owners)
     return found
 
 
@@ -350,7 +232,7 @@ def _values(
     return values
 
 
-def _cq500(reader: CsvRows, header: list[str], path: Path | str) -> _Found:
+def _cq500(reader: CsvRows, header: list[str], path: Path | str) -> LabelRows:
     """Read CQ500's reads: what most readers of a scan saw. A tie counts as missing."""
     names = [name.strip() for name in header]
     places: dict[str, list[int]] = {}
@@ -368,7 +250,7 @@ def _cq500(reader: CsvRows, header: list[str], path: Path | str) -> _Found:
                 "Expected CQ500's reads.csv, with R1:ICH, R1:IPH, ... to R3:SAH.",
             )
         places[label] = found
-    table = _Found(path, SIX, "patient_id", "CQ500's reads (majority of the readers)")
+    table = LabelRows(path, SIX, "patient_id", "CQ500's reads (majority of the readers)")
     table.is_loose = True
     for line, row in _rows(reader, len(names), table):
         if not is_identifier(row[0]):

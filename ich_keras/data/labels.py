@@ -13,7 +13,7 @@ import pandas as pd
 
 from ich_keras.counting import number_of
 from ich_keras.ct.tables import SERIES_COLUMNS, SLICE_COLUMNS, shown_paths
-from ich_keras.data.csv_rows import excerpt, first_few
+from ich_keras.data.csv_rows import FAULTS_SHOWN, excerpt, first_few
 from ich_keras.data.label_matching import PATH, PLACE, match, prefix_hint
 from ich_keras.errors import DataError
 from ich_keras.labels import LEVELS, RSNA_LABELLING, SIX, UNLABELLED, Labelling, LabelSet
@@ -31,7 +31,7 @@ _NOUNS = {
     "study": ("study", "studies"),
     "patient": ("patient", "patients"),
 }
-_TAGS = {
+TAGS = {
     "sop_instance_uid": "SOPInstanceUIDs",
     "series_instance_uid": "SeriesInstanceUIDs",
     "study_instance_uid": "StudyInstanceUIDs",
@@ -56,6 +56,10 @@ class LabelTable:
         key: what identifies a row: a column of the slice table; "path" of a file or folder;
             "place", patient and slice number ("7/12"); "" takes that of the level.
         is_loose: compare identifiers without case, signs and leading zeros.
+        owners: by the same index, the SeriesInstanceUID or StudyInstanceUID that the file gives
+            beside the identifier ("" where it gives none), and the line; None if it has no such
+            column.
+        unused: columns of the file that were not used.
     """
 
     table: pd.DataFrame
@@ -68,6 +72,8 @@ class LabelTable:
     num_readers: pd.Series | None = None
     key: str = ""
     is_loose: bool = False
+    owners: pd.DataFrame | None = None
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -89,6 +95,9 @@ class LabelTable:
         if self.num_inconsistent:
             rows = number_of(self.num_inconsistent, "row")
             notes += f", {rows} whose any is not the OR of the subtypes"
+        if self.unused:
+            shown = [excerpt(name) for name in self.unused[:FAULTS_SHOWN]]
+            notes += f", columns not used: {first_few(shown, len(self.unused))}"
         what = number_of(len(self), *_NOUNS[self.labelling.level])
         return f"{what}; positive: {positives}; {notes}; {self.kind}; {self.source}"
 
@@ -277,6 +286,7 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         raise _nothing_matched(slices, labels, key)
     if key == PLACE and is_shared:
         raise _several_fit(slices, labels, positions)
+    _require_owners(slices, labels, positions)
     values = labels.table.to_numpy()[positions]
     values[~matched] = UNLABELLED
     used = np.zeros(len(labels), dtype=bool)
@@ -288,6 +298,30 @@ def attach_labels(slices: pd.DataFrame, labels: LabelTable) -> tuple[pd.DataFram
         labelling=Labelling(labels.labels, level),
     )
     return slices.assign(**dict(zip(names, values.T, strict=True))), join
+
+
+def _require_owners(slices: pd.DataFrame, labels: LabelTable, positions: np.ndarray) -> None:
+    """Refuse rows that say that an image is of another series or study than its file says."""
+    if labels.owners is None:
+        return
+    matched = positions >= 0
+    theirs = labels.owners.iloc[positions[matched]]
+    for level in theirs.columns.drop("line"):
+        said, own = theirs[level].to_numpy(), slices.loc[matched, level].to_numpy()
+        wrong = (said != own) & (said != "") & (own != "")
+        if not wrong.any():
+            continue
+        lines = theirs["line"].to_numpy()[wrong]
+        _, firsts = np.unique(lines, return_index=True)
+        shown = [
+            f"line {lines[n]}: {excerpt(said[wrong][n])}, in the files {excerpt(own[wrong][n])}"
+            for n in firsts[:FAULTS_SHOWN]
+        ]
+        raise DataError(
+            f"{labels.source}: the {TAGS[level][:-1]} of a row is not that of the image:"
+            f" {first_few(shown, len(firsts))}.",
+            "Correct the file, or remove the column that does not count.",
+        )
 
 
 def _nothing_matched(slices: pd.DataFrame, labels: LabelTable, key: str) -> DataError:
@@ -304,7 +338,7 @@ def _nothing_matched(slices: pd.DataFrame, labels: LabelTable, key: str) -> Data
     shown = first_few([excerpt(uid) for uid in ours[:2]], len(ours)) or "none"
     hint = prefix_hint(slices, labels.table.index.tolist(), key) or hint
     what = _NOUNS[labels.labelling.level][1]
-    return DataError(f"{start} Labels are for {theirs}. {_TAGS[key]} of the {what}: {shown}.", hint)
+    return DataError(f"{start} Labels are for {theirs}. {TAGS[key]} of the {what}: {shown}.", hint)
 
 
 def _unlike(slices: pd.DataFrame) -> str:
