@@ -339,6 +339,21 @@ def test_paths_must_say_which_file(write):
         attach_labels(slices_of(container=there), labels)
 
 
+def test_paths_name_a_volume_or_its_slices(write):
+    labels = read_labels(write("path,any\n049.nii#2,1\nb/049.nii#1,0\n"))
+    values, join = joined(labels)
+    assert values == [[-1], [-1], [0], [1]]
+    assert join.labelling.level == "slice"
+    labels = read_labels(write("path,any\n049.nii,1\na/2.dcm,0\n"))
+    values, join = joined(labels)
+    assert values == [[-1], [0], [1], [1]]
+    assert join.labelling.level == "series"
+    labels = read_labels(write("path,any\n049.nii,1\n049.nii#2,1\n"))
+    with pytest.raises(DataError, match=r"two rows fit the file 'd/b/049\.nii#2'") as error:
+        joined(labels)
+    assert "as a whole or each of its slices" in error.value.hint
+
+
 def test_a_label_is_not_called_as_a_column(write):
     labels = read_labels(write("patient_id,x\n049,1\n"), "x=series_uid")
     with pytest.raises(DataError, match="a label is called 'series_uid', as a column of tables"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ich_keras.ct.tables import FRAME_MARK
 from ich_keras.data.csv_rows import FAULTS_SHOWN, excerpt, first_few
 from ich_keras.errors import DataError
 
@@ -46,9 +47,10 @@ def match(
             loosely, to several identifiers.
     """
     if key == PATH:
-        # A file of many slices is named as a whole.
         members = slices["member"].map(lambda name: f"/{name}" if name else "")
-        found = _by_path((slices["container"] + members).tolist(), keys, source)
+        files = (slices["container"] + members).tolist()
+        frames = slices["frame"].tolist() if "frame" in slices else [0] * len(slices)
+        found = _by_path(files, frames, keys, source)
     else:
         own = _identifiers(slices, key)
         if is_loose:
@@ -101,8 +103,13 @@ def _require_different_images(written: pd.Series, key: str, source: str) -> None
         )
 
 
-def _by_path(paths: Sequence[str], keys: Sequence[str], source: str) -> np.ndarray:
-    """Match the end of a file's path, or of the path of a folder around it."""
+def _by_path(
+    paths: Sequence[str], frames: Sequence[int], keys: Sequence[str], source: str
+) -> np.ndarray:
+    """Match the end of a file's path, or of the path of a folder around it.
+
+    A file of many slices is named as a whole, or each of its slices: "scan.nii.gz#12".
+    """
     rows: dict[tuple[str, ...], int] = {}
     for row, key in enumerate(keys):
         parts = _parts(key)
@@ -113,9 +120,16 @@ def _by_path(paths: Sequence[str], keys: Sequence[str], source: str) -> np.ndarr
     places: dict[int, set[tuple[str, ...]]] = {}
     of_folder: dict[tuple[str, ...], int] = {}
     found = np.full(len(paths), -1, np.int64)
-    for number, path in enumerate(paths):
+    for number, (path, frame) in enumerate(zip(paths, frames, strict=True)):
         parts = _parts(path)
         row, place = _ends(parts, rows, lengths, source), parts
+        if frame:
+            of_frame = (*parts[:-1], f"{parts[-1]}{FRAME_MARK}{frame}")
+            hit = _ends(of_frame, rows, lengths, source)
+            if hit >= 0 and row >= 0:
+                raise _two_rows(of_frame, source)
+            if hit >= 0:
+                row, place = hit, of_frame
         if row < 0:
             folder = parts[:-1]
             if folder not in of_folder:
@@ -145,11 +159,15 @@ def _ends(
     """Return the row whose path is the end of this one; -1 if none is."""
     fits = [rows[parts[-n:]] for n in lengths if n <= len(parts) and parts[-n:] in rows]
     if len(fits) > 1:
-        raise DataError(
-            f"{source}: two rows fit the file {excerpt('/'.join(parts[-3:]))}.",
-            "Name every file once.",
-        )
+        raise _two_rows(parts, source)
     return fits[0] if fits else -1
+
+
+def _two_rows(parts: tuple[str, ...], source: str) -> DataError:
+    return DataError(
+        f"{source}: two rows fit the file {excerpt('/'.join(parts[-3:]))}.",
+        "Name every file once, as a whole or each of its slices.",
+    )
 
 
 def _parts(path: str) -> tuple[str, ...]:
