@@ -346,6 +346,46 @@ def test_the_value_under_the_pointer(browser, own_page):
             )
 
 
+def test_the_value_under_a_marker_that_keys_move(browser, own_page):
+    hu = volume()
+
+    def tells(page, number, row, column):
+        text = f"{int(hu[number, row, column])} HU\nrow {row + 1}, column {column + 1}"
+        expect(page.locator("#under")).to_have_text(text.replace("-", "\u2212"))
+        return text.replace("-", "\u2212")
+
+    with opened(browser, own_page) as page:
+        drawn(page, 3)
+        stage, cross = page.locator("#stage"), page.locator("#cross")
+        expect(cross).to_be_hidden()
+        stage.press("l")  # where it begins: in the middle
+        tells(page, 3, ROWS // 2, COLUMNS // 2)
+        for key in ("l", "l", "i", "Shift+K", "Shift+J"):
+            stage.press(key)
+        row, column = ROWS // 2 - 1 + 10, COLUMNS // 2 + 2 - 10
+        said = tells(page, 3, row, column)
+        expect(page.locator("#spoken")).to_have_text(said)
+        box, at = page.locator("#canvas").bounding_box(), cross.bounding_box()
+        found = (
+            (at["x"] + at["width"] / 2 - box["x"]) / box["width"] * COLUMNS,
+            (at["y"] + at["height"] / 2 - box["y"]) / box["height"] * ROWS,
+        )
+        assert found == pytest.approx((column + 0.5, row + 0.5), abs=0.1)
+        stage.press("ArrowUp")  # it stays where it is in the next slice
+        tells(page, 4, row, column)
+        for _ in range(6):
+            stage.press("Shift+I")
+        tells(page, 4, 0, column)
+        stage.press("Escape")
+        expect(cross).to_be_hidden()
+        expect(page.locator("#under")).to_have_text("")
+        stage.press("k")
+        expect(cross).to_be_visible()
+        page.mouse.move(box["x"] + 0.5 * box["width"] / COLUMNS, box["y"] + 1)
+        expect(cross).to_be_hidden()  # the pointer counts again
+        assert "column 1" in page.locator("#under").text_content()
+
+
 def test_the_shape_follows_the_spacing(browser, own_page):
     """40 rows of 1 mm, 48 columns of 0.5 mm: the canvas is higher than wide."""
     with opened(browser, own_page) as page:

@@ -20,6 +20,7 @@
   const KEPT_BYTES = 64 * 2 ** 20; // unpacked slices and heat maps that stay in memory
   const AHEAD = 3; // slices on either side that are unpacked before they are asked for
   const PAGE = 5; // slices of PageUp and PageDown
+  const STRIDE = 10; // pixels of the marker with Shift
   const WHEEL = 50; // pixels of a wheel or trackpad per slice
   const FINGER = 10; // pixels of a finger per slice
   const MOST_CURVES = 12;
@@ -272,19 +273,51 @@
 
   /** @type {{x: number, y: number} | null} */
   let under = null; // the pointer, in the window
+  /** @type {{row: number, column: number} | null} */
+  let marked = null; // the pixel that keys have chosen
+  /** The pixel whose value is shown: that under the pointer, or the marked one. */
+  function probed() {
+    const { rows, columns } = canvasSize();
+    if (marked !== null) return marked;
+    if (under === null) return null;
+    const box = canvas.getBoundingClientRect();
+    const column = Math.floor(((under.x - box.left) / box.width) * columns);
+    const row = Math.floor(((under.y - box.top) / box.height) * rows);
+    return row >= 0 && row < rows && column >= 0 && column < columns ? { row, column } : null;
+  }
   function probe() {
+    const place = probed(), { rows, columns } = canvasSize(), cross = at("cross");
     let text = "";
-    if (under !== null && pixels !== null) {
-      const box = canvas.getBoundingClientRect(), { rows, columns } = canvasSize();
-      const column = Math.floor(((under.x - box.left) / box.width) * columns);
-      const row = Math.floor(((under.y - box.top) / box.height) * rows);
-      if (row >= 0 && row < rows && column >= 0 && column < columns) {
-        const hu = pixels[row * columns + column];
-        const sign = hu === HIGH_HU ? "\u2265 " : hu === LOW_HU ? "\u2264 " : "";
-        text = `${sign}${told(hu, 0)} HU\nrow ${row + 1}, column ${column + 1}`;
-      }
+    if (place !== null && pixels !== null) {
+      const hu = pixels[place.row * columns + place.column];
+      const sign = hu === HIGH_HU ? "\u2265 " : hu === LOW_HU ? "\u2264 " : "";
+      text = `${sign}${told(hu, 0)} HU\nrow ${place.row + 1}, column ${place.column + 1}`;
     }
     at("under").textContent = text;
+    cross.hidden = marked === null;
+    if (marked !== null) {
+      cross.style.left = `${(100 * (marked.column + 0.5)) / columns}%`;
+      cross.style.top = `${(100 * (marked.row + 0.5)) / rows}%`;
+    }
+    return text;
+  }
+
+  /** @param {number} down @param {number} right */
+  function move(down, right) {
+    const { rows, columns } = canvasSize();
+    const from = probed() || { row: Math.floor(rows / 2), column: Math.floor(columns / 2) };
+    const isNew = marked === null;
+    marked = isNew ? from : {
+      row: Math.min(rows - 1, Math.max(0, from.row + down)),
+      column: Math.min(columns - 1, Math.max(0, from.column + right)),
+    };
+    window.clearTimeout(speaking);
+    const text = probe();
+    speaking = window.setTimeout(() => (at("spoken").textContent = text), 400);
+  }
+  function unmark() {
+    marked = null;
+    probe();
   }
 
   /* The curve: probability along z */
@@ -416,6 +449,7 @@
     for (const element of document.querySelectorAll(".of-series")) {
       /** @type {HTMLElement} */ (element).hidden = element.id !== `series-${series}`;
     }
+    marked = null; // another series may have other pixels
     canvas.width = one.columns;
     canvas.height = one.rows;
     const wide = one.columns * one.column_mm, high = one.rows * one.row_mm;
@@ -455,9 +489,16 @@
     const keys = event.shiftKey ? windows : moves;
     let act = Object.hasOwn(keys, event.key) ? keys[event.key] : undefined;
     if (preset !== undefined) act = () => setWindow(preset.level, preset.width);
-    if (event.key.toLowerCase() === "h" && !at("heat-controls").hidden) {
-      act = () => heatBox.click();
-    }
+    const letter = event.key.toLowerCase();
+    if (letter === "h" && !at("heat-controls").hidden) act = () => heatBox.click();
+    const step = event.shiftKey ? STRIDE : 1;
+    /** @type {Object<string, () => void>} */
+    const marks = {
+      i: () => move(-step, 0), k: () => move(step, 0),
+      j: () => move(0, -step), l: () => move(0, step),
+    };
+    if (Object.hasOwn(marks, letter)) act = marks[letter];
+    if (event.key === "Escape" && marked !== null) act = unmark;
     if (act === undefined) return;
     event.preventDefault();
     act();
@@ -505,6 +546,7 @@
   /** @param {PointerEvent} event */
   function onMove(event) {
     under = { x: event.clientX, y: event.clientY };
+    marked = null;
     if (down.has(event.pointerId) && drag !== null) {
       down.set(event.pointerId, { x: event.clientX, y: event.clientY });
       const now = middle(), right = now.x - drag.x, below = now.y - drag.y;
