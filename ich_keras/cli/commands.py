@@ -8,6 +8,7 @@ from ich_keras.cli.data import audit, cache, doctor, index, phantom
 from ich_keras.cli.folds import folds
 from ich_keras.cli.pictures import compare, report, show
 from ich_keras.cli.results import evaluate, predict, presets, submission
+from ich_keras.cli.sequence import features
 from ich_keras.cli.train import train_main
 from ich_keras.cli.viewing import view
 from ich_keras.terminal import HELP, Group, catch_termination
@@ -29,6 +30,7 @@ for _command in (
     cache,
     train_main,
     folds,
+    features,
     evaluate,
     predict,
     view,

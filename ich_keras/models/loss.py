@@ -14,7 +14,8 @@ from ich_keras.models.options import LossSettings, require_in_range
 EPSILON = 1e-7
 
 
-def _is_missing(y_true: Any) -> Any:
+def is_missing(y_true: Any) -> Any:
+    """Tell which labels are missing: NaN, or below 0."""
     # Not "unless >= 0": XLA turns that into "< 0", which no NaN is.
     return ops.logical_or(ops.isnan(y_true), y_true < 0)
 
@@ -72,10 +73,10 @@ class BinaryCrossEntropy(keras.losses.Loss):
         """Return the loss of each sample: (labels, outputs), both float (N, 6), to float (N,)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
-        is_missing = _is_missing(y_true)
-        each = self.of_labels(ops.where(is_missing, 0.0, y_true), y_pred)
+        absent = is_missing(y_true)
+        each = self.of_labels(ops.where(absent, 0.0, y_true), y_pred)
         shares = ops.ones_like(each) if self.shares is None else self._tensor(self.shares, each)
-        shares = ops.where(is_missing, 0.0, shares)
+        shares = ops.where(absent, 0.0, shares)
         total = ops.sum(shares, axis=-1)
         return ops.sum(each * shares, axis=-1) / ops.where(total > 0, total, 1.0)
 
@@ -256,8 +257,8 @@ class CategoricalCrossEntropy(BinaryCrossEntropy):
         """Return the loss of each sample: (labels, outputs), both float (N, labels)."""
         self.require_outputs(y_pred.shape[-1])
         y_true = ops.cast(y_true, y_pred.dtype)
-        is_missing = ops.any(_is_missing(y_true), axis=-1, keepdims=True)
-        y_true = ops.where(is_missing, 0.0, y_true)
+        absent = ops.any(is_missing(y_true), axis=-1, keepdims=True)
+        y_true = ops.where(absent, 0.0, y_true)
         if self.from_logits:
             log_p = ops.log_softmax(y_pred, axis=-1)
         else:
