@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.breakdown import broken_down
+from ich_keras.context import Context, answers
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import series_labels, torn_series
@@ -20,7 +21,6 @@ from ich_keras.inference import (
     PATIENT_COLUMN,
     batches_of,
     load_run,
-    probabilities,
     probability_table,
 )
 from ich_keras.labels import UNLABELLED, LabelSet
@@ -140,7 +140,7 @@ def evaluate_network(
             "Evaluate with the labels of the training.",
         )
     members = run.split()
-    _require_members(members, split, cache)
+    require_members(members, split, cache)
     require_pixels(run, members, split, cache)
 
     indices = members.indices(cache.slices, split, labels)
@@ -156,11 +156,11 @@ def evaluate_network(
     samples = cache.samples(view)
     chosen = samples.of_rows(cache.slices, indices, split)
     batches = batches_of(recipe, cache, samples, chosen)
-    values = probabilities(model, batches, len(chosen), progress, step=f"evaluating {split}")
-
     assert samples.labels is not None  # a cache without labels has no members
     truth = samples.labels[chosen]
     scored = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
+    context = Context.load(run, labels, model)
+    values = answers(model, batches, scored, context, progress, f"evaluating {split}")
     # From only some of its slices, a series has neither a valid label nor a valid probability.
     is_whole = not series_of_rows(cache.slices, indices, labels)[1].any()
     smoothing, unsmoothed = None, values
@@ -296,7 +296,12 @@ def _series_table(series: pd.DataFrame, values: np.ndarray, labels: LabelSet) ->
     return pd.concat([table, pd.DataFrame(values, columns=list(labels.names))], axis=1)
 
 
-def _require_members(members: Split, split: str, cache: CTCache) -> None:
+def require_members(members: Split, split: str, cache: CTCache) -> None:
+    """Refuse a cache that lacks members of a split.
+
+    Raises:
+        StaleError: says how many, and names the first.
+    """
     known = pd.Index(cache.slices[members.key].unique())
     wanted = pd.Index(members.members[split])
     absent = wanted.difference(known)

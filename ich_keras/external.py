@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ich_keras.breakdown import broken_down
+from ich_keras.context import Context, answers
 from ich_keras.ct.tables import csv_text, patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.csv_rows import FAULTS_SHOWN, first_few
@@ -26,7 +27,7 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.evaluation import require_size
 from ich_keras.external_data import described, truth_of
 from ich_keras.files import atomic_write, require_absent, write_json
-from ich_keras.inference import batches_of, load_run, network_digest, probabilities, tapped
+from ich_keras.inference import batches_of, load_run, network_digest
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.levels import Level, choose, scored
 from ich_keras.metrics.aggregation import aggregate
@@ -110,7 +111,7 @@ def evaluate_external(
     common = common_labels(cache, labels)
     unseen = _require_unseen(run, cache)
     recipe, model = load_run(run, device)
-    domain = Domain.load(run, network_digest(model))
+    domain, context = Domain.load(run, network_digest(model)), Context.load(run, labels, model)
     view = recipe.inputs.view
     seen = averaged_cache(cache, rule)
     unlabelled = seen.cache.slices.drop(columns=list(cache.labels.names))
@@ -122,7 +123,7 @@ def evaluate_external(
         for level in _levels(run, cache, seen, labels, view, chosen, even)[0].values():
             _drawn(level, recalibrate, seed)
     found: list[np.ndarray] = []
-    values = _predict(model, seen.cache, recipe, samples, chosen, progress, domain, found)
+    values = _predict(model, seen.cache, recipe, samples, chosen, progress, domain, found, context)
     levels, tables = _levels(run, cache, seen, labels, view, chosen, values)
     if domain is not None:
         _add_domain(tables["series"], domain, seen.cache, view, chosen, np.concatenate(found))
@@ -239,19 +240,18 @@ def _predict(
     progress: Progress | None,
     domain: Domain | None,
     distances: list[np.ndarray],
+    context: Context | None,
 ) -> np.ndarray:
     """Return probabilities; `distances` receives those of the samples from the training."""
     batches = batches_of(recipe, cache, samples, chosen)
-    tap = take = None
+    table = cache.series if recipe.inputs.view.kind == "series" else cache.slices
+    take = None
     if domain is not None:
-        tap = tapped(model)
 
         def take(features: np.ndarray) -> None:
             distances.append(domain.sample_distances(features))
 
-    return probabilities(
-        model, batches, len(chosen), progress, step="evaluating", tap=tap, take=take
-    )
+    return answers(model, batches, table.iloc[chosen], context, progress, "evaluating", take)
 
 
 def _add_domain(

@@ -10,6 +10,7 @@ import numpy as np
 
 from ich_keras.answer_rules import USUAL_ERROR_RATE, OperatingPoint, answer_rules
 from ich_keras.answers import with_answers
+from ich_keras.context import Context
 from ich_keras.ct.rejects import (
     MAX_REJECTS,
     RefusedFolder,
@@ -50,6 +51,7 @@ from ich_keras.prediction_samples import (
     full_batches,
     inputs_of,
     judged,
+    places_of,
     sample_counts,
     series_groups,
 )
@@ -80,6 +82,7 @@ def predict_index(
     tta: Sequence[str] = (),
     domain: Domain | None = None,
     thin: ThinRule = AS_THEY_ARE,
+    context: Context | None = None,
 ) -> FolderPrediction:
     """Predict every slice or series of an index, reading the DICOM files as it goes.
 
@@ -102,6 +105,7 @@ def predict_index(
         tta: test-time augmentation; see `predict_folder`.
         domain: of the run; the distance of each series is then computed in the same pass.
         thin: what is done with thin series.
+        context: the sequence head of the run, if it has one.
 
     Raises:
         UsageError: the augmentation does not suit the view.
@@ -146,7 +150,7 @@ def predict_index(
         if progress is not None:
             progress(step, done + number, total)
 
-    tap = None if domain is None else tapped(model)
+    tap = None if domain is None and context is None else tapped(model)
     longest = max(map(len, rows.values()), default=0)
     done = sum(len(result.values) for result in results.values())
     with series_reading(inputs.cache_size, len(rows), longest, workers) as read:
@@ -180,11 +184,13 @@ def predict_index(
             )
             done += len(values)
             ends = np.cumsum([len(reading.usable) for reading in found])
+            if context is not None and len(values):
+                values = context.answer(values, np.concatenate(features), *places_of(found))
             predicted = [
                 dataclasses.replace(reading.result, values=part)
                 for reading, part in zip(found, np.split(values, ends[:-1]), strict=True)
             ]
-            if domain is not None and features:
+            if domain is not None and len(values):
                 own = np.split(np.concatenate(features), ends[:-1])
                 predicted = [
                     dataclasses.replace(one, distance=domain.distance(part)) if len(part) else one
@@ -329,6 +335,7 @@ def predict_folder(
                         tta,
                         member.domain,
                         rule,
+                        member.context,
                     )
                 require_few_rejects(index.slices, answer.rejects, max_rejects)
                 plain.append(with_paths_inside(answer, root))

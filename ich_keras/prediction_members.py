@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich_keras.context import Context
 from ich_keras.ct.rejects import nothing_usable
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.thin_series import SliceDistances
@@ -49,6 +50,7 @@ class Member:
         is_synthetic: whether it was trained on phantoms.
         domain: what its training series look like; None where it does not say.
         distances: how far apart their slices lie; None where it does not say.
+        context: its sequence head; None where it has none.
     """
 
     run: RunFolder
@@ -61,6 +63,7 @@ class Member:
     is_synthetic: bool
     domain: Domain | None
     distances: SliceDistances | None
+    context: Context | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return what its answers depend on, for the journal."""
@@ -73,6 +76,7 @@ class Member:
             "rule": self.rule,
             "smoothing": None if self.kernel == NO_SMOOTHING else self.kernel,
             "domain": None if self.domain is None else sha256_of(self.run.domain_file),
+            "context": None if self.context is None else self.context.digest,
         }
 
 
@@ -149,7 +153,11 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
             )
         is_synthetic = bool(run.data().get(SYNTHETIC))
         rule, kernel = run.rule(), run.smoothing()
-        facts = Domain.load(run, digest), run.slice_distances()
+        facts = (
+            Domain.load(run, digest),
+            run.slice_distances(),
+            Context.load(run, recipe.labels, model),
+        )
         members.append(
             Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, *facts)
         )

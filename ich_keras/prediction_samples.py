@@ -71,12 +71,14 @@ class SeriesReading:
         hu: int16 (slices, size, size), what could be read; of a thin series, averaged.
         samples: of these slices.
         usable: int (n,), the samples to predict.
+        positions_mm: float64 (n,), where their slices lie along the normal; () of whole series.
         result: as yet without probabilities.
     """
 
     hu: Any
     samples: Any
     usable: np.ndarray
+    positions_mm: np.ndarray
     result: SeriesResult
 
 
@@ -97,7 +99,7 @@ def judged(
     place = {path: row for row, path in enumerate(shown_paths(table))}
     rejects = [(place[path], code, detail, hint) for path, code, detail, hint, _ in bad]
     found = [row for row, is_read in enumerate(hashes) if is_read]
-    samples, usable = None, np.zeros(0, np.int64)
+    samples, usable, positions = None, np.zeros(0, np.int64), np.zeros(0)
     if found:
         seen = table.iloc[found]
         blocks = thin.blocks(seen["position_mm"], series.verdict)
@@ -106,6 +108,8 @@ def judged(
         alone = pd.DataFrame([series]).assign(num_slices=len(seen))
         samples = make_samples(seen, alone, view)
         usable = np.flatnonzero(samples.usable)
+        if view.kind != "series":
+            positions = seen["position_mm"].to_numpy(np.float64)[usable]
         if not len(usable):
             code, what = SKIPPED[view.why_skipped(series.verdict)]
             # The remaining files are rejects already.
@@ -115,7 +119,13 @@ def judged(
     result = SeriesResult(
         series.series_uid, times, tuple(hashes), tuple(rejects), nothing, flags=flags
     )
-    return SeriesReading(hu, samples, usable, result)
+    return SeriesReading(hu, samples, usable, positions, result)
+
+
+def places_of(readings: Sequence[SeriesReading]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the series, and the position in mm, of each slice to predict."""
+    numbers = np.repeat(np.arange(len(readings)), [len(one.usable) for one in readings])
+    return numbers, np.concatenate([one.positions_mm for one in readings])
 
 
 def series_samples(

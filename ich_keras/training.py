@@ -164,7 +164,7 @@ def train(
             training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
             training, course = replace(training, callbacks=own_ones), Course()
             fit(training, course, progress, tell)
-            _finish(run, recipe, cache, progress, tell, course)
+            finish(run, recipe, cache, progress, tell, course)
         finally:
             # Without a finished epoch there is nothing to resume or evaluate.
             if not run.is_interrupted and not run.is_finished:
@@ -257,7 +257,7 @@ def resume(
             tell(line)
         if not course.is_over(epochs):
             fit(training, course, progress, tell)
-        _finish(run, recipe, cache, progress, tell, course)
+        finish(run, recipe, cache, progress, tell, course)
     run.lock_file.unlink(missing_ok=True)
     return run.path
 
@@ -350,7 +350,7 @@ def _follow(training: Fit) -> Path:
     return training.run.path
 
 
-def _finish(
+def finish(
     run: RunFolder,
     recipe: Recipe,
     cache: CTCache,
@@ -358,7 +358,14 @@ def _finish(
     tell: Tell,
     course: Course,
 ) -> None:
-    """Evaluate the best weights and write the reports and the `.keras` file."""
+    """Evaluate the best weights and write the reports and the `.keras` file.
+
+    Args:
+        run: with its best weights, and all that is known before they are evaluated.
+        recipe, cache: of the training.
+        progress, tell: as in `train`.
+        course: of the training.
+    """
     from ich_keras.models.weights_file import read_weights
 
     if course.stopped is not None:

@@ -1,0 +1,269 @@
+"""A run with a sequence head: what it answers, everywhere, and what interrupts or mixes it up."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from narrow import preset_of
+
+from ich_keras import context_fitting
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.context import Context
+from ich_keras.context_fitting import ContextConfig, SeriesSet, choose_blend, series_set
+from ich_keras.context_training import train_context
+from ich_keras.errors import DivergedError, StaleError, UsageError
+from ich_keras.evaluation import evaluate
+from ich_keras.features import extract_features
+from ich_keras.inference import load_run
+from ich_keras.labels import SIX, LabelSet
+from ich_keras.models.sequence import SequenceSpec, sequence_head
+from ich_keras.models.spec import ModelSpec
+from ich_keras.prediction import predict_folder
+from ich_keras.run_folder import RunFolder
+from ich_keras.training import train
+from ich_keras.verification import verify
+
+SPEC = ModelSpec((32, 32, 3), depth=10, width=4)
+CONFIG = ContextConfig("conv", width=16, depth=1, epochs=3, batch_size=4, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("context")
+
+
+@pytest.fixture(scope="module")
+def slice_run(work, phantom_cache):
+    with preset_of("narrow", SPEC):
+        config = RunConfig(
+            preset="narrow",
+            data=DataConfig(size=32),
+            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
+            precision="float32",
+            device="cpu",
+        )
+        return train(config, phantom_cache, work / "slices")
+
+
+@pytest.fixture(scope="module")
+def features(work, slice_run, phantom_cache):
+    return extract_features(slice_run, phantom_cache, work / "features.h5")
+
+
+@pytest.fixture(scope="module")
+def run(work, features, phantom_cache):
+    return train_context(features, phantom_cache, work / "run", CONFIG)
+
+
+def answers_by_hand(run, features, cache, rows):
+    """Probabilities of slices, computed a series at a time from the two files of the context."""
+    record = json.loads((run / "context.json").read_text())
+    head = sequence_head(SequenceSpec(**record["spec"]), SIX, "logits")
+    head.load_weights(run / "context.weights.h5")
+    blend = np.array(record["blend"])
+    found = {}
+    for uid in cache.slices["series_uid"].iloc[rows].unique():
+        own = np.array(cache.series_rows(uid))
+        positions = cache.slices["position_mm"].to_numpy()[own]
+        inputs = {
+            "features": features.features[None, own],
+            "logits": features.logits[None, own],
+            "places_mm": (positions - positions[0])[None].astype(np.float32),
+            "mask": np.ones((1, len(own)), np.float32),
+        }
+        logits = np.asarray(head.predict_on_batch(inputs)["slices"])[0]
+        mixed = (1 - blend) * features.logits[own] + blend * logits
+        for row, one in zip(own, 1 / (1 + np.exp(-mixed)), strict=True):
+            found[row] = one
+    return np.stack([found[row] for row in rows])
+
+
+def test_its_predictions_are_those_of_both_together(run, features, phantom_cache):
+    table = pd.read_csv(run / "predictions-test.csv")
+    uids = pd.Index(phantom_cache.slices["sop_instance_uid"])
+    rows = uids.get_indexer(table["sop_instance_uid"])
+    expected = answers_by_hand(run, features, phantom_cache, rows)
+    columns = [f"unsmoothed_{name}" for name in SIX.names]
+    found = table[columns if columns[0] in table else list(SIX.names)].to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    record = json.loads((run / "context.json").read_text())
+    assert set(record["blend"]) <= {0, 0.25, 0.5, 0.75, 1}
+    assert record["num_series"]["train"] > record["num_series"]["valid"] > 0
+
+
+def test_prediction_gives_the_same_answers_as_evaluation(run, phantom_folder, tmp_path):
+    table = pd.read_csv(run / "predictions-test.csv").set_index("sop_instance_uid")
+    found = predict_folder(run, phantom_folder / "images", tmp_path / "out").slices
+    found = found.set_index("sop_instance_uid").loc[table.index]
+    raw = [f"raw_{name}" for name in SIX.names]
+    np.testing.assert_allclose(found[raw].to_numpy(), table[list(SIX.names)], atol=1e-4)
+
+
+def test_the_run_is_whole_and_evaluates_again_alike(run, phantom_cache, tmp_path):
+    assert RunFolder(run).is_finished
+    assert verify(run)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    content = bytearray((copy / "context.weights.h5").read_bytes())
+    content[-1] ^= 1
+    (copy / "context.weights.h5").write_bytes(content)
+    with pytest.raises(StaleError, match=r"context\.weights\.h5"):
+        verify(copy)
+    before = json.loads((run / "metrics-test.json").read_text())
+    again = evaluate(run, phantom_cache, "test")
+    assert again["slice"]["log_loss"] == pytest.approx(before["slice"]["log_loss"], rel=1e-6)
+
+
+def test_an_interrupted_training_resumes_bit_equal(
+    work, run, features, phantom_cache, tmp_path, monkeypatch
+):
+    out, told = tmp_path / "again", []
+
+    def stop(name):
+        if name == "context epoch 2":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_fitting.files, "fail_point", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_context(features, phantom_cache, out, CONFIG)
+    assert not out.exists()
+    with pytest.raises(StaleError, match="is of a training with other settings or features"):
+        train_context(features, phantom_cache, out, replace(CONFIG, seed=9))
+    train_context(features, phantom_cache, out, CONFIG, tell=told.append)
+    assert "Resuming after epoch 2." in told
+    texts = [(folder / "context.json").read_text() for folder in (run, out)]
+    assert json.loads(texts[0])["history"] == json.loads(texts[1])["history"]
+    tables = [(folder / "predictions-test.csv").read_bytes() for folder in (run, out)]
+    assert tables[0] == tables[1]
+    assert not list(tmp_path.glob("again.*"))
+
+
+def test_what_does_not_belong_together_is_refused(
+    work, slice_run, features, phantom_cache, run, tmp_path
+):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="exists"):
+        train_context(features, phantom_cache, run, CONFIG)
+    other = replace(features, record=replace(features.record, cache="f" * 64))
+    with pytest.raises(StaleError, match="features of another cache"):
+        train_context(other, phantom_cache, out, CONFIG)
+    other = replace(features, record=replace(features.record, network="f" * 64))
+    with pytest.raises(StaleError, match="features of another network than that of") as error:
+        train_context(other, phantom_cache, out, CONFIG)
+    assert "ich features --run" in error.value.hint
+    other = replace(features, record=replace(features.record, source=str(tmp_path / "gone")))
+    with pytest.raises(UsageError, match="gone, whose network made .*, is not there") as error:
+        train_context(other, phantom_cache, out, CONFIG)
+    assert "--run RUN" in error.value.hint
+    other = replace(features, record=replace(features.record, is_foreign=True))
+    with pytest.raises(UsageError, match="a network of others"):
+        train_context(other, phantom_cache, out, CONFIG)
+    assert not out.exists()
+
+
+def test_a_training_that_diverges_is_told(features, phantom_cache, tmp_path):
+    with pytest.raises(DivergedError, match="the training loss of epoch 1 is nan"):
+        train_context(
+            features, phantom_cache, tmp_path / "out", replace(CONFIG, learning_rate=1e30)
+        )
+
+
+def edited_run(run, tmp_path, **changes):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    record = json.loads((copy / "context.json").read_text()) | changes
+    (copy / "context.json").write_text(json.dumps(record))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "f" * 64}, "is of another network than that of"),
+        ({"labels": ["any"]}, "is of another labels than that of"),
+        ({"weights": "f" * 64}, "is lost or does not match its checksum"),
+        ({"schema": 7}, "has version 7; this one reads 1"),
+        ({"spec": {"kind": "rnn"}}, "damaged|no sequence head"),
+    ],
+)
+def test_a_context_that_was_changed_is_refused(run, tmp_path, changes, message):
+    copy = edited_run(run, tmp_path, **changes)
+    recipe, model = load_run(run)
+    with pytest.raises((StaleError, UsageError), match=message):
+        Context.load(RunFolder(copy), recipe.labels, model)
+    (copy / "context.json").unlink()
+    with pytest.raises(StaleError, match=r"has lost its context\.json"):
+        Context.load(RunFolder(copy), recipe.labels, model)
+
+
+def test_a_share_of_nothing_keeps_the_slice_networks_answers():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.01, 0.99, (7, 6)).astype(np.float32)
+    features = rng.normal(size=(7, 5)).astype(np.float32)
+    head = sequence_head(SequenceSpec("attention", 5, 4, 1), SIX, "logits")
+    places = ["a"] * 4 + ["b"] * 3, [0, 5, 10, 15, 0, 5, 10]
+    none = Context(head, SIX, np.zeros(6, np.float32), "").answer(values, features, *places)
+    np.testing.assert_allclose(none, values, rtol=1e-6)
+    # Untrained, the head gives the slice network's own logits.
+    whole = Context(head, SIX, np.ones(6, np.float32), "").answer(values, features, *places)
+    np.testing.assert_allclose(whole, values, rtol=1e-4)
+
+
+class Constant:
+    """A head that gives one logit for all."""
+
+    def __init__(self, logits):
+        self.logits = np.array(logits, np.float32)
+
+    def predict_on_batch(self, inputs):
+        shape = inputs["logits"].shape
+        return {
+            "slices": np.broadcast_to(self.logits, shape),
+            "series": np.broadcast_to(self.logits, (shape[0], shape[2])),
+        }
+
+
+def test_the_shares_are_those_with_the_lowest_log_loss():
+    labels = LabelSet(("right", "wrong", "unknown"))
+    truth = np.array([[1, 1, np.nan]] * 4, np.float32)
+    own = np.zeros((4, 3), np.float32)
+    sets = SeriesSet([(np.zeros((4, 2), np.float32), own, np.arange(4.0))], [truth], truth[:1])
+    blend, losses = choose_blend(Constant([3, -3, 3]), sets, labels)
+    assert blend.tolist() == [1, 0, 1]
+    assert losses["right"]["1"] == pytest.approx(np.log1p(np.exp(-3)), rel=1e-5)
+    assert losses["wrong"]["0"] == pytest.approx(np.log(2), rel=1e-6)
+    assert losses["unknown"] == {}
+
+
+def test_series_are_taken_whole_with_their_labels(features, phantom_cache):
+    rows = np.array(phantom_cache.series_rows(phantom_cache.series_uids[3]))
+    more = np.array(phantom_cache.series_rows(phantom_cache.series_uids[5]))[:-1]
+    found = series_set(features, phantom_cache, np.concatenate([rows, more]), SIX)
+    assert len(found) == 1  # the other is not whole
+    truth = phantom_cache.slices.iloc[rows][list(SIX.names)].to_numpy(np.float32)
+    np.testing.assert_array_equal(found.slices[0], truth)
+    np.testing.assert_array_equal(found.series[0], truth.max(0))
+    inputs, labels = found.batch(np.array([0]), "series")
+    assert np.isnan(labels["slices"]).all() and not np.isnan(labels["series"]).any()
+    inputs, labels = found.batch(np.array([0]), "slices")
+    assert np.isnan(labels["series"]).all()
+    assert inputs["mask"].sum() == len(rows) and inputs["mask"].shape[1] % 16 == 0
+    assert np.isnan(labels["slices"][0, len(rows) :]).all()
+
+
+BAD = {
+    "kind": ({"kind": "rnn"}, "no sequence head is called 'rnn'"),
+    "learn": ({"learn_from": "text"}, "learn_from is 'text'; expected one of both, slices, series"),
+    "epochs": ({"epochs": 0}, "epochs is 0; expected a whole number above 0"),
+    "rate": ({"learning_rate": -1}, "learning_rate"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD.values(), ids=BAD)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        ContextConfig(**settings)
