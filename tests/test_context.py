@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from narrow import preset_of
 
 from ich_keras import context_fitting
+from ich_keras.cli import sequence, train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.context import Context
 from ich_keras.context_fitting import ContextConfig, SeriesSet, choose_blend, series_set
@@ -19,7 +21,7 @@ from ich_keras.evaluation import evaluate
 from ich_keras.features import extract_features
 from ich_keras.inference import load_run
 from ich_keras.labels import SIX, LabelSet
-from ich_keras.models.sequence import SequenceSpec, sequence_head
+from ich_keras.models.sequence import KINDS, SequenceSpec, sequence_head
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.run_folder import RunFolder
@@ -267,3 +269,50 @@ BAD = {
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         ContextConfig(**settings)
+
+
+def ich_train(*options):
+    return CliRunner().invoke(train_main, [str(option) for option in options])
+
+
+def test_the_command(features, phantom_cache_folder, tmp_path):
+    out = tmp_path / "run"
+    data = "--features", features.path, "--cache", phantom_cache_folder
+    done = ich_train("--preset", "sequence_attention", *data, "--out", out, "--epochs", 1)
+    assert done.exit_code == 0, done.output
+    assert "epoch 1/1: training loss" in done.output
+    assert "Share of the head in the logits, chosen on validation: epidural" in done.output
+    assert RunFolder(out).is_finished
+    record = json.loads((out / "context.json").read_text())
+    assert record["config"]["kind"] == "attention" and record["config"]["learn_from"] == "both"
+
+
+BAD_OPTIONS = {
+    "no features": (["--preset", "sequence_gru"], "--features, which --preset sequence_gru needs,"),
+    "no preset": (["--features", "f.h5"], "--features given without --preset"),
+    "another preset": (
+        ["--features", "f.h5", "--preset", "resnet18_2d"],
+        "--features given with --preset resnet18_2d",
+    ),
+    "unknown": (
+        ["--features", "f.h5", "--preset", "sequence_rnn"],
+        "no sequence head is called 'sequence_rnn'. Hint: Known: sequence_gru, sequence_lstm",
+    ),
+    "others": (
+        ["--features", "f.h5", "--preset", "sequence_gru", "--size", "64", "--dicom", "d"],
+        "--size, --dicom given with --features: a head takes none of it",
+    ),
+    "learn from": (["--learn-from", "series"], "--learn-from is for sequence heads"),
+    "no cache": (["--features", "f.h5", "--preset", "sequence_gru"], "--cache is missing"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options_are_refused(options, message):
+    done = ich_train(*options)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_the_command_knows_the_kinds():
+    assert sequence.KINDS == KINDS

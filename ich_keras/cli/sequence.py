@@ -1,11 +1,114 @@
-"""Commands of sequence heads: features."""
+"""Sequence heads: the command that computes features, and `ich-train --features`."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ich_keras.cli.options import BACKEND, DEVICE, FOLDER, RUN
-from ich_keras.terminal import Command, open_terminal
+from ich_keras.cli.configuration import names_of
+from ich_keras.cli.options import BACKEND, DEVICE, FOLDER, RUN, required
+from ich_keras.errors import UsageError
+from ich_keras.labels import LabelSource
+from ich_keras.terminal import Command, open_terminal, terminal_width
+
+# `sequence_gru`, ...: the kinds of `ich_keras.models.sequence`, which a test compares: it imports
+# Keras, which would slow down `--help`.
+PREFIX = "sequence_"
+KINDS = ("gru", "lstm", "conv", "transformer", "attention")
+FEATURES = click.option(
+    "--features",
+    type=FOLDER,
+    metavar="FILE",
+    help="From `ich features`: train a sequence head on them, --preset "
+    + ", ".join(f"{PREFIX}{kind}" for kind in KINDS)
+    + ". RUN then answers with both networks.",
+)
+LEARN_FROM = click.option(
+    "--learn-from",
+    type=click.Choice(["both", "slices", "series"]),
+    help="With --features: the labels that the head learns from; default: both.",
+)
+# Options of a training -> settings of a head's.
+_SETTINGS = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "seed": "seed",
+}
+
+
+def is_head(preset: str | None) -> bool:
+    """Return whether a preset is a sequence head."""
+    return preset is not None and preset.startswith(PREFIX)
+
+
+def train_head(
+    features: Path | None,
+    learn_from: str | None,
+    cache_dir: Path | None,
+    labels: LabelSource | None,
+    out: Path | None,
+    options: dict[str, Any],
+    others: dict[str, Any],
+) -> None:
+    """Train a sequence head, as `ich-train --preset sequence_gru --features FILE` asks.
+
+    Args:
+        features, learn_from, cache_dir, labels, out: as given.
+        options: those of the training and of the device.
+        others: further ones, none of which a head takes.
+
+    Raises:
+        UsageError: an option lacks, is unknown, or is not for heads.
+    """
+    preset = options.pop("preset")
+    path = required(features, f"--features, which --preset {preset} needs,")
+    if preset is None or not is_head(preset):
+        raise UsageError(
+            f"--features given with --preset {preset}."
+            if preset
+            else "--features given without --preset.",
+            f"Name a sequence head: {', '.join(PREFIX + kind for kind in KINDS)}.",
+        )
+    kind = preset.removeprefix(PREFIX)
+    if kind not in KINDS:
+        known = ", ".join(PREFIX + one for one in KINDS)
+        raise UsageError(f"no sequence head is called {preset!r}.", f"Known: {known}.")
+    backend, device = options.pop("backend"), options.pop("device")
+    settings = {ours: options.pop(name) for name, ours in _SETTINGS.items()}
+    given = names_of(options | others)
+    if given:
+        raise UsageError(
+            f"{given} given with --features: a head takes none of it.",
+            "Leave it out; "
+            + ", ".join("--" + name.replace("_", "-") for name in _SETTINGS)
+            + " are for heads, too.",
+        )
+    from ich_keras.environment import choose_backend
+
+    choose_backend(backend)
+    from ich_keras.context_fitting import ContextConfig
+    from ich_keras.context_training import train_context
+    from ich_keras.summary import run_summary
+    from ich_keras.workflow import open_cache
+
+    settings |= {"kind": kind, "learn_from": learn_from}
+    config = ContextConfig(**{name: one for name, one in settings.items() if one is not None})
+    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    cache = open_cache(required(cache_dir, "--cache"), labels)
+    with open_terminal() as terminal:
+        train_context(
+            path,
+            cache,
+            out,
+            config,
+            device=device,
+            progress=terminal.progress,
+            tell=terminal.tell,
+        )
+        terminal.tell(run_summary(out, terminal_width()))
 
 
 @click.command(cls=Command)

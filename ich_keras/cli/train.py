@@ -1,9 +1,6 @@
 """`ich train`, also installed as `ich-train`: training, resuming and the demo."""
 
-import contextlib
-import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +22,10 @@ from ich_keras.cli.options import (
     share_of_rejects,
 )
 from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus, require_more_alone
+from ich_keras.cli.resuming import how_to_resume, resume_training
+from ich_keras.cli.sequence import FEATURES, LEARN_FROM, is_head, train_head
 from ich_keras.cli.training_options import training_options
-from ich_keras.errors import EnvironmentProblem, UsageError
+from ich_keras.errors import UsageError
 from ich_keras.labels import LabelSource
 from ich_keras.launching import run_ranks
 from ich_keras.ranks import Rank, this_rank
@@ -59,6 +58,8 @@ if TYPE_CHECKING:
 @click.option("--out", type=FOLDER, metavar="RUN", help="New run folder; default: runs/DATE-TIME.")
 @click.option("--config", "config_file", type=FOLDER, metavar="JSON", help="A run's config.json.")
 @training_options
+@FEATURES
+@LEARN_FROM
 @click.option(
     "--resume",
     type=FOLDER,
@@ -110,6 +111,8 @@ def train_main(
     any_body_part: bool,
     any_image_type: bool,
     gpus: int | None,
+    features: Path | None,
+    learn_from: str | None,
     **options: Any,
 ) -> None:
     """Train a classifier, keep its best weights and evaluate them.
@@ -139,6 +142,8 @@ def train_main(
         )
     if not rank.is_alone:
         require_data(plan, resume is None and dicom is None and cache_dir is None)
+    if learn_from is not None and features is None:
+        raise UsageError("--learn-from is for sequence heads.", "Add --features, or leave it out.")
     others: dict[str, Any] = {
         "config": config_file,
         "download": download or None,
@@ -147,12 +152,17 @@ def train_main(
         "demo_plan": demo_plan,
         "max_rejects": max_rejects,
     }
+    if features is not None or is_head(options["preset"]):
+        others |= {"dicom": dicom, "resume": resume, "plan": plan or None, "gpus": gpus}
+        others |= {"tensorboard": tensorboard, "more_epochs": more_epochs, "workers": workers}
+        train_head(features, learn_from, cache_dir, labels, out, options, others)
+        return
     if resume is not None:
         device = options.pop("device")
         others |= {"dicom": dicom, "workers": workers, "plan": plan or None}
         others |= {"out": out} if more_epochs is None else {}
         more = None if more_epochs is None else (more_epochs, required(out, "--out"))
-        _resume(resume, cache_dir, labels, device, options | others, more, tensorboard)
+        resume_training(resume, cache_dir, labels, device, options | others, more, tensorboard)
         return
     config, reset = run_config(config_file, options)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -254,7 +264,7 @@ def _train(
         if is_plan:
             _show_costs(preparation, terminal)
             return
-        with _how_to_resume(out, labels, terminal):
+        with how_to_resume(out, labels, terminal):
             log = None if tensorboard is None else tensorboard_callback(tensorboard)
             preparation.train(None, workers, terminal.progress, terminal.tell, log)
         terminal.tell(run_summary(out, terminal_width()))
@@ -302,87 +312,6 @@ def _demo(out: Path, config: "RunConfig", plan: str | None, workers: int) -> Non
         terminal.tell(f"Run folder: {result.run_dir}  ({seconds:.0f} s)")
 
 
-def _resume(
-    run_dir: Path,
-    cache_dir: Path | None,
-    labels: LabelSource | None,
-    device: str | None,
-    options: dict[str, Any],
-    more: tuple[int, Path] | None,
-    tensorboard: Path | None,
-) -> None:
-    """Resume a training; with (epochs, new run), train a finished one for more epochs."""
-    from ich_keras.environment import choose_backend, choose_device
-    from ich_keras.extension import train_more
-    from ich_keras.files import require_absent
-    from ich_keras.run_edits import require_unedited
-    from ich_keras.run_folder import RunFolder
-    from ich_keras.summary import run_summary
-    from ich_keras.training import cache_of, resume
-    from ich_keras.workflow import cache_beside, open_cache
-
-    given = names_of(options)
-    if given:
-        raise UsageError(
-            f"{given} given with --resume: the run's own configuration holds.",
-            "Leave it out, or start a new training.",
-        )
-    if more is None:
-        require_unedited(RunFolder(run_dir).require_interrupted())
-    else:
-        RunFolder(run_dir).require_finished()
-    cache_dir = cache_dir or cache_of(run_dir) or cache_beside(run_dir)
-    if not cache_dir.exists():
-        raise UsageError(
-            f"the cache {cache_dir} does not exist.",
-            "Give the cache's new place with --cache.",
-        )
-    cached = open_cache(cache_dir, labels)
-    with open_terminal(is_silent=not this_rank().is_first) as terminal:
-        out = run_dir if more is None else require_absent(more[1])
-        with _how_to_resume(out, labels, terminal):
-            log = None
-            if tensorboard is not None:
-                recipe = RunFolder(run_dir).recipe()
-                choose_backend(recipe.backend)  # now: the callback imports Keras
-                choose_device(device or recipe.device)
-                log = tensorboard_callback(tensorboard)
-            others = device, terminal.progress, terminal.tell
-            if more is None:
-                resume(run_dir, cached, *others, callbacks=log)
-            else:
-                train_more(run_dir, cached, out, more[0], *others, callbacks=log)
-        if this_rank().is_first:
-            terminal.tell(run_summary(out, terminal_width()))
-
-
-@contextlib.contextmanager
-def _how_to_resume(run_dir: Path, labels: LabelSource | None, terminal: Terminal) -> Iterator[None]:
-    """When a training is interrupted, say which command resumes it.
-
-    By Ctrl-C or SIGTERM, or by something of the machine: a worker that died, a full disk, memory.
-    """
-    from ich_keras.run_folder import RunFolder
-
-    try:
-        yield
-    except _ENDINGS as error:
-        if RunFolder(run_dir).is_interrupted:
-            words = ["ich-train", "--resume", str(run_dir)]
-            words += [] if labels is None else labels.words()
-            rank = this_rank()
-            words += [] if rank.is_alone else ["--gpus", str(rank.of)]
-            terminal.warn(f"To resume: {shlex.join(words)}")
-        elif isinstance(error, KeyboardInterrupt | SystemExit):
-            terminal.warn("No epoch was finished: start the training again.")
-        raise
-
-
-# Of a training, though nothing is wrong with it: its state is whole.
-_ENDINGS = (
-    *(KeyboardInterrupt, SystemExit, BrokenPipeError),
-    *(EnvironmentProblem, MemoryError, RuntimeError),
-)
 _DEMO_OPTIONS = ("seed", "backend", "device")
 
 
