@@ -17,7 +17,6 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.seeds import sample_seed
 from ich_keras.data.views import series_of_rows
 from ich_keras.errors import DivergedError, StaleError, UsageError
-from ich_keras.features import SliceFeatures
 from ich_keras.labels import LabelSet
 from ich_keras.metrics.logits import logits_of, probabilities_of
 from ich_keras.models.options import require_in_range
@@ -28,6 +27,7 @@ from ich_keras.models.sequence import (
     sequence_losses,
 )
 from ich_keras.progress import Progress, Tell
+from ich_keras.slice_features import SliceFeatures
 
 LEARN_FROM = ("both", "slices", "series")
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -21,12 +21,12 @@ from ich_keras.course import Course
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import require_members, require_pixels
-from ich_keras.features import SliceFeatures
 from ich_keras.inference import load_run, network_digest
 from ich_keras.keras_settings import require_trainable_settings
 from ich_keras.labels import LabelSet
 from ich_keras.progress import Progress, Tell
 from ich_keras.run_folder import RunFolder
+from ich_keras.slice_features import SliceFeatures
 from ich_keras.training import finish
 
 # Of the slice network's run: what its training was, not what was made of it.

@@ -11,19 +11,15 @@ from click.testing import CliRunner
 from untrained_runs import untrained_run
 
 from ich_keras import features as room
+from ich_keras import slice_features
 from ich_keras.cli import main
 from ich_keras.data.batches import slab_batches, slice_batches
 from ich_keras.errors import DataError, EnvironmentProblem, StaleError, UsageError
-from ich_keras.features import (
-    FeatureRecord,
-    ForeignNetwork,
-    SliceFeatures,
-    extract_features,
-    extract_foreign_features,
-)
+from ich_keras.features import ForeignNetwork, extract_features, extract_foreign_features
 from ich_keras.inference import load_run
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.spec import ModelSpec
+from ich_keras.slice_features import FeatureRecord, SliceFeatures
 
 SPEC = ModelSpec((32, 32, 3), depth=10, width=4)
 SLAB = ModelSpec(
@@ -49,6 +45,7 @@ def run(tmp_path_factory, cache):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+    monkeypatch.setattr(slice_features, "BLOCK", 16)
     monkeypatch.setattr(room, "BLOCK", 16)
 
 
@@ -194,7 +191,8 @@ def test_damaged_and_foreign_files_are_refused(whole, tmp_path):
         file["features"][:] = np.nan
         features, logits = file["features"][:], file["logits"][:]
         file["crc32"][:] = [
-            room._crc(features, logits, rows) for _, rows in room._blocks(len(whole))
+            slice_features.crc_of(features, logits, rows)
+            for _, rows in slice_features.blocks(len(whole))
         ]
 
     with pytest.raises(DataError, match="rows of features or logits are not finite"):

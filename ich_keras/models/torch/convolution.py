@@ -16,6 +16,8 @@ Operation = Callable[[Values, Tensors], torch.Tensor]
 
 # Pixels of a slice up to which slices are not made channels.
 _SMALL_IMAGE = 16
+# Of these on, oneDNN's gradient of a strided 1x1 kernel is right: a block of AVX512's.
+_SAFE_CHANNELS = 16
 
 
 def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -> Operation:
@@ -37,7 +39,7 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
     def conv2d(values: Values, tensors: Tensors) -> torch.Tensor:
         x, weight = cast(values[source], dtype), cast(tensors[kernel], dtype)
         weight = weight.permute(3, 2, 0, 1)
-        return F.conv2d(x, weight, shift(tensors), stride, padding, dilation)
+        return _conv2d(x, weight, shift(tensors), stride, padding, dilation)
 
     if len(size) == 2:
         return conv2d
@@ -55,8 +57,8 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
             weight = tensors[kernel].permute(4, 0, 1, 2, 3)[:, middle]
             weight = cast(weight, dtype).permute(0, 3, 1, 2)
             if x.dim() == 4:
-                return F.conv2d(x, weight, shift(tensors), *within)
-            slices = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)
+                return _conv2d(x, weight, shift(tensors), *within)
+            slices = _conv2d(x.transpose(1, 2).flatten(0, 1), weight, shift(tensors), *within)
             return slices.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         x = deep(x)
         if dilation[0] == 1 and _is_worth_unrolling(x, size[0]):
@@ -64,7 +66,7 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
             weight = _unrolled(weight, x.shape[2], stride[0], padding[0])
             slices = weight.shape[0] // layer.filters
             shifts = None if bias is None else cast(tensors[bias], dtype).repeat(slices)
-            x = F.conv2d(as_channels(x), weight, shifts, *within)
+            x = _conv2d(as_channels(x), weight, shifts, *within)
             return shallow(x.unflatten(1, (slices, -1)).transpose(1, 2))
         if num_interleaved(x):
             # Once for all that read it: each would keep a copy of its own.
@@ -76,6 +78,27 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
         return shallow(F.conv3d(x, weight, shift(tensors), stride, inside, dilation))
 
     return conv3d
+
+
+def _conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> torch.Tensor:
+    """Convolve in 2D, without an error of oneDNN that corrupts memory.
+
+    Its gradient of a strided 1x1 kernel on fewer than eight channels that come last (AVX2; torch
+    2.14) writes beyond its workspace: wrong gradients without a word with several threads, a crash
+    with one. Pixels that the stride skips are left out before; the values are the same. See
+    https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    is_point = tuple(weight.shape[2:]) == (1, 1) and not any(padding)
+    if is_point and max(stride) > 1 and x.shape[1] < _SAFE_CHANNELS and x.device.type == "cpu":
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
 def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int, ...]) -> bool:
