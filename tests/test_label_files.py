@@ -277,6 +277,8 @@ def test_columns_that_are_not_used_are_told(write):
     labels = read_labels(write("PatientID,a,b,c,fold,site,e,f\nx,1,0,1,0,1,1,1\n"), "a=any")
     told = "columns not used: 'b'; 'c'; 'fold'; 'site'; 'e'; and 1 more;"
     assert told in str(labels)
+    labels = read_labels(write(f"{PHYSIONET}\n49,1,0,0,0,0,0,1,0\n"))
+    assert "columns not used: 'Fracture_Yes_No';" in str(labels)
     assert "not used" not in str(read_labels(write("PatientID,any\nx,1\n")))
 
 

@@ -168,7 +168,9 @@ def _table(
     if kind.startswith("PhysioNet"):
         slice_number = [plain(name) for name in header].index("slicenumber")
     key = columns.key if slice_number is None else "place"
-    found = LabelRows(path, columns.labels, key, kind, tuple(columns.owners), columns.ignored)
+    place = None if slice_number is None else header[slice_number].strip()
+    unused = [name for name in columns.ignored if name != place]
+    found = LabelRows(path, columns.labels, key, kind, tuple(columns.owners), unused)
     found.is_loose = slice_number is not None
     found.is_any_derived = True
     for line, row in _rows(reader, len(header), found):
