@@ -130,7 +130,7 @@ def test_resuming_counts_what_is_already_there(begun, phantom_cache, tmp_path, f
         resume(run, phantom_cache)
     assert run.is_interrupted
     free(space.num_bytes - there)
-    monkeypatch.setattr("ich_keras.training._finish", lambda *_: None)
+    monkeypatch.setattr("ich_keras.training.finish", lambda *_: None)
     resume(run, phantom_cache)
     assert checkpoints.states_of(run.state_folder)[0][0] == 2
 

@@ -168,7 +168,7 @@ def test_states_of_older_versions_have_no_record(run, phantom_cache, monkeypatch
     del state["settings"]
     checkpoints.write_state(folder, state)
     edit(run.config_file, "fit", "epochs", to=9)
-    monkeypatch.setattr(training, "_finish", lambda *_: None)
+    monkeypatch.setattr(training, "finish", lambda *_: None)
     resume(run, phantom_cache)
 
 

@@ -116,7 +116,7 @@ def finished(ended, tmp_path) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Trainings end after their last epoch: nothing is evaluated."""
-    monkeypatch.setattr(training, "_finish", lambda *_: None)
+    monkeypatch.setattr(training, "finish", lambda *_: None)
 
 
 def flip(path: Path, offset: int) -> None:

@@ -33,7 +33,7 @@ def in_float64(path: str, patch=setattr) -> None:
     patch(classifier, "DTYPE", "float64")
     patch(fitting, "_keep_best", lambda *_: None)
     patch(fitting, "save_state", dump)
-    patch(training, "_finish", lambda *_: None)
+    patch(training, "finish", lambda *_: None)
 
 
 def failing(kind: str) -> None:
