@@ -165,7 +165,10 @@ def test_fit_save_load(name, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     # Loaded without our steps, and so without folded normalisation: equal up to rounding.
     reloaded = np.asarray(loaded.predict_on_batch(images))
-    np.testing.assert_allclose(reloaded, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    # A group of two nearly equal values divides by nearly nothing: in float64, too, an input moved
+    # by 1e-7 moves these answers by 1e-4.
+    close = 3e-3 if TINY[name].norm == "group" else 1e-5
+    np.testing.assert_allclose(reloaded, expected, rtol=1e-4, atol=close * np.abs(expected).max())
     other = classifier(TINY[name], output="logits")
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(np.asarray(other.predict_on_batch(images)), expected)

@@ -96,7 +96,8 @@ def _conv2d(
     https://github.com/uxlfoundation/oneDNN/issues/6035.
     """
     is_point = tuple(weight.shape[2:]) == (1, 1) and not any(padding)
-    if is_point and max(stride) > 1 and x.shape[1] < _SAFE_CHANNELS and x.device.type == "cpu":
+    is_narrow = x.shape[1] < _SAFE_CHANNELS and x.device.type == "cpu"
+    if is_point and is_narrow and max(stride) > 1 and weight.requires_grad:
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation)
 
