@@ -434,6 +434,21 @@ def test_the_curve_leads_to_a_slice(browser, own_page):
         assert parts == [4, 3]
 
 
+def test_zones_of_other_distances_are_one_curve_and_lost_slices_none(browser, tmp_path):
+    path = tmp_path / "page.html"
+    # 4 mm below and 8 mm above, as many scanners do; the slice at 40 mm is lost.
+    along = [0, 4, 8, 12, 20, 28, 36, 52, 60]
+    part = answered(picture=picture(volume(), along))
+    path.write_text(study_page("Head CT", [part], PRESETS, maps_method="Grad-CAM"))
+    with opened(browser, path) as page:
+        wait_until_drawn(page)
+        lengths = page.locator("polyline.chosen").evaluate_all(
+            "found => found.map((one) => one.getAttribute('points').split(' ').length)"
+        )
+        assert lengths == [7, 2]
+        expect(page.locator("line.dot.chosen")).to_have_count(0)
+
+
 def test_slices_to_look_at_first_are_buttons(browser, own_page):
     with opened(browser, own_page) as page:
         drawn(page, 3)

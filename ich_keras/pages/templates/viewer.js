@@ -24,7 +24,7 @@
   const WHEEL = 50; // pixels of a wheel or trackpad per slice
   const FINGER = 10; // pixels of a finger per slice
   const MOST_CURVES = 12;
-  const GAP = 1.5; // of the usual distance: no line joins slices farther apart
+  const GAP = 1.5; // of the distances beside: no line joins slices farther apart
   const SVG = "http://www.w3.org/2000/svg";
 
   /** @param {string} id @returns {any} */
@@ -340,14 +340,18 @@
    * @param {(number | null)[]} values @returns {[number, number][][]} */
   function partsOf(values) {
     const along = facts.series[chosen].along_mm;
-    const distances = along.slice(1).map((mm, place) => mm - along[place]).sort((a, b) => a - b);
-    const usual = distances[Math.floor(distances.length / 2)];
+    // Many heads are thin below and thick above: what is usual is told by the distances beside.
+    const distances = along.slice(1).map((mm, place) => mm - along[place]);
+    const usual = distances.map((own, place) => {
+      const beside = [distances[place - 1], distances[place + 1]].filter((mm) => mm !== undefined);
+      return beside.length > 0 ? Math.max(...beside) : own;
+    });
     /** @type {[number, number][][]} */
     const parts = [];
     let last = -2; // the slice of the last point
     values.forEach((value, slice) => {
       if (value === null) return;
-      const isNext = last === slice - 1 && along[slice] - along[last] <= GAP * usual;
+      const isNext = last === slice - 1 && distances[last] <= GAP * usual[last];
       if (!isNext) parts.push([]);
       parts[parts.length - 1].push([1000 * share(slice), 100 * (1 - value)]);
       last = slice;
