@@ -679,7 +679,10 @@ def test_tables_of_answers_fit(browser, tmp_path, width):
     """Also with the longest label; words of usual length stay whole."""
     names = [*SIX.names, "x" * 64]
     part = answered(
-        answers=[Answer(name, 0.5, 0.25, "unsure", "unsure") for name in names],
+        answers=[
+            Answer(name, 0.5, 0.25, "yes" if name in SIX.names else "unsure", "unsure")
+            for name in names
+        ],
         curves={},
         first=[],
         shown="any",
