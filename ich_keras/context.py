@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from ich_keras.errors import DataError, StaleError
+from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, sha256_of, write_json
 from ich_keras.inference import network_digest, probabilities, tapped
 from ich_keras.labels import LabelSet
@@ -72,14 +72,14 @@ class Context:
             spec = SequenceSpec(**record["spec"])
             blend = np.array(record["blend"], np.float32)
             names, of = list(record["labels"]), record["network"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise StaleError(f"{path} is damaged ({error}).", _COPY) from error
         if schema != SCHEMA:
             raise StaleError(f"{path} has version {schema}; this one reads {SCHEMA}.")
         network = network_digest(model)
         if of != network or names != list(labels.names):
-            what = "network" if of != network else "labels"
-            raise StaleError(f"{path} is of another {what} than that of {run}.", _COPY)
+            what = "another network than that" if of != network else "other labels than those"
+            raise StaleError(f"{path} is of {what} of {run}.", _COPY)
         weights = run.path / WEIGHTS
         if not weights.is_file() or sha256_of(weights) != checksum:
             raise StaleError(f"{weights} is lost or does not match its checksum.", _COPY)

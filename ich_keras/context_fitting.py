@@ -19,7 +19,7 @@ from ich_keras.data.views import series_of_rows
 from ich_keras.errors import DivergedError, StaleError, UsageError
 from ich_keras.labels import LabelSet
 from ich_keras.metrics.logits import logits_of, probabilities_of
-from ich_keras.models.options import require_in_range
+from ich_keras.models.options import require_in_range, require_whole
 from ich_keras.models.sequence import (
     SequenceSpec,
     adapt_features,
@@ -68,10 +68,8 @@ class ContextConfig:
             raise UsageError(
                 f"learn_from is {self.learn_from!r}; expected one of {', '.join(LEARN_FROM)}."
             )
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-                raise UsageError(f"{name} is {value!r}; expected a whole number above 0.")
+        require_whole("epochs", self.epochs, 1, 100_000)
+        require_whole("batch_size", self.batch_size, 1, 100_000)
         require_in_range("learning_rate", self.learning_rate)
         require_in_range("weight_decay", self.weight_decay)
 

@@ -79,7 +79,8 @@ def train_context(
     labels = _require_fitting(features, source, network, recipe.labels, cache)
     sets = {part: _split_set(source, part, features, cache, labels) for part in ("train", "valid")}
     partial = out.with_name(f"{out.name}.partial")
-    with files.lock(out.with_name(f"{out.name}.lock"), is_kept=False):
+    # Not OUT.lock, which may be a file of the user's.
+    with files.lock(out.with_name(f"{out.name}.partial.lock"), is_kept=False):
         partial.mkdir(parents=True, exist_ok=True)
         head, facts = fit_head(sets, config, labels, features, partial, progress, tell)
         blend, losses = choose_blend(head, sets["valid"], labels)
@@ -88,7 +89,7 @@ def train_context(
         for name in _COPIED:
             if (source.path / name).is_file():
                 shutil.copy2(source.path / name, partial / name)
-        facts |= {"blend_log_loss": losses, "trained_on": "valid chose epoch and shares"}
+        facts |= {"blend_log_loss": losses, "chosen_on": "valid"}
         spec = config.spec(features.record.width)
         write_context(partial, head, spec, labels, blend, network, facts)
         (partial / STATE).unlink(missing_ok=True)

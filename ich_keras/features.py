@@ -237,7 +237,8 @@ def _computed(
     """Compute what lacks, block by block, and give the finished file its name."""
     files.require_absent(out)
     partial = out.with_name(f"{out.name}.partial")
-    with files.lock(out.with_name(f"{out.name}.lock"), is_kept=False):
+    # Not OUT.lock, which may be a file of the user's.
+    with files.lock(out.with_name(f"{out.name}.partial.lock"), is_kept=False):
         if not partial.exists():
             first = answer(np.arange(min(BLOCK, record.count)))[0]
             create(partial, replace(record, width=int(first.shape[1])))

@@ -186,16 +186,16 @@ def edited_run(run, tmp_path, **changes):
     ("changes", "message"),
     [
         ({"network": "f" * 64}, "is of another network than that of"),
-        ({"labels": ["any"]}, "is of another labels than that of"),
+        ({"labels": ["any"]}, "is of other labels than those of"),
         ({"weights": "f" * 64}, "is lost or does not match its checksum"),
         ({"schema": 7}, "has version 7; this one reads 1"),
-        ({"spec": {"kind": "rnn"}}, "damaged|no sequence head"),
+        ({"spec": {"kind": "rnn"}}, "is damaged .*no sequence head is called"),
     ],
 )
 def test_a_context_that_was_changed_is_refused(run, tmp_path, changes, message):
     copy = edited_run(run, tmp_path, **changes)
     recipe, model = load_run(run)
-    with pytest.raises((StaleError, UsageError), match=message):
+    with pytest.raises(StaleError, match=message):
         Context.load(RunFolder(copy), recipe.labels, model)
     (copy / "context.json").unlink()
     with pytest.raises(StaleError, match=r"has lost its context\.json"):
@@ -260,7 +260,7 @@ def test_series_are_taken_whole_with_their_labels(features, phantom_cache):
 BAD = {
     "kind": ({"kind": "rnn"}, "no sequence head is called 'rnn'"),
     "learn": ({"learn_from": "text"}, "learn_from is 'text'; expected one of both, slices, series"),
-    "epochs": ({"epochs": 0}, "epochs is 0; expected a whole number above 0"),
+    "epochs": ({"epochs": 0}, "epochs is 0; expected a whole number 1 to 100000"),
     "rate": ({"learning_rate": -1}, "learning_rate"),
 }
 

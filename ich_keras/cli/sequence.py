@@ -29,14 +29,8 @@ LEARN_FROM = click.option(
     type=click.Choice(["both", "slices", "series"]),
     help="With --features: the labels that the head learns from; default: both.",
 )
-# Options of a training -> settings of a head's.
-_SETTINGS = {
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "seed": "seed",
-}
+# Options of a training that are a head's, too.
+_SETTINGS = ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
 
 
 def is_head(preset: str | None) -> bool:
@@ -77,7 +71,7 @@ def train_head(
         known = ", ".join(PREFIX + one for one in KINDS)
         raise UsageError(f"no sequence head is called {preset!r}.", f"Known: {known}.")
     backend, device = options.pop("backend"), options.pop("device")
-    settings = {ours: options.pop(name) for name, ours in _SETTINGS.items()}
+    settings = {name: options.pop(name) for name in _SETTINGS}
     given = names_of(options | others)
     if given:
         raise UsageError(

@@ -123,6 +123,18 @@ def require_choice(
         raise UsageError(f"{place or name} is {value!r}; expected one of {', '.join(known)}.")
 
 
+def require_whole(name: str, value: object, least: int, most: int) -> None:
+    """Refuse what is no whole number within a range.
+
+    Raises:
+        UsageError: with the range.
+
+    >>> require_whole("depth", 2, 1, 16)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UsageError(f"{name} is {value!r}; expected a whole number {least} to {most}.")
+
+
 def require_in_range(name: str, value: float, place: str = "") -> None:
     """Refuse a number that a setting does not take; NaN is refused everywhere.
 

@@ -31,13 +31,12 @@ from keras import layers, ops
 from ich_keras.errors import UsageError
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.loss import BinaryCrossEntropy, CategoricalCrossEntropy, is_missing
-from ich_keras.models.options import require_choice
+from ich_keras.models.options import require_choice, require_whole
 
 KINDS = ("gru", "lstm", "conv", "transformer", "attention")
-SLICES, SERIES = OUTPUTS = ("slices", "series")
-FEATURES, LOGITS, PLACES, MASK = INPUTS = ("features", "logits", "places_mm", "mask")
+SLICES, SERIES = "slices", "series"
+FEATURES, LOGITS, PLACES, MASK = "features", "logits", "places_mm", "mask"
 DTYPE = "float32"
-MAX_LENGTH = 4096
 _NORMALISED = "normalised"
 _NEAR_MM, _FAR_MM = 10.0, 100.0  # units of the distances to neighbours, and to the middle
 _MOST_NEAR = 5.0  # of these units: beyond, a neighbour is far away and no more
@@ -79,9 +78,7 @@ class SequenceSpec:
             ("depth", 1, 16),
             ("heads", 1, 64),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise UsageError(f"{name} is {value!r}; expected a whole number {least} to {most}.")
+            require_whole(name, getattr(self, name), least, most)
         if self.width % 2:
             raise UsageError(f"width is {self.width}; expected an even number.")
         if self.kind == "transformer" and self.width % self.heads:
