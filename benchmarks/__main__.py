@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.cases import CASES, MONAI, OURS, PLAIN, STOCK
+from benchmarks.report.jobs import TASKS
 from ich_keras.processes import usable_cores, usable_threads
 from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
@@ -196,6 +197,12 @@ RESUME = click.option(
     help="Go on with this report; default: the newest unfinished one of this machine and versions.",
 )
 FRESH = click.option("--fresh", "is_fresh", is_flag=True, help="Begin a new report in any case.")
+ONLY = click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(TASKS),
+    help="Only this part; may be given again. HOWTO.md says what the parts are.",
+)
 REPORT_OUT = click.option(
     "--out",
     type=PathType(),
@@ -221,6 +228,7 @@ def _patients(default: int) -> Any:
 @THREADS
 @RESUME
 @FRESH
+@ONLY
 @REPORT_OUT
 def gpu(**options: Any) -> None:
     """Measure the report on a GPU: slices, slabs and series; HOWTO.md says what.
@@ -238,6 +246,7 @@ def gpu(**options: Any) -> None:
 @THREADS
 @RESUME
 @FRESH
+@ONLY
 @REPORT_OUT
 def cpu(**options: Any) -> None:
     """Measure the report on the processor; see gpu."""

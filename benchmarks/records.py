@@ -28,7 +28,7 @@ class Place:
         device: name of the processor or GPU.
         threads: threads of torch on the CPU.
         python: version of Python; then versions of packages, "" where one is absent.
-        date: when the run began, ISO 8601.
+        date: when the run began, or the row was measured; ISO 8601.
     """
 
     device: str
@@ -55,7 +55,7 @@ def describe_place(device: str, threads: int) -> Place:
         python=platform.python_version(),
         ich_keras=__version__,
         **{package: _version(package) for package in _PACKAGES},
-        date=datetime.now().isoformat(timespec="seconds"),
+        date=now(),
     )
 
 
@@ -90,13 +90,26 @@ def write_csv(path: Path, rows: list[Any], place: Place) -> None:
     Args:
         path: the file; replaced as a whole.
         rows: dataclasses of one kind; their fields are the columns, followed by those of the place.
+            A row that has a date keeps it.
     """
     stream = io.StringIO(newline="")
-    full = [asdict(row) | asdict(place) for row in rows]
-    writer = csv.DictWriter(stream, list(full[0]), lineterminator="\n")
+    shared = asdict(place)
+    full = [asdict(row) | shared | _own_date(row) for row in rows]
+    columns = [*(name for name in full[0] if name not in shared), *shared]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: cell(value) for name, value in row.items()} for row in full)
     atomic_write(path, stream.getvalue())
+
+
+def now() -> str:
+    """Return the date and time of this second, ISO 8601."""
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def _own_date(row: Any) -> dict[str, str]:
+    date = getattr(row, "date", "")
+    return {"date": date} if date else {}
 
 
 def cell(value: object) -> str:

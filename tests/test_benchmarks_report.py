@@ -277,7 +277,7 @@ def test_shares_are_of_the_same_precision_and_device():
 
 
 def test_rows_come_back_from_the_file(tmp_path):
-    rows = measured()
+    rows = [replace(row, date=PLACE.date) for row in measured()]
     report = report_of(tmp_path, rows)
     assert report.place == PLACE and report.kind == "cpu"
     for before, after in zip(rows, report.rows, strict=True):
@@ -332,6 +332,7 @@ def test_two_reports_are_compared_number_by_number(tmp_path):
     assert [
         "steps",
         "series",
+        "series",
         OURS,
         "bfloat16",
         "train",
@@ -344,6 +345,7 @@ def test_two_reports_are_compared_number_by_number(tmp_path):
     assert [
         "memory",
         "slice",
+        "slice",
         OURS,
         "bfloat16",
         "train",
@@ -353,11 +355,9 @@ def test_two_reports_are_compared_number_by_number(tmp_path):
         "MiB",
         "1.00",
     ] in cells
-    assert ["ceilings", "n", "", "", "copy", "", "100", "400", "GB/s", "4.00"] in cells
-    assert any(
-        line.startswith("Only in A (3): feed DICOM files ours train; feed cache") for line in lines
-    )
-    assert "Only in B (1): steps slice MONAI bfloat16 train 60" in lines
+    assert ["ceilings", "", "n", "", "", "copy", "", "100", "400", "GB/s", "4.00"] in cells
+    assert any(line.startswith("Only in A (3): feed slice DICOM files ours") for line in lines)
+    assert "Only in B (1): steps slice slice MONAI bfloat16 train 60" in lines
     result = CliRunner().invoke(main, ["compare", str(one.path), str(other.path)])
     assert result.exit_code == 0 and result.output.strip() == compared(one, other)
 
@@ -808,29 +808,77 @@ def test_worker_processes_are_timed_on_the_same_batches():
     from ich_keras.processes import usable_cores
 
     rows = tiny_job("workers")
-    assert [(row.view, row.case) for row in rows] == [
-        (view, f"batches, augmentation {name}")
+    assert [(row.view, row.case, row.workers) for row in rows] == [
+        (view, f"batches, augmentation {name}", workers)
         for view in ("slice", "slab", "series")
         for name in ("none", *AUGMENTATIONS)
+        for workers in (0, min(usable_cores(), 8))
     ]
-    assert {row.workers for row in rows} == {min(usable_cores(), 8)}
     for row in rows:
         assert row.slices_per_s == pytest.approx(1e3 / row.ms_median)
+    alone, together = rows[:2]
+    assert alone.steps == together.steps
+    assert alone.key != together.key, "`compare` must not mix them up"
 
 
-def test_the_table_of_the_loader_has_one_core_and_all(tmp_path):
-    from benchmarks.report.tables import loader_table
+def test_the_table_of_workers_has_one_process_and_all(tmp_path):
+    from benchmarks.report.tables import loader_table, workers_table
 
     rows = measured()
-    table = loader_table(report_of(tmp_path / "one", rows))
-    assert "worker processes" not in table
-    (alone,) = (r for r in rows if r.section == "loader" and "fast" in r.case and r.view == "slab")
-    assert alone.slices_per_s == 200
-    both = replace(alone, section="workers", workers=3, slices_per_s=550.0)
-    lines = loader_table(report_of(tmp_path / "all", [*rows, both])).splitlines()
-    assert lines[0].endswith("| slices/s of 3 worker processes |")
-    assert "| batches, augmentation fast | slab | 200 | 60 | 550 |" in lines
-    assert "| batches, augmentation fast | slice | 200 | 60 |  |" in lines
+    (loaded,) = (r for r in rows if r.section == "loader" and "fast" in r.case and r.view == "slab")
+    both = replace(loaded, section="workers", workers=3, slices_per_s=550.0)
+    alone = replace(both, workers=0, slices_per_s=220.0)
+    report = report_of(tmp_path / "all", [*rows, alone, both])
+    lines = workers_table(report).splitlines()
+    assert lines[0] == "| stage | view | one process | 3 worker processes | ratio |"
+    assert lines[2:] == ["| batches, augmentation fast | slab | 220 | 550 | 2.50 |"]
+    assert "| batches, augmentation fast | slab | 200 | 60 |" in loader_table(report).splitlines()
+    older = workers_table(report_of(tmp_path / "older", [*rows, both]))
+    assert older.splitlines()[2:] == ["| batches, augmentation fast | slab |  | 550 |  |"]
+
+
+@on_torch
+def test_a_row_keeps_the_date_of_its_measurement(tmp_path, monkeypatch):
+    from benchmarks.report.page import page
+
+    rows = [replace(row, date="2026-11-30T10:00:00") for row in measured()]
+    later = replace(rows[-1], section="workers", workers=2, date="2026-12-01T09:00:00")
+    report = report_of(tmp_path, [*rows, later])
+    assert report.place.date == "2026-11-30T10:00:00"
+    assert report.rows[-1].date == "2026-12-01T09:00:00"
+    assert report.later_days == {"2026-12-01": ["workers"]}
+    assert "(workers: 2026-12-01)" in page([report])
+    made, clock, _ = campaign(tmp_path, monkeypatch, {})
+    monkeypatch.setattr(campaigns, "now", lambda: "2026-12-02T00:00:00")
+    made.run(JOBS, seconds=100, clock=clock)
+    assert {row.date for row in read_report(made.path).rows} == {"2026-12-02T00:00:00"}
+
+
+@on_torch
+def test_a_report_of_the_loader_alone_has_its_own_table_and_no_empty_column(tmp_path):
+    from benchmarks.report.page import page
+
+    full = report_of(tmp_path / "full", measured())
+    loaded = [r for r in measured() if r.section in ("loader", "workers")]
+    alone = report_of(tmp_path / "alone", loaded)
+    alone = replace(alone, place=replace(alone.place, device="Another CPU"))
+    text = page([alone, full])
+    glance, _, rest = text.partition("## Beside others")
+    assert "Another CPU" not in glance and "One core each, Another CPU" in rest
+
+
+def test_only_the_wanted_part_is_measured(tmp_path, monkeypatch):
+    ran = []
+
+    def run(self, jobs, seconds, clock):
+        ran.extend(job.task for job in jobs)
+        self.rows = measured()
+        self._write()
+
+    monkeypatch.setattr(campaigns.Campaign, "run", run)
+    monkeypatch.setattr(campaigns, "examine", lambda *_: campaigns.Machine(PLACE, "float32"))
+    conduct("cpu", 1, 1, 2, tmp_path, None, True, True, lambda _: None, ("workers", "loader"))
+    assert ran == ["loader", "workers"]
 
 
 @on_torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Place, file_name, write_csv
+from benchmarks.records import Place, file_name, now, write_csv
 from benchmarks.report.children import Child
 from benchmarks.report.jobs import CEILINGS, CPU, Job, jobs_of
 from benchmarks.report.measurement import (
@@ -137,7 +137,7 @@ class Campaign:
         return [*options, "--patients", str(self.patients), *tiny]
 
     def _keep(self, job: Job, found: dict[str, Any]) -> None:
-        row = Measurement(kind=self.kind, job=job.name, patients=self.patients, **found)
+        row = Measurement(kind=self.kind, job=job.name, patients=self.patients, date=now(), **found)
         self.rows.append(with_shares(row, self.rows))
         self._write()
 
@@ -156,6 +156,7 @@ class Campaign:
                 ms_median=None if seconds is None else seconds * 1e3,
                 patients=self.patients,
                 note=note,
+                date=now(),
             )
         )
         self._write()
@@ -255,6 +256,7 @@ def conduct(
     is_fresh: bool,
     is_tiny: bool,
     tell: Tell,
+    only: tuple[str, ...] = (),
 ) -> Path:
     """Measure a report, or go on with one.
 
@@ -269,6 +271,7 @@ def conduct(
         is_fresh: begin a new file, even if there is an unfinished one.
         is_tiny: a trial.
         tell: called with each line for the user.
+        only: tasks of `benchmarks.report.jobs`; () runs all jobs.
 
     Returns:
         The CSV.
@@ -284,7 +287,7 @@ def conduct(
     # Times taken side by side mean nothing.
     with files.lock(folder / ".report.lock", is_kept=False):
         machine = examine("cpu" if kind == CPU else "cuda", threads)
-        jobs = jobs_of(kind, machine.precision)
+        jobs = [job for job in jobs_of(kind, machine.precision) if not only or job.task in only]
         name = file_name(TINY_STEM if is_tiny else STEM, machine.place, "")
         report = None
         if resume is not None:

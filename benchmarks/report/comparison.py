@@ -12,7 +12,8 @@ _VALUES = (
     ("tflops", "TFLOP/s", 1.0),
     ("gb_per_s", "GB/s", 1.0),
 )
-_HEADER = ("section", "case", "variant", "precision", "what", "batch", "A", "B", "unit", "B / A")
+_KEY = ("section", "view", "case", "variant", "precision", "what", "batch")
+_HEADER = (*_KEY, "A", "B", "unit", "B / A")
 _MOST_NAMES = 12
 
 

@@ -18,6 +18,7 @@ CEILINGS, STEPS, MEMORY, LOADER, WORKERS, FEED, SWEEP = (
     "feed",
     "sweep",
 )
+TASKS = (CEILINGS, STEPS, MEMORY, LOADER, WORKERS, FEED, SWEEP)
 FLOAT32, TF32, BFLOAT16 = "float32", "TF32", "bfloat16"
 # Where training takes its batches from.
 READY, FROM_CACHE, FROM_DICOM = "ready tensors", "cache", "DICOM files"

@@ -95,7 +95,8 @@ def loader(job: Job, conditions: Conditions) -> Iterator[Found]:
 
 
 def workers(job: Job, conditions: Conditions) -> Iterator[Found]:
-    """Time the whole loader with a worker process for each core."""
+    """Time the whole loader with a worker process for each core, and one process beside them."""
+    torch.set_num_threads(1)  # each of the worker processes has one, too
     count = min(usable_cores(), _MOST_WORKERS)
     repeats = 1 if conditions.is_tiny else _REPEATS
     with tempfile.TemporaryDirectory() as name:
@@ -109,24 +110,19 @@ def workers(job: Job, conditions: Conditions) -> Iterator[Found]:
             indices = np.resize(
                 np.flatnonzero(samples.usable), batch * count * (2 if conditions.is_tiny else 10)
             )
-            passes = {
-                batches_with(augment): partial(
-                    _exhaust,
-                    view_batches(
-                        cache,
-                        view,
-                        indices,
-                        batch,
-                        seed=0,
-                        augment=augment,
-                        samples=samples,
-                        workers=count,
-                    ),
-                )
-                for augment in (None, *AUGMENTATIONS)
-            }
-            found = _rows(job, kind, passes, len(indices) * per_sample, repeats, "cpu")
-            yield from (row | {"workers": count} for row in found)
+            make = partial(view_batches, cache, view, indices, batch, seed=0, samples=samples)
+            for augment in (None, *AUGMENTATIONS):
+                # They take turns, so that their ratio does not depend on the day.
+                passes = {
+                    str(number): partial(_exhaust, make(augment=augment, workers=number))
+                    for number in (0, count)
+                }
+                slices = len(indices) * per_sample
+                timings = harness.alternate(passes, repeats, steps=slices)
+                for number, timing in timings.items():
+                    row = _row(job, kind, batches_with(augment), timing, slices, repeats)
+                    what = {} if int(number) else {"what": "load, one process"}
+                    yield row | what | {"workers": int(number)}
 
 
 def _rows(
@@ -140,14 +136,20 @@ def _rows(
     stopwatch = harness.stopwatch_of(device)
     timings = harness.alternate(stages, repeats, steps=slices, stopwatch=stopwatch)
     for name, timing in timings.items():
-        yield {
-            "section": job.task,
-            "view": view,
-            "case": name,
-            "what": "load",
-            **times(timing, slices, repeats),
-            "slices_per_s": 1e3 / timing.median,
-        }
+        yield _row(job, view, name, timing, slices, repeats)
+
+
+def _row(
+    job: Job, view: str, case: str, timing: harness.Timing, slices: int, repeats: int
+) -> Found:
+    return {
+        "section": job.task,
+        "view": view,
+        "case": case,
+        "what": "load",
+        **times(timing, slices, repeats),
+        "slices_per_s": 1e3 / timing.median,
+    }
 
 
 def _each(function: Callable[[Any], Any], items: list) -> Callable[[], None]:

@@ -32,13 +32,13 @@ class Measurement:
         what: "train", "predict", ...; of a job "done", "failed" or "left out".
         input_shape: of a sample.
         batch: samples per step.
-        workers: processes that make batches.
+        workers: processes that make batches; 0 makes them in the process that asks.
         steps: per timed run.
         repeats: timed runs.
         ms_median: milliseconds per step; then quartiles and extremes.
         samples_per_s: of the median.
         slices_per_s: those samples times their slices; of the loader, per core; of
-            "workers", by all of them together.
+            "workers", by all of them together, and by one process that took turns with them.
         kept_bytes_per_sample: between forward and backward pass; see `harness.saved_bytes`.
         peak_bytes: that a step adds to the built network, in a fresh process. On a GPU: memory
             allocated by torch; on a CPU: resident memory of the process.
@@ -51,6 +51,7 @@ class Measurement:
         joules_per_1000_slices: of the device, where it tells.
         patients: how many patients' voxels a batch of `steps` holds.
         note: what a reader must know.
+        date: when it was measured, ISO 8601; "" until it is kept.
     """
 
     kind: str
@@ -84,11 +85,12 @@ class Measurement:
     joules_per_1000_slices: float | None = None
     patients: int = 1
     note: str = ""
+    date: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
         """What two runs must share for their numbers to be comparable."""
-        parts = (self.section, self.case, self.variant, self.precision, self.what)
+        parts = (self.section, self.view, self.case, self.variant, self.precision, self.what)
         return (*parts, "" if self.batch is None else str(self.batch))
 
 
@@ -104,6 +106,18 @@ class Report:
     def kind(self) -> str:
         """Return "cpu" or "gpu"."""
         return self.rows[0].kind
+
+    @property
+    def later_days(self) -> dict[str, list[str]]:
+        """Return what was measured on other days than the first row: day -> sections."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            day = row.date[:10]
+            if day and day != self.place.date[:10] and row.section != JOB:
+                found.setdefault(day, [])
+                if row.section not in found[day]:
+                    found[day].append(row.section)
+        return found
 
     def find(self, **wanted: Any) -> list[Measurement]:
         """Return the rows whose fields have these values, in the file's order."""

@@ -15,7 +15,7 @@ from benchmarks.report.findings import (
     slices_of,
     step,
 )
-from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, SWEEP, jobs_of
+from benchmarks.report.jobs import CPU, FEED, GPU, LOADER, STEPS, SWEEP, WORKERS, jobs_of
 from benchmarks.report.measurement import DONE, FAILED, LEFT_OUT, STEM, Report, read_report
 from benchmarks.report.networks import MAIN, samples_per_patient
 from benchmarks.report.tables import (
@@ -25,6 +25,7 @@ from benchmarks.report.tables import (
     number,
     ratios_table,
     steps_table,
+    workers_table,
 )
 from ich_keras.files import atomic_write
 
@@ -99,9 +100,14 @@ def write_page(results: Path, out: Path) -> list[Path]:
 def _shown(reports: list[Report]) -> list[Report]:
     """Return one report of each kind: those that have figures and tables of their own."""
     first: dict[str, Report] = {}
-    for report in reports:
+    for report in [*_with_steps(reports), *reports]:
         first.setdefault(report.kind, report)
     return list(first.values())
+
+
+def _with_steps(reports: list[Report]) -> list[Report]:
+    """Return those with a network's times: a report may hold the loader alone."""
+    return [report for report in reports if report.find(section=STEPS)]
 
 
 def page(reports: list[Report]) -> str:
@@ -115,7 +121,7 @@ def page(reports: list[Report]) -> str:
     parts += ["## At a glance", _glance(reports)]
     parts += _figures(shown)
     parts += ["## Beside others", *_steps(shown)]
-    parts += ["## From the file to the batch", *_loading(shown)]
+    parts += ["## From the file to the batch", *_loading(reports)]
     parts += ["## The largest batches", *_batches(shown)]
     parts += ["## The thesis's times", thesis_table(reports)]
     parts += ["## What is missing", *_missing(reports)]
@@ -131,7 +137,10 @@ def _not_measured(measured: set[str]) -> list[str]:
 
 def _source(report: Report) -> str:
     name = report.path.name
-    return f"{described(report.place)}: [the file](results/{name})"
+    later = "".join(
+        f" ({', '.join(sections)}: {day})" for day, sections in report.later_days.items()
+    )
+    return f"{described(report.place)}{later}: [the file](results/{name})"
 
 
 def _sentence(shown: list[Report]) -> str:
@@ -163,8 +172,8 @@ def _second_sentence(shown: list[Report]) -> str:
 
 def _glance(reports: list[Report]) -> str:
     """Return the first table: devices beside each other, measured and computed."""
-    columns = [*reports]
-    kinds = {report.kind for report in reports}
+    columns = _with_steps(reports)
+    kinds = {report.kind for report in columns}
     titles = [f"{report.place.device}, measured" for report in columns]
     absent = [f"{name}, measured" for kind, name in KINDS.items() if kind not in kinds]
     computed = computed_table()
@@ -182,7 +191,7 @@ def _glance(reports: list[Report]) -> str:
         " computed at the roof, the most that such a card can do, and no expectation.\n\n"
         f"{computed.note}"
     )
-    sources = [f"- {_source(report)}, {fast_precision(report)}" for report in reports]
+    sources = [f"- {_source(report)}, {fast_precision(report)}" for report in columns]
     return "\n".join([markdown(header, rows), "", notes, *([""] if sources else []), *sources])
 
 
@@ -223,14 +232,19 @@ def _steps(shown: list[Report]) -> list[str]:
     return parts + _not_measured({report.kind for report in shown})
 
 
-def _loading(shown: list[Report]) -> list[str]:
+def _loading(reports: list[Report]) -> list[str]:
     parts = []
-    for report in shown:
+    for report in reports:
         if report.find(section=LOADER):
             parts.append(f"One core each, {_source(report)}.\n\n{loader_table(report)}")
+        if report.find(section=WORKERS):
+            parts.append(
+                f"Worker processes in turns with one process, {_source(report)}."
+                f"\n\n{workers_table(report)}"
+            )
         if report.find(section=FEED):
             parts.append(f"Training (`{OURS}`) from each source.\n\n{feed_table(report)}")
-    measured = {r.kind for r in shown if r.find(section=LOADER) and r.find(section=FEED)}
+    measured = {r.kind for r in reports if r.find(section=LOADER) and r.find(section=FEED)}
     return parts + _not_measured(measured)
 
 

@@ -128,21 +128,33 @@ def _step(report: Report, row: Measurement) -> tuple[str, ...]:
 
 
 def loader_table(report: Report) -> str:
-    """Return the stages from a file to a batch: slices per second of a core, and of all."""
-    header = ["stage", "view", "slices/s", f"cores for {HUNGRY:,} slices/s"]
-    together = {(row.case, row.view): row for row in report.find(section=WORKERS)}
-    if together:
-        counts = {row.workers for row in together.values()}
-        header.append(f"slices/s of {' or '.join(map(str, sorted(counts)))} worker processes")
+    """Return the stages from a file to a batch: slices per second of a core."""
+    header = ("stage", "view", "slices/s", f"cores for {HUNGRY:,} slices/s")
     rows = []
     for row in report.find(section=LOADER):
         rate = row.slices_per_s or 0
-        cells = [row.case, row.view, number(rate), number(HUNGRY / rate) if rate else ""]
-        if together:
-            beside = together.get((row.case, row.view))
-            cells.append(number(beside.slices_per_s or 0) if beside else "")
-        rows.append(tuple(cells))
-    return markdown(tuple(header), rows)
+        rows.append((row.case, row.view, number(rate), number(HUNGRY / rate) if rate else ""))
+    return markdown(header, rows)
+
+
+def workers_table(report: Report) -> str:
+    """Return the slices per second of worker processes together, beside those of one process.
+
+    Reports of older versions lack the process beside them.
+    """
+    found = report.find(section=WORKERS)
+    counts = sorted({row.workers for row in found if row.workers})
+    title = f"{' or '.join(map(str, counts))} worker processes"
+    rows = []
+    for row in found:
+        if not row.workers or not row.slices_per_s:
+            continue
+        alone = report.first(section=WORKERS, case=row.case, view=row.view, workers=0)
+        cells = ["", ""]
+        if alone and alone.slices_per_s:
+            cells = [number(alone.slices_per_s), f"{row.slices_per_s / alone.slices_per_s:.2f}"]
+        rows.append((row.case, row.view, cells[0], number(row.slices_per_s), cells[1]))
+    return markdown(("stage", "view", "one process", title, "ratio"), rows)
 
 
 def feed_table(report: Report) -> str:
