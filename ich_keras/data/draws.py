@@ -91,17 +91,29 @@ def draw(
     stream = random.Random()  # one, seeded again and again: making one takes as long
     draws.flips[:, 0] = _coins(stream, seeds, FLIP_PROBABILITY)
     if not flips_only:
-        draws.flips[:, 1] = _coins(stream, step_seeds(seeds, 1), FLIP_PROBABILITY)
-        for number, seed in enumerate(step_seeds(seeds, 2)):
+        for_flips, for_moves, for_light = step_seeds(seeds, (1, 2, 3))
+        draws.flips[:, 1] = _coins(stream, for_flips, FLIP_PROBABILITY)
+        moved: list[int] = []
+        matrices: list[float] = []
+        for number, seed in enumerate(for_moves):
             stream.seed(seed)
             if stream.random() < AFFINE_PROBABILITY:
-                draws.is_moved[number] = True
-                draws.matrices[number] = _draw_matrix(stream, side)
-        for number, seed in enumerate(step_seeds(seeds, 3)):
+                moved.append(number)
+                matrices += _draw_matrix(stream, side)
+        changed: list[int] = []
+        contrast: list[float] = []
+        brightness: list[float] = []
+        for number, seed in enumerate(for_light):
             stream.seed(seed)
             if stream.random() < BRIGHTNESS_PROBABILITY:
-                draws.contrast[number] = 1 + stream.uniform(-MAX_CONTRAST, MAX_CONTRAST)
-                draws.brightness[number] = stream.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS)
+                changed.append(number)
+                contrast.append(1 + stream.uniform(-MAX_CONTRAST, MAX_CONTRAST))
+                brightness.append(stream.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS))
+        # Once for all samples: filling an array one number at a time takes as long as drawing it.
+        draws.is_moved[moved] = True
+        draws.matrices[moved] = np.array(matrices, np.float64).reshape(-1, 2, 3)
+        draws.contrast[changed] = contrast
+        draws.brightness[changed] = brightness
     if may_reverse:
         # A stream of its own, so that the other changes do not depend on this one.
         drawn = [np.random.default_rng([seed, 1]).random() for seed in seeds]
@@ -117,8 +129,8 @@ def _coins(stream: random.Random, seeds: Sequence[int], probability: float) -> l
     return coins
 
 
-def _draw_matrix(stream: random.Random, side: int) -> tuple[tuple[float, ...], ...]:
-    """Draw shift, scale and rotation in the order of albumentations' `Affine`."""
+def _draw_matrix(stream: random.Random, side: int) -> tuple[float, ...]:
+    """Draw shift, scale and rotation in the order of albumentations' `Affine`: two rows."""
     shift = [int(stream.uniform(-MAX_SHIFT, MAX_SHIFT) * side) for _ in "xy"]
     for _ in "xy":
         stream.random()  # shear, whose range is empty
@@ -128,4 +140,4 @@ def _draw_matrix(stream: random.Random, side: int) -> tuple[tuple[float, ...], .
     middle = side / 2 - 0.5
     x = middle + shift[0] - (cos + sin) * middle
     y = middle + shift[1] - (cos - sin) * middle
-    return (cos, sin, x), (-sin, cos, y)
+    return cos, sin, x, -sin, cos, y

@@ -4,11 +4,30 @@ Every draw is a pure function of (seed, epoch, index): batches do not depend on 
 worker processes, and a resumed training sees what an uninterrupted one would have seen.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 _WORD = 2**32
+_HALF = np.uint32(16)
+_POOL = 4
+_TARGETS = [[target for target in range(_POOL) if target != source] for source in range(_POOL)]
+
+
+def _constants() -> list[np.ndarray]:
+    """Return the constants of SeedSequence's hashes: of the first four, then of three by source.
+
+    Each hash takes a constant and its successor, and the next hash begins with that successor.
+    """
+    constants = [0x43B0D7E5]
+    for _ in range(_POOL * _POOL):
+        constants.append(constants[-1] * 0x931E8875 % _WORD)
+    ends = [(0, _POOL)] + [(_POOL + 3 * k, _POOL + 3 * (k + 1)) for k in range(_POOL)]
+    column = np.array(constants, np.uint32)[:, np.newaxis]
+    return [column[begin : end + 1] for begin, end in ends]
+
+
+_CONSTANTS = _constants()
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -36,15 +55,17 @@ def step_seed(seed: int, step: int) -> int:
     return sample_seed(seed, 0, step) if step else seed
 
 
-def step_seeds(seeds: list[int], step: int) -> list[int]:
-    """Return `step_seed` of several samples, whose seeds have 32 bits.
+def step_seeds(seeds: list[int], steps: Sequence[int]) -> list[list[int]]:
+    """Return `step_seed` of several samples, whose seeds have 32 bits, for each of several steps.
 
-    >>> step_seeds([5, 6], 2) == [step_seed(5, 2), step_seed(6, 2)]
+    >>> step_seeds([5, 6], (2, 3)) == [[step_seed(n, step) for n in (5, 6)] for step in (2, 3)]
     True
     """
-    if not step:
-        return seeds
-    return _first_states([np.array(seeds), np.zeros(len(seeds)), np.full(len(seeds), step)])
+    count = len(seeds)
+    # All at once: on short arrays, NumPy's calls take longer than its arithmetic.
+    words = [np.tile(seeds, len(steps)), np.zeros(count * len(steps)), np.repeat(steps, count)]
+    states = _first_states(words)
+    return [states[row * count : (row + 1) * count] for row in range(len(steps))]
 
 
 def _first_states(entropy: list[np.ndarray]) -> list[int]:
@@ -59,23 +80,21 @@ def _first_states(entropy: list[np.ndarray]) -> list[int]:
     Source:
         M. O'Neill, "Developing a seed_seq Alternative" (2015); numpy.random.SeedSequence.
     """
-    words = [values.astype(np.uint32) for values in entropy]
-    constant = 0x43B0D7E5
-
-    def hashed(value: Any) -> Any:
-        nonlocal constant
-        value = value ^ np.uint32(constant)
-        constant = constant * 0x931E8875 % _WORD
-        value = value * np.uint32(constant)
-        return value ^ value >> np.uint32(16)
-
-    pool: list[Any] = [hashed(word) for word in (*words, np.zeros_like(words[0]))]
-    for source in range(4):
-        for target in range(4):
-            if source != target:
-                mixed = pool[target] * np.uint32(0xCA01F9DD)
-                mixed = mixed - hashed(pool[source]) * np.uint32(0x4973F715)
-                pool[target] = mixed ^ mixed >> np.uint32(16)
+    pool = np.zeros((_POOL, len(entropy[0])), np.uint32)
+    pool[: len(entropy)] = entropy
+    pool = _hashed(pool, _CONSTANTS[0])
+    for source, targets in enumerate(_TARGETS):
+        # They do not depend on each other: one pass for three, since NumPy's calls take longer
+        # than their arithmetic.
+        mixed = pool[targets] * np.uint32(0xCA01F9DD)
+        mixed -= _hashed(pool[source], _CONSTANTS[1 + source]) * np.uint32(0x4973F715)
+        pool[targets] = mixed ^ mixed >> _HALF
     value = pool[0] ^ np.uint32(0x8B51F9DD)
     value = value * np.uint32(0x8B51F9DD * 0x58F38DED % _WORD)
-    return (value ^ value >> np.uint32(16)).tolist()
+    return (value ^ value >> _HALF).tolist()
+
+
+def _hashed(values: np.ndarray, constants: np.ndarray) -> np.ndarray:
+    """Hash words: uint32 (n) or (k, n), with `constants` (k + 1, 1), into (k, n)."""
+    hashed = (values ^ constants[:-1]) * constants[1:]
+    return hashed ^ hashed >> _HALF
