@@ -61,6 +61,7 @@ _PUBLIC = {
     "Recipe": "ich_keras.recipe",
     "read_recipe": "ich_keras.model_file",
     "RunFolder": "ich_keras.run_folder",
+    "export_run": "ich_keras.export.runs",
     "load_run": "ich_keras.inference",
     "RunConfig": "ich_keras.config",
     "DataConfig": "ich_keras.config",

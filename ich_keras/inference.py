@@ -128,12 +128,17 @@ class Tap:
 
 def tapped(model: Any) -> Tap:
     """Tap a network of ours before its head; it takes the same steps, on every backend."""
-    from ich_keras.models.resnet import functional
     from ich_keras.models.steps import choose_step
 
+    return Tap(choose_step(with_features(model)))
+
+
+def with_features(model: Any) -> Any:
+    """Return a network of ours with a second output: its pooled features (n, features)."""
+    from ich_keras.models.resnet import functional
+
     features = model.get_layer("avgpool").output
-    both = functional(model.input, [model.output, features], model.name)
-    return Tap(choose_step(both))
+    return functional(model.input, [model.output, features], model.name)
 
 
 def batches_of(

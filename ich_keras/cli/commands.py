@@ -5,6 +5,7 @@ import click
 from ich_keras import __version__
 from ich_keras.cli.checks import verify
 from ich_keras.cli.data import audit, cache, doctor, index, phantom
+from ich_keras.cli.export import export
 from ich_keras.cli.folds import folds
 from ich_keras.cli.pictures import compare, report, show
 from ich_keras.cli.results import evaluate, predict, presets, submission
@@ -40,6 +41,7 @@ for _command in (
     audit,
     verify,
     submission,
+    export,
     presets,
     doctor,
 ):

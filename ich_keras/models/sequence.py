@@ -38,10 +38,10 @@ SLICES, SERIES = "slices", "series"
 FEATURES, LOGITS, PLACES, MASK = "features", "logits", "places_mm", "mask"
 DTYPE = "float32"
 _NORMALISED = "normalised"
-_NEAR_MM, _FAR_MM = 10.0, 100.0  # units of the distances to neighbours, and to the middle
-_MOST_NEAR = 5.0  # of these units: beyond, a neighbour is far away and no more
+NEAR_MM, FAR_MM = 10.0, 100.0  # units of the distances to neighbours, and to the middle
+MOST_NEAR = 5.0  # of these units: beyond, a neighbour is far away and no more
 _NO = -1e9  # added to what no slice has
-_DILATIONS = (1, 2, 4, 8)
+DILATIONS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def _neighbours(x: Any, places: Any, mask: Any) -> tuple[Any, Any, Any]:
     )
     number = ops.maximum(ops.sum(mask, axis=1, keepdims=True), 1.0)
     middle = ops.sum(places * mask, axis=1, keepdims=True) / number
-    steps = [ops.clip(step / _NEAR_MM, 0.0, _MOST_NEAR) for step in (below, above)]
-    steps.append((places - middle) * mask / _FAR_MM)
+    steps = [ops.clip(step / NEAR_MM, 0.0, MOST_NEAR) for step in (below, above)]
+    steps.append((places - middle) * mask / FAR_MM)
     return before, after, ops.stack(steps, axis=-1)
 
 
@@ -287,7 +287,7 @@ def _convolutions(x: Any, mask: Any, spec: SequenceSpec) -> Any:
             spec.width,
             3,
             padding="same",
-            dilation_rate=_DILATIONS[number % len(_DILATIONS)],
+            dilation_rate=DILATIONS[number % len(DILATIONS)],
             activation="gelu",
             data_format="channels_last",
             dtype=DTYPE,

@@ -121,6 +121,10 @@ def _is_worth_unrolling(x: torch.Tensor, slices_of_kernel: int) -> bool:
     is wrong when it arrives in another memory order than the values (torch 2.14, CPU).
     """
     samples, channels, slices, rows, columns = x.shape
+    if not isinstance(samples, int):
+        samples = (
+            1  # of an exported program, which takes any number: the choice must not depend on it
+        )
     size = rows * columns
     return slices < slices_of_kernel and size > _SMALL_IMAGE and samples * size > channels
 

@@ -1,0 +1,1 @@
+"""Runs as files that others run: ONNX, torch and Keras, without this library."""
