@@ -56,6 +56,7 @@ _PUBLIC = {
     "choose_step": "ich_keras.models.steps",
     "Adam": "ich_keras.models.optimizer",
     "BinaryCrossEntropy": "ich_keras.models.loss",
+    "get_windows": "ich_keras.learned_windows",
     "feature_model": "ich_keras.models.resnet",
     "ModelSpec": "ich_keras.models.spec",
     "Recipe": "ich_keras.recipe",

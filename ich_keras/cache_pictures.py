@@ -99,7 +99,7 @@ def inputs_of(cache: CTCache, shown: Shown) -> ShownInputs:
         raise UsageError(f"size is {size}; expected 8 to {cache.size}, the size of the cache.")
     kind = intensity_of(shown.intensity or ("wide" if shown.view.is_volume else "windows"))
     nothing = Normalisation("none", (0.0,) * kind.channels, (1.0,) * kind.channels)
-    plain = Intensity("windows alone", kind.windows, nothing)
+    plain = Intensity("windows alone", kind.windows, nothing, kind.keeps_hu)
     numbers = _chosen(cache, samples, shown)
 
     def made(augment: Augment | None) -> np.ndarray:

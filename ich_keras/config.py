@@ -23,7 +23,7 @@ from ich_keras.synonyms import meant_by, question
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("fast", "thesis", "flip", "none", "own")
-INTENSITY = ("windows", "wide", "head-z-score")
+INTENSITY = ("windows", "wide", "head-z-score", "hu")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class DataConfig:
         reverse: turn every second slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
-            channel); None takes the one the weights were made for, or else one for the preset.
+            channel), or "hu", which learnable windows take; None takes the one the weights were
+            made for, or else one for the preset.
         loader_workers: processes that prepare batches; 0 uses the training process.
     """
 
@@ -140,6 +141,8 @@ class RunConfig:
         preset: the network.
         weights: a `.weights.h5` file or the name of converted weights; None starts from scratch.
         norm: "batch", "frozen" or "group"; see `ModelSpec`.
+        windows: "linear" or "sigmoid" windows that are trained with the network; see
+            `ich_keras.models.windows.LearnedWindows`. None fixes them.
         seed: of everything random.
         backend: of Keras; None takes the one already loaded, else KERAS_BACKEND, else torch.
         device: "auto", "cpu" or "cuda".
@@ -152,6 +155,7 @@ class RunConfig:
     preset: str = "resnet18_2d"
     weights: str | None = None
     norm: str = "batch"
+    windows: str | None = None
     seed: int = 0
     backend: str | None = None
     device: str = "auto"
@@ -201,6 +205,7 @@ class RunConfig:
                 "Add --weights, or use norm 'group'.",
             )
         require_choice("norm", self.norm)
+        self._require_windows()
         require_choice("precision", self.precision, also=("auto",))
         for name in ("step", "schedule", "batch_norm"):
             require_choice(name, getattr(self.fit, name), f"fit.{name}")
@@ -216,6 +221,18 @@ class RunConfig:
             if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)
                 raise UsageError(f"{name} is {chosen!r}; expected one of {names}.")
+
+    def _require_windows(self) -> None:
+        asked, needed = self.data.intensity, "hu"
+        if self.windows is None:
+            return
+        require_choice("windows", self.windows)
+        if asked not in (None, needed):
+            raise UsageError(
+                f"data.intensity is {asked!r} with windows {self.windows!r}: a network that learns"
+                " its windows takes HU.",
+                f"Leave the intensity out (or give {needed}), or the windows.",
+            )
 
     def require_no_own_augment(self) -> None:
         """Refuse a configuration that needs a function nobody gave.

@@ -10,7 +10,7 @@ from ich_keras.files import atomic_write
 from ich_keras.run_folder import RunFolder
 
 # Keys of a state.
-BEST_WEIGHTS, STOPPED = "best_weights", "stopped"
+BEST_WEIGHTS, STOPPED, WINDOWS = "best_weights", "stopped", "windows"
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Course:
         best_epoch: the epoch that reached it, counted from 1; 0 before the first.
         best_weights: the digest of its weights; None when an older version saved them.
         stopped: why no epoch follows, although not all are done; None while they go on.
+        windows: the rows of windows.csv; none without learnable windows.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -30,12 +31,13 @@ class Course:
     best_epoch: int = 0
     best_weights: str | None = None
     stopped: str | None = None
+    windows: list[dict] = field(default_factory=list)
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Course":
         """Return the course that a state holds."""
         best = (state["best_loss"], state["best_epoch"], state.get(BEST_WEIGHTS))
-        return cls(state["history"], *best, state.get(STOPPED))
+        return cls(state["history"], *best, state.get(STOPPED), state.get(WINDOWS, []))
 
     def to_state(self) -> dict[str, Any]:
         """Return the entries of a state, ready for JSON."""
@@ -45,6 +47,7 @@ class Course:
             "best_epoch": self.best_epoch,
             BEST_WEIGHTS: self.best_weights,
             **({} if self.stopped is None else {STOPPED: self.stopped}),
+            **({WINDOWS: self.windows} if self.windows else {}),
         }
 
     @property
@@ -66,8 +69,10 @@ class Course:
 
 
 def write_history(run: RunFolder, course: Course) -> None:
-    """Write history.csv: a row per finished epoch."""
+    """Write history.csv: a row per finished epoch; and windows.csv, where windows are learned."""
     atomic_write(run.history_file, pd.DataFrame(course.rows).to_csv(index=False))
+    if course.windows:
+        atomic_write(run.windows_file, pd.DataFrame(course.windows).to_csv(index=False))
 
 
 def auroc_of(part: str, label: str) -> str:

@@ -180,6 +180,7 @@ def _write(
         lambda r: r.seen_file,
         lambda r: r.started_from_file,
         lambda r: r.history_file,
+        lambda r: r.windows_file,
     ):
         _copy(of, run, new)
     # The weights stay; their record says by which recipe they are used.

@@ -147,6 +147,22 @@ def read_json(path: Path | str) -> dict:
         raise StaleError(f"{path} is not valid JSON ({error}).", "The file is damaged.") from error
 
 
+def read_object(path: Path | str, *needed: str) -> dict:
+    """Read a JSON file of a run folder that holds an object with these entries.
+
+    Raises:
+        StaleError: it is absent, not JSON, or lacks one of them.
+    """
+    content = read_json(path)
+    absent = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if absent or not isinstance(content, dict):
+        raise StaleError(
+            f"{path} is damaged: {' and '.join(absent) or 'its object'} absent.",
+            "Copy the original run folder again, or train again.",
+        )
+    return content
+
+
 def _refuse_constant(name: str) -> float:
     # Python's reader takes NaN and Infinity; JSON has neither.
     raise ValueError(f"{name} is not a number")

@@ -15,6 +15,7 @@ from ich_keras.distribution import begin_together, come_together
 from ich_keras.errors import DataError, DivergedError, LostState, StaleError, UsageError
 from ich_keras.inference import probabilities
 from ich_keras.keras_settings import require_trainable_settings
+from ich_keras.learned_windows import window_rows
 from ich_keras.metrics.binary import binary_metrics, format_metric
 from ich_keras.models.options import SYNCHRONISED
 from ich_keras.own_callbacks import callbacks_name
@@ -130,6 +131,7 @@ def fit(
     """
     from ich_keras.data.loader import own_errors
 
+    course.windows = course.windows or window_rows(training.model, 0)
     if training.group is not None:
         synchronised = training.recipe.training.batch_norm == SYNCHRONISED
         begin_together(training.model, training.group, synchronised)
@@ -312,6 +314,7 @@ def _validation(training: Fit, course: Course, progress: Progress | None) -> Any
                     come_together(model, training.group, f"after epoch {epoch + 1}")
                 average_epoch(model, training.recipe.training, epoch + 1)
                 with judged_weights(model, training.recipe.training, epoch + 1):
+                    course.windows += window_rows(model, epoch + 1)
                     values = _validation_values(training, progress)
             except DataError as error:
                 raise DivergedError(error.message, "Lower --learning-rate.") from error

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ich_keras.learned_windows import window_lines
 from ich_keras.metrics.binary import format_metric
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS
 from ich_keras.pages.study import Card
@@ -32,6 +33,7 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
         ("Use", f"Research. {NOT_CLINICAL}"),
         ("Run", run.path.resolve().name),
         ("Network", f"{recipe.preset}; it sees {sample} of {size} x {size} pixels"),
+        *(("Windows", line) for line in window_lines(run)),
         ("Answers", f"{'exactly one of ' if labels.exclusive else ''}{labels}"),
         ("Trained on", "drawn phantoms only" if is_synthetic else "head CT"),
         *_counts(data.get(PLAN)),

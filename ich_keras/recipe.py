@@ -8,6 +8,7 @@ weights and in the metadata of `model.keras`.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
-from ich_keras.data.intensity import INTENSITIES, Intensity, intensity_of
+from ich_keras.data.intensity import Intensity, Normalisation
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
-from ich_keras.errors import DataError, StaleError, UsageError
+from ich_keras.errors import StaleError, UsageError
+from ich_keras.intensity_choice import RECIPE as RECIPE
+from ich_keras.intensity_choice import choose_intensity
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.options import PER_PROCESS
 from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
@@ -26,8 +29,6 @@ from ich_keras.models.spec import ModelSpec
 from ich_keras.recipe_json import WHERE_ABSENT, read_strictly
 
 SCHEMA = 1
-# Key in the metadata of `model.keras` and in the record of a weights file.
-RECIPE = "recipe"
 
 # Slices per sample, as in the thesis's two 3D networks.
 DEFAULT_SLICES = {"slice": 1, "slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
@@ -220,11 +221,11 @@ class Recipe:
                 f"data.size is {size}, but the cache holds {cache_size}x{cache_size} pixels.",
                 f"Train at {cache_size} or less.",
             )
-        inputs = InputRecipe(view, _intensity(config), size, cache_size or size, RESAMPLING)
+        inputs = InputRecipe(view, choose_intensity(config), size, cache_size or size, RESAMPLING)
         data, fit = config.data, config.fit
         return cls(
             preset=config.preset,
-            network=preset(config.preset, inputs.shape, config.norm),
+            network=preset(config.preset, inputs.shape, config.norm, config.windows),
             inputs=inputs,
             training=TrainingRecipe(
                 weights=config.weights,
@@ -288,6 +289,7 @@ class Recipe:
             preset=self.preset,
             weights=training.weights,
             norm=self.network.norm,
+            windows=None if self.network.windows is None else self.network.windows.kind,
             seed=training.seed,
             backend=self.backend,
             device=self.device,
@@ -334,7 +336,23 @@ class Recipe:
                 f" {recipe.inputs.shape}.",
                 "The recipe is damaged: train the run again.",
             )
+        if recipe.network.windows is not None and not _is_hu(recipe.inputs.intensity):
+            raise StaleError(
+                f"{source}: the network learns windows and takes HU; its input is"
+                f" {recipe.inputs.intensity.name!r}.",
+                "The recipe is damaged: train the run again.",
+            )
         return recipe
+
+
+def _is_hu(intensity: Intensity) -> bool:
+    """Tell whether an input is HU: its normalisation undoes its one window."""
+    window, found = intensity.windows[0], intensity.normalisation
+    if not isinstance(found, Normalisation) or intensity.channels != 1:
+        return False
+    return math.isclose(found.std[0] * window.width, 1) and math.isclose(
+        found.mean[0] * window.width, -window.low
+    )
 
 
 def _view(config: RunConfig) -> View:
@@ -350,46 +368,3 @@ def _view(config: RunConfig) -> View:
             f"Use view {other}, or another preset (`ich presets`).",
         )
     return view
-
-
-def _intensity(config: RunConfig) -> Intensity:
-    """Return the intensity: as configured, else as for the weights, else to suit the channels.
-
-    A missing weights file is refused here, before any long work begins.
-    """
-    from ich_keras.models.weights_file import read_record
-    from ich_keras.models.weights_lookup import find_weights
-
-    path = None if config.weights is None else find_weights(config.weights, config.preset)
-    record = {} if path is None else read_record(path)
-    if config.data.intensity is not None:
-        return intensity_of(config.data.intensity)
-    # The channels in the file, which `weights-convert` may have changed.
-    network_of_file = record.get("network") or {}
-    channels = (network_of_file.get("input_shape") or [PRESETS[config.preset].spec.channels])[-1]
-    try:
-        made_for = _recorded_intensity(record)
-    except UsageError as error:
-        raise DataError(
-            f"{path}: the recipe in its record is damaged: {error.message}",
-            "Fetch the file again, or choose --intensity yourself.",
-        ) from error
-    if made_for is not None and made_for.channels == channels:
-        return made_for
-    fitting = [known for known in INTENSITIES.values() if known.channels == channels]
-    if not fitting:
-        raise UsageError(
-            f"no intensity has {channels} channels, which {config.weights or config.preset} takes.",
-            f"Choose one: {', '.join(INTENSITIES)}.",
-        )
-    return fitting[0]
-
-
-def _recorded_intensity(record: dict) -> Intensity | None:
-    """Return the intensity that weights were made for: a run's by value, others' by name."""
-    recipe = record.get(RECIPE)
-    if isinstance(recipe, dict):
-        inputs = recipe.get("inputs")
-        made_for: Any = inputs.get("intensity") if isinstance(inputs, dict) else None
-        return Intensity.from_dict(made_for)
-    return INTENSITIES.get(record.get("intensity", ""))

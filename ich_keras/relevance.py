@@ -32,7 +32,8 @@ class MapOptions:
     Args:
         method: "gradcam": features, each weighted by its mean gradient; "hirescam": features times
             their gradients, place by place; "integrated-gradients": the input's distance from air
-            times the mean gradient on the way from there, pixel by pixel. From the last features
+            times the mean gradient on the way from there, pixel by pixel (behind learnable
+            windows). From the last features
             of our networks ("layer4") the first two are the same, and add up to the logit without
             its bias.
         layer: the features that gradcam and hirescam look at: "stem", "maxpool", "layer1" to
@@ -118,11 +119,15 @@ class Relevance:
 
     def __init__(self, model: Any, options: MapOptions) -> None:
         require_torch()
-        from ich_keras.models.cut import cut_model, last_stage
+        from ich_keras.models.cut import behind_windows, cut_model, last_stage
         from ich_keras.models.graph import UnknownStep
         from ich_keras.models.torch.gradients import LogitGradients
 
         self._is_path = options.method == "integrated-gradients"
+        self._windows = None
+        if self._is_path:
+            # The way from air to tissue in HU is a long one, of which windows see a small part.
+            self._windows, model = behind_windows(model)
         try:
             if options.layer is None and not self._is_path:
                 options = replace(options, layer=last_stage(model, LEAST_CELLS))
@@ -158,6 +163,9 @@ class Relevance:
         self, sample: np.ndarray, labels: Sequence[int], baseline: np.ndarray
     ) -> np.ndarray:
         """Return the integrated gradients of one sample: float32 (labels, [slices,] rows, ...)."""
+        if self._windows is not None:
+            pair = np.stack([sample, np.broadcast_to(baseline, sample.shape)])
+            sample, baseline = self._windows.predict_on_batch(pair)
         # Gauss and Legendre's points and weights, from -1..1 to 0..1.
         places, weights = np.polynomial.legendre.leggauss(self.options.steps)
         places, weights = (places + 1) / 2, weights / 2

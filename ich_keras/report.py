@@ -14,6 +14,7 @@ from ich_keras.breakdown import (
 from ich_keras.config import loss_settings_of
 from ich_keras.errors import StaleError
 from ich_keras.labels import LabelSet
+from ich_keras.learned_windows import window_lines
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.recipe import Recipe, TrainingRecipe
@@ -261,6 +262,7 @@ def course_lines(run: RunFolder, recipe: Recipe, plan: dict, environment: dict) 
         lines.append(f"Trained with callbacks of the user's: `{training.own_callbacks}`.")
     for before in environment.get(EXTENDED, ()):
         lines.append(f"Goes on after epoch {before['epoch']} of the finished run {before['run']}.")
+    lines += [f"Windows {line}." for line in window_lines(run)]
     if training.ema is not None:
         lines.append(f"Judged and kept: the moving average of the weights ({training.ema:g}).")
     if training.swa is not None:

@@ -10,7 +10,7 @@ from ich_keras.config import RunConfig
 from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.thin_series import SliceDistances
 from ich_keras.errors import StaleError, UsageError
-from ich_keras.files import fingerprint, lock, read_json
+from ich_keras.files import fingerprint, lock, read_json, read_object
 from ich_keras.metrics.aggregation import DEFAULT_RULE, EXCLUSIVE_RULES, RULES, rules_of
 from ich_keras.metrics.smoothing import KERNELS, NO_SMOOTHING
 from ich_keras.recipe import Recipe
@@ -93,6 +93,11 @@ class RunFolder:
     def history_file(self) -> Path:
         """Losses, learning rate and seconds of each epoch."""
         return self.path / "history.csv"
+
+    @property
+    def windows_file(self) -> Path:
+        """Learnable windows after each epoch, and before the first; absent without any."""
+        return self.path / "windows.csv"
 
     @property
     def best_weights(self) -> Path:
@@ -295,11 +300,11 @@ class RunFolder:
 
     def environment(self) -> dict:
         """Return versions, backend, device and machine of the training."""
-        return _object(self.environment_file)
+        return read_object(self.environment_file)
 
     def identity(self) -> dict[str, str | None]:
         """Return what tells this run from others, to be stored with its states."""
-        data, recipe = self.data(), _object(self.recipe_file)
+        data, recipe = self.data(), read_object(self.recipe_file)
         # A resumed training may run in another place.
         for place in ("backend", "device", "precision"):
             recipe.pop(place, None)
@@ -315,7 +320,7 @@ class RunFolder:
         Raises:
             StaleError: the file is absent or damaged.
         """
-        return _object(self.data_file, CACHE)
+        return read_object(self.data_file, CACHE)
 
     def slice_distances(self) -> SliceDistances | None:
         """Return how far apart the slices of the training lie; None where nothing says so.
@@ -384,15 +389,3 @@ class RunFolder:
         """Return the metrics of a split; None if it was not evaluated."""
         path = self.metrics_file(split)
         return read_json(path) if path.is_file() else None
-
-
-def _object(path: Path, *needed: str) -> dict:
-    """Read a file that holds a JSON object with these entries."""
-    content = read_json(path)
-    absent = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if absent or not isinstance(content, dict):
-        raise StaleError(
-            f"{path} is damaged: {' and '.join(absent) or 'its object'} absent.",
-            "Copy the original run folder again, or train again.",
-        )
-    return content

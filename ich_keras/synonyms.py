@@ -26,7 +26,7 @@ _OTHERS: dict[str, str] = {
     "freeze": "frozen freeze-backbone freeze-encoder freeze-layers frozen-stages",
     "gpus": "gpu num-gpus n-gpus ngpu ngpus gpu-ids num-gpu devices nproc-per-node gpus-per-node"
     " world-size",
-    "intensity": "window windows windowing normalize normalization normalise",
+    "intensity": "window windowing normalize normalization normalise",
     "label-weight": "class-weight class-weights label-weights loss-weights weights-per-class",
     "labels": "l label label-file csv csv-file annotations annotation targets ground-truth"
     " train-csv",
@@ -62,6 +62,7 @@ _OTHERS: dict[str, str] = {
     "weight-decay": "wd l2 decay l2-reg weightdecay",
     "weights": "pretrained pretrain pretrained-weights checkpoint ckpt init-weights init-checkpoint"
     " load-weights finetune-from",
+    "windows": "learnable-windows learn-windows trainable-windows window-layer wso",
     "workers": "num-workers n-workers nworkers j jobs n-jobs threads num-threads nproc processes",
 }
 SYNONYMS: dict[str, tuple[str, ...]] = {

@@ -115,11 +115,17 @@ def spec_of_file(file: WeightsFile) -> ModelSpec:
     """Return the network that a weights file records.
 
     Raises:
-        DataError: the file records none.
+        DataError: the file records none, or one with learnable windows.
     """
     if file.spec is None:
         raise DataError(
             f"{file.path} does not record which network it belongs to.",
             "Expected a file written by weights-convert or by a training run.",
+        )
+    if file.spec.windows is not None:
+        raise DataError(
+            f"{file.path} has learnable windows ({file.spec.windows.kind}): nothing converts"
+            " those.",
+            "Give weights of a network that takes windowed images.",
         )
     return file.spec

@@ -88,7 +88,7 @@ def compare(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     "--slices", "num_slices", type=click.IntRange(min=1), help="Of a slab or a series; 5 and 60."
 )
 @click.option("--size", type=click.IntRange(min=8), help="Of the input; default: the cache's.")
-@click.option("--intensity", help="windows, wide or head-z-score; default: as in training.")
+@click.option("--intensity", help="windows, wide, head-z-score or hu; default: as in training.")
 @click.option(
     "--augment", default="fast", show_default=True, help="fast, thesis, flip; none leaves it out."
 )

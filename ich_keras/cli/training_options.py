@@ -21,7 +21,12 @@ _OPTIONS = (
     click.option("--download", is_flag=True, help="Download and convert the named weights first."),
     click.option("--norm", help="batch (default), frozen (needs weights) or group."),
     click.option(
-        "--intensity", help="windows, wide or head-z-score; default: to suit the weights."
+        "--intensity", help="windows, wide, head-z-score or hu; default: to suit the weights."
+    ),
+    click.option(
+        "--windows",
+        help="linear or sigmoid: learn level and width of the three windows with the network;"
+        " default: they stay as they are.",
     ),
     click.option(
         "--size", type=int, help="Rows and columns of the input; default 256, or the cache's."

@@ -76,3 +76,5 @@ SOFT_TISSUE = Window(level=40, width=380)
 WINDOWS = (BRAIN, SUBDURAL, SOFT_TISSUE)
 # The input of the thesis's 3D networks: -1000 to 400 HU, from air to bone.
 WIDE = Window(level=-300, width=1400)
+# All that 12 bits hold, from air to metal.
+CT_RANGE = Window(level=1024, width=4096)

@@ -208,10 +208,15 @@ def comes_after_normalisation(augment: Augment | None) -> bool:
     return isinstance(augment, Augmentation) and augment.after_normalisation
 
 
-def change_of(augment: Augment) -> Change:
-    """Return the function behind an augmentation; what your own returns is checked."""
+def change_of(augment: Augment, changes_grey: bool = True) -> Change:
+    """Return the function behind an augmentation; what your own returns is checked.
+
+    Args:
+        augment: a name, or your own.
+        changes_grey: see `make_augmentation`.
+    """
     if isinstance(augment, str):
-        return make_augmentation(augment)
+        return make_augmentation(augment, changes_grey)
     function, is_after = _function_of(augment), comes_after_normalisation(augment)
 
     def checked(images: np.ndarray, seed: int) -> np.ndarray:
@@ -241,12 +246,13 @@ def _require_images(changed: Any, expected: tuple[int, ...], name: str, is_after
     )
 
 
-def make_augmentation(name: str = "thesis") -> Change:
+def make_augmentation(name: str = "thesis", changes_grey: bool = True) -> Change:
     """Build an augmentation by name.
 
     Args:
         name: "thesis": flips left-right and up-down, shift-scale-rotate, brightness and contrast;
             "flip": left-right flips only, for trainings of a few hundred steps.
+        changes_grey: change brightness and contrast, too; not where the input is HU.
 
     Returns:
         A function `augment(windows, seed) -> windows` on float32 (rows, columns, channels), or
@@ -285,12 +291,15 @@ def make_augmentation(name: str = "thesis") -> Change:
                 border_mode=cv2.BORDER_REFLECT_101,
                 p=AFFINE_PROBABILITY,
             ),
+        ]
+    if name == "thesis" and changes_grey:
+        steps.append(
             albumentations.RandomBrightnessContrast(
                 brightness_limit=MAX_BRIGHTNESS,
                 contrast_limit=MAX_CONTRAST,
                 p=BRIGHTNESS_PROBABILITY,
-            ),
-        ]
+            )
+        )
     pipeline = albumentations.Compose(steps)
 
     def change(image: np.ndarray, seed: int) -> np.ndarray:

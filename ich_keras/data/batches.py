@@ -115,7 +115,8 @@ class CTDataset(Dataset):
         if self._augmentation is None:
             return no_draws(len(indices))
         seeds = self._seeds(epoch, indices)
-        return draw(seeds, side, self._augmentation == "flip", self._reverse)
+        grey = not self._intensity.keeps_hu
+        return draw(seeds, side, self._augmentation == "flip", self._reverse, grey)
 
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
@@ -160,7 +161,7 @@ class CTDataset(Dataset):
         """Change each sample of a batch, in place."""
         assert self._augmentation is not None  # `is_drawn` covers None
         if self._change is None:
-            self._change = change_of(self._augmentation)
+            self._change = change_of(self._augmentation, not self._intensity.keeps_hu)
         for row, seed in enumerate(self._seeds(epoch, indices)):
             changed = self._change(images[row], seed)
             # A stream of its own, so that the other changes do not depend on this one.
@@ -221,8 +222,9 @@ def view_batches(
             does so in its own way. Each needs a seed. None leaves the samples as they are.
         workers: processes that make batches; 0 makes them in this one. The batches are the same.
             A function of your own must then stand at the top level of a module.
-        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one),
-            or an `Intensity` of your own; None takes "windows" for slices and "wide" for slabs and
+        intensity: from HU to input: "windows" (three channels), "wide", "head-z-score" or "hu"
+            (one), or an `Intensity` of your own; of "hu", no augmentation changes contrast and
+            brightness. None takes "windows" for slices and "wide" for slabs and
             series, as the thesis.
         reverse: turn volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.

@@ -69,7 +69,11 @@ def no_draws(count: int) -> Draws:
 
 
 def draw(
-    seeds: Sequence[int], side: int, flips_only: bool = False, may_reverse: bool = False
+    seeds: Sequence[int],
+    side: int,
+    flips_only: bool = False,
+    may_reverse: bool = False,
+    changes_grey: bool = True,
 ) -> Draws:
     """Draw the thesis's augmentation.
 
@@ -78,6 +82,7 @@ def draw(
         side: rows and columns of a slice, pixels.
         flips_only: left-right flips, and nothing else.
         may_reverse: turn every second volume upside down along its slices.
+        changes_grey: change contrast and brightness, too; not where the input is HU.
 
     Returns:
         The draws of `len(seeds)` samples, equal to those of albumentations 2 from these seeds.
@@ -103,7 +108,7 @@ def draw(
         changed: list[int] = []
         contrast: list[float] = []
         brightness: list[float] = []
-        for number, seed in enumerate(for_light):
+        for number, seed in enumerate(for_light if changes_grey else ()):
             stream.seed(seed)
             if stream.random() < BRIGHTNESS_PROBABILITY:
                 changed.append(number)

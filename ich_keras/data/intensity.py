@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ich_keras.ct.window import WIDE, WINDOWS, Window
+from ich_keras.ct.window import CT_RANGE, WIDE, WINDOWS, Window
 from ich_keras.errors import UsageError
 
 
@@ -43,6 +43,11 @@ THESIS_NORMALISATION = Normalisation(
 )
 # Source: the thesis's 3D networks: (HU + 1000) / 1400, cut to 0..1, minus 0.25.
 THESIS_WIDE_NORMALISATION = Normalisation("thesis wide", mean=(0.25,), std=(1.0,))
+HU = "hu"
+# Undoes the window: its ends and width are powers of two, so that whole HU stay exact in float32.
+_HU_THEMSELVES = Normalisation(
+    "none: HU", mean=(-CT_RANGE.low / CT_RANGE.width,), std=(1 / CT_RANGE.width,)
+)
 HEAD_ABOVE_HU = -500  # what is denser than this is head (or holder), not air
 HEAD_Z_SCORE = HeadZScore(HEAD_ABOVE_HU)
 
@@ -119,6 +124,8 @@ class Intensity:
         name: a key of `INTENSITIES`, or a name of your own.
         windows: one channel each, 0..1.
         normalisation: from the windows to the network's input.
+        keeps_hu: the input is HU themselves, which augmentation moves, but whose contrast and
+            brightness it leaves as they are.
 
     Raises:
         UsageError: the numbers of windows, means and deviations do not agree, or one of them
@@ -134,6 +141,7 @@ class Intensity:
     name: str
     windows: tuple[Window, ...]
     normalisation: Normalisation | HeadZScore
+    keeps_hu: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.normalisation, HeadZScore):
@@ -187,6 +195,7 @@ class Intensity:
             "name": self.name,
             "windows": [{"level": w.level, "width": w.width} for w in self.windows],
             "normalisation": normalisation,
+            **({"keeps_hu": True} if self.keeps_hu else {}),
         }
 
     @classmethod
@@ -205,7 +214,7 @@ class Intensity:
             else:
                 mean, std = (tuple(map(float, given.pop(key))) for key in ("mean", "std"))
                 normalisation = Normalisation(mean=mean, std=std, **given)
-            return cls(content["name"], windows, normalisation)
+            return cls(content["name"], windows, normalisation, bool(content.get("keeps_hu")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"intensity {content!r} cannot be used ({error}).",
@@ -219,6 +228,8 @@ INTENSITIES = {
         Intensity("windows", WINDOWS, THESIS_NORMALISATION),
         Intensity("wide", (WIDE,), THESIS_WIDE_NORMALISATION),
         Intensity("head-z-score", (WIDE,), HEAD_Z_SCORE),
+        # For networks that learn their windows.
+        Intensity(HU, (CT_RANGE,), _HU_THEMSELVES, keeps_hu=True),
     )
 }
 

@@ -24,6 +24,8 @@ from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import HEAD, LABELS_OF_MODEL, load_weights
 from ich_keras.models.weights_lookup import find_weights
+from ich_keras.models.window_layers import keep_from_decay, window_layer
+from ich_keras.models.windows import WINDOWS
 
 PROBABILITIES = "probabilities"
 
@@ -114,6 +116,7 @@ def build_classifier(
     norm: str = "batch",
     labels: LabelSet | Sequence[str] | int | None = None,
     exclusive: bool = False,
+    windows: str | None = None,
 ) -> keras.Model:
     """Build a preset with its head: RSNA's six labels, or your own.
 
@@ -136,9 +139,11 @@ def build_classifier(
             volume.
         labels: names of the outputs, or their number; None takes RSNA's six (`ich_keras.LABELS`).
         exclusive: exactly one label is true in each sample: a softmax, and its loss.
+        windows: "linear" or "sigmoid": the network begins with windows that are trained with it
+            (`ich_keras.get_windows`) and takes HU, in one channel.
 
     Returns:
-        A functional `keras.Model`: normalised windows float32 (N, *input_shape) to float32
+        A functional `keras.Model`: normalised windows (or HU) float32 (N, *input_shape) to float32
         (N, labels), in the order of `labels`.
 
     Raises:
@@ -151,7 +156,7 @@ def build_classifier(
     >>> build_classifier("resnet10_3d", input_shape=(16, 32, 32, 1), labels=3).output_shape
     (None, 3)
     """
-    spec = preset(name, input_shape, norm)
+    spec = preset(name, input_shape, norm, windows)
     found = label_set(labels, exclusive)
     model = classifier(spec, output=output, precision=precision, labels=found)
     if weights is not None:
@@ -188,7 +193,7 @@ def freeze(model: keras.Model, up_to: str) -> int:
     """Freeze the first part of a network, so that only the rest is trained.
 
     Frozen batch normalisation uses its stored statistics, also in training. What was frozen before
-    stays frozen.
+    stays frozen. Learnable windows are not frozen: who asks for them wants them to move.
 
     Args:
         model: of ours; compile it afterwards.
@@ -209,11 +214,16 @@ def freeze(model: keras.Model, up_to: str) -> int:
     frozen = [
         layer
         for layer in model.layers
-        if layer.weights and layer.name != HEAD and not layer.name.startswith(later)
+        if layer.weights and layer.name not in (HEAD, WINDOWS) and not layer.name.startswith(later)
     ]
     for layer in frozen:
         layer.trainable = False
     return len(frozen)
+
+
+def _trained_windows(model: keras.Model) -> list[keras.layers.Layer]:
+    layer = window_layer(model)
+    return [layer] if layer is not None and layer.trainable else []
 
 
 def ends_in_logits(model: keras.Model) -> bool:
@@ -251,10 +261,9 @@ def compile_classifier(
         total_steps: batches of the whole training (for "cosine"): Keras' schedules count batches,
             also where `accumulate` of them make one step.
         warmup_steps: steps of linear rise.
-        weight_decay: decoupled; kernels only.
-        backbone_factor: the backbone learns at this multiple of the learning rate, the head at
-            the full one; below 1 for pretrained weights under a new head.
-
+        weight_decay: decoupled; kernels only, but for those of learnable windows.
+        backbone_factor: the backbone learns at this multiple of the learning rate, the head and
+            learnable windows at the full one; below 1 for pretrained weights under a new head.
         accumulate: batches whose gradients are averaged into one optimiser step.
         step, precision, recompute, compiled: see `choose_step`.
         labels: of a model that was saved and loaded, which no longer has them; None takes
@@ -287,13 +296,13 @@ def compile_classifier(
         learning_rate=learning_rate_schedule(learning_rate, schedule, total_steps, warmup_steps),
         weight_decay=weight_decay or None,
         backbone_factor=backbone_factor,
-        head_layers=(HEAD,),
+        head_layers=(HEAD, *(layer.name for layer in _trained_windows(model))),
         fused=step == "fast",
         gradient_accumulation_steps=accumulate if accumulate > 1 else None,
         **adam,
     )
     if weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+        keep_from_decay(optimizer, model)
     if (precision or built_precision(model)) == "float16":
         # Keras does so by itself only where the global policy is mixed_float16.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)

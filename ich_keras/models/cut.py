@@ -8,6 +8,7 @@ from ich_keras.errors import UsageError
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.resnet import feature_tensors, functional
 from ich_keras.models.spec import FEATURES
+from ich_keras.models.windows import NORMALISED
 
 _STAGES = ("layer4", "layer3", "layer2")
 _ACTIVATIONS = ("sigmoid", "softmax")
@@ -85,6 +86,26 @@ def cut_model(model: keras.Model, layer: str | None) -> keras.Model:
     logits = logits_of_model(model)
     feature = model.input if layer is None else _feature(model, layer)
     return functional(model.input, [feature, logits], model.name)
+
+
+def behind_windows(model: keras.Model) -> tuple[keras.Model | None, keras.Model]:
+    """Cut a network with learnable windows in two, behind the windows.
+
+    Returns:
+        (from HU to normalised windows; from these to what the network gives). (None, the network)
+        where it has no such windows.
+
+    >>> from ich_keras.models.classifier import classifier
+    >>> from ich_keras.models.spec import ModelSpec
+    >>> spec = ModelSpec((32, 32, 1), depth=10, width=4, windows="linear")
+    >>> [part.input_shape for part in behind_windows(classifier(spec))]
+    [(None, 32, 32, 1), (None, 32, 32, 3)]
+    """
+    layer = next((layer for layer in model.layers if layer.name == NORMALISED), None)
+    if layer is None:
+        return None, model
+    first = functional(model.input, layer.output, model.name)
+    return first, functional(layer.output, model.output, model.name)
 
 
 def _feature(model: keras.Model, name: str) -> Any:

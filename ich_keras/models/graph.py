@@ -31,7 +31,8 @@ class Step:
     Args:
         kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "mean", "add", "dropout",
             "dense", "sigmoid", "softmax" (of the last axis), "pad", "channels" (zero channels
-            appended), "subsample" (every n-th position) or "detach".
+            appended), "subsample" (every n-th position), "detach", "clip" (to 0 and an upper
+            limit), "rescale" (by one number) or "standardise" (channels by given numbers).
         name: of the layer or operation.
         layer: the Keras layer or operation.
         sources: numbers of the values it reads; 0 is the model's input.
@@ -145,9 +146,17 @@ def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
         _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")
         return "group_norm", ()
     if kind is layers.ReLU:
-        is_plain = layer.max_value is None and not layer.negative_slope and not layer.threshold
-        _require(is_plain, layer, "is not a plain ReLU")
-        return "relu", ()
+        _require(not layer.negative_slope and not layer.threshold, layer, "is not a plain ReLU")
+        return "relu" if layer.max_value is None else "clip", ()
+    if kind is layers.Rescaling:
+        numbers = (layer.scale, layer.offset)
+        are_single = all(isinstance(number, int | float) for number in numbers)
+        _require(are_single, layer, "scales by more than one number")
+        return "rescale", ()
+    if kind is layers.Normalization:
+        is_given = layer.input_mean is not None and tuple(layer.axis) == (-1,) and not layer.invert
+        _require(is_given, layer, "does not normalise channels by given numbers")
+        return "standardise", ()
     if kind in MAX_POOLINGS:
         _require(layer.padding == "valid", layer, f"pads {layer.padding!r}")
         _require(layer.data_format == "channels_last", layer, "is not channels-last")

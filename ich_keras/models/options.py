@@ -27,6 +27,8 @@ FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")
 RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
 # Keras' policy of each precision.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+# How learnable windows end: cut off like fixed ones, or smoothly.
+WINDOW_KINDS = ("linear", "sigmoid")
 # "rsna" is "bce" with the weights of the competition; see `ich_keras.models.loss`.
 LOSSES = ("bce", "rsna", "focal", "asymmetric")
 # The settings that belong to one loss alone, and their defaults; their ranges are in `RANGES`.
@@ -47,6 +49,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "recompute": tuple(RECOMPUTE),
     "schedule": SCHEDULES,
     "step": STEPS,
+    "windows": WINDOW_KINDS,
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from ich_keras.errors import UsageError
 from ich_keras.models.spec import ModelSpec
+from ich_keras.models.windows import LearnedWindows
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def require_preset(name: str) -> None:
 
 
 def preset(
-    name: str, input_shape: tuple[int | None, ...] | None = None, norm: str = "batch"
+    name: str,
+    input_shape: tuple[int | None, ...] | None = None,
+    norm: str = "batch",
+    windows: str | None = None,
 ) -> ModelSpec:
     """Look up a preset by name.
 
@@ -151,6 +155,8 @@ def preset(
         name: a key of `PRESETS`.
         input_shape: replaces the preset's; it must have the same number of axes.
         norm: see `ModelSpec`.
+        windows: "linear" or "sigmoid": the network begins with learnable windows, and takes HU in
+            one channel, whatever channels the preset has.
 
     Raises:
         UsageError: unknown name, or an input with another number of axes.
@@ -162,8 +168,10 @@ def preset(
     """
     require_preset(name)
     spec = replace(PRESETS[name].spec, norm=norm)
-    if input_shape is None:
+    if input_shape is None and windows is None:
         return spec
+    if input_shape is None:
+        input_shape = (*spec.input_shape[:-1], 1)
     if not isinstance(input_shape, (tuple, list)):
         raise UsageError(f"input_shape {input_shape!r}; expected lengths like {spec.input_shape}.")
     if len(input_shape) != len(spec.input_shape):
@@ -171,7 +179,8 @@ def preset(
             f"preset {name} takes {len(spec.input_shape)} axes like {spec.input_shape};"
             f" received {tuple(input_shape)}."
         )
-    return replace(spec, input_shape=tuple(input_shape))
+    learned = None if windows is None else LearnedWindows.of(windows)
+    return replace(spec, input_shape=tuple(input_shape), windows=learned)
 
 
 def view_kind(preset_name: str, view: str | None) -> str:

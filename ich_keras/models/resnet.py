@@ -19,6 +19,7 @@ from keras import layers, ops
 from ich_keras.errors import UsageError
 from ich_keras.keras_private import set_policy
 from ich_keras.models.spec import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec, PerAxis
+from ich_keras.models.window_layers import apply_windows
 
 # Layers that are not told take both from Keras' global settings (keras.json).
 DATA_FORMAT = "channels_last"
@@ -220,9 +221,9 @@ def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
         dtype: a Keras dtype or dtype policy for every layer, whatever the global one.
 
     Returns:
-        A functional model: input (N, *spec.input_shape) channels-last, output (N, features),
-        512 features for depths below 50, 2048 from there on (at width 64). `feature_model` taps
-        what lies between.
+        A functional model: input (N, *spec.input_shape) channels-last (HU where the network has
+        learnable windows), output (N, features), 512 features for depths below 50, 2048 from there
+        on (at width 64). `feature_model` taps what lies between.
 
     Source:
         He et al. 2016, table 1.
@@ -232,7 +233,7 @@ def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
     """
     graph = _Graph(spec, dtype)
     image = keras.Input(spec.input_shape, name="image", dtype="float32")
-    x = _stem(graph, image)
+    x = _stem(graph, image if spec.windows is None else apply_windows(image, spec.windows))
     block = _bottleneck_block if spec.is_bottleneck else _basic_block
     for stage, num_blocks in enumerate(STAGE_BLOCKS[spec.depth]):
         for position in range(num_blocks):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from ich_keras.errors import UsageError
 from ich_keras.models.options import NORMS
+from ich_keras.models.windows import LearnedWindows
 
 # Blocks per stage (He et al., Deep Residual Learning, 2016, table 1; 10 as in MedicalNet).
 STAGE_BLOCKS = {
@@ -57,6 +58,9 @@ class ModelSpec:
             independent of the batch, but fits no pretrained weights.
         width: channels of the first stage; 64 in the paper, fewer in tests.
         dropout: rate before the head.
+        windows: the network begins with windows that are trained with it, and takes HU, in one
+            channel: "linear", "sigmoid" or `LearnedWindows` of your own. None takes what was
+            windowed before.
 
     Raises:
         UsageError: a value out of range, or values that exclude each other.
@@ -86,8 +90,11 @@ class ModelSpec:
     norm: str = "batch"
     width: int = 64
     dropout: float = 0.5
+    windows: LearnedWindows | None = None
 
     def __post_init__(self) -> None:
+        if self.windows is not None:
+            object.__setattr__(self, "windows", LearnedWindows.of(self.windows))
         self._check_input()
         allowed: tuple[tuple[str, tuple[int | str, ...]], ...] = (
             ("depth", tuple(STAGE_BLOCKS)),
@@ -134,6 +141,12 @@ class ModelSpec:
             raise UsageError(
                 f"input_shape {self.input_shape}: the last axis, the channels, must be known, from"
                 f" 1 to {MAX_CHANNELS}."
+            )
+        if self.windows is not None and self.channels != 1:
+            raise UsageError(
+                f"input_shape {self.input_shape} with learnable windows, which make their"
+                f" {self.stem_channels} channels of one: expected 1 as its last length.",
+                "Leave the windows out, or give HU in one channel.",
             )
         if any(length is not None and length < 1 for length in self.input_shape):
             raise UsageError(f"input_shape {self.input_shape}; expected lengths of at least 1.")
@@ -191,6 +204,11 @@ class ModelSpec:
         return cast(int, self.input_shape[-1])
 
     @property
+    def stem_channels(self) -> int:
+        """Channels that the first convolution sees: those of the input, or its windows."""
+        return self.channels if self.windows is None else len(self.windows.start)
+
+    @property
     def is_bottleneck(self) -> bool:
         """Whether the blocks are 1x1-3x3-1x1 with four times the channels."""
         return self.depth >= 50
@@ -236,16 +254,19 @@ class ModelSpec:
 
         A field counts when the other network would lack weights, or would compute something else
         from them. The input's size, the dropout and the way of training (a detached shortcut,
-        frozen statistics) do not count.
+        frozen statistics) do not count, nor do learnable windows that only the other network has:
+        it begins with the usual ones.
 
         >>> ModelSpec((64, 64, 3)).differences(ModelSpec((96, 96, 1), depth=34))
         {'channels': (3, 1), 'depth': (18, 34)}
         """
-        left_out = ("input_shape", "dropout", "detach_shortcut", "norm")
+        left_out = ("input_shape", "dropout", "detach_shortcut", "norm", "windows")
         names = ["rank", "channels", *(f.name for f in fields(self) if f.name not in left_out)]
         pairs = {name: (_spelt_out(self, name), _spelt_out(other, name)) for name in names}
         here, there = ("group" if s.norm == "group" else "batch" for s in (self, other))
         pairs["norm"] = here, there
+        if self.windows is not None:
+            pairs["windows"] = self.windows.kind, other.windows and other.windows.kind
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,6 +297,8 @@ def _spelt_out(spec: ModelSpec, name: str) -> Any:
     value = getattr(spec, name)
     if name in ("kernels", "strides", "dilations"):
         return tuple(spec.per_axis(entry) for entry in value)
+    if name == "channels":
+        return spec.stem_channels
     if name in ("stem_kernel", "stem_stride", "pool_kernel", "pool_stride"):
         return None if value is None else spec.per_axis(value)
     return value

@@ -22,9 +22,12 @@ _IN_FLOATX = {
 
 
 def built_precision(model: keras.Model) -> str:
-    """Return the precision a model of ours was built in: that of its first layer with weights."""
+    """Return the precision a model of ours was built in: that of its backbone.
+
+    Head and learnable windows are float32 in any case.
+    """
     policies = (layer.dtype_policy.name for layer in model.layers if layer.weights)
-    policy = next(policies, "float32")
+    policy = next((name for name in policies if name != "float32"), "float32")
     return next((name for name, known in PRECISIONS.items() if known == policy), policy)
 
 
@@ -45,7 +48,9 @@ def choose_step(
         model: of ours, or any functional model of one input made of the same layers: Conv2D,
             Conv3D and MaxPooling without padding or activation of their own (ZeroPadding before
             them), BatchNormalization and GroupNormalization with scale and centre, plain ReLU,
-            Add, GlobalAveragePooling, Dropout, Dense, Activation("sigmoid"). Others keep Keras'
+            Add, GlobalAveragePooling, Dropout, Dense, Activation("sigmoid"); and what
+            learnable windows are made of: ReLU with an upper limit, Rescaling by one number,
+            Normalization by given numbers. Others keep Keras'
             steps, with a warning that says which layer it was.
         step: "fast" or "stock" (Keras' own).
         precision: "float32", "bfloat16" or "float16" for all but the head, whatever the model was

@@ -22,6 +22,7 @@ from ich_keras.models.weights_file import (
     require_record,
     write_record,
 )
+from ich_keras.models.windows import WINDOWS
 
 HEAD = "fc"
 LABELS_OF_MODEL = "ich_labels"  # attribute of a model: its LabelSet
@@ -77,7 +78,8 @@ def load_weights(
     """Load a `.weights.h5` file into a model of the same network.
 
     The head may be missing from the file (then it stays random), or from the model (then the
-    file's is not used); every other layer must be in both. A head for labels of other names is not
+    file's is not used), and learnable windows from the file (then they stay as they are); every
+    other layer must be in both. A head for labels of other names is not
     used; one with the same labels in another order is refused.
 
     Args:
@@ -86,7 +88,7 @@ def load_weights(
             `model.save_weights`.
         spec: of the model; weights made for other strides or dilations are then refused, although
             their shapes fit.
-        needs_head: the file must hold the head, too, for the same labels.
+        needs_head: the file must hold the head, too, for the same labels, and the windows.
         labels: of the model's head.
 
     Returns:
@@ -111,7 +113,7 @@ def load_weights(
     missing = [name for name in targets if name not in file.layers]
     surplus = [name for name in file.layers if name not in targets]
     _require_same_shapes(file, targets)
-    may_lack = set() if needs_head else {HEAD}
+    may_lack = set() if needs_head else {HEAD, WINDOWS}
     if set(missing) - may_lack or set(surplus) - {HEAD}:
         raise DataError(
             f"{file.path} does not fit the network {model.name}: missing in the file:"
@@ -156,8 +158,9 @@ def _require_same_network(file: WeightsFile, spec: ModelSpec | None) -> None:
     if len(differences) > len(shown):
         said += f"; and {len(differences) - len(shown)} more settings"
     hints = {
-        "channels": f"weights-convert channels --weights {file.path} --channels {spec.channels}"
-        f" --out FILE{SUFFIX} changes the input channels on purpose.",
+        "channels": f"weights-convert channels --weights {file.path} --channels"
+        f" {spec.stem_channels} --out FILE{SUFFIX} changes the input channels on purpose.",
+        "windows": "Its windows were trained with it: take the same kind (--windows).",
         "norm": "Group normalisation fits no weights of batch normalisation: take norm 'frozen', or"
         " train it from scratch.",
     }

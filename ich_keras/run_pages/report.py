@@ -12,6 +12,7 @@ from ich_keras.data.split import Split
 from ich_keras.errors import StaleError
 from ich_keras.evaluation import require_pixels, require_size
 from ich_keras.files import atomic_write, lock
+from ich_keras.learned_windows import moved_windows, read_windows
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.pages.content import Part, Section, Table, Text, sections_page
@@ -38,6 +39,7 @@ from ich_keras.run_pages.tables import (
     rates_table,
 )
 from ich_keras.run_pages.thumbnails import HeatMaps, mistake_parts
+from ich_keras.run_pages.windows import window_charts
 
 NO_CACHE = (
     "There are no pictures here, because this page was made without the cache. `ich report RUN"
@@ -111,6 +113,7 @@ def report_page(
         Section("Calibration", _calibration_parts(results, recipe)),
         Section("Worst mistakes", _mistake_parts(results, cache, split, heat_maps)),
         Section("Learning", _learning_parts(run, recipe, history)),
+        *_window_sections(run, recipe),
         Section("Data", card_parts(data, split, card, labels)),
         Section("Settings", [_settings("Settings, as they were decided", recipe.to_dict())]),
         Section("Environment and time", _environment_parts(run, environment, history)),
@@ -237,6 +240,17 @@ def _learning_parts(run: RunFolder, recipe: Recipe, history: pd.DataFrame) -> li
     last = "" if len(shown) == len(history) else f", the last {MOST_ROWS}"
     parts.append(Table(f"Every epoch{last}", list(history.columns), rows, is_folded=True))
     return parts
+
+
+def _window_sections(run: RunFolder, recipe: Recipe) -> list[Section]:
+    learned, table = recipe.network.windows, read_windows(run)
+    if learned is None or table is None:
+        return []
+    parts = window_charts(learned, table, moved_windows(run), run.best_epoch())
+    rows = [
+        list(row) for row in zip(*(column(table[name].tolist()) for name in table), strict=True)
+    ]
+    return [Section("Windows", [*parts, Table("Every epoch", list(table), rows, is_folded=True)])]
 
 
 def _environment_parts(run: RunFolder, environment: dict, history: pd.DataFrame) -> list[Part]:

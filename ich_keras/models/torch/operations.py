@@ -22,8 +22,9 @@ from ich_keras.models.torch.layout import (
     side_by_side,
 )
 from ich_keras.models.torch.synchronised import synchronised_batch_norm
+from ich_keras.models.windows import WINDOW_LAYERS, WINDOWS
 
-# The head and what follows it stay in float32 whatever the precision.
+# The head, what follows it and learnable windows stay in float32 whatever the precision.
 FULL_PRECISION = ("dense", "dropout", "sigmoid", "softmax")
 
 
@@ -80,7 +81,8 @@ class Operations:
         return getattr(self, f"_{step.kind}")(step, owned)
 
     def _dtype(self, step: Step) -> torch.dtype:
-        if self._precision is None or step.kind in FULL_PRECISION:
+        is_full = step.kind in FULL_PRECISION or step.name in WINDOW_LAYERS
+        if self._precision is None or is_full:
             return getattr(torch, step.dtype)
         return getattr(torch, self._precision)
 
@@ -100,6 +102,8 @@ class Operations:
         else:
             kernel = self._number_of(lambda: _folded_kernel(step, dtype))
             bias = self._number_of(lambda: _folded_bias(step, dtype))
+        if step.name == WINDOWS and bias is not None:
+            return _windows(step.sources[0], kernel, bias, dtype)
         return convolution(step, kernel, bias, dtype)
 
     def _batch_norm(self, step: Step, owned: set[int]) -> Operation:
@@ -153,6 +157,29 @@ class Operations:
             return torch.relu_(x) if is_owned and not num_interleaved(x) else torch.relu(x)
 
         return relu
+
+    def _clip(self, step: Step, owned: set[int]) -> Operation:
+        source, most = step.sources[0], step.layer.max_value
+        # As Keras: at 0 there is no gradient, at the upper limit there is.
+        return lambda values, tensors: torch.relu(values[source]).clamp(max=most)
+
+    def _rescale(self, step: Step, owned: set[int]) -> Operation:
+        source, dtype = step.sources[0], self._dtype(step)
+        scale, offset = float(step.layer.scale), float(step.layer.offset)
+        return lambda values, tensors: cast(values[source], dtype) * scale + offset
+
+    def _standardise(self, step: Step, owned: set[int]) -> Operation:
+        layer, source, dtype = step.layer, step.sources[0], self._dtype(step)
+        mean = self._number_of(lambda: layer.mean.flatten())
+        std = self._number_of(lambda: torch.sqrt(layer.variance.flatten()))
+
+        def standardise(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = cast(values[source], dtype)
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            shift, scale = (cast(tensors[number], dtype).view(shape) for number in (mean, std))
+            return (x - shift) / scale
+
+        return standardise
 
     def _add(self, step: Step, owned: set[int]) -> Operation:
         first, *others = step.sources
@@ -266,6 +293,19 @@ class Operations:
     def _detach(self, step: Step, owned: set[int]) -> Operation:
         source = step.sources[0]
         return lambda values, tensors: values[source].detach()
+
+
+def _windows(source: int, kernel: int, bias: int, dtype: torch.dtype) -> Operation:
+    """Return the 1x1 convolution of one channel by plain operations: no GPU rounds these to
+    TensorFloat-32, and a compiler fuses them with what follows.
+    """
+
+    def windows(values: Values, tensors: Tensors) -> torch.Tensor:
+        hu = cast(values[source], dtype).movedim(1, -1)
+        factor, shift = (cast(tensors[number], dtype).flatten() for number in (kernel, bias))
+        return torch.addcmul(shift, hu, factor).movedim(-1, 1)
+
+    return windows
 
 
 def _norm_of_one(
