@@ -148,7 +148,8 @@ def test_declarations_are_valid_at_every_scale():
             assert run.like is None or run.like[1] in RUNS
             # Weights of one preset, not of a similar one.
             assert all(
-                run.weights.startswith("collapsed:") or RUNS[other].preset == run.preset
+                run.weights.startswith(("collapsed:", "restrided:"))
+                or RUNS[other].preset == run.preset
                 for other in run.depends_on
             )
         assert all(
