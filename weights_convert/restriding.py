@@ -85,6 +85,9 @@ def restride(
         "pool_stride": pool_stride,
     }
     settings = {n: _settled(n, value) for n, value in given.items() if value is not None}
+    for name in set(settings) & {"strides", "dilations"}:
+        if isinstance(settings[name], int):
+            raise UsageError(f"{name}: {settings[name]}; expected one entry for each stage.")
     if (preset_name is None) != bool(settings):
         raise UsageError(
             f"{'both' if settings else 'neither'} a preset {'and' if settings else 'nor'} strides"
