@@ -4,7 +4,8 @@ that tells whether a stored result still matches its declaration."""
 from dataclasses import asdict, dataclass
 
 from experiments.questions import QUESTIONS, TABLE_RUNS
-from experiments.runs import RUNS, Run
+from experiments.run import Run
+from experiments.runs import RUNS
 from experiments.scales import Fitting, Scale
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.files import fingerprint

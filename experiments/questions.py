@@ -4,6 +4,7 @@ only."""
 from dataclasses import dataclass
 
 from experiments.runs import FRACTIONS
+from experiments.slab_runs import KINETICS
 
 TABLES = (1, 2, 3, 4)
 
@@ -124,6 +125,50 @@ QUESTIONS = {
             ("series-medicalnet-stand-in", "2d-medicalnet-stand-in"),
             ("slab-medicalnet-pretrained", "2d-medicalnet-pretrained"),
             ("series-medicalnet-pretrained", "2d-medicalnet-pretrained"),
+        ),
+    ),
+    "thin": Question(
+        title="Does MedicalNet's network on slabs of five gain when no slice is thrown away?",
+        runs=(
+            *("slab-medicalnet", "slab-thin", "slab-thin-atrous", "slab"),
+            "slab-medicalnet-operations",
+            *("slab-medicalnet-stand-in", "slab-thin-stand-in", "slab-thin-atrous-stand-in"),
+            *("slab-medicalnet-pretrained", "slab-thin-pretrained", "slab-thin-atrous-pretrained"),
+        ),
+        pairs=(
+            *(("slab-thin", "slab-medicalnet"), ("slab-thin-atrous", "slab-medicalnet")),
+            *(("slab-thin", "slab-thin-atrous"), ("slab-thin", "slab-medicalnet-operations")),
+            ("slab", "slab-thin"),
+            ("slab-thin-stand-in", "slab-medicalnet-stand-in"),
+            ("slab-thin-atrous-stand-in", "slab-medicalnet-stand-in"),
+            ("slab-thin-pretrained", "slab-medicalnet-pretrained"),
+            ("slab-thin-atrous-pretrained", "slab-medicalnet-pretrained"),
+            ("slab-thin-pretrained", "slab-thin-atrous-pretrained"),
+        ),
+        note=(
+            "`slab-medicalnet` and the thin networks have the same tensors, and the same strides"
+            " and dilations in the plane. The thin ones keep five slices, and so compute more per"
+            " sample: `slab-medicalnet-operations` is trained for as many operations as"
+            " `slab-thin`. `slab` differs in the plane, in its shortcut and in its pooling, too."
+            " Runs from scratch see three windows, the others the one wide range of their weights."
+            " Restrided weights meet slices at other distances than in their training, and"
+            " MedicalNet's network does not."
+        ),
+    ),
+    "kinetics": Question(
+        title="Networks of video on slabs of five: R3D, MC3 or R(2+1)D, and Kinetics' weights?",
+        runs=("slab", *KINETICS),
+        pairs=(
+            *(("slab-r3d_18", "slab"), ("slab-mc3_18", "slab"), ("slab-r2plus1d_18", "slab")),
+            *(("slab-mc3_18", "slab-r3d_18"), ("slab-r2plus1d_18", "slab-r3d_18")),
+            *((f"{key}-pretrained", key) for key in KINETICS if f"{key}-pretrained" in KINETICS),
+        ),
+        note=(
+            "All keep five slices, and see the same three windows. The networks of video have no"
+            " max pooling: their stages have twice the rows and columns, so that a sample costs"
+            " several times the operations of `slab`, at equal epochs and learning rate (those"
+            " that were chosen on `slab`). The weights of R3D and R(2+1)D are restrided; MC3 is as"
+            " it was trained."
         ),
     ),
 }

@@ -31,10 +31,15 @@ from ich_keras.files import read_json, write_json
 from ich_keras.labels import ANY, LABELS, SUBTYPES
 from ich_keras.metrics.aggregation import aggregate
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.models.classifier import build_classifier, classifier
+from ich_keras.models.cost import cost
 from ich_keras.models.presets import PRESETS
-from ich_keras.models.weights_file import RECORD
+from ich_keras.models.weights import save_weights
+from ich_keras.models.weights_file import RECORD, read_weights
+from ich_keras.models.weights_lookup import changed_file
 from ich_keras.planning import plan_training
 from ich_keras.recipe import Recipe
+from ich_keras.run_folder import RunFolder
 
 # Not installed: it runs from a clone.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -69,6 +74,8 @@ from experiments.tables import (
     SERIES_POSITIVE,
     SERIES_VALIDATION,
 )
+from experiments.times import _COUNTED, expected_seconds
+from experiments.weights import absent_weights, starting_weights
 
 
 def whole_series_validation():
@@ -148,7 +155,8 @@ def test_declarations_are_valid_at_every_scale():
             assert run.like is None or run.like[1] in RUNS
             # Weights of one preset, not of a similar one.
             assert all(
-                run.weights.startswith("collapsed:") or RUNS[other].preset == run.preset
+                run.weights.startswith(("collapsed:", "restrided:"))
+                or RUNS[other].preset == run.preset
                 for other in run.depends_on
             )
         assert all(
@@ -204,6 +212,65 @@ def test_runs_come_after_what_they_start_from():
     ]
     # Real data have real weights.
     assert not any("stand-in" in key for key in chosen_runs(SCALES["rsna"], TABLES))
+
+
+def test_thin_networks_and_kinetics_are_asked_for_by_name():
+    assert not any(QUESTIONS[name].in_all for name in ("thin", "kinetics"))
+    tiny = chosen_runs(SCALES["tiny"], (), ("thin",))
+    assert tiny.index("stand-in-3d-18") < tiny.index("slab-thin-stand-in")
+    real = chosen_runs(SCALES["rsna"], (), ("thin", "kinetics"))
+    assert not any("stand-in" in key for key in real)
+    for key in ("slab-thin-pretrained", "slab-thin-atrous-pretrained"):
+        assert key in real
+        assert RUNS[key].needs_weights == "medicalnet_resnet18_23datasets"
+    assert RUNS["slab-r3d_18-pretrained"].needs_weights == "torchvision_r3d_18"
+    assert RUNS["slab-thin-stand-in"].depends_on == ("stand-in-3d-18",)
+    # The same windows or the same range for all that are compared.
+    for name in ("thin", "kinetics"):
+        for one, other in QUESTIONS[name].pairs:
+            recipes = [Recipe.of(base_config(RUNS[k], SCALES["rsna"], 0)) for k in (one, other)]
+            assert len({recipe.network.channels for recipe in recipes}) == 1, (one, other)
+    # Estimated from operations, since nothing was measured: five times those of the slab.
+    small = SCALES["small"]
+    ratio = expected_seconds("slab-thin", small) / expected_seconds("slab", small)
+    assert ratio == pytest.approx(4.987 / 0.978, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", _COUNTED)
+def test_operations_of_networks_that_were_not_timed(preset):
+    spec = PRESETS[preset].spec
+    for size, operations in _COUNTED[preset].items():
+        shape = (5, size, size, spec.channels)
+        found = cost(build_classifier(preset, input_shape=shape)).multiply_adds / 5e9
+        assert found == pytest.approx(operations, abs=0.001)
+
+
+def test_weights_of_thin_networks_are_restrided(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICH_KERAS_WEIGHTS", str(tmp_path))
+    source = tmp_path / "medicalnet_resnet18_23datasets.weights.h5"
+    command = absent_weights("slab-thin-pretrained")
+    assert command.startswith("weights-convert convert --source medicalnet_resnet18_23datasets")
+    restriding = f"weights-convert restride {source} --to resnet18_3d_thin"
+    assert command.endswith(f" && {restriding}")
+    source.touch()
+    assert absent_weights("slab-thin-pretrained") == restriding
+    changed_file(source, "resnet18_3d_thin").touch()
+    assert absent_weights("slab-thin-pretrained") == ""
+    assert "restride" not in absent_weights("slab-mc3_18-pretrained")
+
+    place = Place(tmp_path / "work", tmp_path / "out", SCALES["tiny"])
+    best = RunFolder(place.run_dir("stand-in-3d-18", 0)).best_weights
+    best.parent.mkdir(parents=True)
+    spec = replace(PRESETS["resnet18_3d_medicalnet"].spec, width=8).with_any_size()
+    save_weights(classifier(spec), best, {"network": spec.to_dict()})
+    for preset in ("resnet18_3d_thin", "resnet18_3d_thin_atrous"):
+        path = starting_weights(place, "restrided:stand-in-3d-18", preset)
+        assert Path(path).parent == best.parent
+        found = read_weights(path).spec
+        assert found is not None
+        assert set(found.differences(PRESETS[preset].spec)) == {"width"}
+        assert starting_weights(place, "restrided:stand-in-3d-18", preset) == path
 
 
 def test_list_tells_every_run():

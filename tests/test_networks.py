@@ -267,6 +267,17 @@ def test_too_few_slices_are_refused_with_the_way_out():
     assert preset("resnet18_3d", (None, 64, 64, 1)).spatial_shapes()["layer4"] == (None, 2, 2)
 
 
+def test_split_kernels_may_stride_within_slices_and_dilate_across():
+    video = {"naming": "video", "pool_kernel": None}
+    settings = {"strides": (1, (1, 2, 2), 1, 1), "dilations": (1, (2, 1, 1), 1, 1)}
+    spec = ModelSpec((5, 16, 16, 1), depth=10, width=8, factorised=True, **video, **settings)
+    assert resnet(spec).output.shape == (None, 64)
+    with pytest.raises(UsageError, match="stage 2 has stride .1, 2, 2. and dilation .2, 1, 1."):
+        replace(spec, factorised=False)
+    with pytest.raises(UsageError, match="stage 2 has stride .2, 1, 1. and dilation .2, 1, 1."):
+        replace(spec, strides=(1, (2, 1, 1), 1, 1))
+
+
 def test_batch_normalisation_of_single_values_is_refused():
     spec = ModelSpec((32, 32, 3))
     require_trainable(spec, 2)
@@ -285,6 +296,10 @@ def test_batch_normalisation_of_single_values_is_refused():
         ({"kernels": (3, 3, 3, 2)}, "kernels 2; expected odd numbers"),
         ({"strides": (1, 2, 0, 2)}, "strides 0; expected at least 1"),
         ({"strides": (1, (1, 2, 2), 2, 2)}, "has 3 axes; the network has 2"),
+        (
+            {"dilations": (1, 2, 1, 1)},
+            r"stage 2 has stride \(2, 2\) and dilation \(2, 2\); expected",
+        ),
         ({"detach_shortcut": True}, "detach_shortcut is about shortcut 'A'"),
         ({"factorised": True}, "factorised kernels need slices"),
         ({"width": 0}, "width 0; expected a whole number of at least 1"),

@@ -38,6 +38,8 @@ NETWORKS = TINY | {
     # Deep enough that a dilation of 4 looks past every neighbour, and a kernel of 3 does not.
     "series": replace(TINY["medicalnet"], input_shape=(17, 24, 24, 1)),
     "mixed": replace(PRESETS["mc3_18"].spec, input_shape=(5, 24, 24, 3), width=8, dropout=0.0),
+    "thin": replace(PRESETS["resnet10_3d_thin"].spec, input_shape=(5, 24, 24, 1), width=8),
+    "atrous": replace(PRESETS["resnet10_3d_thin_atrous"].spec, input_shape=(5, 24, 24, 1), width=8),
     "strided": replace(PRESETS["resnet18_3d"].spec, input_shape=(33, 32, 32, 3), width=4),
 }
 

@@ -15,6 +15,7 @@ Map of rooms:
     parity        comparing both networks on the same input
     state         state dicts of Keras models and of weights files
     reshaping     the same changes, from weights file to weights file
+    restriding    the same tensors for other strides and dilations, from file to file
     conversion    checkpoint -> `.weights.h5`, and back
     selfcheck     the parity of every network on random weights
     cli           the command `weights-convert`
@@ -33,9 +34,11 @@ _PUBLIC = {
     "state_of": "weights_convert.state",
     "convert": "weights_convert.conversion",
     "verify": "weights_convert.conversion",
+    "verify_weights": "weights_convert.conversion",
     "inflate": "weights_convert.reshaping",
     "collapse": "weights_convert.reshaping",
     "change_channels": "weights_convert.reshaping",
+    "restride": "weights_convert.restriding",
     "export": "weights_convert.conversion",
     "fetch": "weights_convert.fetching",
 }

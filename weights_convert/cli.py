@@ -1,13 +1,49 @@
 """The command line: `weights-convert`. Each command calls one function and prints the result."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ich_keras import __version__
+from ich_keras.models.spec import PerAxis
 from ich_keras.terminal import HELP, Group, PathType, catch_termination
 
+_MAX_DIGITS = 4
+
+
+class PerAxisType(click.ParamType):
+    """A stride or dilation: one number, or one per axis (slices, rows, columns) like 1x2x2."""
+
+    name = "N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> PerAxis:
+        """Return an int or a tuple of ints."""
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split("x")]
+        if not all(p.isascii() and p.isdecimal() and len(p) <= _MAX_DIGITS for p in parts):
+            self.fail(f"{value!r}; expected a number like 2, or one per axis like 1x2x2.")
+        numbers = tuple(map(int, parts))
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+class PerStageType(PerAxisType):
+    """A stride or dilation for each stage, separated by commas."""
+
+    name = "A,B,C,D"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple: an entry for each stage."""
+        if not isinstance(value, str):
+            return value
+        return tuple(super(PerStageType, self).convert(v, param, ctx) for v in value.split(","))
+
+
 FILE = PathType()
+PER_AXIS, PER_STAGE = PerAxisType(), PerStageType()
 SOURCE = click.option(
     "--source",
     metavar="NAME",
@@ -148,17 +184,54 @@ def convert(
 @main.command()
 @SOURCE
 @PRESET
-@CHECKPOINT
+@click.option(
+    "--checkpoint",
+    type=FILE,
+    metavar="FILE",
+    help="A .pth, .pt or .safetensors file; or --weights.",
+)
+@click.option(
+    "--weights",
+    type=FILE,
+    metavar="FILE",
+    help="A .weights.h5 file instead, which knows its own network.",
+)
 @PREFIX
 def verify(
-    source: str | None, preset_name: str | None, checkpoint: Path, prefix: str | None
+    source: str | None,
+    preset_name: str | None,
+    checkpoint: Path | None,
+    weights: Path | None,
+    prefix: str | None,
 ) -> None:
-    """Compare torch and Keras on a checkpoint's weights, without writing anything."""
+    """Compare torch and Keras on the weights of a file, without writing anything."""
+    from ich_keras.errors import UsageError
+    from ich_keras.models.weights_file import read_record
     from weights_convert.conversion import verify as verify_checkpoint
+    from weights_convert.conversion import verify_weights
+    from weights_convert.restriding import RESTRIDED_FROM
 
-    parity = verify_checkpoint(checkpoint, source, preset_name, prefix)
+    if checkpoint is not None and weights is not None:
+        raise UsageError("both --checkpoint and --weights; expected one of them.")
+    if weights is not None and (source or preset_name or prefix):
+        raise UsageError(
+            "--source, --preset and --prefix are about a checkpoint; a .weights.h5 file says itself"
+            " which network it belongs to.",
+            "Give --weights alone.",
+        )
+    if checkpoint is not None:
+        parity, record = verify_checkpoint(checkpoint, source, preset_name, prefix), {}
+    elif weights is not None:
+        parity, record = verify_weights(weights), read_record(weights)
+    else:
+        raise UsageError("the file is missing; expected --checkpoint or --weights.")
     click.echo(str(parity))
     click.echo(f"The networks agree: {parity.worst:.2e} relative at worst.")
+    if RESTRIDED_FROM in record:
+        click.echo(
+            "Note: restrided. Both networks have the strides and dilations of the file; the one"
+            " that its weights were made for computes something else."
+        )
 
 
 @main.command()
@@ -205,6 +278,65 @@ def collapse(weights: Path, preset_name: str, channels: int | None, out: Path) -
     from weights_convert.reshaping import collapse as collapse_weights
 
     click.echo(f"Weights: {collapse_weights(weights, preset_name, out, channels)}")
+
+
+@main.command()
+@click.argument("file", type=FILE, required=False)
+@click.option("--weights", type=FILE, metavar="FILE", help="The same as FILE.")
+@click.option(
+    "--to",
+    "--preset",
+    "preset_name",
+    metavar="PRESET",
+    help="A network of the same tensors, such as resnet18_3d_thin; see `ich presets`.",
+)
+@click.option("--strides", type=PER_STAGE, help="Strides of the stages: numbers like 2, or 1x2x2.")
+@click.option("--dilations", type=PER_STAGE, help="Dilations of the stages, likewise.")
+@click.option("--stem-stride", type=PER_AXIS, help="Stride of the first convolution.")
+@click.option("--pool-stride", type=PER_AXIS, help="Stride of the max pooling.")
+@click.option(
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    help="New .weights.h5 file; with --to default: beside FILE, where --weights SOURCE finds it.",
+)
+def restride(
+    file: Path | None,
+    weights: Path | None,
+    preset_name: str | None,
+    strides: tuple[PerAxis, ...] | None,
+    dilations: tuple[PerAxis, ...] | None,
+    stem_stride: PerAxis | None,
+    pool_stride: PerAxis | None,
+    out: Path | None,
+) -> None:
+    """Give the weights of a .weights.h5 FILE to a network with other strides or dilations.
+
+    The same numbers, another network, which computes something else on purpose.
+    """
+    from ich_keras.errors import UsageError
+    from weights_convert.restriding import restride as restride_weights
+
+    given = [path for path in (file, weights) if path is not None]
+    if len(given) != 1:
+        raise UsageError(
+            f"{len(given)} weights files; expected one.",
+            "weights-convert restride FILE --to PRESET",
+        )
+    made = restride_weights(
+        given[0],
+        preset_name,
+        out,
+        strides=strides,
+        dilations=dilations,
+        stem_stride=stem_stride,
+        pool_stride=pool_stride,
+    )
+    click.echo(str(made.parity))
+    for change in made.record["changes"]:
+        click.echo(f"changed: {change}")
+    click.echo("Note: the network computes something else than the one of the file.")
+    click.echo(f"Weights: {made.path}")
 
 
 @main.command()

@@ -20,10 +20,10 @@ from ich_keras.models.weights_lookup import converted_file
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
 from weights_convert.mapping import COUNTER, MAPPING_VERSION, split_off
 from weights_convert.parity import TOLERANCE, Parity, compare, sizes_of
-from weights_convert.reference import reference
+from weights_convert.reference import reference, without_reference
 from weights_convert.reshaping import rechannelled, require_out
 from weights_convert.sources import HEADS, Source, source_named
-from weights_convert.state import build, load_state, state_of_file
+from weights_convert.state import build, load_state, outputs_of, spec_of_file, state_of_file
 from weights_convert.structure import Structure, fitting_presets, require_structure, structure_of
 
 if TYPE_CHECKING:
@@ -86,16 +86,36 @@ def _matched(
     return spec, tensors, tuple(left_out)
 
 
-def _checked(
+def checked(
     spec: ModelSpec,
     tensors: dict[str, np.ndarray],
     place: str,
     outputs: int | None,
     batch_size: int,
 ) -> tuple["keras.Model", Parity]:
-    """Return (Keras model with the tensors, parity with the torch reference)."""
+    """Build a network twice, in Keras and in plain torch, from the same tensors, and compare.
+
+    Args:
+        spec: the network.
+        tensors: torch's name -> array, the head included where there are outputs.
+        place: the file, for errors.
+        outputs: of the head; None without one.
+        batch_size: of the compared inputs.
+
+    Returns:
+        (Keras model with the tensors, parity with plain torch).
+
+    Raises:
+        DataError: the tensors do not match one to one, the networks differ, or plain torch has no
+            such network.
+    """
     import torch
 
+    if lacking := without_reference(spec):
+        raise DataError(
+            f"{place}: {lacking} has no counterpart in plain torch to be compared with.",
+            "Nothing was written. `weights-convert selfcheck` shows which networks have one.",
+        )
     model = build(spec, outputs)
     load_state(model, tensors, place)
     module = reference(spec, outputs)
@@ -164,7 +184,7 @@ def convert(
             f" --out FILE{SUFFIX}.",
         )
     spec, tensors, left_out = _matched(read, known, preset_name, head)
-    model, parity = _checked(spec, tensors, str(read.path), outputs, batch_size=1)
+    model, parity = checked(spec, tensors, str(read.path), outputs, batch_size=1)
     record = {
         **provenance,
         "mapping_version": MAPPING_VERSION,
@@ -230,7 +250,29 @@ def verify(
     known, preset_name = _settle(source, preset_name)
     read = read_checkpoint(checkpoint, prefix)
     spec, tensors, _ = _matched(read, known, preset_name, head=None)
-    return _checked(spec, tensors, str(read.path), outputs=None, batch_size=3)[1]
+    return checked(spec, tensors, str(read.path), outputs=None, batch_size=3)[1]
+
+
+def verify_weights(weights: Path | str) -> Parity:
+    """Compare torch and Keras on a `.weights.h5` file, without writing anything.
+
+    Both are built as the file's record says, with its strides and dilations. Of a restrided file
+    this says nothing about the network that its tensors were made for, which computes other
+    numbers.
+
+    Args:
+        weights: a file that records its network.
+
+    Returns:
+        The largest difference of each feature over several input sizes, in batches of three.
+
+    Raises:
+        UsageError: no such file.
+        DataError: the file is refused, records no network, or the networks differ.
+    """
+    file = read_weights(weights)
+    spec, state = spec_of_file(file), state_of_file(file)
+    return checked(spec, state, str(file.path), outputs_of(file), batch_size=3)[1]
 
 
 def export(weights: Path | str, out: Path | str) -> Path:

@@ -167,6 +167,7 @@ def _video_conv(
     middle: int,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
+    dilation: tuple[int, ...] = (1, 1, 1),
 ) -> nn.Module:
     if not spec.factorised:
         return nn.Conv3d(
@@ -174,7 +175,8 @@ def _video_conv(
             channels,
             kernel,
             stride=stride,
-            padding=tuple(k // 2 for k in kernel),
+            padding=_padding(kernel, dilation),
+            dilation=dilation,
             bias=False,
         )
     within, across = (1, *kernel[1:]), (kernel[0], 1, 1)
@@ -184,7 +186,8 @@ def _video_conv(
             middle,
             within,
             stride=(1, *stride[1:]),
-            padding=tuple(k // 2 for k in within),
+            padding=_padding(within, dilation),
+            dilation=(1, *dilation[1:]),
             bias=False,
         ),
         nn.BatchNorm3d(middle),
@@ -194,7 +197,8 @@ def _video_conv(
             channels,
             across,
             stride=(stride[0], 1, 1),
-            padding=(kernel[0] // 2, 0, 0),
+            padding=_padding(across, dilation),
+            dilation=(dilation[0], 1, 1),
             bias=False,
         ),
     )
@@ -208,9 +212,10 @@ class VideoBlock(nn.Module):
         channels = spec.width * 2**stage
         kernel = spec.per_axis(spec.kernels[stage])
         stride = spec.per_axis(spec.strides[stage] if is_first else 1)
+        dilation = spec.per_axis(spec.dilations[stage])
         middle = (channels_in * channels * 27) // (channels_in * 9 + 3 * channels)
-        first = _video_conv(spec, channels_in, channels, middle, kernel, stride)
-        second = _video_conv(spec, channels, channels, middle, kernel, (1, 1, 1))
+        first = _video_conv(spec, channels_in, channels, middle, kernel, stride, dilation)
+        second = _video_conv(spec, channels, channels, middle, kernel, (1, 1, 1), dilation)
         self.conv1 = nn.Sequential(first, nn.BatchNorm3d(channels), nn.ReLU())
         self.conv2 = nn.Sequential(second, nn.BatchNorm3d(channels))
         if max(stride) > 1 or channels_in != channels:
@@ -249,6 +254,25 @@ class VideoNet(nn.Module):
         """Return the features by the names of `ich_keras.models.spec.FEATURES`."""
         found = {"stem": self.stem(x)}
         return _later_features(self, found, found["stem"])
+
+
+def without_reference(spec: ModelSpec) -> str:
+    """Say what of a network has no counterpart here; "" where all has.
+
+    >>> from ich_keras.models.presets import preset
+    >>> without_reference(preset("r3d_18")), without_reference(preset("r3d_18", norm="group"))
+    ('', "norm 'group'")
+    """
+    is_video = spec.naming == "video"
+    if spec.norm == "group":
+        return "norm 'group'"
+    if (spec.pool_kernel is None) != is_video:
+        return f"naming {spec.naming!r} with pool_kernel {spec.pool_kernel}"
+    if is_video and (spec.is_bottleneck or spec.shortcut == "A" or spec.rank == 2):
+        return f"naming 'video' with depth {spec.depth}, shortcut {spec.shortcut}, {spec.rank}D"
+    if spec.factorised and not is_video:
+        return "naming 'image' with factorised kernels"
+    return ""
 
 
 def reference(spec: ModelSpec, outputs: int | None = None) -> nn.Module:

@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 from ich_keras.errors import UsageError
-from ich_keras.models.spec import ModelSpec
+from ich_keras.models.spec import ModelSpec, PerAxis
 from ich_keras.models.windows import LearnedWindows
 
 
@@ -17,8 +17,9 @@ class Preset:
         title: what it is, in one line.
         sources: pretrained weights, by the names of `weights-convert list`; the first is the
             usual one.
-        via: the `weights-convert` command that changes the shape of the weights to fit ("" when
-            they fit as they are).
+        via: the `weights-convert` command that changes the weights to fit, on purpose ("" when
+            they fit as they are): "inflate" and "collapse" change their shapes, "restride" lets
+            another network compute with the same tensors.
 
     >>> PRESETS["resnet50_3d_medicalnet"].licence
     'MIT'
@@ -43,6 +44,7 @@ SLICE_SHAPE = (256, 256, 3)  # three windows of one slice (thesis, its 2D networ
 SERIES_SHAPE = (60, 256, 256, 1)  # a whole series, one channel (thesis, its 3D network)
 SLAB_SHAPE = (5, 256, 256, 1)  # five neighbouring slices (thesis, its third network)
 VIDEO_SHAPE = (60, 256, 256, 3)  # Kinetics' networks take three channels
+VIDEO_SLAB_SHAPE = (*SLAB_SHAPE[:-1], VIDEO_SHAPE[-1])
 
 _MEDICALNET_SHORTCUTS = {10: "B", 18: "A", 34: "A", 50: "B"}
 # Tran et al., A Closer Look at Spatiotemporal Convolutions (2018), as in torchvision.
@@ -52,6 +54,11 @@ _VIDEO = ModelSpec(
     stem_kernel=(3, 7, 7),
     stem_stride=(1, 2, 2),
     pool_kernel=None,
+)
+_MIXED = replace(
+    _VIDEO,
+    kernels=(3, (1, 3, 3), (1, 3, 3), (1, 3, 3)),
+    strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
 )
 
 
@@ -66,6 +73,32 @@ def _medicalnet(input_shape: tuple[int, ...], depth: int) -> ModelSpec:
     )
 
 
+def _thin(depth: int, dilations: tuple[PerAxis, ...]) -> ModelSpec:
+    """MedicalNet's network for slabs of five: the same tensors, depth stride 1 everywhere.
+
+    MedicalNet halves the number of slices three times: five become three, two and one, so that
+    its last two stages see a single slice and padding. Here five stay five. Rows and columns are
+    strided and dilated as in the original (output stride 8, dilations 1, 1, 2, 4), and the
+    kernels keep their depth (the stem 7, pooling and stages 3).
+
+    Along the slices, the dilations 2 and 4 of the last two stages were made for a grid of many
+    slices. Of the ten taps beside the middle one that a 3-tap kernel has on five slices, eight
+    fall on slices with dilation 1, six with 2, and two with 4: there the first slice sees the
+    fifth, and no other slice sees any. "thin" has depth dilation 1, so that every kernel compares
+    neighbours; "thin_atrous" keeps the original dilations, so that strides alone differ.
+
+    Either way a kernel meets slices at other distances than in its training. That is what
+    `weights-convert restride` is asked for, and records.
+    """
+    return replace(
+        _medicalnet(SLAB_SHAPE, depth),
+        stem_stride=(1, 2, 2),
+        pool_stride=(1, 2, 2),
+        strides=(1, (1, 2, 2), 1, 1),
+        dilations=dilations,
+    )
+
+
 def _slab(depth: int) -> ModelSpec:
     """Slices are never skipped: five of them stay five until the average at the end."""
     return ModelSpec(
@@ -76,6 +109,14 @@ def _slab(depth: int) -> ModelSpec:
         pool_stride=(1, 2, 2),
         strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
     )
+
+
+def _video_slab(spec: ModelSpec) -> ModelSpec:
+    """A network of Kinetics for five slices in three windows, which are never skipped.
+
+    Its stem strides in the plane alone; here the later stages do, too. The dilations are 1.
+    """
+    return replace(spec, input_shape=VIDEO_SLAB_SHAPE, strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)))
 
 
 def _depth_presets(depth: int) -> dict[str, Preset]:
@@ -96,6 +137,18 @@ def _depth_presets(depth: int) -> dict[str, Preset]:
             f"MedicalNet's ResNet-{depth}: dilated, output stride 8",
             medicalnet,
         ),
+        f"resnet{depth}_3d_thin": Preset(
+            _thin(depth, (1, 1, (1, 2, 2), (1, 4, 4))),
+            f"MedicalNet's ResNet-{depth} on slabs: depth stride and dilation 1",
+            medicalnet,
+            via="restride",
+        ),
+        f"resnet{depth}_3d_thin_atrous": Preset(
+            _thin(depth, (1, 1, 2, 4)),
+            f"MedicalNet's ResNet-{depth} on slabs: depth stride 1, its dilations",
+            medicalnet,
+            via="restride",
+        ),
         f"resnet{depth}_3d": Preset(
             ModelSpec(SERIES_SHAPE, depth=depth),
             f"ResNet-{depth} on series: strided, no dilation",
@@ -115,11 +168,7 @@ PRESETS: dict[str, Preset] = {
     **{name: made for depth in (10, 18, 34, 50) for name, made in _depth_presets(depth).items()},
     "r3d_18": Preset(_VIDEO, "R3D-18 of Kinetics: 3D kernels", ("torchvision_r3d_18",)),
     "mc3_18": Preset(
-        replace(
-            _VIDEO,
-            kernels=(3, (1, 3, 3), (1, 3, 3), (1, 3, 3)),
-            strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2)),
-        ),
+        _MIXED,
         "MC3-18 of Kinetics: 3D kernels in the first stage, 2D after",
         ("torchvision_mc3_18",),
     ),
@@ -127,6 +176,22 @@ PRESETS: dict[str, Preset] = {
         replace(_VIDEO, factorised=True),
         "R(2+1)D-18 of Kinetics: factorised kernels",
         ("torchvision_r2plus1d_18",),
+    ),
+    "r3d_18_slab": Preset(
+        _video_slab(_VIDEO),
+        "R3D-18 of Kinetics on slabs: depth stride 1",
+        ("torchvision_r3d_18",),
+        via="restride",
+    ),
+    # Its later kernels are as deep as one slice: it never had another depth stride than 1.
+    "mc3_18_slab": Preset(
+        _video_slab(_MIXED), "MC3-18 of Kinetics on slabs", ("torchvision_mc3_18",)
+    ),
+    "r2plus1d_18_slab": Preset(
+        _video_slab(replace(_VIDEO, factorised=True)),
+        "R(2+1)D-18 of Kinetics on slabs: depth stride 1",
+        ("torchvision_r2plus1d_18",),
+        via="restride",
     ),
 }
 

@@ -25,6 +25,9 @@ NAMINGS = ("image", "video")
 # Where the outputs of a backbone can be tapped, in the order of the computation.
 FEATURES = ("stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
 
+# Settings that change what a network computes and leave no trace in its weights.
+WITHOUT_WEIGHTS = ("stem_stride", "pool_kernel", "pool_stride", "strides", "dilations")
+
 # A kernel, stride or dilation: one number for all axes, or one per axis (slices, rows, columns).
 PerAxis = int | tuple[int, ...]
 
@@ -126,6 +129,7 @@ class ModelSpec:
             raise UsageError(f"width {self.width}; expected a whole number of at least 1.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout {self.dropout}; expected a rate of at least 0, below 1.")
+        self._check_stages()
         self._check_slices()
 
     def _check_input(self) -> None:
@@ -157,6 +161,20 @@ class ModelSpec:
             raise UsageError(f"{name} {value}; expected at least 1.")
         if "kernel" in name and any(number % 2 == 0 for number in numbers):
             raise UsageError(f"{name} {value}; expected odd numbers, which pad both ends alike.")
+
+    def _check_stages(self) -> None:
+        """Refuse a convolution that strides and dilates, which Keras does not compute.
+
+        The parts of a factorised one count by themselves: along the slices, and within them.
+        """
+        parts = [slice(0, 1), slice(1, None)] if self.factorised else [slice(None)]
+        for number, pair in enumerate(zip(self.strides, self.dilations, strict=True), 1):
+            stride, dilation = map(self.per_axis, pair)
+            if any(max(stride[part]) > 1 and max(dilation[part]) > 1 for part in parts):
+                raise UsageError(
+                    f"stage {number} has stride {stride} and dilation {dilation}; expected one of"
+                    " them to be 1 along every axis: Keras has no convolution that does both."
+                )
 
     def _check_slices(self) -> None:
         """Refuse a stride along slices where one slice is left: the input is too thin for it.

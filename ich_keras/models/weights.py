@@ -12,7 +12,7 @@ import numpy as np
 from ich_keras.errors import DataError
 from ich_keras.files import atomic_path
 from ich_keras.labels import LABELS, SIX, LabelSet
-from ich_keras.models.spec import ModelSpec
+from ich_keras.models.spec import WITHOUT_WEIGHTS, ModelSpec
 from ich_keras.models.weights_file import (
     MAX_RECORD_BYTES,
     SUFFIX,
@@ -164,12 +164,15 @@ def _require_same_network(file: WeightsFile, spec: ModelSpec | None) -> None:
         "norm": "Group normalisation fits no weights of batch normalisation: take norm 'frozen', or"
         " train it from scratch.",
     }
+    usual = "Weights and preset must belong together, even where the shapes fit."
+    if set(differences) <= set(WITHOUT_WEIGHTS):
+        usual += (
+            f" weights-convert restride --weights {file.path} --to PRESET --out FILE{SUFFIX}"
+            " makes them weights of another network on purpose."
+        )
     raise DataError(
         f"{file.path} was made for another network: {said}.",
-        hints.get(
-            "".join(differences),
-            "Weights and preset must belong together, even where the shapes fit.",
-        ),
+        hints.get("".join(differences), usual),
     )
 
 

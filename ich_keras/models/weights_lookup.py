@@ -32,6 +32,21 @@ def converted_file(source: str) -> Path:
     return weights_folder() / f"{source}{SUFFIX}"
 
 
+def changed_file(path: Path, preset_name: str) -> Path:
+    """Return where a weights file lies once it was changed for a preset: beside it.
+
+    It need not exist. For the file of a source it is where `find_weights` looks.
+
+    Args:
+        path: the unchanged file.
+        preset_name: a key of `PRESETS`.
+
+    >>> changed_file(Path("medicalnet_resnet18.weights.h5"), "resnet18_3d_thin").name
+    'medicalnet_resnet18-resnet18_3d_thin.weights.h5'
+    """
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}-{preset_name}{SUFFIX}")
+
+
 def source_of(name: str, preset_name: str) -> str:
     """Return the source that a family name means for a preset.
 
@@ -67,7 +82,8 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
     Args:
         name: a path ending in `.weights.h5`; or the name of a source once it was converted
             ("torchvision_resnet18"); or "imagenet", "kinetics", "medicalnet" for the source that
-            belongs to the preset.
+            belongs to the preset. Where a preset takes a source with a change, the file is the
+            changed one (`changed_file`).
         preset_name: a key of `PRESETS`.
 
     Returns:
@@ -89,6 +105,14 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
         f"weights-convert convert --source {source} --checkpoint FILE.pth puts it there"
         " (`weights-convert list` says where the checkpoint comes from)"
     )
+    if via and changed_file(path, preset_name).is_file():
+        return changed_file(path, preset_name)
+    if via == "restride":
+        raise UsageError(
+            f"{preset_name} takes {source} with its strides changed on purpose.",
+            ("" if path.is_file() else f"{to_convert}, then ")
+            + f"weights-convert restride --weights {path} --to {preset_name}, then the same again.",
+        )
     if via:
         raise UsageError(
             f"{preset_name} takes {source} with its shape changed on purpose.",
