@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional
 
 from ich_keras.labels import NUM_LABELS
+from ich_keras.models.architectures import STAGE_BLOCKS
 from ich_keras.models.presets import PRESETS
-from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import ModelSpec
 from weights_convert.reference import ImageNet, ZeroPadShortcut, reference
 
 
@@ -22,8 +23,9 @@ class PlainResNet(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.network = reference(spec, NUM_LABELS)
-        if not isinstance(self.network, ImageNet):
-            raise TypeError(f"{spec.naming}: only networks with naming 'image' are measured")
+        if spec.architecture != "resnet" or not isinstance(self.network, ImageNet):
+            kind = f"{spec.architecture}, naming {spec.naming}"
+            raise TypeError(f"{kind}: only ResNets with naming 'image' are measured")
         for module in self.network.modules():
             if isinstance(module, nn.Conv3d):
                 module.__class__ = _PaddedConv3d

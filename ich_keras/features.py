@@ -196,7 +196,7 @@ def extract_foreign_features(
 
 def _tapped(model: Any) -> Any:
     """Return a network that gives logits and pooled features in one pass."""
-    from ich_keras.models.resnet import functional
+    from ich_keras.models.layers import functional
     from ich_keras.models.steps import choose_step
     from ich_keras.models.weights import HEAD
 

@@ -135,7 +135,7 @@ def tapped(model: Any) -> Tap:
 
 def with_features(model: Any) -> Any:
     """Return a network of ours with a second output: its pooled features (n, features)."""
-    from ich_keras.models.resnet import functional
+    from ich_keras.models.layers import functional
 
     features = model.get_layer("avgpool").output
     return functional(model.input, [model.output, features], model.name)

@@ -1,19 +1,34 @@
-"""Golden outputs of the networks, made once by torchvision or plain torch, for every backend.
+"""Golden outputs of the networks, made once by torchvision, timm or plain torch, for every backend.
 
 Weights and inputs are not stored: they follow from names by a rule that no library version changes
-(raw numbers of PCG64). `python tests/golden_networks.py` makes the files again, with torch.
+(raw numbers of PCG64). `python tests/golden_networks.py NAME...` makes files again, with torch.
+Those of SE-ResNeXt are timm's own numbers (made with 1.0.31; the tests do without it), those of
+DenseNet torchvision's.
 """
 
+import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ich_keras.models.presets import PRESETS
+from ich_keras.models.spec import ModelSpec
+
 FOLDER = Path(__file__).parent / "golden"
-# Preset -> shape of one input without channels. Even, odd and mixed; thin and thick.
+# Of two architectures a narrow, short network, beside the presets: those take jax too long.
+SHORT = {
+    "seresnext14_narrow": ModelSpec((None, None, 3), 14, width=8, architecture="seresnext"),
+    "densenet21_narrow": ModelSpec((None, None, 3), 21, width=8, architecture="densenet"),
+}
+# Network -> shape of one input without channels. Even, odd and mixed; thin and thick.
 NETWORKS = {
     "resnet18_2d": (65, 64),
     "resnet50_2d": (64, 47),
+    "seresnext50_2d": (95, 96),
+    "seresnext14_narrow": (65, 64),
+    "densenet21_narrow": (64, 79),
     "resnet18_2d_medicalnet": (48, 33),
     "resnet10_3d_medicalnet": (9, 32, 33),
     "resnet18_3d_medicalnet": (8, 33, 32),
@@ -51,23 +66,58 @@ def images(preset_name: str, channels: int) -> np.ndarray:
     return uniform(f"images of {preset_name}", shape, -2.0, 2.0)
 
 
-def make() -> None:
-    """Write the golden files with torchvision, or with plain torch where it has no such network."""
+def spec_of(name: str) -> ModelSpec:
+    """Return a network of `NETWORKS` for inputs of any size."""
+    return SHORT[name] if name in SHORT else PRESETS[name].spec.with_any_size()
+
+
+def short_network(name: str) -> Any:
+    """Return a network of `SHORT` by timm or torchvision, with six outputs."""
+    if name == "densenet21_narrow":
+        from torchvision.models import DenseNet
+
+        return DenseNet(4, (2, 2, 2, 2), num_init_features=8, num_classes=6)
+    from timm.models.resnet import Bottleneck, ResNet
+    from torch import nn
+
+    net = ResNet(
+        Bottleneck,
+        (1, 1, 1, 1),
+        num_classes=6,
+        cardinality=4,
+        base_width=32,
+        channels=(8, 16, 32, 64),
+        block_args={"attn_layer": "se"},
+    )
+    # timm's stem has 64 channels, whatever those of the stages.
+    net.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+    net.bn1 = nn.BatchNorm2d(8)
+    net.layer1[0].conv1 = nn.Conv2d(8, 16, 1, bias=False)
+    net.layer1[0].downsample[0] = nn.Conv2d(8, 32, 1, bias=False)
+    return net
+
+
+def make(names: list[str]) -> None:
+    """Write golden files with torchvision or timm, or with plain torch where neither has it."""
     import torch
 
     from ich_keras.labels import NUM_LABELS
-    from ich_keras.models.presets import PRESETS
     from weights_convert.parity import torch_features
     from weights_convert.reference import reference
-    from weights_convert.selfcheck import oracle_of
+    from weights_convert.selfcheck import oracle_of, published_network, tapped
     from weights_convert.sources import SOURCES
 
-    for name in NETWORKS:
-        spec = PRESETS[name].spec.with_any_size()
+    for name in names or NETWORKS:
+        spec = spec_of(name)
         source = next((s for s in SOURCES.values() if s.preset == name), None)
-        if source is None:
+        if name in SHORT:
+            owner = short_network(name)
+            module = tapped(owner)
+        elif source is None:
             module = owner = reference(spec, NUM_LABELS)
         else:
+            is_ours = source.name.startswith("medicalnet_")
+            assert is_ours or published_network(source, 1) is not None, f"{name}: no oracle here"
             module, owner = oracle_of(source, spec)
         with torch.no_grad():
             for key, value in owner.state_dict().items():
@@ -86,4 +136,4 @@ def make() -> None:
 
 
 if __name__ == "__main__":
-    make()
+    make(sys.argv[1:])

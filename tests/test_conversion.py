@@ -3,6 +3,7 @@
 import gc
 import http.client
 import json
+import re
 import ssl
 import subprocess
 import sys
@@ -22,18 +23,22 @@ from safetensors.torch import save_file
 from ich_keras.errors import EXIT_TERMINATED, DataError, EnvironmentProblem, UsageError
 from ich_keras.files import sha256_of
 from ich_keras.labels import LABELS
+from ich_keras.models import densenet as densenet_module
+from ich_keras.models import layers as layers_module
 from ich_keras.models import resnet as resnet_module
+from ich_keras.models.architectures import STAGE_BLOCKS
 from ich_keras.models.classifier import build_backbone, build_classifier, classifier
 from ich_keras.models.presets import PRESETS, Preset, preset
 from ich_keras.models.resnet import feature_model, resnet
-from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import ModelSpec
+from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.models.weights_file import read_record, read_weights
 from ich_keras.models.weights_lookup import FOLDER_VARIABLE
 from weights_convert import conversion, fetching, selfcheck
 from weights_convert import state as state_module
 from weights_convert.cli import main
 from weights_convert.conversion import convert, export, inspect, verify
-from weights_convert.mapping import to_keras, to_torch, torch_name
+from weights_convert.mapping import to_keras, to_torch, torch_modules, torch_name
 from weights_convert.parity import compare, difference, torch_features
 from weights_convert.reference import reference
 from weights_convert.reshaping import change_channels, collapse, inflate
@@ -46,6 +51,7 @@ from weights_convert.structure import structure_of
 QUICK = (
     "torchvision_resnet18",
     "torchvision_resnet50",
+    "torchvision_densenet121",
     "torchvision_r2plus1d_18",
     "medicalnet_resnet10_23datasets",
     "medicalnet_resnet18_23datasets",
@@ -89,13 +95,27 @@ def published(source_name: str, folder, seed: int = 0):
     spec = preset(source.preset).with_any_size()
     if source_name.startswith("torchvision_"):
         name = source_name.removeprefix("torchvision_")
-        zoo = torchvision.models if "resnet" in name else torchvision.models.video
-        network = getattr(zoo, name)()
+        is_video = hasattr(torchvision.models.video, name)
+        network = getattr(torchvision.models.video if is_video else torchvision.models, name)()
         randomise(network, seed)
         path = folder / source.file_name
+        if name.startswith("densenet"):
+            # As in the published file, whose names are older than torch's rule for names.
+            old = (
+                (re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key), tensor)
+                for key, tensor in network.state_dict().items()
+                if not key.endswith("num_batches_tracked")
+            )
+            torch.save(OrderedDict(old), path, _use_new_zipfile_serialization=False)
+            return path, network
         # torchvision's image networks of 2016 are in the legacy format, later files are zips.
         torch.save(network.state_dict(), path, _use_new_zipfile_serialization="50" in name)
         return path, network
+    if source_name.startswith("timm_"):
+        network = reference(spec, 1000)
+        randomise(network, seed)
+        torch.save(network.state_dict(), folder / source.file_name)
+        return folder / source.file_name, network
     network = reference(spec)
     randomise(network, seed)
     state = OrderedDict((f"module.{n}", t) for n, t in network.state_dict().items())
@@ -106,6 +126,10 @@ def published(source_name: str, folder, seed: int = 0):
     path = folder / source.file_name
     torch.save(content, path, _use_new_zipfile_serialization=False)
     return path, network
+
+
+def head_of(source) -> str:
+    return "classifier" if "densenet" in source.name else "fc"
 
 
 def declare_published(monkeypatch, source_name, path):
@@ -135,13 +159,14 @@ def test_a_published_checkpoint_becomes_a_network_with_its_numbers(
     with torch.inference_mode():
         inputs = torch.from_numpy(np.moveaxis(images, -1, 1))
         if source_name.startswith("torchvision_"):
-            network.fc = torch.nn.Identity()
+            setattr(network, head_of(source), torch.nn.Identity())
             expected = network.eval()(inputs).numpy()
         else:
             expected = network(inputs)["avgpool"].numpy()
     _, relative = difference(np.asarray(model.predict_on_batch(images)), expected)
     assert relative < 1e-5
-    heads = {"torchvision": {"fc.weight", "fc.bias"}, "medicalnet": set()}
+    head = {f"{head_of(source)}.{name}" for name in ("weight", "bias")}
+    heads = {"torchvision": head, "timm": head, "medicalnet": set()}
     if source_name.endswith("_23datasets"):
         heads["medicalnet"] = {"conv_seg.0.weight", "conv_seg.0.bias"}
     assert set(made.dropped) == heads[source_name.partition("_")[0]]
@@ -179,6 +204,7 @@ def test_sources_are_torchvisions_own_words():
         "torchvision_resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
         "torchvision_resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
         "torchvision_resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
+        "torchvision_densenet121": torchvision.models.DenseNet121_Weights.IMAGENET1K_V1,
         "torchvision_r3d_18": torchvision.models.video.R3D_18_Weights.KINETICS400_V1,
         "torchvision_mc3_18": torchvision.models.video.MC3_18_Weights.KINETICS400_V1,
         "torchvision_r2plus1d_18": torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1,
@@ -198,6 +224,7 @@ def test_sources_are_torchvisions_own_words():
     [
         ("resnet18", (64, 47)),
         ("resnet50", (65, 40)),
+        ("densenet121", (65, 44)),
         ("r3d_18", (5, 33, 40)),
         ("mc3_18", (6, 32, 33)),
         ("r2plus1d_18", (3, 33, 32)),
@@ -289,7 +316,7 @@ MUTATIONS = {
     "mean and variance swapped": lambda patch: patch.setattr(
         state_module, "torch_name", _swapped_statistics
     ),
-    "epsilon 1e-3": lambda patch: patch.setitem(resnet_module.BATCH_NORM, "epsilon", 1e-3),
+    "epsilon 1e-3": lambda patch: patch.setitem(layers_module.BATCH_NORM, "epsilon", 1e-3),
     "no dilation": lambda patch: patch.setitem(
         PRESETS,
         "resnet10_3d_medicalnet",
@@ -393,6 +420,17 @@ def test_what_does_not_match_one_to_one_is_named(tmp_path):
         ("torchvision_mc3_18", "torchvision_r3d_18", "kernels .*, expected"),
         ("torchvision_r2plus1d_18", "torchvision_r3d_18", "factorised True, expected False"),
         ("torchvision_r3d_18", "medicalnet_resnet18", "naming video, expected image"),
+        (
+            "torchvision_densenet121",
+            "torchvision_resnet18",
+            "2D DenseNet-121, 3 input channels.*architecture densenet, expected resnet",
+        ),
+        (
+            "timm_seresnext50_32x4d",
+            "torchvision_resnet50",
+            "2D SE-ResNeXt-50.*architecture seresnext, expected resnet",
+        ),
+        ("torchvision_resnet50", "timm_seresnext50_32x4d", "architecture resnet, expected seresn"),
     ],
 )
 def test_a_file_of_another_network_names_both(file_of, given_as, message, tmp_path):
@@ -411,7 +449,9 @@ def test_structure_is_read_from_tensors():
         assert found.pop("head") == 6
         assert found["stem_kernel"] == spec.per_axis(spec.stem_kernel)
         assert found["kernels"] == tuple(spec.per_axis(k) for k in spec.kernels)
-        for field in ("naming", "rank", "depth", "shortcut", "channels", "width", "factorised"):
+        for field in (
+            "architecture", "naming", "rank", "depth", "shortcut", "channels", "width", "factorised"
+        ):  # fmt: skip
             assert found[field] == getattr(spec, field), (name, field)
     with pytest.raises(DataError, match=r"\(3, 24, 36, 3\) bottleneck blocks.*known depths"):
         structure_of(
@@ -425,9 +465,13 @@ def test_structure_is_read_from_tensors():
 
 
 def test_names_and_axes_there_and_back():
-    assert torch_name("layer1_0_downsample_1", "moving_variance") == (
-        "layer1.0.downsample.1.running_var"
-    )
+    (module,) = torch_modules(["layer1_0_downsample_1"]).values()
+    assert torch_name(module, "moving_variance") == "layer1.0.downsample.1.running_var"
+    with torch.device("meta"):
+        theirs = torchvision.models.densenet121(num_classes=6).state_dict()
+    model = classifier(preset("densenet121_2d"), output="logits")
+    ours = torch_modules(layer.name for layer in model.layers if layer.weights).values()
+    assert {name.rpartition(".")[0] for name in theirs} == set(ours)
     for shape in ((4, 3, 7, 7), (4, 3, 5, 7, 7), (6, 512), (8,)):
         array = np.random.default_rng(0).standard_normal(shape)
         np.testing.assert_array_equal(to_torch(to_keras(array)), array)
@@ -443,8 +487,6 @@ def test_keras_to_torch_to_keras_is_bit_equal(suffix, narrow, tmp_path):
         layer.set_weights(
             [np.random.default_rng(1).uniform(0.5, 1, w.shape) for w in layer.get_weights()]
         )
-    from ich_keras.models.weights import save_weights
-
     spec = preset("resnet18_2d").to_dict()
     save_weights(model, tmp_path / "a.weights.h5", {"network": spec})
     export(tmp_path / "a.weights.h5", tmp_path / f"b{suffix}")
@@ -483,6 +525,70 @@ def test_torchvision_itself_loads_an_exported_file(tmp_path):
         export(tmp_path / "a.weights.h5", tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"expected a name ending in .pth"):
         export(tmp_path / "a.weights.h5", tmp_path / "a.onnx")
+
+
+SHORT = {
+    "densenet121_2d": ModelSpec((70, 45, 3), 21, width=8, architecture="densenet", dropout=0.0),
+    "seresnext50_2d": ModelSpec((70, 45, 3), 14, width=8, architecture="seresnext", dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_other_architectures_go_to_torch_and_back_bit_by_bit(name, tmp_path, monkeypatch):
+    spec, files = SHORT[name], [tmp_path / f"{n}.weights.h5" for n in "abc"]
+    monkeypatch.setitem(PRESETS, name, Preset(spec, "short"))
+    theirs = random_network(spec, 6)
+    if name == "densenet121_2d":
+        theirs = torchvision.models.DenseNet(4, (2, 2, 2, 2), num_init_features=8, num_classes=6)
+        randomise(theirs, 0)
+    model = classifier(spec, output="logits")
+    load_state(model, {n: t.numpy() for n, t in theirs.state_dict().items()})
+    for key, array in state_of(model).items():
+        np.testing.assert_array_equal(array, theirs.state_dict()[key].numpy(), err_msg=key)
+    save_weights(model, files[0], {"network": spec.to_dict()})
+    export(files[0], tmp_path / "b.pth")
+    state = torch.load(tmp_path / "b.pth", weights_only=True)
+    theirs.load_state_dict(state)  # strict
+    images = np.random.default_rng(0).standard_normal((2, 70, 45, 3), np.float32)
+    with torch.inference_mode():
+        expected = theirs.eval()(torch.from_numpy(np.moveaxis(images, -1, 1)))
+    expected = expected["fc"] if isinstance(expected, dict) else expected
+    assert difference(np.asarray(model.predict_on_batch(images)), expected.numpy())[1] < 1e-5
+    made = convert(tmp_path / "b.pth", preset_name=name, out=files[1], keep_head=True)
+    assert made.parity.worst < 1e-5 and made.dropped == ()
+    first, second = (read_weights(path).layers for path in files[:2])
+    assert first.keys() == second.keys()
+    for layer, arrays in first.items():
+        for one, other in zip(arrays, second[layer], strict=True):
+            np.testing.assert_array_equal(one, other)
+    # One channel: the answer to a repeated image stays.
+    change_channels(files[1], files[2], 1)
+    grey = classifier(replace(spec, input_shape=(70, 45, 1)), output="logits")
+    load_weights(grey, files[2])
+    repeated = np.repeat(images[..., :1], 3, axis=-1)
+    one, three = grey.predict_on_batch(images[..., :1]), model.predict_on_batch(repeated)
+    assert difference(np.asarray(one), np.asarray(three))[1] < 1e-5
+    with pytest.raises(DataError, match="does not fit resnet18_3d: .*architecture"):
+        inflate(files[1], "resnet18_3d", tmp_path / "d.weights.h5")
+
+
+def test_a_densenet_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "densenet121_2d", Preset(SHORT["densenet121_2d"], "short"))
+    torch.save(random_network(SHORT["densenet121_2d"]).state_dict(), tmp_path / "a.pth")
+    out = tmp_path / "a.weights.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(densenet_module.layers, "AveragePooling2D", keras.layers.MaxPooling2D)
+        with pytest.raises(DataError, match="the networks disagree from layer2 on"):
+            convert(tmp_path / "a.pth", preset_name="densenet121_2d", out=out)
+    convert(tmp_path / "a.pth", preset_name="densenet121_2d", out=out)
+
+
+def test_an_se_resnext_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "seresnext50_2d", Preset(SHORT["seresnext50_2d"], "short"))
+    torch.save(random_network(SHORT["seresnext50_2d"]).state_dict(), tmp_path / "a.pth")
+    monkeypatch.setattr(resnet_module.layers, "Multiply", keras.layers.Add)
+    with pytest.raises(DataError, match="the networks disagree from layer1 on"):
+        convert(tmp_path / "a.pth", preset_name="seresnext50_2d", out=tmp_path / "a.weights.h5")
 
 
 def outputs(spec, state, images):

@@ -40,6 +40,8 @@ NETWORKS = {
     "bottleneck": replace(FLAT, depth=50),
     "shortcut A": ModelSpec((9, 24, 24, 1), depth=10, shortcut="A", width=8, dropout=0.0),
     "video": replace(PRESETS["r2plus1d_18"].spec, input_shape=(5, 16, 16, 3), width=8),
+    "seresnext": replace(FLAT, depth=14, architecture="seresnext"),
+    "dense": replace(FLAT, depth=21, architecture="densenet"),
     "group": replace(FLAT, norm="group"),
     "frozen": replace(FLAT, norm="frozen"),
 }

@@ -230,6 +230,8 @@ def test_loss_goes_down_in_fit():
         (lambda: preset("resnet18_2D"), "Did you mean 'resnet18_2d'"),
         (lambda: preset("resnet18_2d", "abc"), "input_shape 'abc'; expected lengths like"),
         (lambda: preset("resnet18_2d", (8, 64, 64, 1)), "takes 3 axes"),
+        (lambda: preset("densenet121_2d", (8, 64, 64, 1)), "takes 3 axes"),
+        (lambda: preset("seresnext50_2d", (5, 64, 64, 3)), "takes 3 axes"),
         (lambda: ModelSpec((32, 32)), "expected"),
         (lambda: ModelSpec((32, 32, 3), depth=20), "depth 20; expected one of"),
         (lambda: ModelSpec((32, 32, 3), shortcut="C"), "'C'; expected 'A' or 'B'"),

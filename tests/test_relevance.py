@@ -40,12 +40,14 @@ FACTORISED = ModelSpec(
     pool_kernel=None,
     width=2,
 )
+SERESNEXT = ModelSpec((67, 64, 3), depth=14, width=4, architecture="seresnext")
 NETWORKS = {
     "plain": PLAIN,
     "bottleneck": BOTTLENECK,
     "dilated": DILATED,
     "slab": SLAB,
     "factorised": FACTORISED,
+    "dense": ModelSpec((70, 45, 1), depth=21, width=4, architecture="densenet"),
 }
 
 
@@ -95,6 +97,17 @@ def test_cells_see_what_they_are_said_to_see(name, layer):
             found = np.flatnonzero(places)
             low, high = axis.low + axis.step * cell, axis.high + axis.step * cell
             assert (found[0], found[-1]) == (max(low, 0), min(high, length - 1))
+
+
+def test_a_gate_on_the_whole_image_moves_no_cell():
+    """Blocks of the same kernels and strides, without and with squeeze-and-excitation."""
+    axes = []
+    for settings in ({}, {"architecture": "seresnext"}):
+        model = classifier(ModelSpec((64, 64, 3), depth=50, width=2, **settings))
+        cut = cut_model(model, "layer4")
+        axes.append(cell_axes(graph := read_graph(cut), graph.outputs[0], 2))
+    assert axes[0] == axes[1]
+    assert axes[0][0].step == 32 and axes[0][0].width == 427
 
 
 def test_uneven_padding_moves_the_middle():
@@ -184,9 +197,9 @@ def test_the_numbers_are_those_of_torch_hooks(method):
 
 
 @pytest.mark.parametrize("layer", ["maxpool", "layer2", "layer3"])
-@pytest.mark.parametrize("name", ["plain", "dilated", "slab", "bottleneck"])
+@pytest.mark.parametrize("name", ["plain", "dilated", "slab", "bottleneck", "dense", "seresnext"])
 def test_the_numbers_are_those_of_the_keras_layers(name, layer):
-    spec = NETWORKS[name]
+    spec = SERESNEXT if name == "seresnext" else NETWORKS[name]
     model, x = network(spec), inputs_for(spec)
     features, logits = cut_model(model, layer)(x, training=False)
     (gradient,) = torch.autograd.grad(logits[:, 3].sum(), features)

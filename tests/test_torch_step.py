@@ -16,12 +16,12 @@ from test_networks import NARROW, TINY, random_batch
 from ich_keras.errors import UsageError
 from ich_keras.keras_private import keep_float64, tensor_of
 from ich_keras.labels import RSNA_WEIGHTS
+from ich_keras.models.backbone import backbone
 from ich_keras.models.classifier import classifier, compile_classifier, freeze
 from ich_keras.models.graph import UnknownStep, read_graph
 from ich_keras.models.loss import BinaryCrossEntropy
 from ich_keras.models.optimizer import Adam
 from ich_keras.models.presets import PRESETS, preset
-from ich_keras.models.resnet import resnet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import choose_step
 from ich_keras.models.torch import adam as torch_adam
@@ -54,9 +54,9 @@ def float64():
 def build(spec, seed=0):
     """A network in float64 with uneven statistics, ending in six logits."""
     keras.utils.set_random_seed(seed)
-    backbone = resnet(replace(spec, dropout=0.0), dtype="float64")
-    outputs = keras.layers.Dense(6, dtype="float64", name="fc")(backbone.output)
-    model = keras.Model(backbone.input, outputs)
+    body = backbone(replace(spec, dropout=0.0), dtype="float64")
+    outputs = keras.layers.Dense(6, dtype="float64", name="fc")(body.output)
+    model = keras.Model(body.input, outputs)
     random = np.random.default_rng(seed)
     for variable in model.variables:
         if variable.name in ("moving_variance", "gamma"):
@@ -159,6 +159,62 @@ def test_a_network_of_other_shape_equals_its_layers():
         model.set_weights(before)
     # The zeros of the padding win at the border: a pooling that pads with -inf would show.
     assert (expected > -9).all() and (expected < 0).all()
+
+
+@pytest.mark.parametrize("slices", [None, 1, 4])
+def test_gates_joins_averages_and_groups_equal_the_layers(slices):
+    """Groups of one and of several channels, a gate on the whole image, values joined and averaged,
+    and a value that a ReLU must not overwrite because a gradient needs it."""
+    keras.utils.set_random_seed(0)
+    layers, f64 = keras.layers, {"dtype": "float64"}
+    rank = 2 if slices is None else 3
+    conv, pool, mean = (
+        getattr(layers, f"{kind}{rank}D")
+        for kind in ("Conv", "AveragePooling", "GlobalAveragePooling")
+    )
+    image = keras.Input((*(() if slices is None else (slices,)), 13, 12, 4))
+    bias = {"bias_initializer": "random_normal"}
+    groups = {"groups": 2} if slices is None else {}
+    x = conv(8, 1, **groups, use_bias=False, **f64)(image)
+    x = layers.BatchNormalization(**f64)(x)
+    if slices is None:
+        x = layers.ZeroPadding2D(1, **f64)(x)
+        x = conv(16, 3, strides=2, groups=8, **f64)(x)
+    gate = conv(3, 1, **bias, **f64)(mean(keepdims=True, **f64)(x))
+    gate = conv(x.shape[-1], 1, **bias, **f64)(layers.ReLU(**f64)(gate))
+    gate = layers.Activation("sigmoid", **f64)(gate)
+    scaled = layers.ReLU(**f64)(layers.Multiply(**f64)([gate, x]))
+    joined = layers.Concatenate(**f64)([scaled, x, scaled])
+    pooled = pool((1, 2, 3)[-rank:], strides=(1, 3, 2)[-rank:], **f64)(joined)
+    x = mean(**f64)(layers.ReLU(**f64)(pooled))
+    x = layers.Concatenate(1, **f64)([x, x])
+    model = keras.Model(image, [pooled, x])
+    images, _ = batch(model)
+    for training in (True, False):
+        results = []
+        before = [weight.copy() for weight in model.get_weights()]
+        function = FlatFunction(model, training=training)
+        for run in (
+            lambda: model(images, training=training),  # noqa: B023
+            lambda: function(images, function.tensors()),  # noqa: B023
+        ):
+            model.set_weights(before)
+            found = run()
+            if training:
+                sum((output**2).sum() for output in found).backward()
+            results.append((found, gradients(model) if training else {}))
+        (expected, theirs), (found, ours) = results
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_allclose(other.detach(), one.detach(), rtol=1e-9, atol=1e-12)
+        assert_close(theirs, ours, 1e-8)
+        model.set_weights(before)
+
+
+def test_groups_in_3d_are_not_covered():
+    image = keras.Input((4, 8, 8, 2))
+    model = keras.Model(image, keras.layers.Conv3D(4, 3, groups=2)(image))
+    with pytest.raises(UnknownStep, match="has groups in 3D"):
+        read_graph(model)
 
 
 class HalfSquare(keras.losses.Loss):
@@ -382,7 +438,7 @@ def test_prediction_follows_every_change_of_the_weights():
 
 
 @pytest.mark.parametrize("recompute", ["stage", "block"])
-@pytest.mark.parametrize("name", ["2d", "series", "r2plus1d", "detached"])
+@pytest.mark.parametrize("name", ["2d", "series", "r2plus1d", "detached", "seresnext", "dense"])
 def test_recomputation_changes_memory_and_nothing_else(name, recompute):
     results = []
     for how in (None, recompute):
@@ -402,7 +458,9 @@ def test_recomputation_changes_memory_and_nothing_else(name, recompute):
 # Strided and slab become shallow on the way: what is padded before the convolution is kept, too.
 # Not in float64: its 3D convolutions on a CPU answer in another memory order, which is copied.
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["2d", "slab", "strided", "series", "detached"])
+@pytest.mark.parametrize(
+    "name", ["2d", "slab", "strided", "series", "detached", "seresnext", "dense"]
+)
 def test_saved_bytes_are_those_that_autograd_saves(name, precision):
     model = classifier(replace(NETWORKS[name], dropout=0.0), output="logits")
     images, _ = batch(model, 3)
@@ -440,7 +498,7 @@ def test_a_whole_series_trains_on_a_six_gigabyte_card():
 
 
 def test_the_graph_has_no_breaks():
-    for name in ("2d", "series", "slab", "r2plus1d", "group", "detached"):
+    for name in ("2d", "series", "slab", "r2plus1d", "group", "detached", "seresnext", "dense"):
         model = build(NETWORKS[name])
         images, _ = batch(model)
         function = FlatFunction(model, training=True)
@@ -498,10 +556,11 @@ def test_precision_is_refused_where_it_is_built_in():
     compile_classifier(built, step="stock", precision="bfloat16")
 
 
-def test_mixed_policies_and_precision_agree():
+@pytest.mark.parametrize("name", ["2d", "seresnext", "dense"])
+def test_mixed_policies_and_precision_agree(name):
     keras.utils.set_random_seed(0)
-    by_policy = classifier(NARROW, output="logits", precision="bfloat16")
-    by_step = choose_step(classifier(NARROW, output="logits"), precision="bfloat16")
+    by_policy = classifier(NETWORKS[name], output="logits", precision="bfloat16")
+    by_step = choose_step(classifier(NETWORKS[name], output="logits"), precision="bfloat16")
     by_step.set_weights(by_policy.get_weights())
     images, _ = random_batch(by_step, 4)
     np.testing.assert_array_equal(
@@ -590,7 +649,13 @@ UNKNOWN = {
     "flatten is a Flatten": lambda: _with(lambda x: x),
     "is a LayerNormalization": lambda: _with(keras.layers.LayerNormalization()),
     "has an activation": lambda: _with(keras.layers.Conv2D(4, 3, activation="relu")),
-    "has groups": lambda: _with(keras.layers.Conv2D(4, 3, groups=2)),
+    "joins no channels": lambda: _with(lambda x: keras.layers.Concatenate(1)([x, x])),
+    "values of different ranks": lambda: _with(
+        lambda x: keras.layers.Multiply()([x, keras.layers.GlobalAveragePooling2D()(x)])
+    ),
+    "average_pooling2d .* pads 'same'": lambda: _with(
+        keras.layers.AveragePooling2D(2, padding="same", name="average_pooling2d")
+    ),
     "pads 'same'": lambda: _with(keras.layers.Conv2D(4, 3, padding="same")),
     "is not a plain ReLU": lambda: _with(keras.layers.ReLU(negative_slope=0.1)),
     "regularises outputs": lambda: _with(keras.layers.ReLU(activity_regularizer="l2")),

@@ -752,6 +752,8 @@ def folder(tmp_path, monkeypatch):
         ("imagenet", "resnet18_2d", "torchvision_resnet18"),
         ("imagenet", "resnet50_2d", "torchvision_resnet50"),
         ("imagenet", "resnet34_3d", "torchvision_resnet34"),
+        ("imagenet", "densenet121_2d", "torchvision_densenet121"),
+        ("imagenet", "seresnext50_2d", "timm_seresnext50_32x4d"),
         ("imagenet", "resnet18_3d_slab", "torchvision_resnet18"),
         ("kinetics", "r3d_18", "torchvision_r3d_18"),
         ("kinetics", "mc3_18", "torchvision_mc3_18"),
@@ -783,6 +785,7 @@ def test_of_several_releases_the_one_that_is_there(folder):
         ("imagenet", "resnet18_3d_medicalnet", "medicalnet_resnet18_23datasets"),
         ("kinetics", "resnet18_2d", "torchvision_resnet18"),
         ("kinetics", "resnet18_3d", "torchvision_resnet18"),
+        ("kinetics", "densenet121_2d", "torchvision_densenet121"),
         ("medicalnet", "resnet18_2d", "torchvision_resnet18"),
     ],
 )

@@ -1,5 +1,6 @@
 """Where in a checkpoint a network lies: prefixes, keys, numbered children, several networks."""
 
+import re
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from ich_keras.errors import DataError, IchError, UsageError
 from ich_keras.models.presets import PRESETS, Preset, preset
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import read_weights
 from weights_convert.checkpoint import read_checkpoint
 from weights_convert.cli import main
@@ -158,6 +160,35 @@ def test_torchvision_numbers_its_children_so():
     module = torchvision.models.resnet18()
     taken_apart = torch.nn.Sequential(*list(module.children())[:-1])
     assert list(numbered(module.state_dict())) == list(taken_apart.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.features."])
+def test_a_densenet_under_its_old_names_too(prefix, tmp_path, monkeypatch):
+    spec = ModelSpec((32, 32, 3), 21, width=8, architecture="densenet")
+    monkeypatch.setitem(PRESETS, "densenet121_2d", Preset(spec, "short"))
+    state = network("densenet121_2d")
+    old = {re.sub(r"(layer\d\.(?:norm|conv))([12])", r"\1.\2", n): t for n, t in state.items()}
+    assert len(old.keys() - state.keys()) == 8 * 12
+    for number, written in enumerate((state, old)):
+        torch.save(named(prefix, written), tmp_path / "a.pth")
+        read = read_checkpoint(tmp_path / "a.pth")
+        assert read.prefix == prefix.removesuffix(".") and set(read.tensors) >= {
+            name for name in state if "num_batches" not in name
+        }
+        out = tmp_path / f"{number}.weights.h5"
+        convert(tmp_path / "a.pth", preset_name="densenet121_2d", out=out)
+    both = state | {n: t for n, t in old.items() if n.endswith("denselayer1.norm.1.bias")}
+    torch.save(both, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="two entries for one tensor"):
+        read_checkpoint(tmp_path / "a.pth")
+    torch.save(without(state, "features.conv0"), tmp_path / "a.pth")
+    with pytest.raises(DataError, match="holds no") as caught:
+        inspect(tmp_path / "a.pth")
+    assert "features.conv0" in f"{caught.value}{caught.value.hint}"
+    less = without(state, "features.denseblock4.denselayer2")
+    torch.save(less, tmp_path / "a.pth")
+    with pytest.raises(DataError, match=r"\(2, 2, 2, 1\) layers per stage; known depths: 21"):
+        inspect(tmp_path / "a.pth")
 
 
 def test_views_of_one_storage_are_converted(tmp_path):

@@ -11,7 +11,7 @@ Map of rooms:
     structure     finding out which network the tensors belong to
     mapping       names and axes, torch <-> Keras (pure)
     shapes        explicit changes of shape: input channels, 2D -> 3D, 3D -> 2D (pure)
-    reference     the networks in plain torch, for verification only
+    reference     the networks in plain torch, for verification only; reference_densenet
     parity        comparing both networks on the same input
     state         state dicts of Keras models and of weights files
     reshaping     the same changes, from weights file to weights file

@@ -14,7 +14,7 @@ from ich_keras.files import atomic_path, require_absent
 from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.spec import ModelSpec
-from ich_keras.models.weights import HEAD, save_weights
+from ich_keras.models.weights import save_weights
 from ich_keras.models.weights_file import SUFFIX, read_weights
 from ich_keras.models.weights_lookup import converted_file
 from weights_convert.checkpoint import Checkpoint, read_checkpoint
@@ -28,8 +28,6 @@ from weights_convert.structure import Structure, fitting_presets, require_struct
 
 if TYPE_CHECKING:
     import keras
-
-_HEAD_PREFIX = f"{HEAD}."
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ def _matched(
     channels = structure["channels"] if source is None else source.channels
     spec = replace(spec, input_shape=(*spec.input_shape[:-1], channels))
     require_structure(structure, spec, place, source.name if source else f"preset {preset_name}")
-    dropped = source.dropped if source else HEADS
+    heads = HEADS[structure["architecture"]]
+    dropped = source.dropped if source else heads
     if head is not None:
         if structure["head"] != len(head):
             raise DataError(
@@ -81,7 +80,7 @@ def _matched(
                 "Convert without --keep-head; training then starts with a new head. For labels"
                 " other than the six: --labels A,B,C in the order of its outputs.",
             )
-        dropped = tuple(prefix for prefix in dropped if prefix != _HEAD_PREFIX)
+        dropped = tuple(prefix for prefix in dropped if prefix != heads[-1])
     tensors, left_out = split_off(checkpoint.tensors, dropped)
     return spec, tensors, tuple(left_out)
 

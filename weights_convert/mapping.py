@@ -1,9 +1,11 @@
 """Names and axes between torch and Keras: pure functions on names and arrays.
 
 A layer is named by torch's module path with "_" for ".". No torch name used here contains "_", so
-the mapping can be reversed exactly.
+the mapping can be reversed exactly. The stages of a DenseNet are called as those of the other
+networks, and so have a rule of their own.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -22,19 +24,61 @@ VARIABLES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+# Parts of a DenseNet: our name -> torch's. No other network has such names, but for the head.
+_DENSENET = tuple(
+    (re.compile(ours), theirs)
+    for ours, theirs in (
+        (r"(conv0|norm0)", r"features.\1"),
+        (r"layer(\d)_(denselayer\d+)_(\w+)", r"features.denseblock\1.\2.\3"),
+        (r"layer\d_(transition\d)_(\w+)", r"features.\1.\2"),
+        (r"layer\d_(norm5)", r"features.\1"),
+        ("fc", "classifier"),
+    )
+)
+_DENSENET_STEM = "conv0"
 # torch's counter of batches; no computation of these networks reads it.
 COUNTER = "num_batches_tracked"
 
 
-def torch_name(layer: str, variable: str) -> str:
+def torch_modules(layers: Iterable[str]) -> dict[str, str]:
+    """Return torch's module path of each layer of a network.
+
+    Args:
+        layers: names of all layers, or of all that have weights.
+
+    >>> torch_modules(["conv1", "layer1_0_bn1", "fc"])
+    {'conv1': 'conv1', 'layer1_0_bn1': 'layer1.0.bn1', 'fc': 'fc'}
+    >>> list(torch_modules(["conv0", "layer2_denselayer1_conv2", "fc"]).values())
+    ['features.conv0', 'features.denseblock2.denselayer1.conv2', 'classifier']
+    """
+    layers = list(layers)
+    is_densenet = _DENSENET_STEM in layers
+    return {
+        layer: _in_densenet(layer) if is_densenet else layer.replace("_", ".") for layer in layers
+    }
+
+
+def _in_densenet(layer: str) -> str:
+    for ours, theirs in _DENSENET:
+        found = ours.fullmatch(layer)
+        if found:
+            return found.expand(theirs)
+    return layer  # one without weights
+
+
+def torch_name(module: str, variable: str) -> str:
     """Return torch's name of a Keras variable.
 
-    >>> torch_name("layer1_0_bn1", "gamma")
+    Args:
+        module: from `torch_modules`.
+        variable: its Keras name.
+
+    >>> torch_name("layer1.0.bn1", "gamma")
     'layer1.0.bn1.weight'
     >>> torch_name("conv1", "kernel")
     'conv1.weight'
     """
-    return f"{layer.replace('_', '.')}.{VARIABLES[variable]}"
+    return f"{module}.{VARIABLES[variable]}"
 
 
 def to_keras(array: np.ndarray) -> np.ndarray:

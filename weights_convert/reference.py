@@ -2,8 +2,8 @@
 
 Written from the publications and independently of the Keras builder, so that each reveals the
 other's errors: He et al. (2016) and torchvision's variant for images, Chen et al. (2019) for
-MedicalNet, Tran et al. (2018) for video. The tests compare them with
-torchvision's own code, bit for bit.
+MedicalNet, Tran et al. (2018) for video, Xie et al. (2017) and Hu et al. (2018) for SE-ResNeXt. The
+tests compare them with torchvision's own code, bit for bit, and with numbers of timm.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import ModelSpec
+from weights_convert.reference_densenet import DenseNet
 
 
 def _layers(rank: int) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
@@ -41,6 +42,21 @@ class ZeroPadShortcut(nn.Module):
         return torch.cat([x, zeros], dim=1)
 
 
+class SqueezeExcite(nn.Module):
+    """Channels weighed by a sigmoid of what they are on average, with timm's names (fc1, fc2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        squeezed = max(8, 8 * int(channels / 16 / 8 + 0.5))
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the weighed channels of x, float (N, channels, rows, columns)."""
+        weight = self.fc2(functional.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * weight.sigmoid()
+
+
 class ImageBlock(nn.Module):
     """A basic or bottleneck block with torchvision's names (conv1, bn1, ..., downsample)."""
 
@@ -54,16 +70,22 @@ class ImageBlock(nn.Module):
         dilation: tuple[int, ...],
         bottleneck: bool,
         shortcut: nn.Module | None,
+        groups: int | None = None,  # of an SE-ResNeXt
     ) -> None:
         super().__init__()
         conv, norm = _layers(rank)
         ones, padding = (1,) * rank, _padding(kernel, dilation)
         main = partial(conv, kernel_size=kernel, padding=padding, dilation=dilation, bias=False)
         if bottleneck:
+            wide = 4 * channels
+            if groups is not None:
+                channels = 2 * channels
             self.conv1 = conv(channels_in, channels, ones, bias=False)
-            self.conv2 = main(channels, channels, stride=stride)
-            self.conv3 = conv(channels, 4 * channels, ones, bias=False)
-            self.bn3 = norm(4 * channels)
+            self.conv2 = main(channels, channels, stride=stride, groups=groups or 1)
+            self.conv3 = conv(channels, wide, ones, bias=False)
+            self.bn3 = norm(wide)
+            if groups is not None:
+                self.se = SqueezeExcite(wide)
         else:
             self.conv1 = main(channels_in, channels, stride=stride)
             self.conv2 = main(channels, channels)
@@ -78,11 +100,13 @@ class ImageBlock(nn.Module):
         x = self.bn2(self.conv2(x))
         if hasattr(self, "conv3"):
             x = self.bn3(self.conv3(functional.relu(x)))
+        if hasattr(self, "se"):
+            x = self.se(x)
         return functional.relu(x + shortcut)
 
 
 class ImageNet(nn.Module):
-    """An image or volume ResNet with torchvision's and MedicalNet's names."""
+    """An image or volume ResNet or SE-ResNeXt with torchvision's, MedicalNet's and timm's names."""
 
     def __init__(self, spec: ModelSpec, outputs: int | None = None) -> None:
         super().__init__()
@@ -107,7 +131,7 @@ class ImageNet(nn.Module):
             padding=tuple(k // 2 for k in pool_kernel),
         )
         channels = spec.width
-        for stage, blocks in enumerate(STAGE_BLOCKS[spec.depth]):
+        for stage, blocks in enumerate(spec.stage_blocks):
             layer = nn.Sequential()
             for position in range(blocks):
                 layer.append(_image_block(spec, channels, stage, position == 0))
@@ -145,6 +169,7 @@ def _image_block(spec: ModelSpec, channels_in: int, stage: int, is_first: bool) 
         spec.per_axis(spec.dilations[stage]),
         spec.is_bottleneck,
         shortcut,
+        spec.width // 2 if spec.architecture == "seresnext" else None,
     )
 
 
@@ -241,7 +266,7 @@ class VideoNet(nn.Module):
         parts = list(conv) if spec.factorised else [conv]
         self.stem = nn.Sequential(*parts, nn.BatchNorm3d(spec.width), nn.ReLU())
         channels = spec.width
-        for stage, blocks in enumerate(STAGE_BLOCKS[spec.depth]):
+        for stage, blocks in enumerate(spec.stage_blocks):
             layer = nn.Sequential()
             for position in range(blocks):
                 layer.append(VideoBlock(spec, channels, stage, position == 0))
@@ -280,10 +305,12 @@ def reference(spec: ModelSpec, outputs: int | None = None) -> nn.Module:
 
     Args:
         spec: the network; the input may have any size.
-        outputs: number of outputs of the head `fc`; None builds no head.
+        outputs: number of outputs of the head (`fc`, of a DenseNet `classifier`); None builds none.
 
     Returns:
         A module in evaluation mode, from float (N, channels, *spatial) to a dictionary of features.
     """
+    if spec.architecture == "densenet":
+        return DenseNet(spec, outputs).eval()
     build: type[VideoNet] | type[ImageNet] = VideoNet if spec.naming == "video" else ImageNet
     return build(spec, outputs).eval()

@@ -33,7 +33,7 @@ _CHOOSE_ALIKE = (
     "Choose a preset with the depth, shortcut and kind of network of the file; `ich presets` lists"
     " them."
 )
-_SAME_IN_2D_AND_3D = ("depth", "shortcut", "naming", "factorised")
+_SAME_IN_2D_AND_3D = ("architecture", "depth", "shortcut", "naming", "factorised")
 
 
 def require_out(out: Path | str) -> Path:

@@ -57,43 +57,67 @@ def randomise(module: "nn.Module", seed: int) -> None:
             tensor.normal_(0.0, 0.1, generator=generator)
 
 
-def torchvision_oracle(source: Source, outputs: int) -> Any:
-    """Return torchvision's own network, which then returns its features by name.
+# Whose networks can be the oracle where they are installed: how the names of sources begin.
+_OWNERS = ("torchvision", "timm")
+# Their modules -> the features that these give.
+_TAPS = {
+    "relu": "stem",
+    "act1": "stem",
+    "stem": "stem",
+    "maxpool": "maxpool",
+    "avgpool": "avgpool",
+    "global_pool": "avgpool",
+    **{f"layer{stage}": f"layer{stage}" for stage in (1, 2, 3, 4)},
+    "features.relu0": "stem",
+    "features.pool0": "maxpool",
+    **{f"features.denseblock{stage}": f"layer{stage}" for stage in (1, 2, 3)},
+    "features.norm5": "layer4",  # before its ReLU
+}
 
-    None if torchvision is absent or does not have the network.
+
+def published_network(source: Source, outputs: int) -> Any:
+    """Return the network as its publisher builds it: torchvision's or timm's own.
+
+    None if it is of another publisher, or the package is absent.
     """
-    if not source.name.startswith("torchvision_") or not importlib.util.find_spec("torchvision"):
+    owner, _, name = source.name.partition("_")
+    if owner not in _OWNERS or not importlib.util.find_spec(owner):
         return None
-    import torch
-    import torchvision
+    if owner == "timm":
+        return importlib.import_module("timm").create_model(name, num_classes=outputs)
+    models = importlib.import_module("torchvision").models
+    zoo = models if hasattr(models, name) else models.video
+    return getattr(zoo, name)(num_classes=outputs)
 
-    name = source.name.removeprefix("torchvision_")
-    zoo = torchvision.models if hasattr(torchvision.models, name) else torchvision.models.video
-    net = getattr(zoo, name)(num_classes=outputs).eval()
+
+def tapped(net: Any) -> Any:
+    """Return a network of torchvision or timm so that it gives its features by name."""
+    import torch
 
     class Oracle(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = net
-            self.taps = {"relu": "stem", "stem": "stem", "maxpool": "maxpool", "avgpool": "avgpool"}
-            self.taps |= {f"layer{n}": f"layer{n}" for n in range(1, 5)}
+            self.net = net.eval()
 
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             found: dict[str, torch.Tensor] = {}
             hooks = [
                 module.register_forward_hook(
-                    lambda _, __, y, key=self.taps[child]: found.setdefault(
+                    lambda _, __, y, key=_TAPS[name]: found.setdefault(
                         key, y.flatten(1) if key == "avgpool" else y.clone()
                     )
                 )
-                for child, module in self.net.named_children()
-                if child in self.taps
+                for name, module in self.net.named_modules()
+                if name in _TAPS
             ]
             try:
                 found[HEAD] = self.net(x)
             finally:
                 for hook in hooks:
                     hook.remove()
+            if "avgpool" not in found:  # DenseNet computes both outside of its modules
+                found["layer4"] = found["layer4"].relu()
+                found["avgpool"] = found["layer4"].mean((2, 3))
             return found
 
     return Oracle()
@@ -101,9 +125,9 @@ def torchvision_oracle(source: Source, outputs: int) -> Any:
 
 def oracle_of(source: Source, spec: ModelSpec) -> tuple["nn.Module", "nn.Module"]:
     """Return (torch network with six outputs that returns features, module with its state dict)."""
-    made = torchvision_oracle(source, NUM_LABELS)
-    if made is not None:
-        return made, made.net
+    owner = published_network(source, NUM_LABELS)
+    if owner is not None:
+        return tapped(owner), owner
     made = reference(spec, NUM_LABELS)
     return made, made
 
@@ -112,12 +136,12 @@ def keras_network(spec: ModelSpec, dtype: str = "float32") -> "keras.Model":
     """Build a classifier with logits and without dropout for inputs of any size."""
     import keras
 
-    from ich_keras.models.resnet import resnet
+    from ich_keras.models.backbone import backbone
 
     spec = replace(spec.with_any_size(), dropout=0.0)
-    backbone = resnet(spec, dtype=dtype)
-    x = keras.layers.Dense(NUM_LABELS, dtype=dtype, name=HEAD)(backbone.output)
-    return keras.Model(backbone.input, x, name=backbone.name)
+    body = backbone(spec, dtype=dtype)
+    x = keras.layers.Dense(NUM_LABELS, dtype=dtype, name=HEAD)(body.output)
+    return keras.Model(body.input, x, name=body.name)
 
 
 def _torch_gradients(

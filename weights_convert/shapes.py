@@ -11,7 +11,7 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.models.spec import MAX_CHANNELS
 
 METHODS = ("mean", "centre")
-FIRST_CONVOLUTIONS = ("conv1.weight", "stem.0.weight")
+FIRST_CONVOLUTIONS = ("conv1.weight", "stem.0.weight", "features.conv0.weight")
 
 
 def first_convolution(state: Mapping[str, np.ndarray]) -> str:

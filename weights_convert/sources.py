@@ -12,9 +12,22 @@ _PYTORCH = "https://download.pytorch.org/models/"
 # Drive (https://github.com/Tencent/MedicalNet).
 _MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{depth}/resolve/main/"
 
+# timm/models/resnet.py: the default of seresnext50_32x4d ("racm_in1k"; timm 1.0.31).
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
+
+_IMAGENET = "Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015"
+_IMAGENET_TERMS = "ImageNet: non-commercial research and education"
+_IMAGENET_INPUT = "RGB 224x224, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
 _IMAGENET_CITATION = (
-    "He et al., Deep Residual Learning for Image Recognition, CVPR 2016;"
-    " Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015"
+    f"He et al., Deep Residual Learning for Image Recognition, CVPR 2016; {_IMAGENET}"
+)
+_DENSENET_CITATION = (
+    f"Huang et al., Densely Connected Convolutional Networks, CVPR 2017; {_IMAGENET}"
+)
+_SERESNEXT_CITATION = (
+    "Hu et al., Squeeze-and-Excitation Networks, CVPR 2018; Xie et al., Aggregated Residual"
+    " Transformations for Deep Neural Networks, CVPR 2017; Wightman, PyTorch Image Models,"
+    f" doi 10.5281/zenodo.4414861, 2019; {_IMAGENET}"
 )
 _KINETICS_CITATION = (
     "Tran et al., A Closer Look at Spatiotemporal Convolutions for Action Recognition, CVPR 2018;"
@@ -23,8 +36,8 @@ _KINETICS_CITATION = (
 _MEDICALNET_CITATION = (
     "Chen et al., Med3D: Transfer Learning for 3D Medical Image Analysis, arXiv:1904.00625, 2019"
 )
-# How the names of heads begin: for segmentation (MedicalNet's) and for classes.
-HEADS = ("conv_seg.", "fc.")
+# Architecture -> how the names of heads begin: for segmentation (MedicalNet's), last for classes.
+HEADS = {"resnet": ("conv_seg.", "fc."), "seresnext": ("fc.",), "densenet": ("classifier.",)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,8 @@ class Source:
 
 
 def _torchvision(name: str, preset: str, digits: str) -> Source:
-    is_video = "resnet" not in name
+    is_densenet = "densenet" in name
+    is_video = "resnet" not in name and not is_densenet
     file_name = f"{name}-{digits}.pth"
     return Source(
         name=f"torchvision_{name}",
@@ -74,14 +88,35 @@ def _torchvision(name: str, preset: str, digits: str) -> Source:
         licence=f"{LICENCES['torchvision_']} (torchvision)",
         data_terms="Kinetics-400: CC BY 4.0 annotations, videos under YouTube's terms"
         if is_video
-        else "ImageNet: non-commercial research and education",
-        citation=_KINETICS_CITATION if is_video else _IMAGENET_CITATION,
+        else _IMAGENET_TERMS,
+        citation=_KINETICS_CITATION
+        if is_video
+        else _DENSENET_CITATION
+        if is_densenet
+        else _IMAGENET_CITATION,
         intensity="windows",
         original_input="RGB 112x112, mean (0.43216, 0.394666, 0.37645),"
         " std (0.22803, 0.22145, 0.216989)"
         if is_video
-        else "RGB 224x224, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)",
-        dropped=("fc.",),
+        else _IMAGENET_INPUT,
+        dropped=HEADS["densenet"] if is_densenet else ("fc.",),
+    )
+
+
+def _timm(name: str, preset: str, file_name: str, digits: str, citation: str) -> Source:
+    return Source(
+        name=f"timm_{name}",
+        preset=preset,
+        channels=3,
+        file_name=file_name,
+        url=_TIMM + file_name,
+        published_sha256=digits,
+        licence=f"{LICENCES['timm_']} (timm)",
+        data_terms=_IMAGENET_TERMS,
+        citation=citation,
+        intensity="windows",
+        original_input=_IMAGENET_INPUT,
+        dropped=HEADS["seresnext"],
     )
 
 
@@ -100,7 +135,7 @@ def _medicalnet(depth: int, is_23: bool) -> Source:
         intensity="head-z-score",
         original_input="volumes, z-score over the voxels above 0, background noise N(0, 1)",
         # A training checkpoint of MedicalNet holds its segmentation head; a fine-tuned one an fc.
-        dropped=HEADS,
+        dropped=HEADS["resnet"],
     )
 
 
@@ -108,6 +143,14 @@ _ALL = (
     _torchvision("resnet18", "resnet18_2d", "f37072fd"),
     _torchvision("resnet34", "resnet34_2d", "b627a593"),
     _torchvision("resnet50", "resnet50_2d", "0676ba61"),
+    _torchvision("densenet121", "densenet121_2d", "a639ec97"),
+    _timm(
+        "seresnext50_32x4d",
+        "seresnext50_2d",
+        "seresnext50_32x4d_racm-a304a460.pth",
+        "a304a460",
+        _SERESNEXT_CITATION,
+    ),
     _torchvision("r3d_18", "r3d_18", "b3b3357e"),
     _torchvision("mc3_18", "mc3_18", "a90a0ba3"),
     _torchvision("r2plus1d_18", "r2plus1d_18", "91a641e6"),

@@ -11,7 +11,14 @@ from ich_keras.errors import DataError
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import HEAD, listed, own_variables
 from ich_keras.models.weights_file import WeightsFile
-from weights_convert.mapping import require_bijection, split_off, to_keras, to_torch, torch_name
+from weights_convert.mapping import (
+    require_bijection,
+    split_off,
+    to_keras,
+    to_torch,
+    torch_modules,
+    torch_name,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -27,8 +34,9 @@ _TORCH_SUFFIXES = {
 
 def variables_by_name(model: "keras.Model") -> dict[str, Any]:
     """Return torch's name -> Keras variable, for every weight of a model."""
+    modules = torch_modules(layer.name for layer in model.layers)
     return {
-        torch_name(layer.name, variable.name): variable
+        torch_name(modules[layer.name], variable.name): variable
         for layer in model.layers
         for variable in own_variables(layer)
     }
@@ -50,7 +58,7 @@ def load_state(
     """Load a torch state dict into a Keras model, or refuse it if it does not match one to one.
 
     Args:
-        model: from `resnet` or `classifier`.
+        model: from `backbone` or `classifier`.
         state: arrays or tensors with torch's names and axes; batch counters are ignored.
         place: the origin of the state dict, for the error.
 
@@ -86,12 +94,12 @@ def state_of(model: "keras.Model") -> OrderedDict[str, np.ndarray]:
 def build(spec: ModelSpec, outputs: int | None) -> "keras.Model":
     """Build a network for inputs of any size, with so many logits, or without a head (None)."""
     from ich_keras.labels import label_set
+    from ich_keras.models.backbone import backbone
     from ich_keras.models.classifier import classifier
-    from ich_keras.models.resnet import resnet
 
     spec = replace(spec.with_any_size(), dropout=0.0)
     if outputs is None:
-        return resnet(spec)
+        return backbone(spec)
     return classifier(spec, output="logits", labels=label_set(outputs))
 
 
@@ -103,11 +111,12 @@ def outputs_of(file: WeightsFile) -> int | None:
 def state_of_file(file: WeightsFile) -> dict[str, np.ndarray]:
     """Return a weights file as a torch state dict."""
     state: dict[str, np.ndarray] = {}
+    modules = torch_modules(file.layers)
     for layer, arrays in file.layers.items():
         if len(arrays) not in _TORCH_SUFFIXES:
             raise DataError(f"{file.path}: {layer} has {len(arrays)} variables; refused.")
         for suffix, array in zip(_TORCH_SUFFIXES[len(arrays)], arrays, strict=True):
-            state[f"{layer.replace('_', '.')}.{suffix}"] = to_torch(array)
+            state[f"{modules[layer]}.{suffix}"] = to_torch(array)
     return state
 
 

@@ -5,23 +5,30 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from ich_keras.errors import DataError
+from ich_keras.models.architectures import ARCHITECTURES
 from ich_keras.models.presets import PRESETS
-from ich_keras.models.spec import BOTTLENECK_EXPANSION, NUM_STAGES, STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import BOTTLENECK_EXPANSION, NUM_STAGES, ModelSpec
 
 _STAGE = re.compile(r"layer(\d+)\.(\d+)\.")
-_PART = re.compile(r"(conv1|bn1|stem|layer\d+)\.")
+_DENSE_STAGE = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.")
+_DENSE_STEM = "features.conv0.weight"
+_PART = re.compile(
+    r"(conv1|bn1|stem|layer\d+|features\.(conv0|norm0|norm5|denseblock\d+|transition\d+))\."
+)
 _INCOMPLETE = "The checkpoint is incomplete: expected all weights of the network."
 _NAMES = (
-    "Expected torchvision's or MedicalNet's names (conv1, layer1, ...), whole, under one common"
-    " prefix or key of any name."
+    "Expected torchvision's, timm's or MedicalNet's names (conv1, layer1, ...; of a DenseNet"
+    " features.conv0, features.denseblock1, ...), whole, under one common prefix or key of any"
+    " name."
 )
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Structure(TypedDict):
-    """A ResNet's structure as its tensors show it, under the names of `ModelSpec`.
+    """A network's structure as its tensors show it, under the names of `ModelSpec`.
 
     Args:
+        architecture: "resnet", "seresnext" or "densenet".
         naming: "image" or "video": whose tensor names these are.
         rank: 2 or 3 spatial axes.
         depth: 10, 18, 34, ...
@@ -31,9 +38,10 @@ class Structure(TypedDict):
         factorised: whether each 3D kernel is split into one within slices and one across them.
         stem_kernel: size of the first kernel, per axis.
         kernels: sizes of each stage's kernels, per axis.
-        head: outputs of `fc`; None without a head.
+        head: outputs of `fc`, of a DenseNet of `classifier`; None without a head.
     """
 
+    architecture: str
     naming: str
     rank: int
     depth: int
@@ -47,7 +55,7 @@ class Structure(TypedDict):
 
 
 def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
-    """Read a ResNet's structure from its tensors.
+    """Read a network's structure from its tensors.
 
     Strides and dilations leave no trace in tensors. Weights can therefore fit a network that
     computes something else; only `parity` shows that.
@@ -60,7 +68,7 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
         The fields of `Structure`.
 
     Raises:
-        DataError: the tensors are not those of a known ResNet.
+        DataError: the tensors are not those of a known network.
 
     >>> shapes = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512)}
     >>> for stage in (1, 2, 3, 4):
@@ -75,6 +83,8 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     >>> fitting_presets(structure)
     ('resnet18_2d',)
     """
+    if any(map(_DENSE_STAGE.match, shapes)):
+        return _densenet_of(shapes, place)
     naming = "video" if "stem.0.weight" in shapes else "image"
     stem = "stem.0.weight" if naming == "video" else "conv1.weight"
     if stem not in shapes or len(shapes[stem]) not in (4, 5) or not any(map(_STAGE.match, shapes)):
@@ -86,18 +96,9 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
             f" {', '.join(list(shapes)[:3]) or 'none'}.",
             _NAMES,
         )
-    blocks = _blocks(shapes)
+    architecture = "seresnext" if any(".se.fc1." in name for name in shapes) else "resnet"
     is_bottleneck = any(".conv3." in name for name in shapes)
-    depth = next(
-        (d for d, b in STAGE_BLOCKS.items() if b == blocks and (d >= 50) == is_bottleneck), None
-    )
-    if depth is None:
-        known = ", ".join(f"{d}: {b}" for d, b in STAGE_BLOCKS.items())
-        kind = "bottleneck" if is_bottleneck else "basic"
-        raise DataError(
-            f"{place} has {blocks} {kind} blocks per stage; known depths: {known}.",
-            "The checkpoint is incomplete, or of a network that is not known here.",
-        )
+    depth = _depth(shapes, architecture, is_bottleneck, place)
     factorised = "layer1.0.conv1.0.0.weight" in shapes
     main = _main_kernels(shapes, naming, is_bottleneck, factorised)
     stem_kernel = shapes[stem][2:]
@@ -105,6 +106,7 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
         stem_kernel = (_shape_of(shapes, "stem.3.weight")[2], *stem_kernel[1:])
     expansion = BOTTLENECK_EXPANSION if is_bottleneck else 1
     return {
+        "architecture": architecture,
         "naming": naming,
         "rank": len(shapes[stem]) - 2,
         "depth": depth,
@@ -118,6 +120,51 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     }
 
 
+def _densenet_of(shapes: _Shapes, place: str) -> Structure:
+    """Read a DenseNet's structure; see `structure_of`."""
+    stem = shapes.get(_DENSE_STEM, ())
+    if len(stem) not in (4, 5):
+        raise DataError(
+            f"{place} holds no whole DenseNet: {_DENSE_STEM} is absent or is not a kernel.", _NAMES
+        )
+    return {
+        "architecture": "densenet",
+        "naming": "image",
+        "rank": len(stem) - 2,
+        "depth": _depth(shapes, "densenet", False, place),
+        "shortcut": "B",
+        "channels": stem[1],
+        "width": stem[0],
+        "factorised": False,
+        "stem_kernel": tuple(stem[2:]),
+        "kernels": tuple(
+            tuple(_shape_of(shapes, f"features.denseblock{stage}.denselayer1.conv2.weight")[2:])
+            for stage in range(1, NUM_STAGES + 1)
+        ),
+        "head": shapes["classifier.weight"][0] if shapes.get("classifier.weight") else None,
+    }
+
+
+def _depth(shapes: _Shapes, architecture: str, is_bottleneck: bool, place: str) -> int:
+    """Return the depth of a network by its number of blocks.
+
+    Raises:
+        DataError: no depth has as many.
+    """
+    is_resnet, is_densenet = architecture == "resnet", architecture == "densenet"
+    blocks = _blocks(shapes, _DENSE_STAGE if is_densenet else _STAGE)
+    depths = ARCHITECTURES[architecture].blocks
+    for depth, known in depths.items():
+        if known == blocks and (not is_resnet or (depth >= 50) == is_bottleneck):
+            return depth
+    kind = "bottleneck " if is_bottleneck else "basic " if is_resnet else ""
+    raise DataError(
+        f"{place} has {blocks} {kind}{'layers' if is_densenet else 'blocks'} per stage; known"
+        f" depths: {', '.join(f'{depth}: {known}' for depth, known in depths.items())}.",
+        "The checkpoint is incomplete, or of a network that is not known here.",
+    )
+
+
 def is_part(name: str) -> bool:
     """Tell whether a tensor belongs to the backbone, by torch's name; a head does not.
 
@@ -128,7 +175,7 @@ def is_part(name: str) -> bool:
 
 
 def is_complete(shapes: _Shapes) -> bool:
-    """Tell whether tensors are those of a known ResNet; see `structure_of`."""
+    """Tell whether tensors are those of a known network; see `structure_of`."""
     try:
         structure_of(shapes)
     except DataError:
@@ -148,8 +195,8 @@ def _shape_of(shapes: _Shapes, name: str) -> tuple[int, ...]:
     return shapes[name]
 
 
-def _blocks(shapes: _Shapes) -> tuple[int, ...]:
-    found = {match.groups() for match in map(_STAGE.match, shapes) if match}
+def _blocks(shapes: _Shapes, pattern: re.Pattern[str]) -> tuple[int, ...]:
+    found = {match.groups() for match in map(pattern.match, shapes) if match}
     return tuple(
         len({block for stage, block in found if stage == str(number)})
         for number in range(1, NUM_STAGES + 1)
@@ -184,9 +231,12 @@ def _last_channels(shapes: _Shapes, naming: str, is_bottleneck: bool, factorised
 def describe(structure: Structure) -> str:
     """Return a structure in one line."""
     head = f", head of {structure['head']}" if structure["head"] else ", no head"
+    title = ARCHITECTURES[structure["architecture"]].title
+    has_shortcut = structure["architecture"] != "densenet"
+    shortcut = f", shortcut {structure['shortcut']}" if has_shortcut else ""
     kernels = "" if len(set(structure["kernels"])) == 1 else ", mixed kernels"
     return (
-        f"{structure['rank']}D ResNet-{structure['depth']}, shortcut {structure['shortcut']},"
+        f"{structure['rank']}D {title}-{structure['depth']}{shortcut},"
         f" {structure['channels']} input channel{'s' if structure['channels'] > 1 else ''},"
         f" width {structure['width']}, {structure['naming']} names"
         f"{', factorised kernels' if structure['factorised'] else ''}{kernels}{head}"
@@ -201,6 +251,7 @@ def _differing(structure: Structure, spec: ModelSpec) -> dict[str, tuple[object,
         **{n: getattr(spec, n) for n in ("naming", "rank", "depth", "shortcut", "channels")},
         "width": spec.width,
         "factorised": spec.factorised,
+        "architecture": spec.architecture,
     }
     there: Mapping[str, object] = structure
     return {n: (there[n], v) for n, v in expected.items() if there[n] != v}

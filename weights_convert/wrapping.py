@@ -2,11 +2,12 @@
 
 People save a network inside dictionaries (`state_dict`, `model`, `model_ema`) and inside other
 modules, whose names come first (`module.`, `_orig_mod.`, `backbone.`). Both are one thing here: a
-full name, of keys and names joined by dots. The prefix under which a ResNet lies is found by the
-tensors that every ResNet has, not from a list. So are ResNets that were taken apart into an
+full name, of keys and names joined by dots. The prefix under which a network lies is found by the
+tensors that every such network has, not from a list. So are ResNets that were taken apart into an
 `nn.Sequential` of their children, which numbers them.
 """
 
+import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ class _Naming:
 
 _NAMINGS = (
     _Naming("conv1.weight", ("layer1.0.conv1.weight",), {}),
+    _Naming(
+        "features.conv0.weight",
+        tuple(f"features.denseblock1.denselayer1.{n}.weight" for n in ("conv1", "conv.1")),
+        {},
+    ),
     _Naming("stem.0.weight", ("layer1.0.conv1.0.weight", "layer1.0.conv1.0.0.weight"), {}),
     # `nn.Sequential(*network.children())`; 2 and 3 are the ReLU and the pooling.
     _Naming(
@@ -52,6 +58,9 @@ _NAMINGS = (
         dict(zip("01234", ("stem", *_LAYERS), strict=True)),
     ),
 )
+# torch allowed dots in names when torchvision's DenseNets were trained: `denselayer1.norm.1.weight`
+# is `denselayer1.norm1.weight` today (torchvision/models/densenet.py renames them as well).
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _SAVE_ALONE = "Save the network's state dict alone: torch.save(model.state_dict(), FILE)."
 _SHOWN_LENGTH = 80
 
@@ -168,7 +177,7 @@ def _flattened(content: Mapping[Any, Any], place: str) -> tuple[dict[str, Any], 
 
 
 def _prefixes(found: Mapping[str, Any], place: str) -> dict[str, _Naming]:
-    """Return the places where a ResNet begins, each "" or ending in a dot, and its naming."""
+    """Return the places where a network begins, each "" or ending in a dot, and its naming."""
     prefixes: dict[str, _Naming] = {}
     for name, value in found.items():
         if len(_shape_of(value) or ()) not in (4, 5):
@@ -201,7 +210,8 @@ def _under(
     for full_name, value in found.items():
         if _is_under(full_name, prefix, prefixes):
             part, dot, rest = full_name.removeprefix(prefix).partition(".")
-            entries[f"{prefixes[prefix].parts.get(part, part)}{dot}{rest}"] = value
+            name = f"{prefixes[prefix].parts.get(part, part)}{dot}{rest}"
+            entries[_OLD_DENSENET.sub(r"\1\2", name)] = value
     return entries
 
 

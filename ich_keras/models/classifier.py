@@ -9,6 +9,8 @@ from keras.activations import softmax
 
 from ich_keras.errors import UsageError
 from ich_keras.labels import SIX, LabelSet, label_set
+from ich_keras.models.backbone import backbone
+from ich_keras.models.layers import DTYPE, functional
 from ich_keras.models.loss import make_loss
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import (
@@ -19,7 +21,6 @@ from ich_keras.models.options import (
     require_in_range,
 )
 from ich_keras.models.presets import preset
-from ich_keras.models.resnet import DTYPE, functional, resnet
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.steps import built_precision, choose_step
 from ich_keras.models.weights import HEAD, LABELS_OF_MODEL, load_weights
@@ -61,12 +62,12 @@ def classifier(
     require_choice("output", output)
     if precision is not None:
         require_choice("precision", precision)
-    backbone = resnet(spec, dtype=PRECISIONS[precision or "float32"])
-    x = backbone.output
+    body = backbone(spec, dtype=PRECISIONS[precision or "float32"])
+    x = body.output
     if spec.dropout:
         x = layers.Dropout(spec.dropout, dtype=DTYPE, name="dropout")(x)
     x = layers.Dense(len(labels), dtype=DTYPE, name=HEAD)(x)
-    model = functional(backbone.input, x, f"{backbone.name}_classifier")
+    model = functional(body.input, x, f"{body.name}_classifier")
     if output == "probabilities":
         return with_probabilities(model, labels)
     return _called(choose_step(model), labels)
@@ -183,7 +184,7 @@ def build_backbone(
     (None, 512)
     """
     spec = preset(name).with_any_size() if input_shape is None else preset(name, input_shape)
-    model = choose_step(resnet(spec))
+    model = choose_step(backbone(spec))
     if weights is not None:
         load_weights(model, find_weights(weights, name), spec)
     return model

@@ -6,7 +6,8 @@ import keras
 
 from ich_keras.errors import UsageError
 from ich_keras.models.graph import UnknownStep, read_graph
-from ich_keras.models.resnet import feature_tensors, functional
+from ich_keras.models.layers import functional
+from ich_keras.models.resnet import feature_tensors
 from ich_keras.models.spec import FEATURES
 from ich_keras.models.windows import NORMALISED
 

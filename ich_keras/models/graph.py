@@ -17,6 +17,7 @@ from ich_keras.keras_private import nodes_by_depth, operation_kind
 CONVOLUTIONS = (layers.Conv2D, layers.Conv3D)
 PADDINGS = (layers.ZeroPadding2D, layers.ZeroPadding3D)
 MAX_POOLINGS = (layers.MaxPooling2D, layers.MaxPooling3D)
+AVERAGE_POOLINGS = (layers.AveragePooling2D, layers.AveragePooling3D)
 MEANS = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
 
 
@@ -29,10 +30,12 @@ class Step:
     """One operation of the flat list.
 
     Args:
-        kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "mean", "add", "dropout",
-            "dense", "sigmoid", "softmax" (of the last axis), "pad", "channels" (zero channels
-            appended), "subsample" (every n-th position), "detach", "clip" (to 0 and an upper
-            limit), "rescale" (by one number) or "standardise" (channels by given numbers).
+        kind: "conv", "batch_norm", "group_norm", "relu", "max_pool", "avg_pool", "mean" (of all
+            positions), "add", "multiply", "concat" (of channels), "dropout", "dense", "sigmoid",
+            "softmax" (of the last axis), "gate" (a sigmoid before the head), "pad", "channels"
+            (zero channels appended), "subsample" (every n-th position), "detach", "clip" (to 0 and
+            an upper limit), "rescale" (by one number) or "standardise" (channels by given
+            numbers).
         name: of the layer or operation.
         layer: the Keras layer or operation.
         sources: numbers of the values it reads; 0 is the model's input.
@@ -108,7 +111,7 @@ def read_graph(model: keras.Model) -> Graph:
 def _step(node: Any, sources: tuple[int, ...], target: int) -> Step:
     operation = node.operation
     if isinstance(operation, layers.Layer):
-        kind, amounts = _layer_kind(operation)
+        kind, amounts = _layer_kind(node)
         dtype = operation.compute_dtype
     else:
         kind, amounts = _operation_kind(node)
@@ -121,8 +124,10 @@ def _require(is_met: bool, layer: Any, what: str) -> None:
         raise UnknownStep(f"layer {layer.name} ({type(layer).__name__}) {what}")
 
 
-def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
+def _layer_kind(node: Any) -> tuple[str, tuple[Any, ...]]:
+    layer = node.operation
     kind = type(layer)
+    ranks = {len(tensor.shape) for tensor in node.input_tensors}
     _require(getattr(layer, "activity_regularizer", None) is None, layer, "regularises outputs")
     _require(layer.quantization_mode is None, layer, "is quantised")
     _require("call" not in vars(layer), layer, "has a call of its own")
@@ -131,13 +136,13 @@ def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
         _require(layer.data_format == "channels_last", layer, "is not channels-last")
         _require(layer.activation is keras.activations.linear, layer, "has an activation")
         _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
-        _require(layer.groups == 1, layer, "has groups")
+        _require(layer.groups == 1 or kind is layers.Conv2D, layer, "has groups in 3D")
         return "conv", (0,) * len(layer.kernel_size)
     if kind is layers.Dense:
         _require(layer.activation is keras.activations.linear, layer, "has an activation")
         _require(not getattr(layer, "lora_enabled", False), layer, "has LoRA weights")
         # Values are channels-first here: the last axis would be the columns.
-        _require(len(layer.input.shape) == 2, layer, "works on more than one axis")
+        _require(ranks == {2}, layer, "works on more than one axis")
         return "dense", ()
     if kind is layers.BatchNormalization:
         _require(layer.axis == -1 and layer.scale and layer.center, layer, "is not the usual kind")
@@ -161,9 +166,13 @@ def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
         _require(layer.padding == "valid", layer, f"pads {layer.padding!r}")
         _require(layer.data_format == "channels_last", layer, "is not channels-last")
         return "max_pool", (0,) * len(layer.pool_size)
+    if kind in AVERAGE_POOLINGS:
+        # Padding counts as zeros in torch, and not at all in Keras.
+        _require(layer.padding == "valid", layer, f"pads {layer.padding!r}")
+        _require(layer.data_format == "channels_last", layer, "is not channels-last")
+        return "avg_pool", (0,) * len(layer.pool_size)
     if kind in MEANS:
         _require(layer.data_format == "channels_last", layer, "is not channels-last")
-        _require(not layer.keepdims, layer, "keeps dimensions")
         return "mean", ()
     if kind in PADDINGS:
         _require(layer.data_format == "channels_last", layer, "is not channels-last")
@@ -174,11 +183,17 @@ def _layer_kind(layer: Any) -> tuple[str, tuple[Any, ...]]:
         return "dropout", ()
     if kind is layers.Add:
         return "add", ()
+    if kind is layers.Multiply:
+        _require(len(ranks) == 1, layer, "multiplies values of different ranks")
+        return "multiply", ()
+    if kind is layers.Concatenate:
+        _require(layer.axis in (-1, max(ranks) - 1), layer, "joins no channels")
+        return "concat", ()
     if kind is layers.Activation:
         if layer.activation is keras.activations.softmax:
             return "softmax", ()
         _require(layer.activation is keras.activations.sigmoid, layer, "is no sigmoid or softmax")
-        return "sigmoid", ()
+        return ("sigmoid" if ranks == {2} else "gate"), ()
     raise UnknownStep(f"layer {layer.name} is a {kind.__name__}")
 
 

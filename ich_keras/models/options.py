@@ -24,7 +24,7 @@ STEPS = ("fast", "stock")
 FREEZABLE = ("stem", "layer1", "layer2", "layer3", "layer4")
 # What may be computed twice to save memory. All layers of one such part share this beginning of
 # their names.
-RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_\d+(?=_)"}
+RECOMPUTE = {"stage": r"layer\d+(?=_)", "block": r"layer\d+_[a-z]*\d+(?=_)"}
 # Keras' policy of each precision.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 # How learnable windows end: cut off like fixed ones, or smoothly.

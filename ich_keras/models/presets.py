@@ -38,7 +38,7 @@ class Preset:
 
 
 # Licence of the weights, by how the names of sources begin.
-LICENCES = {"torchvision_": "BSD-3-Clause", "medicalnet_": "MIT"}
+LICENCES = {"torchvision_": "BSD-3-Clause", "medicalnet_": "MIT", "timm_": "Apache-2.0"}
 
 SLICE_SHAPE = (256, 256, 3)  # three windows of one slice (thesis, its 2D network)
 SERIES_SHAPE = (60, 256, 256, 1)  # a whole series, one channel (thesis, its 3D network)
@@ -166,6 +166,16 @@ def _depth_presets(depth: int) -> dict[str, Preset]:
 
 PRESETS: dict[str, Preset] = {
     **{name: made for depth in (10, 18, 34, 50) for name, made in _depth_presets(depth).items()},
+    "densenet121_2d": Preset(
+        ModelSpec(SLICE_SHAPE, depth=121, architecture="densenet"),
+        "DenseNet-121 on slices",
+        ("torchvision_densenet121",),
+    ),
+    "seresnext50_2d": Preset(
+        ModelSpec(SLICE_SHAPE, depth=50, architecture="seresnext"),
+        "SE-ResNeXt-50 (32x4d) on slices",
+        ("timm_seresnext50_32x4d",),
+    ),
     "r3d_18": Preset(_VIDEO, "R3D-18 of Kinetics: 3D kernels", ("torchvision_r3d_18",)),
     "mc3_18": Preset(
         _MIXED,

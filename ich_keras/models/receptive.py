@@ -46,7 +46,8 @@ class CellAxis:
 def cell_axes(graph: Graph, value: int, rank: int) -> tuple[CellAxis, ...]:
     """Find where the cells of a value lie in the input.
 
-    Normalisation by groups of channels looks at the whole image; this is not counted.
+    Normalisation by groups of channels and squeeze-and-excitation look at the whole image; this is
+    not counted.
 
     Args:
         graph: of the network.
@@ -72,7 +73,7 @@ def cell_axes(graph: Graph, value: int, rank: int) -> tuple[CellAxis, ...]:
 
 def _after(step: Step, sources: list[tuple[CellAxis, ...] | None]) -> tuple[CellAxis, ...] | None:
     """Return the axes of what a step makes; None once they are pooled away."""
-    first = sources[0]
+    first = next((source for source in sources if source is not None), None)
     if first is None or step.kind in ("mean", "dense"):
         return None
     if step.kind == "conv":
@@ -82,7 +83,7 @@ def _after(step: Step, sources: list[tuple[CellAxis, ...] | None]) -> tuple[Cell
             step.layer.dilation_rate,
         )
         return _windowed(first, sizes, strides, dilations, step.amounts)
-    if step.kind == "max_pool":
+    if step.kind in ("max_pool", "avg_pool"):
         sizes = step.layer.pool_size
         return _windowed(first, sizes, step.layer.strides, (1,) * len(sizes), step.amounts)
     if step.kind == "pad":
@@ -92,8 +93,10 @@ def _after(step: Step, sources: list[tuple[CellAxis, ...] | None]) -> tuple[Cell
     if step.kind == "subsample":
         ones = (1,) * len(first)
         return _windowed(first, ones, step.amounts, ones, (0,) * len(first))
-    if step.kind == "add":
+    if step.kind in ("add", "concat"):
         return _joined(step, sources)
+    if step.kind == "multiply":
+        return _joined(step, [source for source in sources if source is not None])
     return first
 
 
@@ -117,11 +120,11 @@ def _windowed(
 
 
 def _joined(step: Step, sources: list[tuple[CellAxis, ...] | None]) -> tuple[CellAxis, ...]:
-    """Return what the sum of several values sees: what any of them sees."""
+    """Return what several values together see: what any of them sees."""
     found = []
     for parts in zip(*(source or () for source in sources), strict=True):
         if len({part.step for part in parts}) > 1:
-            raise UnknownStep(f"{step.name} adds values of different strides")
+            raise UnknownStep(f"{step.name} joins values of different strides")
         found.append(
             CellAxis(
                 parts[0].step, min(part.low for part in parts), max(part.high for part in parts)

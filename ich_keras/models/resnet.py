@@ -6,10 +6,11 @@ not prettier.
 
 Source: He et al., Deep Residual Learning for Image Recognition (2016); torchvision's variant with
 the stride on the 3x3 convolution of a bottleneck; Chen et al., Med3D (2019) for the dilated one;
-Tran et al., A Closer Look at Spatiotemporal Convolutions (2018) for the video networks.
+Tran et al., A Closer Look at Spatiotemporal Convolutions (2018) for the video networks; Xie et al.,
+Aggregated Residual Transformations (2017) and Hu et al., Squeeze-and-Excitation Networks (2018) for
+SE-ResNeXt, with timm's names.
 """
 
-import math
 import re
 from typing import Any
 
@@ -17,30 +18,18 @@ import keras
 from keras import layers, ops
 
 from ich_keras.errors import UsageError
-from ich_keras.keras_private import set_policy
-from ich_keras.models.spec import BOTTLENECK_EXPANSION, FEATURES, STAGE_BLOCKS, ModelSpec, PerAxis
-from ich_keras.models.window_layers import apply_windows
+from ich_keras.models.architectures import ARCHITECTURES
+from ich_keras.models.layers import DTYPE, Layers, functional
+from ich_keras.models.spec import BOTTLENECK_EXPANSION, FEATURES, ModelSpec, PerAxis
 
-# Layers that are not told take both from Keras' global settings (keras.json).
-DATA_FORMAT = "channels_last"
-DTYPE = "float32"
-# torch's defaults; its momentum 0.1 weighs the new value, Keras' 0.9 the old one.
-BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
-MAX_NORM_GROUPS = 32  # Wu and He, Group Normalization (2018)
 # torchvision writes 45 in R(2+1)D's stem, not its formula for the blocks.
 FACTORISED_STEM_CHANNELS, FACTORISED_STEM_WIDTH = 45, 64
+RESNEXT_WIDENING = 2  # of the grouped convolutions against a ResNet's (Xie et al. 2017, 32x4d)
+SQUEEZE_REDUCTION, SQUEEZE_DIVISOR = 16, 8
 
 
-class _Graph:
-    """The rank-dependent layers and the settings every layer shares."""
-
-    def __init__(self, spec: ModelSpec, dtype: Any) -> None:
-        self.spec = spec
-        self.dtype = dtype
-        suffix = f"{spec.rank}D"
-        self.conv_layer = getattr(layers, f"Conv{suffix}")
-        self.pad_layer = getattr(layers, f"ZeroPadding{suffix}")
-        self.max_pool_layer = getattr(layers, f"MaxPooling{suffix}")
+class _Graph(Layers):
+    """The layers of a ResNet, whose convolutions may be split in two."""
 
     def names(self, prefix: str, number: int | str) -> tuple[str, str]:
         """Return torch's names of a block's convolution and of its normalisation."""
@@ -48,48 +37,13 @@ class _Graph:
             return f"{prefix}_conv{number}_0", f"{prefix}_conv{number}_1"
         return f"{prefix}_conv{number}", f"{prefix}_bn{number}"
 
-    def pad(self, x: Any, width: tuple[int, ...], name: str) -> Any:
-        # torch pads both ends alike; Keras' "same" pads an even input at stride 2 on one end only
-        # and so reads other pixels.
-        if not any(width):
-            return x
-        widths = tuple((w, w) for w in width)
-        return self.pad_layer(widths, data_format=DATA_FORMAT, dtype=self.dtype, name=name)(x)
-
-    def conv(
-        self,
-        x: Any,
-        filters: int,
-        kernel: PerAxis,
-        name: str,
-        stride: PerAxis = 1,
-        dilation: PerAxis = 1,
-    ) -> Any:
-        """Convolve with symmetric padding of dilation * (kernel // 2), without bias."""
-        kernels, strides, dilations = map(self.spec.per_axis, (kernel, stride, dilation))
-        width = tuple(d * (k // 2) for d, k in zip(dilations, kernels, strict=True))
-        x = self.pad(x, width, f"{name}_pad")
-        return self.conv_layer(
-            filters,
-            kernels,
-            strides=strides,
-            data_format=DATA_FORMAT,
-            dilation_rate=dilations,
-            use_bias=False,
-            kernel_initializer=keras.initializers.VarianceScaling(
-                2.0, mode="fan_out", distribution="untruncated_normal"
-            ),
-            dtype=self.dtype,
-            name=name,
-        )(x)
-
     def main_conv(
         self, x: Any, filters: int, stage: int, name: str, middle: int, stride: PerAxis = 1
     ) -> Any:
         """Convolve with the stage's kernel, whole or split into rows-and-columns and slices."""
         kernel, dilation = self.spec.kernels[stage], self.spec.dilations[stage]
         if not self.spec.factorised:
-            return self.conv(x, filters, kernel, name, stride, dilation)
+            return self.conv(x, filters, kernel, name, stride, dilation, self.spec.groups)
         names = (f"{name}_0", f"{name}_1", f"{name}_3")
         return self.factorised_conv(x, filters, kernel, names, middle, stride, dilation)
 
@@ -112,23 +66,6 @@ class _Graph:
         x = self.relu(self.norm(x, norm), f"{norm}_relu")
         return self.conv(x, filters, across[0], temporal, across[1], across[2])
 
-    def norm(self, x: Any, name: str) -> Any:
-        if self.spec.norm == "group":
-            return layers.GroupNormalization(
-                math.gcd(MAX_NORM_GROUPS, x.shape[-1]),
-                axis=-1,
-                epsilon=BATCH_NORM["epsilon"],
-                dtype=self.dtype,
-                name=name,
-            )(x)
-        is_trainable = self.spec.norm != "frozen"
-        return layers.BatchNormalization(
-            axis=-1, **BATCH_NORM, trainable=is_trainable, dtype=self.dtype, name=name
-        )(x)
-
-    def relu(self, x: Any, name: str) -> Any:
-        return layers.ReLU(dtype=self.dtype, name=name)(x)
-
 
 def _stem(graph: _Graph, x: Any) -> Any:
     spec = graph.spec
@@ -145,12 +82,7 @@ def _stem(graph: _Graph, x: Any) -> Any:
         x = graph.relu(graph.norm(x, "stem_1"), "relu")
     if spec.pool_kernel is None:
         return x
-    # Zeros stand in for torch's -inf: after a ReLU they never win against a real value.
-    kernel, stride = spec.per_axis(spec.pool_kernel), spec.per_axis(spec.pool_stride)
-    x = graph.pad(x, tuple(k // 2 for k in kernel), "maxpool_pad")
-    return graph.max_pool_layer(
-        kernel, strides=stride, data_format=DATA_FORMAT, dtype=graph.dtype, name="maxpool"
-    )(x)
+    return graph.max_pool(x, spec.pool_kernel, spec.pool_stride)
 
 
 def _shortcut(graph: _Graph, x: Any, filters: int, stride: PerAxis, prefix: str) -> Any:
@@ -192,6 +124,8 @@ def _bottleneck_block(
 ) -> Any:
     wide = channels * BOTTLENECK_EXPANSION
     shortcut = _shortcut(graph, x, wide, stride, prefix)
+    if graph.spec.architecture == "seresnext":
+        channels *= RESNEXT_WIDENING
     middle = _middle_channels(x.shape[-1], channels)
     (conv1, norm1), (conv2, norm2), (conv3, norm3) = (graph.names(prefix, n) for n in (1, 2, 3))
     x = graph.conv(x, channels, 1, conv1)
@@ -200,21 +134,37 @@ def _bottleneck_block(
     x = graph.relu(graph.norm(x, norm2), f"{prefix}_relu2")
     x = graph.conv(x, wide, 1, conv3)
     x = graph.norm(x, norm3)
+    if graph.spec.architecture == "seresnext":
+        x = _squeeze_excite(graph, x, f"{prefix}_se")
     x = layers.Add(dtype=graph.dtype, name=f"{prefix}_add")([x, shortcut])
     return graph.relu(x, f"{prefix}_relu3")
 
 
-def functional(inputs: Any, outputs: Any, name: str) -> keras.Model:
-    """Return a functional model that is float32 itself, whatever Keras' global policy."""
-    model = keras.Model(inputs, outputs, name=name)
-    inputs_taken = [layer for layer in model.layers if isinstance(layer, layers.InputLayer)]
-    for made in (model, *inputs_taken):  # which take no policy when they are made
-        set_policy(made, DTYPE)
-    return model
+def _squeeze_excite(graph: _Graph, x: Any, prefix: str) -> Any:
+    """Weigh the channels by what they are on average (Hu et al. 2018, section 3)."""
+    gate = graph.mean(x, f"{prefix}_avgpool", keepdims=True)
+    # The 1x1 convolutions are timm's; the paper calls the same thing fully connected layers.
+    gate = graph.conv(gate, squeezed(x.shape[-1]), 1, f"{prefix}_fc1", use_bias=True)
+    gate = graph.relu(gate, f"{prefix}_relu")
+    gate = graph.conv(gate, x.shape[-1], 1, f"{prefix}_fc2", use_bias=True)
+    gate = layers.Activation("sigmoid", dtype=graph.dtype, name=f"{prefix}_gate")(gate)
+    return layers.Multiply(dtype=graph.dtype, name=f"{prefix}_scale")([x, gate])
+
+
+def squeezed(channels: int) -> int:
+    """Return the channels between the two layers of a squeeze and excitation.
+
+    A sixteenth (Hu et al. 2018), as a multiple of eight (timm).
+
+    >>> squeezed(256), squeezed(64)
+    (16, 8)
+    """
+    eighths = (channels // SQUEEZE_REDUCTION + SQUEEZE_DIVISOR // 2) // SQUEEZE_DIVISOR
+    return max(1, eighths) * SQUEEZE_DIVISOR
 
 
 def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
-    """Build the backbone: from an image or volume to pooled features.
+    """Build the backbone of a ResNet or SE-ResNeXt: from an image or volume to pooled features.
 
     Args:
         spec: the network; its input shape decides between 2D and 3D.
@@ -225,17 +175,25 @@ def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
         learnable windows), output (N, features), 512 features for depths below 50, 2048 from there
         on (at width 64). `feature_model` taps what lies between.
 
+    Raises:
+        UsageError: the specification is of another architecture.
+
     Source:
-        He et al. 2016, table 1.
+        He et al. 2016, table 1; Xie et al. 2017, table 1 (32x4d); Hu et al. 2018, table 1.
 
     >>> resnet(ModelSpec((32, 32, 1), depth=10, width=4)).output.shape
     (None, 32)
     """
+    if spec.architecture not in ("resnet", "seresnext"):
+        raise UsageError(
+            f"{ARCHITECTURES[spec.architecture].title} is no ResNet.",
+            "`ich_keras.models.backbone` builds all of them.",
+        )
     graph = _Graph(spec, dtype)
     image = keras.Input(spec.input_shape, name="image", dtype="float32")
-    x = _stem(graph, image if spec.windows is None else apply_windows(image, spec.windows))
+    x = _stem(graph, graph.windowed(image))
     block = _bottleneck_block if spec.is_bottleneck else _basic_block
-    for stage, num_blocks in enumerate(STAGE_BLOCKS[spec.depth]):
+    for stage, num_blocks in enumerate(spec.stage_blocks):
         for position in range(num_blocks):
             x = block(
                 graph,
@@ -245,9 +203,8 @@ def resnet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
                 spec.strides[stage] if position == 0 else 1,
                 f"layer{stage + 1}_{position}",
             )
-    pool_layer = getattr(layers, f"GlobalAveragePooling{spec.rank}D")
-    x = pool_layer(data_format=DATA_FORMAT, dtype=dtype, name="avgpool")(x)
-    return functional(image, x, f"resnet{spec.depth}_{spec.rank}d")
+    x = graph.mean(x, "avgpool")
+    return functional(image, x, f"{spec.architecture}{spec.depth}_{spec.rank}d")
 
 
 def feature_model(model: keras.Model, names: tuple[str, ...] = FEATURES) -> keras.Model:

@@ -1,22 +1,15 @@
-"""ModelSpec: a ResNet described by its numbers, and what is checked about them."""
+"""ModelSpec: a network described by its numbers, and what is checked about them."""
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from ich_keras.errors import UsageError
+from ich_keras.models.architectures import ARCHITECTURES, TOPOLOGY, Architecture
 from ich_keras.models.options import NORMS
 from ich_keras.models.windows import LearnedWindows
 
-# Blocks per stage (He et al., Deep Residual Learning, 2016, table 1; 10 as in MedicalNet).
-STAGE_BLOCKS = {
-    10: (1, 1, 1, 1),
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 NUM_STAGES = 4
 BOTTLENECK_EXPANSION = 4
 MAX_CHANNELS = 1024  # of an input; a typing error must not ask for terabytes
@@ -34,12 +27,12 @@ PerAxis = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A ResNet described by its numbers; what cannot be built is refused here.
+    """A network described by its numbers; what cannot be built is refused here.
 
     Args:
         input_shape: (rows, columns, channels) for 2D, (slices, rows, columns, channels) for 3D;
             the number of spatial axes follows from it. A length may be None (any).
-        depth: a key of `STAGE_BLOCKS`; 50 and more use bottleneck blocks.
+        depth: one of the architecture's; a ResNet of 50 and more has bottleneck blocks.
         shortcut: "B" is a strided 1x1 convolution with batch normalisation, "A" is subsampling
             with zero channels appended (He et al. 2016, section 3.3; MedicalNet 18 and 34).
         detach_shortcut: let no gradient through shortcut A. MedicalNet's own code does so (it
@@ -59,11 +52,15 @@ class ModelSpec:
         norm: "batch"; "frozen" keeps the statistics, scale and shift that were loaded, for
             batches of one volume; "group" normalises groups of channels in each sample, likewise
             independent of the batch, but fits no pretrained weights.
-        width: channels of the first stage; 64 in the paper, fewer in tests.
+        width: channels of the first stage; 64 in the papers, fewer in tests. A DenseNet grows by
+            half as many per layer (32), an SE-ResNeXt has half as many groups (32x4d).
         dropout: rate before the head.
         windows: the network begins with windows that are trained with it, and takes HU, in one
             channel: "linear", "sigmoid" or `LearnedWindows` of your own. None takes what was
             windowed before.
+        architecture: a key of `ARCHITECTURES`. All but "resnet" are 2D and have one topology: what
+            is said above about shortcuts, kernels, strides, pooling, dilations and names stays at
+            its default.
 
     Raises:
         UsageError: a value out of range, or values that exclude each other.
@@ -94,13 +91,15 @@ class ModelSpec:
     width: int = 64
     dropout: float = 0.5
     windows: LearnedWindows | None = None
+    architecture: str = "resnet"
 
     def __post_init__(self) -> None:
         if self.windows is not None:
             object.__setattr__(self, "windows", LearnedWindows.of(self.windows))
         self._check_input()
         allowed: tuple[tuple[str, tuple[int | str, ...]], ...] = (
-            ("depth", tuple(STAGE_BLOCKS)),
+            ("architecture", tuple(ARCHITECTURES)),
+            ("depth", tuple(self._known.blocks) if self.architecture in ARCHITECTURES else ()),
             ("shortcut", SHORTCUTS),
             ("naming", NAMINGS),
             ("norm", NORMS),
@@ -130,7 +129,40 @@ class ModelSpec:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout {self.dropout}; expected a rate of at least 0, below 1.")
         self._check_stages()
+        if self._known.is_fixed:
+            self._check_topology()
         self._check_slices()
+
+    def _check_topology(self) -> None:
+        """Refuse what the one topology of an architecture does not have."""
+        title = self._known.title
+        if self.rank != 2:
+            raise UsageError(
+                f"input_shape {self.input_shape}: {title} is 2D; expected (rows, columns,"
+                " channels).",
+                "For slabs and series take a preset with 3d in its name (`ich presets`).",
+            )
+        if self.width % 2:
+            raise UsageError(f"width {self.width}: {title} halves it; expected an even number.")
+        usual = {f.name: f.default for f in fields(self) if f.name in TOPOLOGY}
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise UsageError(
+                    f"{name} {getattr(self, name)!r}: {title} is built with {value!r} only."
+                )
+        for length in self.input_shape[:-1]:
+            if length is not None and self._shortest(length) < 1:
+                least = next(n for n in itertools.count(1) if self._shortest(n))
+                raise UsageError(
+                    f"input_shape {self.input_shape}: nothing is left of {length} pixels after"
+                    f" {NUM_STAGES} stages; {title} takes at least {least}."
+                )
+
+    def _shortest(self, length: int) -> int:
+        """Return what the last stage leaves of so many pixels."""
+        for name, stride in self._strides():
+            length = self._after(name, length, stride[0])
+        return length
 
     def _check_input(self) -> None:
         if not isinstance(self.input_shape, tuple) or self.rank not in (2, 3):
@@ -229,11 +261,38 @@ class ModelSpec:
     @property
     def is_bottleneck(self) -> bool:
         """Whether the blocks are 1x1-3x3-1x1 with four times the channels."""
-        return self.depth >= 50
+        return self.architecture == "seresnext" or (
+            self.architecture == "resnet" and self.depth >= 50
+        )
+
+    @property
+    def _known(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Blocks of each stage; of a DenseNet its dense layers."""
+        return self._known.blocks[self.depth]
+
+    @property
+    def growth(self) -> int:
+        """Channels that each layer of a DenseNet adds."""
+        return self.width // 2
+
+    @property
+    def groups(self) -> int:
+        """Groups of the 3x3 convolutions."""
+        return self.width // 2 if self.architecture == "seresnext" else 1
 
     @property
     def num_features(self) -> int:
         """Length of the pooled feature vector."""
+        if self.architecture == "densenet":
+            features = self.width
+            for stage, layers in enumerate(self.stage_blocks):
+                # A transition leaves half of the channels.
+                features = (features // 2 if stage else features) + layers * self.growth
+            return features
         expansion = BOTTLENECK_EXPANSION if self.is_bottleneck else 1
         return self.width * 2 ** (NUM_STAGES - 1) * expansion
 
@@ -258,10 +317,17 @@ class ModelSpec:
         shape, shapes = self.input_shape[:-1], {}
         for name, stride in self._strides():
             shape = tuple(
-                None if n is None else _strided(n, s) for n, s in zip(shape, stride, strict=True)
+                None if n is None else self._after(name, n, s)
+                for n, s in zip(shape, stride, strict=True)
             )
             shapes[name] = shape
         return shapes
+
+    def _after(self, name: str, length: int, stride: int) -> int:
+        """Return how many positions a stage leaves of so many."""
+        if self.architecture == "densenet" and name.startswith("layer"):
+            return length // stride  # averages of two without padding: an odd one is left out
+        return _strided(length, stride)
 
     def with_any_size(self) -> "ModelSpec":
         """Return the same network for inputs of any size, with the same rank and channels."""

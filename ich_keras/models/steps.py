@@ -45,13 +45,13 @@ def choose_step(
     are Keras' own steps, which are compiled there.
 
     Args:
-        model: of ours, or any functional model of one input made of the same layers: Conv2D,
-            Conv3D and MaxPooling without padding or activation of their own (ZeroPadding before
-            them), BatchNormalization and GroupNormalization with scale and centre, plain ReLU,
-            Add, GlobalAveragePooling, Dropout, Dense, Activation("sigmoid"); and what
-            learnable windows are made of: ReLU with an upper limit, Rescaling by one number,
-            Normalization by given numbers. Others keep Keras'
-            steps, with a warning that says which layer it was.
+        model: of ours, or any functional model of one input made of the same layers: Conv2D
+            (with groups, too), Conv3D, MaxPooling and AveragePooling without padding or activation
+            of their own (ZeroPadding before them), BatchNormalization and GroupNormalization with
+            scale and centre, plain ReLU, Add, Multiply, Concatenate of channels,
+            GlobalAveragePooling, Dropout, Dense, Activation("sigmoid"); and what learnable windows
+            are made of: ReLU with an upper limit, Rescaling by one number, Normalization by given
+            numbers. Others keep Keras' steps, with a warning that says which layer it was.
         step: "fast" or "stock" (Keras' own).
         precision: "float32", "bfloat16" or "float16" for all but the head, whatever the model was
             built in; None leaves it. Only the fast steps can change it.

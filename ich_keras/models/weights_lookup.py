@@ -12,9 +12,9 @@ from ich_keras.paths import path_of
 FOLDER_VARIABLE = "ICH_KERAS_WEIGHTS"
 # What people call the sources of a preset -> how the names of those sources begin.
 FAMILIES = {
-    "imagenet": "torchvision_resnet",
-    "kinetics": "torchvision_",
-    "medicalnet": "medicalnet_",
+    "imagenet": ("torchvision_resnet", "torchvision_densenet", "timm_"),
+    "kinetics": ("torchvision_",),
+    "medicalnet": ("medicalnet_",),
 }
 
 

@@ -30,7 +30,7 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
         dtype: of the computation.
     """
     layer, source = step.layer, step.sources[0]
-    stride, dilation = layer.strides, layer.dilation_rate
+    stride, dilation, groups = layer.strides, layer.dilation_rate, layer.groups
     padding, size = step.amounts, layer.kernel_size
 
     def shift(tensors: Tensors) -> torch.Tensor | None:
@@ -39,7 +39,7 @@ def convolution(step: Step, kernel: int, bias: int | None, dtype: torch.dtype) -
     def conv2d(values: Values, tensors: Tensors) -> torch.Tensor:
         x, weight = cast(values[source], dtype), cast(tensors[kernel], dtype)
         weight = weight.permute(3, 2, 0, 1)
-        return _conv2d(x, weight, shift(tensors), stride, padding, dilation)
+        return _conv2d(x, weight, shift(tensors), stride, padding, dilation, groups)
 
     if len(size) == 2:
         return conv2d
@@ -87,6 +87,7 @@ def _conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int = 1,
 ) -> torch.Tensor:
     """Convolve in 2D, without an error of oneDNN that corrupts memory.
 
@@ -96,10 +97,10 @@ def _conv2d(
     https://github.com/uxlfoundation/oneDNN/issues/6035.
     """
     is_point = tuple(weight.shape[2:]) == (1, 1) and not any(padding)
-    is_narrow = x.shape[1] < _SAFE_CHANNELS and x.device.type == "cpu"
+    is_narrow = weight.shape[1] < _SAFE_CHANNELS and x.device.type == "cpu"  # of each group
     if is_point and is_narrow and max(stride) > 1 and weight.requires_grad:
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    return F.conv2d(x, weight, bias, stride, padding, dilation)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _must_pad_outside(x: torch.Tensor, size: tuple[int, ...], padding: tuple[int, ...]) -> bool:

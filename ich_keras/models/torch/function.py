@@ -28,7 +28,7 @@ from ich_keras.models.torch.operations import Across, Operations
 
 # Steps whose results must not be overwritten: their gradient needs the result, or the result shares
 # the memory of its source.
-_NOT_TO_OVERWRITE = ("relu", "sigmoid", "softmax", "subsample", "detach", "dropout")
+_NOT_TO_OVERWRITE = ("relu", "sigmoid", "gate", "softmax", "subsample", "detach", "dropout")
 
 
 @dataclass(frozen=True)

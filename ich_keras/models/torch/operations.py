@@ -1,6 +1,7 @@
 """Each step of a graph as a torch operation over numbered values."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -221,9 +222,47 @@ class Operations:
 
         return max_pool
 
+    def _avg_pool(self, step: Step, owned: set[int]) -> Operation:
+        layer, source, dtype = step.layer, step.sources[0], self._dtype(step)
+        size, stride = layer.pool_size, layer.strides
+        if len(size) == 2:
+            return lambda values, tensors: F.avg_pool2d(cast(values[source], dtype), size, stride)
+        return lambda values, tensors: shallow(
+            F.avg_pool3d(deep(cast(values[source], dtype)), size, stride)
+        )
+
     def _mean(self, step: Step, owned: set[int]) -> Operation:
         source, dtype = step.sources[0], self._dtype(step)
-        return lambda values, tensors: cast(values[source], dtype).flatten(2).mean(dim=2)
+        if not step.layer.keepdims:
+            return lambda values, tensors: cast(values[source], dtype).flatten(2).mean(dim=2)
+
+        def mean(values: Values, tensors: Tensors) -> torch.Tensor:
+            x = cast(values[source], dtype)
+            return shallow(x.mean(dim=tuple(range(2, x.dim())), keepdim=True))
+
+        return mean
+
+    def _multiply(self, step: Step, owned: set[int]) -> Operation:
+        sources, dtype = step.sources, self._dtype(step)
+
+        def multiply(values: Values, tensors: Tensors) -> torch.Tensor:
+            factors = [cast(values[source], dtype) for source in sources]
+            if len({factor.dim() for factor in factors}) > 1:  # an image, of volumes one slice deep
+                factors = [deep(factor) for factor in factors]
+            return math.prod(factors[1:], start=factors[0])
+
+        return multiply
+
+    def _concat(self, step: Step, owned: set[int]) -> Operation:
+        sources, dtype = step.sources, self._dtype(step)
+
+        def concat(values: Values, tensors: Tensors) -> torch.Tensor:
+            return torch.cat([cast(values[source], dtype) for source in sources], 1)
+
+        return concat
+
+    def _gate(self, step: Step, owned: set[int]) -> Operation:
+        return self._sigmoid(step, owned)
 
     def _dropout(self, step: Step, owned: set[int]) -> Operation:
         source, dtype, rate = step.sources[0], self._dtype(step), step.layer.rate
