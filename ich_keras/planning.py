@@ -144,7 +144,7 @@ def count_plan(
         UsageError: the optimiser would make no step, or its steps would change nothing.
     """
     from ich_keras.data.batches import epoch_plan
-    from ich_keras.models.spec import require_trainable
+    from ich_keras.models.batch_statistics import require_trainable
 
     training = recipe.training
     require_trainable(recipe.network, samples_per_statistics(recipe, this_rank()))

@@ -14,6 +14,7 @@ from ich_keras.errors import DataError, UsageError
 from ich_keras.explanation import explain_series
 from ich_keras.inference import load_run
 from ich_keras.models.backbone import backbone
+from ich_keras.models.batch_statistics import require_trainable
 from ich_keras.models.classifier import (
     build_backbone,
     build_classifier,
@@ -27,7 +28,7 @@ from ich_keras.models.densenet import densenet
 from ich_keras.models.options import FREEZABLE
 from ich_keras.models.presets import PRESETS, Preset, preset
 from ich_keras.models.resnet import resnet, squeezed
-from ich_keras.models.spec import ModelSpec, require_trainable
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.recipe import Recipe
 from ich_keras.relevance import MapOptions, Relevance

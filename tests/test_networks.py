@@ -12,6 +12,7 @@ import torchvision
 from ich_keras.errors import UsageError
 from ich_keras.keras_private import keep_float64
 from ich_keras.models.backbone import backbone
+from ich_keras.models.batch_statistics import require_trainable
 from ich_keras.models.classifier import (
     build_backbone,
     build_classifier,
@@ -22,7 +23,7 @@ from ich_keras.models.classifier import (
 from ich_keras.models.cost import cost
 from ich_keras.models.presets import PRESETS, preset
 from ich_keras.models.resnet import feature_model, resnet
-from ich_keras.models.spec import ModelSpec, require_trainable
+from ich_keras.models.spec import ModelSpec
 from weights_convert.selfcheck import keras_network
 from weights_convert.state import load_state, shapes_by_name
 

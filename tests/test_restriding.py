@@ -10,10 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from ich_keras.errors import DataError, UsageError
+from ich_keras.models.architectures import STAGE_BLOCKS
 from ich_keras.models.classifier import build_backbone, build_classifier
 from ich_keras.models.presets import PRESETS, preset, view_kind
 from ich_keras.models.resnet import feature_model, resnet
-from ich_keras.models.spec import STAGE_BLOCKS, ModelSpec
+from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights import save_weights
 from ich_keras.models.weights_file import read_record, read_weights
 from ich_keras.models.weights_lookup import FOLDER_VARIABLE, converted_file, find_weights

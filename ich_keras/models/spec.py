@@ -1,7 +1,6 @@
 """ModelSpec: a network described by its numbers, and what is checked about them."""
 
 import itertools
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
@@ -395,23 +394,3 @@ def _tuples(value: Any) -> Any:
 def _strided(length: int, stride: int) -> int:
     # Odd kernels padded alike on both ends: the output length depends on the stride alone.
     return (length - 1) // stride + 1
-
-
-def require_trainable(spec: ModelSpec, batch_size: int) -> None:
-    """Refuse a training whose batch normalisation has a single value per channel.
-
-    Its variance is then 0 and its output a constant: the network would silently learn nothing.
-
-    Raises:
-        UsageError: naming the size after the last stage and the ways out.
-    """
-    last = spec.spatial_shapes()[f"layer{NUM_STAGES}"]
-    lengths = [length for length in last if length is not None]
-    is_known = len(lengths) == len(last)
-    if spec.norm != "batch" or not is_known or math.prod(lengths) * batch_size > 1:
-        return
-    raise UsageError(
-        f"an input of {spec.input_shape[:-1]} is {last} after the last stage: with a batch of"
-        f" {batch_size}, batch normalisation has one value per channel and no variance.",
-        "Take larger batches or inputs, or norm 'frozen' (with weights) or 'group'.",
-    )
