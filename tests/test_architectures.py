@@ -6,12 +6,14 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ich_keras.cli import main
 from ich_keras.config import DataConfig, RunConfig
 from ich_keras.errors import DataError, UsageError
 from ich_keras.explanation import explain_series
+from ich_keras.export.program import Network
 from ich_keras.inference import load_run
 from ich_keras.models.backbone import backbone
 from ich_keras.models.batch_statistics import require_trainable
@@ -29,6 +31,7 @@ from ich_keras.models.options import FREEZABLE
 from ich_keras.models.presets import PRESETS, Preset, preset
 from ich_keras.models.resnet import resnet, squeezed
 from ich_keras.models.spec import ModelSpec
+from ich_keras.models.steps import choose_step
 from ich_keras.models.weights import load_weights, save_weights
 from ich_keras.recipe import Recipe
 from ich_keras.relevance import MapOptions, Relevance
@@ -190,6 +193,29 @@ def test_maps_of_the_last_stage_add_up_to_the_logit(name):
     assert maps.shape == (6, 2, 3, 3)
     logits = keras.ops.convert_to_numpy(model(images, training=False))
     np.testing.assert_allclose(maps.sum(axis=(2, 3)).T, logits - bias, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "sigmoid"])
+@pytest.mark.parametrize("name", SHORT)
+def test_learnable_windows_come_before_the_stem(name, kind):
+    keras.utils.set_random_seed(0)
+    spec = replace(SHORT[name], input_shape=(48, 48, 1), windows=kind)
+    model = classifier(spec)
+    hu = np.random.default_rng(0).uniform(-100, 200, (2, 48, 48, 1)).astype("float32")
+    found = model.predict_on_batch(hu)
+    choose_step(model, "stock")
+    np.testing.assert_allclose(found, model.predict_on_batch(hu), rtol=1e-4, atol=1e-6)
+    assert np.abs(found - model.predict_on_batch(hu + 50)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_their_flat_function_can_be_exported(name):
+    function = Network(classifier(SHORT[name]))
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 48, 48, 3))).float()
+    any_number = {"x": {0: torch.export.Dim("n", min=1, max=64)}}
+    program = torch.export.export(function, (images,), dynamic_shapes=any_number)
+    (found,) = program.module()(images[:1])
+    np.testing.assert_allclose(found.detach(), function(images)[0][:1].detach(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHORT)

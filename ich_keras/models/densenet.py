@@ -57,7 +57,7 @@ def densenet(spec: ModelSpec, dtype: Any = DTYPE) -> keras.Model:
         UsageError: the specification is of another architecture.
 
     >>> densenet(ModelSpec((32, 32, 3), 21, width=8, architecture="densenet")).output.shape
-    (None, 15)
+    (None, 16)
     """
     if spec.architecture != "densenet":
         raise UsageError(
