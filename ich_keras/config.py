@@ -32,8 +32,8 @@ class DataConfig:
 
     Args:
         size: rows and columns of the network's input, pixels.
-        view: what one sample is: "slice", "slab" or "series"; None suits the preset.
-        slices: number of slices in a slab (None: 5) or a series (None: 60).
+        view: what one sample is: "slice", "stack", "slab" or "series"; None suits the preset.
+        slices: number of slices in a stack (None: 3), slab (None: 5) or series (None: 60).
         edge: "air" or "repeat"; see `ich_keras.View`.
         long_series: "spread" or "middle"; see `ich_keras.View`.
         tilted: "keep", "skip" or "deshear"; see `ich_keras.View`.
@@ -44,7 +44,7 @@ class DataConfig:
             for all slices of a sample (`ich_keras.data.batches.view_batches`). Validation, test
             and prediction samples are never changed. "own" stands for a function of yours, given
             to `ich_keras.train(..., augment=function)`.
-        reverse: turn every second slab or series, drawn at random, upside down in training.
+        reverse: turn every second stack, slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
         intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
             channel), or "hu", which learnable windows take; None takes the one the weights were
@@ -73,8 +73,8 @@ class FitConfig:
     """How the network is fitted.
 
     Args:
-        batch_size: samples per step, of all processes together; None takes 32 slices, 16 slabs or
-            1 series.
+        batch_size: samples per step, of all processes together; None takes 32 slices or stacks, 16
+            slabs or 1 series.
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".

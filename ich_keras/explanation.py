@@ -16,7 +16,7 @@ import numpy as np
 from ich_keras.ct.head import head_mask
 from ich_keras.ct.header import MAX_SPACING_MM, MIN_SPACING_MM
 from ich_keras.data.image_space import input_places, interpolation, series_interpolation
-from ich_keras.data.inputs import resize_hu
+from ich_keras.data.inputs import resize_hu, stack_channels
 from ich_keras.data.views import AIR, Samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.inference import load_run
@@ -131,10 +131,10 @@ def explain_series(
 ) -> HeatMaps:
     """Explain a run's answers to one series, on the pixels of its slices.
 
-    The series goes the way of a prediction: slice by slice, slab by slab (the map is that of the
-    middle slice), or as a whole. Thin slices are not averaged first, as a prediction may do
-    (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per voxel and label,
-    memory is that of one batch, whatever the number of slices.
+    The series goes the way of a prediction: slice by slice, stack by stack or slab by slab (the map
+    is that of the middle slice), or as a whole. Thin slices are not averaged first, as a
+    prediction may do (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per
+    voxel and label, memory is that of one batch, whatever the number of slices.
 
     Args:
         run: a finished run, or what `load_run` made of it.
@@ -234,7 +234,8 @@ class _Places:
         """
         view, rows = self._samples.view, self._samples.rows[sample]
         if not view.is_volume:
-            out[sample] = self._slice(cells, sample, 0) * head[sample]
+            # A stack shows one picture, of all its slices: it lies on that of the middle one.
+            out[sample] = self._slice(cells, sample, view.num_slices // 2) * head[sample]
             return
         along = self._axes[0]
         count = view.num_slices
@@ -338,7 +339,11 @@ def _cells(
 
 def _air(inputs: InputRecipe) -> np.ndarray:
     """Return a network's input of air alone: float32 ([slices,] rows, columns, channels)."""
-    return inputs.intensity.normalise(np.zeros(inputs.shape, np.float32), inputs.view.is_volume)
+    view, side, intensity = inputs.view, inputs.size, inputs.intensity
+    lead = (view.num_slices,) if view.has_slices else ()
+    windows = np.zeros((*lead, side, side, intensity.channels), np.float32)
+    air = intensity.normalise(windows, view.has_slices)
+    return stack_channels(air) if view.is_stack else air
 
 
 def _checked_hu(hu: Any) -> np.ndarray:

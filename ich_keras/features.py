@@ -138,7 +138,7 @@ def extract_features(
     if view.kind == "series":
         raise UsageError(
             f"{run} answers whole series; features are of slices.",
-            "Give a run on slices or slabs.",
+            "Give a run on slices, stacks or slabs.",
         )
     require_size(recipe, cache)
     samples = cache.samples(view)

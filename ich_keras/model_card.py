@@ -25,7 +25,8 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
     recipe, data = run.recipe(), run.data()
     is_synthetic = bool(data.get(SYNTHETIC))
     view, size = recipe.inputs.view, recipe.inputs.size
-    sample = {"slice": "a slice", "slab": f"{view.num_slices} neighbouring slices"}.get(
+    neighbours = f"{view.num_slices} neighbouring slices"
+    sample = {"slice": "a slice", "slab": neighbours, "stack": f"{neighbours} as channels"}.get(
         view.kind, f"a series of up to {view.num_slices} slices"
     )
     labels = recipe.labels

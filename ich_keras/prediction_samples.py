@@ -10,7 +10,7 @@ import pandas as pd
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import shown_paths
 from ich_keras.ct.verdict import TILTED as TILTED_WORD
-from ich_keras.data.inputs import slice_input, stack_slices, volume_input
+from ich_keras.data.inputs import slice_input, stack_channels, stack_slices, volume_input
 from ich_keras.data.thin_series import AS_THEY_ARE, ThinRule
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.prediction_journal import SeriesResult
@@ -168,13 +168,14 @@ def inputs_of(
     hu: np.ndarray, samples: Samples, chosen: np.ndarray, inputs: InputRecipe
 ) -> np.ndarray:
     """Make the network's input of some samples of a series, float32."""
-    if not samples.view.is_volume:
+    if not samples.view.has_slices:
         return slice_input(hu[chosen], inputs.size, inputs.intensity)
     stacks = [
         stack_slices(hu, samples.rows[i], None if samples.shifts is None else samples.shifts[i])
         for i in chosen
     ]
-    return volume_input(np.stack(stacks), inputs.size, inputs.intensity)
+    volumes = volume_input(np.stack(stacks), inputs.size, inputs.intensity)
+    return stack_channels(volumes) if samples.view.is_stack else volumes
 
 
 def full_batches(parts: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

@@ -73,7 +73,7 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     >>> describe(structure)
     '2D ResNet-18, shortcut B, 3 input channels, width 64, image names, head of 1000'
     >>> fitting_presets(structure)
-    ('resnet18_2d',)
+    ('resnet18_2d', 'resnet18_2d_stack')
     """
     naming = "video" if "stem.0.weight" in shapes else "image"
     stem = "stem.0.weight" if naming == "video" else "conv1.weight"

@@ -53,7 +53,7 @@ def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
     if preset not in PRESETS:
         return ""  # refused below, by name
     is_volume = PRESETS[preset].spec.rank == 3
-    fits = in_file is not None and is_volume == (in_file != "slice")
+    fits = in_file is not None and is_volume == (in_file in ("slab", "series"))
     wanted = options["view"] or (in_file if fits else None)
     if view_kind(preset, wanted) == view_kind(content["preset"], in_file):
         return ""

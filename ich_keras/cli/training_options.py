@@ -42,27 +42,34 @@ _OPTIONS = (
         help="Cross-validation by patient: test on part K of N, validate on the next. `ich folds`"
         " trains all and joins them.",
     ),
-    click.option("--view", help="slice, slab or series; default: to suit the preset."),
+    click.option("--view", help="slice, stack, slab or series; default: to suit the preset."),
     click.option(
-        "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
+        "--slices",
+        type=int,
+        metavar="N",
+        help="Slices in a stack (default 3), slab (5) or series (60).",
     ),
     click.option(
-        "--edge", help="How slabs are filled beyond the ends of a series: air (default) or repeat."
+        "--edge",
+        help="How stacks and slabs are filled beyond the ends of a series: air (default) or"
+        " repeat.",
     ),
     click.option(
         "--long-series",
         help="Which slices of a longer series to use: spread (evenly spaced; default) or middle.",
     ),
     click.option(
-        "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
+        "--tilted",
+        help="What to do with tilted stacks, slabs and series: keep (default), skip or deshear.",
     ),
     click.option(
-        "--duplicate", help="Slabs and series with two slices at one place: skip or keep."
+        "--duplicate",
+        help="Stacks, slabs and series with two slices at one place: skip (default) or keep.",
     ),
     click.option(
         "--reverse/--no-reverse",
         default=None,
-        help="Turn every second slab or series upside down in training.",
+        help="Turn every second stack, slab or series upside down in training.",
     ),
     click.option("--epochs", type=int, help="Default 6."),
     click.option(
@@ -74,8 +81,8 @@ _OPTIONS = (
     click.option(
         "--batch-size",
         type=int,
-        help="Samples per batch, of all processes together; default 32 slices, 16 slabs or 1"
-        " series.",
+        help="Samples per batch, of all processes together; default 32 slices or stacks, 16 slabs"
+        " or 1 series.",
     ),
     click.option(
         "--ema",

@@ -1,4 +1,4 @@
-"""Batches of slices, slabs and series for `model.fit`, on every backend of Keras.
+"""Batches of slices, stacks, slabs and series for `model.fit`, on every backend of Keras.
 
 Worker processes import this module: it must not import keras.
 """
@@ -23,7 +23,7 @@ from ich_keras.data.device_inputs import DeviceInputs, RawBatch, require_device
 from ich_keras.data.drawn_inputs import drawn_inputs
 from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
-from ich_keras.data.inputs import slice_windows, stack_slices
+from ich_keras.data.inputs import slice_windows, stack_channels, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.memory import recycled
@@ -91,9 +91,9 @@ class CTDataset(Dataset):
             key: (epoch, int (n,) numbers of samples).
 
         Returns:
-            float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
-            of slabs and series; and float32 (n, labels) labels (NaN where there are none). With
-            `is_raw`, a `RawBatch`.
+            float32 (n, size, size, channels) inputs of slices and stacks, (n, slices, size, size,
+            channels) of slabs and series; and float32 (n, labels) labels (NaN where there are
+            none). With `is_raw`, a `RawBatch`.
         """
         epoch, indices = key
         hu = self._hu(np.asarray(indices))
@@ -103,13 +103,15 @@ class CTDataset(Dataset):
         else:
             labels = self._samples.labels[indices].astype(np.float32)
             labels[labels < 0] = np.nan
-        is_volume = self._samples.view.is_volume
+        view = self._samples.view
         if not is_drawn(self._augmentation):
-            return self._changed_inputs(hu, epoch, indices), labels
-        draws = self._draw(epoch, indices, hu.shape[-1])
-        if self._is_raw:
-            return RawBatch(hu, draws, labels)
-        return drawn_inputs(hu, draws, self._intensity, is_volume, self._size), labels
+            inputs = self._changed_inputs(hu, epoch, indices)
+        else:
+            draws = self._draw(epoch, indices, hu.shape[-1])
+            if self._is_raw:
+                return RawBatch(hu, draws, labels)
+            inputs = drawn_inputs(hu, draws, self._intensity, view.has_slices, self._size)
+        return stack_channels(inputs) if view.is_stack else inputs, labels
 
     def _draw(self, epoch: int, indices: np.ndarray, side: int) -> Draws:
         if self._augmentation is None:
@@ -125,12 +127,12 @@ class CTDataset(Dataset):
 
     def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return inputs that an augmentation of the images changed."""
-        intensity, is_volume = self._intensity, self._samples.view.is_volume
-        inputs = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
+        intensity, has_slices = self._intensity, self._samples.view.has_slices
+        inputs = slice_windows(hu if has_slices else hu[:, 0], self._size, intensity.windows)
         is_after = comes_after_normalisation(self._augmentation)
         if not is_after:
             self._augment(inputs, epoch, indices)
-        inputs = intensity.normalise(inputs, is_volume)
+        inputs = intensity.normalise(inputs, has_slices)
         if is_after:
             self._augment(inputs, epoch, indices)
         return inputs
@@ -208,9 +210,9 @@ def view_batches(
     Args:
         cache: with labels joined.
         view: what a sample is.
-        indices: int (n,), numbers of samples: rows of `cache.slices` for slices and slabs, of
-            `cache.series` for series; None takes all that the view uses, with a seed (training)
-            those of them that have labels.
+        indices: int (n,), numbers of samples: rows of `cache.series` for series, of
+            `cache.slices` for all other views; None takes all that the view uses, with a seed
+            (training) those of them that have labels.
         batch_size: samples per batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
@@ -224,9 +226,9 @@ def view_batches(
             A function of your own must then stand at the top level of a module.
         intensity: from HU to input: "windows" (three channels), "wide", "head-z-score" or "hu"
             (one), or an `Intensity` of your own; of "hu", no augmentation changes contrast and
-            brightness. None takes "windows" for slices and "wide" for slabs and
+            brightness. None takes "windows" for slices and stacks and "wide" for slabs and
             series, as the thesis.
-        reverse: turn volumes upside down with a chance of one half; needs `augment`.
+        reverse: turn stacks and volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.
         device: "cuda" or "cuda:N" sends int16 HU to that GPU, one batch ahead, and makes the inputs
             there, for the torch backend; "cpu" does the same in this process. "thesis" and
@@ -236,7 +238,7 @@ def view_batches(
     Returns:
         A torch DataLoader of (float32 inputs, float32 (n, labels), NaN where one is missing) for
         `fit`, `evaluate` and `predict` on every backend; the inputs are (n, size, size, channels)
-        or (n, slices, size, size, channels).
+        or (n, slices, size, size, channels), of stacks (n, size, size, slices * channels).
 
     Raises:
         UsageError: an argument cannot be used. Asking for a batch raises it too, when a function
@@ -251,10 +253,10 @@ def view_batches(
         raise UsageError("augmentation draws at random: give a seed.")
     if size is not None and not 8 <= size <= 4096:
         raise UsageError(f"size is {size}; expected 8 to 4096 pixels.")
-    if reverse and (augment is None or not view.is_volume):
+    if reverse and (augment is None or not view.has_slices):
         raise UsageError(
-            "reverse turns augmented slabs or series upside down; here there are none.",
-            "Leave it out, or give `augment` and a view of slabs or series.",
+            "reverse turns augmented stacks, slabs or series upside down; here there are none.",
+            "Leave it out, or give `augment` and a view of several slices.",
         )
     samples = samples or cache.samples(view)
     intensity = intensity or ("wide" if view.is_volume else "windows")
@@ -262,7 +264,9 @@ def view_batches(
     size, intensity = size or cache.size, intensity_of(intensity)
     is_raw = device is not None and is_drawn(augment)
     dataset = CTDataset(cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw)
-    inputs = DeviceInputs(device, intensity, view.is_volume, size) if device and is_raw else None
+    inputs = None
+    if device and is_raw:
+        inputs = DeviceInputs(device, intensity, view.has_slices, size, view.is_stack)
     return CTLoader(dataset, plan, workers, inputs)
 
 

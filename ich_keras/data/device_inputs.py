@@ -40,15 +40,24 @@ class DeviceInputs:
     Args:
         device: "cpu", "cuda" or "cuda:N".
         intensity: from HU to input.
-        is_volume: whether a sample is a volume; otherwise it has one slice.
+        is_volume: whether a sample has several slices; otherwise it has one.
         size: rows and columns of the inputs.
+        is_stack: whether the slices become channels (`ich_keras.data.inputs.stack_channels`).
     """
 
-    def __init__(self, device: str, intensity: Intensity, is_volume: bool, size: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        intensity: Intensity,
+        is_volume: bool,
+        size: int,
+        is_stack: bool = False,
+    ) -> None:
         self.device = torch.device(device)
         self._intensity = intensity
         self._is_volume = is_volume
         self._size = size
+        self._is_stack = is_stack
         # Made once: to copy a number to a GPU, the host waits until the GPU has nothing to do.
         self._low, self._width = (
             self._there([getattr(window, name) for window in intensity.windows])
@@ -78,7 +87,7 @@ class DeviceInputs:
 
         Returns:
             float32 (n, rows, columns, channels) or (n, slices, rows, columns, channels), and
-            float32 (n, 6).
+            float32 (n, labels).
         """
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.device)
@@ -89,6 +98,9 @@ class DeviceInputs:
         with torch.no_grad():
             moved = _move(hu, *numbers[:-1])
             inputs = self._input(moved, numbers[-1])
+        if self._is_stack:
+            # (n, slices, rows, columns, channels): slices beside channels, and one with them.
+            return inputs.permute(0, 2, 3, 1, 4).flatten(3), labels
         return inputs if self._is_volume else inputs[:, 0], labels
 
     def _input(self, hu: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
