@@ -9,6 +9,7 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
+from ich_keras.input_changes import InputChanges
 from ich_keras.models.options import (
     PER_PROCESS,
     RANGES,
@@ -23,7 +24,7 @@ from ich_keras.synonyms import meant_by, question
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("fast", "thesis", "flip", "none", "own")
-INTENSITY = ("windows", "wide", "head-z-score", "hu")
+INTENSITY = ("windows", "wide", "head-z-score", "hu", "bone-windows", "nnunet")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class DataConfig:
             to `ich_keras.train(..., augment=function)`.
         reverse: turn every second stack, slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
-        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
-            channel), or "hu", which learnable windows take; None takes the one the weights were
-            made for, or else one for the preset.
+        intensity: from HU to input: "windows" (three channels), "bone-windows" (four), "wide",
+            "head-z-score" or "nnunet" (one channel; measured on the training split), or "hu", which
+            learnable windows take; None takes the one the weights were made for, or else one for
+            the preset.
         loader_workers: processes that prepare batches; 0 uses the training process.
+        hu_noise, window_jitter, width_jitter, drop_slices, mixup, cutmix: random changes of
+            training samples beside `augment`; see `InputChanges`. None is without.
     """
 
     size: int = 256
@@ -66,6 +70,17 @@ class DataConfig:
     limit_series: int | None = None
     intensity: str | None = None
     loader_workers: int = 0
+    hu_noise: float | None = None
+    window_jitter: float | None = None
+    width_jitter: float | None = None
+    drop_slices: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+
+    @property
+    def changes(self) -> InputChanges:
+        """The random changes that are asked for."""
+        return InputChanges.asked_by(self)
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,7 @@ class RunConfig:
             if path is not None:
                 path_of(str(path), name)
         self.fit.loss_settings.require_sound(None, "fit.")
+        InputChanges.asked_by(self.data)  # refuses what is out of range
         for name in RANGES:
             number = getattr(self.fit, name)
             if isinstance(number, int | float):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ich_keras.data.inputs import resize_hu, slice_input, stack_channels, volume_input
-from ich_keras.data.intensity import Intensity
+from ich_keras.data.intensity import BONE_WINDOWS, NNUNET, Intensity
 from ich_keras.data.views import View
 from ich_keras.errors import UsageError
 
@@ -27,6 +27,14 @@ class InputRecipe:
     size: int
     cache_size: int
     resampling: str
+
+    def __str__(self) -> str:
+        """Return what a reader must know beside the view, size and the usual intensities."""
+        intensity, parts = self.intensity, []
+        if intensity.name in (NNUNET, BONE_WINDOWS):
+            ends = ", ".join(f"{one.low:g} to {one.high:g}" for one in intensity.windows)
+            parts.append(f"intensity {intensity.name} ({ends} HU)")
+        return ", ".join(parts)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ich_keras.config import RunConfig
-from ich_keras.data.intensity import HU, INTENSITIES, Intensity, intensity_of
+from ich_keras.data.intensity import HU, INTENSITIES, NNUNET, UNMEASURED, Intensity, intensity_of
 from ich_keras.data.views import View
 from ich_keras.errors import DataError, UsageError
 from ich_keras.models.presets import PRESETS, STACK_SLICES, view_kind
@@ -28,6 +28,8 @@ def choose_intensity(config: RunConfig, view: View) -> Intensity:
     record = {} if path is None else read_record(path)
     if config.windows is not None:
         return intensity_of(HU)  # what else is asked for was refused by the configuration
+    if config.data.intensity == NNUNET:
+        return UNMEASURED
     if config.data.intensity is not None:
         return intensity_of(config.data.intensity)
     # The channels in the file, which `weights-convert` may have changed.

@@ -39,6 +39,7 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
         ("Trained on", "drawn phantoms only" if is_synthetic else "head CT"),
         *_counts(data.get(PLAN)),
         ("Started from", recipe.training.weights or "random weights"),
+        *(("Settings", line) for line in recipe.input_options),
     ]
     warnings = [run.notice()] if run.notice() else []
     if is_synthetic:

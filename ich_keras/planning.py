@@ -203,7 +203,11 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
 
 def start_lines(recipe: Recipe, plan: TrainingPlan) -> list[str]:
     """Say how a training that begins is trained, one line each."""
-    lines = [_first_line(recipe, plan), *_average_lines(recipe.training, plan.total_steps)]
+    lines = [
+        _first_line(recipe, plan),
+        *recipe.input_options,
+        *_average_lines(recipe.training, plan.total_steps),
+    ]
     return [*lines, *distribution_lines(recipe, this_rank())]
 
 

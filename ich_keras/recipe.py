@@ -18,6 +18,7 @@ from ich_keras.data.intensity import Intensity, Normalisation
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.input_changes import NO_CHANGES, InputChanges
 from ich_keras.input_recipe import InputRecipe
 from ich_keras.intensity_choice import RECIPE as RECIPE
 from ich_keras.intensity_choice import choose_intensity
@@ -73,6 +74,7 @@ class TrainingRecipe:
         label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
             margin, patience, ema, swa: as in `FitConfig`; recipes of older versions lack them.
         own_callbacks: the classes of a user's callbacks; lacking where there were none.
+        changes: random changes beside the augmentation; recipes of older versions have none.
     """
 
     weights: str | None
@@ -109,6 +111,9 @@ class TrainingRecipe:
     ema: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     swa: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    changes: InputChanges = field(
+        default=NO_CHANGES, metadata={WHERE_ABSENT: dataclasses.asdict(NO_CHANGES)}
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ class Recipe:
             )
         intensity = choose_intensity(config, view)
         inputs = InputRecipe(view, intensity, size, cache_size or size, RESAMPLING)
-        data, fit = config.data, config.fit
+        data, fit, changes = config.data, config.fit, config.data.changes
+        changes.require_for(view.kind, intensity.is_windowed)
         return cls(
             preset=config.preset,
             network=preset(config.preset, inputs.shape, config.norm, config.windows),
@@ -203,12 +209,21 @@ class Recipe:
                     "accumulate": fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
                     "learning_rate": fit.learning_rate or DEFAULT_RATES[config.weights is None],
                 },
+                changes=changes,
             ),
             backend=backend,
             device=device,
             precision=precision,
             labels=labels,
         )
+
+    @property
+    def input_options(self) -> list[str]:
+        """Return what was asked for of the input beside view, size and windows, in sentences."""
+        lines = [f"Input: {self.inputs}."] if str(self.inputs) else []
+        if self.training.changes:
+            lines.append(f"Changed in training, beside augmentation: {self.training.changes}.")
+        return lines
 
     @property
     def batch_device(self) -> str | None:
@@ -238,6 +253,7 @@ class Recipe:
             "tilted": inputs.view.tilted,
             "duplicate": inputs.view.duplicate,
             "intensity": inputs.intensity.name,
+            **dataclasses.asdict(training.changes),
         }
         fit = {f.name: getattr(training, f.name) for f in dataclasses.fields(FitConfig)}
         return RunConfig(

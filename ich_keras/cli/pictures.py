@@ -91,7 +91,10 @@ def compare(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     help="Of a stack, slab or series; 3, 5 and 60.",
 )
 @click.option("--size", type=click.IntRange(min=8), help="Of the input; default: the cache's.")
-@click.option("--intensity", help="windows, wide, head-z-score or hu; default: as in training.")
+@click.option(
+    "--intensity",
+    help="windows, bone-windows, wide, head-z-score or hu; default: as in training.",
+)
 @click.option(
     "--augment", default="fast", show_default=True, help="fast, thesis, flip; none leaves it out."
 )

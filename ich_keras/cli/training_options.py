@@ -21,7 +21,9 @@ _OPTIONS = (
     click.option("--download", is_flag=True, help="Download and convert the named weights first."),
     click.option("--norm", help="batch (default), frozen (needs weights) or group."),
     click.option(
-        "--intensity", help="windows, wide, head-z-score or hu; default: to suit the weights."
+        "--intensity",
+        help="windows, bone-windows, wide, head-z-score, nnunet (measured on the training split) or"
+        " hu; default: to suit the weights.",
     ),
     click.option(
         "--windows",
@@ -181,6 +183,47 @@ _OPTIONS = (
     click.option(
         "--augment",
         help="fast (default), thesis (by albumentations; slower), flip (left-right) or none.",
+    ),
+    click.option(
+        "--hu-noise",
+        type=float,
+        metavar="SIGMA",
+        help="Add normal noise of SIGMA HU to training slices; default: none.",
+    ),
+    click.option(
+        "--window-jitter",
+        type=float,
+        metavar="LEVEL",
+        help="Move the windows' levels by up to LEVEL HU in training, and change their widths by"
+        " up to a tenth (--width-jitter); default: not.",
+    ),
+    click.option(
+        "--width-jitter",
+        type=float,
+        metavar="SHARE",
+        help="Change the windows' widths by up to SHARE in training; default 0.1 with"
+        " --window-jitter, else not.",
+    ),
+    click.option(
+        "--drop-slices",
+        type=float,
+        metavar="P",
+        help="In training, leave out slices of stacks, slabs (never the middle one) and series with"
+        " a chance of P; default: none.",
+    ),
+    click.option(
+        "--mixup",
+        type=float,
+        metavar="ALPHA",
+        help="Mix training images of 2D networks, and their labels, by Beta(ALPHA, ALPHA);"
+        " default: not.",
+    ),
+    click.option(
+        "--cutmix",
+        type=float,
+        metavar="ALPHA",
+        help="Put boxes of other training images into those of 2D networks, and mix their labels;"
+        " default: not.",
     ),
     click.option(
         "--loader-workers",

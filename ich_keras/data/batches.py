@@ -3,6 +3,7 @@
 Worker processes import this module: it must not import keras.
 """
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,20 @@ from ich_keras.data.augment import (
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
+from ich_keras.data.changes import add_noise, kept_places, with_jitter
 from ich_keras.data.device_inputs import DeviceInputs, RawBatch, require_device
-from ich_keras.data.drawn_inputs import drawn_inputs
+from ich_keras.data.drawn_inputs import drawn_inputs, jittered, own_windows
 from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
 from ich_keras.data.inputs import slice_windows, stack_channels, stack_slices
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.memory import recycled
+from ich_keras.data.mixing import Mix, draw_mix, mixed_inputs, mixed_labels
 from ich_keras.data.seeds import sample_seeds
 from ich_keras.data.views import AIR, Samples, View
 from ich_keras.errors import UsageError
+from ich_keras.input_changes import NO_CHANGES, InputChanges
 
 
 class CTDataset(Dataset):
@@ -45,6 +49,7 @@ class CTDataset(Dataset):
         intensity: from HU to input, an `Intensity` or its name in `INTENSITIES`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
         is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
+        changes: further random changes, from the same seeds.
 
     Raises:
         UsageError: `is_raw` with an augmentation that changes images itself.
@@ -60,6 +65,7 @@ class CTDataset(Dataset):
         intensity: str | Intensity = "windows",
         reverse: bool = False,
         is_raw: bool = False,
+        changes: InputChanges = NO_CHANGES,
     ) -> None:
         if is_raw and not is_drawn(augmentation):
             raise UsageError(
@@ -75,6 +81,7 @@ class CTDataset(Dataset):
         self._seed = seed
         self._reverse = reverse
         self._is_raw = is_raw
+        self._changes = changes
         self._change: Change | None = None
 
     def __len__(self) -> int:
@@ -95,40 +102,64 @@ class CTDataset(Dataset):
             channels) of slabs and series; and float32 (n, labels) labels (NaN where there are
             none). With `is_raw`, a `RawBatch`.
         """
-        epoch, indices = key
-        hu = self._hu(np.asarray(indices))
+        epoch, indices = key[0], np.asarray(key[1])
+        hu = self._changed_hu(epoch, indices)
         if self._samples.labels is None:
             shape = len(indices), len(self._samples.label_set)
             labels = np.full(shape, np.nan, np.float32)
         else:
             labels = self._samples.labels[indices].astype(np.float32)
             labels[labels < 0] = np.nan
-        view = self._samples.view
-        if not is_drawn(self._augmentation):
-            inputs = self._changed_inputs(hu, epoch, indices)
-        else:
-            draws = self._draw(epoch, indices, hu.shape[-1])
-            if self._is_raw:
-                return RawBatch(hu, draws, labels)
+        view, mix = self._samples.view, self._mix(epoch, indices)
+        draws = self._draw(epoch, indices, hu.shape[-1])
+        if self._is_raw:
+            return RawBatch(hu, draws, labels, mix)
+        if is_drawn(self._augmentation):
             inputs = drawn_inputs(hu, draws, self._intensity, view.has_slices, self._size)
-        return stack_channels(inputs) if view.is_stack else inputs, labels
+        else:
+            inputs = self._changed_inputs(hu, draws, epoch, indices)
+        inputs = stack_channels(inputs) if view.is_stack else inputs
+        return (
+            (inputs, labels)
+            if mix is None
+            else (mixed_inputs(inputs, mix), mixed_labels(labels, mix))
+        )
 
     def _draw(self, epoch: int, indices: np.ndarray, side: int) -> Draws:
-        if self._augmentation is None:
-            return no_draws(len(indices))
-        seeds = self._seeds(epoch, indices)
-        grey = not self._intensity.keeps_hu
-        return draw(seeds, side, self._augmentation == "flip", self._reverse, grey)
+        """Return draws; of an augmentation that changes images itself, those of windows alone."""
+        draws = no_draws(len(indices))
+        if self._augmentation is not None and is_drawn(self._augmentation):
+            seeds = self._seeds(epoch, indices)
+            grey = not self._intensity.keeps_hu
+            draws = draw(seeds, side, self._augmentation == "flip", self._reverse, grey)
+        if self._changes.has_jitter:
+            draws = with_jitter(draws, self._seeds(epoch, indices), self._changes)
+        return draws
+
+    def _mix(self, epoch: int, indices: np.ndarray) -> Mix | None:
+        if not self._changes.mixes:
+            return None
+        assert self._seed is not None  # `view_batches` asks for one
+        return draw_mix(self._changes, self._seed, epoch, indices, self._size)
 
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
         return sample_seeds(self._seed, epoch, np.asarray(indices))
 
-    def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
+    def _changed_inputs(
+        self, hu: np.ndarray, draws: Draws, epoch: int, indices: np.ndarray
+    ) -> np.ndarray:
         """Return inputs that an augmentation of the images changed."""
         intensity, has_slices = self._intensity, self._samples.view.has_slices
-        inputs = slice_windows(hu if has_slices else hu[:, 0], self._size, intensity.windows)
+        hu = hu if has_slices else hu[:, 0]
+        if draws.has_jitter:
+            own = [jittered(intensity, draws, number) for number in range(len(hu))]
+            inputs = np.stack(
+                [own_windows(*one, intensity) for one in zip(hu, repeat(self._size), own)]
+            )
+        else:
+            inputs = slice_windows(hu, self._size, intensity.windows)
         is_after = comes_after_normalisation(self._augmentation)
         if not is_after:
             self._augment(inputs, epoch, indices)
@@ -141,9 +172,24 @@ class CTDataset(Dataset):
         """Tell the slices of samples from the air that fills them up: bool (n, slices)."""
         return self._samples.rows[indices] != AIR
 
-    def _hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return HU, int16 (n, slices, rows, columns)."""
+    def _changed_hu(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return HU, int16 (n, slices, rows, columns), with noise and without dropped slices."""
         rows, shifts = self._samples.rows[indices], self._samples.shifts
+        shifts = None if shifts is None else shifts[indices]
+        drop, sigma = self._changes.drop_slices, self._changes.hu_noise
+        if drop is not None:
+            seeds = self._seeds(epoch, indices)
+            places = kept_places(self._samples.view, rows, seeds, drop)
+            rows = np.where(places == AIR, AIR, np.take_along_axis(rows, places, 1))
+            if shifts is not None:
+                shifts = np.take_along_axis(shifts, places[..., np.newaxis], 1)
+        hu = self._hu(rows, shifts)
+        if sigma is not None:
+            add_noise(hu, rows, self._seeds(epoch, indices), sigma)
+        return hu
+
+    def _hu(self, rows: np.ndarray, shifts: np.ndarray | None) -> np.ndarray:
+        """Return HU, int16 (n, slices, rows, columns); nobody else holds them."""
         if shifts is None and (rows != AIR).all():
             room = recycled((rows.size, self._pixels.size, self._pixels.size), np.int16)
             hu = self._pixels.slices_hu(rows.ravel(), room)
@@ -154,8 +200,8 @@ class CTDataset(Dataset):
         places = np.where(rows == AIR, AIR, np.searchsorted(wanted, rows))
         return np.stack(
             [
-                stack_slices(hu, place, None if shifts is None else shifts[index])
-                for place, index in zip(places, indices, strict=True)
+                stack_slices(hu, place, None if shifts is None else shifts[sample])
+                for sample, place in enumerate(places)
             ]
         )
 
@@ -191,6 +237,7 @@ def view_batches(
     reverse: bool = False,
     samples: Samples | None = None,
     device: str | None = None,
+    changes: InputChanges = NO_CHANGES,
 ) -> CTLoader:
     """Make batches of the samples of a view.
 
@@ -234,6 +281,8 @@ def view_batches(
             there, for the torch backend; "cpu" does the same in this process. "thesis" and
             functions of your own change images on the CPU: their inputs are of the CPU all the
             same. None makes arrays of the CPU, for every backend.
+        changes: further random changes of the samples, beside or without an augmentation; they
+            need a seed (`ich_keras.input_changes.InputChanges`).
 
     Returns:
         A torch DataLoader of (float32 inputs, float32 (n, labels), NaN where one is missing) for
@@ -259,11 +308,16 @@ def view_batches(
             "Leave it out, or give `augment` and a view of several slices.",
         )
     samples = samples or cache.samples(view)
-    intensity = intensity or ("wide" if view.is_volume else "windows")
+    intensity = intensity_of(intensity or ("wide" if view.is_volume else "windows"))
+    if changes and seed is None:
+        raise UsageError(f"{changes}: drawn at random; give a seed.")
+    changes.require_for(view.kind, intensity.is_windowed)
     plan = epoch_plan(samples, indices, batch_size, seed, balance)
-    size, intensity = size or cache.size, intensity_of(intensity)
+    size = size or cache.size
     is_raw = device is not None and is_drawn(augment)
-    dataset = CTDataset(cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw)
+    dataset = CTDataset(
+        cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw, changes
+    )
     inputs = None
     if device and is_raw:
         inputs = DeviceInputs(device, intensity, view.has_slices, size, view.is_stack)
