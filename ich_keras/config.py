@@ -24,6 +24,7 @@ from ich_keras.synonyms import meant_by, question
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("fast", "thesis", "flip", "none", "own")
+CROPS = ("head",)
 INTENSITY = ("windows", "wide", "head-z-score", "hu", "bone-windows", "nnunet")
 
 
@@ -54,6 +55,9 @@ class DataConfig:
         loader_workers: processes that prepare batches; 0 uses the training process.
         hu_noise, window_jitter, width_jitter, drop_slices, mixup, cutmix: random changes of
             training samples beside `augment`; see `InputChanges`. None is without.
+        skip_empty: leave slices without brain out of training batches, never out of evaluation.
+        crop: "head" cuts the head out of each series, with a margin; None leaves slices whole.
+        depth_mm: resample whole series to this distance between slices; None does not.
     """
 
     size: int = 256
@@ -76,6 +80,9 @@ class DataConfig:
     drop_slices: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
+    skip_empty: bool = False
+    crop: str | None = None
+    depth_mm: float | None = None
 
     @property
     def changes(self) -> InputChanges:
@@ -233,6 +240,7 @@ class RunConfig:
             ("device", self.device, DEVICES),
             ("data.augment", self.data.augment, AUGMENT),
             ("data.intensity", self.data.intensity, (None, *INTENSITY)),
+            ("data.crop", self.data.crop, (None, *CROPS)),
         ):
             if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)

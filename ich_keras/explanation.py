@@ -17,6 +17,7 @@ from ich_keras.ct.head import head_mask
 from ich_keras.ct.header import MAX_SPACING_MM, MIN_SPACING_MM
 from ich_keras.data.image_space import input_places, interpolation, series_interpolation
 from ich_keras.data.inputs import resize_hu, stack_channels
+from ich_keras.data.sources import Sources
 from ich_keras.data.views import AIR, Samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.inference import load_run
@@ -172,7 +173,9 @@ def explain_series(
     names, columns = _columns(_labels_of(recipe, model), labels)
     hu = _checked_hu(hu)
     spacing = _checked_spacing(spacing_mm)
-    samples = series_samples(view, hu.shape, spacing, shear)
+    size = recipe.inputs.cache_size
+    resized = np.stack([resize_hu(image, size) for image in hu])
+    samples = series_samples(view, hu.shape, spacing, shear, recipe.inputs, resized)
     if not samples.usable.any():
         raise DataError(
             "the series is tilted, and the run skips tilted series.",
@@ -181,8 +184,6 @@ def explain_series(
     relevance = Relevance(model, options)
     places = _Places(recipe.inputs, hu.shape, relevance, samples)
     shown = np.flatnonzero(samples.usable)
-    size = recipe.inputs.cache_size
-    resized = np.stack([resize_hu(image, size) for image in hu])
     head = head_mask(hu, *spacing[1:])
     lead = (view.num_slices,) if options.neighbours else ()
     values = {name: np.zeros((len(hu), *lead, *hu.shape[1:]), np.float32) for name in names}
@@ -204,7 +205,7 @@ def explain_series(
     for name, found in values.items():
         if scales[name] > 0:
             found /= scales[name]
-    seen = np.isin(np.arange(len(hu)), samples.rows[samples.rows != AIR])
+    seen = np.isin(np.arange(len(hu)), Sources.of(samples, shown).wanted())
     return HeatMaps(values, scales, seen, relevance.options)
 
 
@@ -243,7 +244,9 @@ class _Places:
             np.arange(count, dtype=np.float64), len(cells), along.step, along.centre, count
         )
         if view.kind == "series":
-            to_series = series_interpolation(rows, len(out))
+            shares = self._samples.shares
+            between = rows if shares is None else np.where(rows == AIR, AIR, rows + shares[sample])
+            to_series = series_interpolation(between, len(out))
             nearest = to_series.argmax(axis=1)
             for number, weights in enumerate(to_series @ within):
                 if to_series[number].any():
@@ -260,13 +263,18 @@ class _Places:
         """Return the map of one slice on its pixels: float32 (rows, columns)."""
         shifts = self._samples.shifts
         down, right = (0.0, 0.0) if shifts is None else map(float, shifts[sample, place])
-        rows = self._across(-2, cells.shape[0], down)
-        columns = self._across(-1, cells.shape[1], right)
+        top, left, box = 0, 0, 0
+        if self._samples.boxes is not None:
+            top, left, box = self._samples.boxes[sample].tolist()
+        rows = self._across(-2, cells.shape[0], down, top, box)
+        columns = self._across(-1, cells.shape[1], right, left, box)
         return rows @ cells @ columns.T
 
-    def _matrix(self, axis: int, cells: int, shift: float) -> np.ndarray:
+    def _matrix(self, axis: int, cells: int, shift: float, start: int, box: int) -> np.ndarray:
         length, side, size = self._shape[axis], max(self._shape[1:]), self._inputs.size
-        found, places = self._axes[axis], input_places(length, side, size, shift)
+        whole = self._inputs.cache_size
+        cut = (start / whole, box / whole) if box else (0.0, 1.0)
+        found, places = self._axes[axis], input_places(length, side, size, shift, *cut)
         return interpolation(places, cells, found.step, found.centre, size)
 
 

@@ -141,7 +141,7 @@ def extract_features(
             "Give a run on slices, stacks or slabs.",
         )
     require_size(recipe, cache)
-    samples = cache.samples(view)
+    samples = recipe.inputs.samples(cache)
     tap = _tapped(model)
 
     def answer(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

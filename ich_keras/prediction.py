@@ -136,7 +136,7 @@ def predict_index(
         return ([sources[row] for row in rows[one.series_uid]] for one in some)
 
     def reading_of(one: Any, content: tuple) -> SeriesReading:
-        return judged(one, index.slices.iloc[rows[one.series_uid]], content, view, thin)
+        return judged(one, index.slices.iloc[rows[one.series_uid]], content, inputs, thin)
 
     def parts(group: list[Any], found: list[SeriesReading]) -> Iterator[np.ndarray]:
         for one in group:

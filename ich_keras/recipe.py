@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.data.emptiness import LEAST_BRAIN_MM2
+from ich_keras.data.head_crop import HeadCrop
 from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.intensity import Intensity, Normalisation
 from ich_keras.data.views import View
@@ -74,6 +76,7 @@ class TrainingRecipe:
         label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
             margin, patience, ema, swa: as in `FitConfig`; recipes of older versions lack them.
         own_callbacks: the classes of a user's callbacks; lacking where there were none.
+        skip_empty_mm2: slices with less brain than this are left out of training; None: none are.
         changes: random changes beside the augmentation; recipes of older versions have none.
     """
 
@@ -111,6 +114,7 @@ class TrainingRecipe:
     ema: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     swa: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    skip_empty_mm2: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     changes: InputChanges = field(
         default=NO_CHANGES, metadata={WHERE_ABSENT: dataclasses.asdict(NO_CHANGES)}
     )
@@ -181,7 +185,13 @@ class Recipe:
                 f"Train at {cache_size} or less.",
             )
         intensity = choose_intensity(config, view)
-        inputs = InputRecipe(view, intensity, size, cache_size or size, RESAMPLING)
+        crop = None if config.data.crop is None else HeadCrop()
+        before = (cache_size or size, RESAMPLING, crop, config.data.depth_mm)
+        inputs = InputRecipe(view, intensity, size, *before)
+        if config.data.skip_empty and view.kind == "series":
+            raise UsageError(
+                "data.skip_empty leaves out slices; this run is on whole series.", "Leave it out."
+            )
         data, fit, changes = config.data, config.fit, config.data.changes
         changes.require_for(view.kind, intensity.is_windowed)
         return cls(
@@ -210,6 +220,7 @@ class Recipe:
                     "learning_rate": fit.learning_rate or DEFAULT_RATES[config.weights is None],
                 },
                 changes=changes,
+                skip_empty_mm2=LEAST_BRAIN_MM2 if data.skip_empty else None,
             ),
             backend=backend,
             device=device,
@@ -221,6 +232,9 @@ class Recipe:
     def input_options(self) -> list[str]:
         """Return what was asked for of the input beside view, size and windows, in sentences."""
         lines = [f"Input: {self.inputs}."] if str(self.inputs) else []
+        if self.training.skip_empty_mm2 is not None:
+            least = f"{self.training.skip_empty_mm2:g} mm2"
+            lines.append(f"Negative slices with less than {least} of brain are not trained on.")
         if self.training.changes:
             lines.append(f"Changed in training, beside augmentation: {self.training.changes}.")
         return lines
@@ -253,6 +267,9 @@ class Recipe:
             "tilted": inputs.view.tilted,
             "duplicate": inputs.view.duplicate,
             "intensity": inputs.intensity.name,
+            "crop": None if inputs.crop is None else "head",
+            "depth_mm": inputs.depth_mm,
+            "skip_empty": training.skip_empty_mm2 is not None,
             **dataclasses.asdict(training.changes),
         }
         fit = {f.name: getattr(training, f.name) for f in dataclasses.fields(FitConfig)}

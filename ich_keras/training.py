@@ -61,7 +61,7 @@ from ich_keras.training_data import (
     require_one_training,
     require_same_data,
 )
-from ich_keras.training_inputs import make_fit, measured
+from ich_keras.training_inputs import make_fit, measured, without_empty
 
 SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
@@ -125,8 +125,10 @@ def train(
     split, indices = split_indices(cache.slices, recipe)
     require_distinct(cache, split, indices)
     recipe = measured(recipe, cache, indices["train"], progress, tell if rank.is_first else None)
-    samples = cache.samples(recipe.inputs.view)
+    indices, left_out = without_empty(recipe, cache, indices, progress)
+    samples = recipe.inputs.samples(cache)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
+    plan = replace(plan, note=" ".join(filter(None, [plan.note, left_out])))
     model, loaded = compiled_network(recipe, plan.total_steps, loads_weights=rank.is_first)
     group = join_group(recipe, rank)
     if group is not None and rank.is_first:
@@ -158,6 +160,8 @@ def train(
                 tell(f"Weights: {loaded}.")
             for line in notices_of(cache):
                 tell(line)
+            if left_out:
+                tell(left_out)
             for line in start_lines(recipe, plan):
                 tell(line)
             training = make_fit(recipe, run, cache, samples, indices, model, augment, group)
@@ -228,7 +232,8 @@ def resume(
         # The split as stored in the run: the file it came from may have changed or gone.
         by_file = replace(recipe.training, split=str(run.split_file))
         _, indices = split_indices(cache.slices, replace(recipe, training=by_file))
-        samples = cache.samples(recipe.inputs.view)
+        indices, _ = without_empty(recipe, cache, indices, progress)
+        samples = recipe.inputs.samples(cache)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
         group = join_group(recipe, rank)

@@ -7,9 +7,12 @@ import numpy as np
 
 from ich_keras.data.augment import Augmentation, Change
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.emptiness import brain_mm2
 from ich_keras.data.foreground import foreground_counts, nnunet_intensity
 from ich_keras.data.intensity import UNMEASURED
+from ich_keras.data.labels import is_positive
 from ich_keras.data.views import Samples
+from ich_keras.errors import DataError
 from ich_keras.fitting import Fit
 from ich_keras.inference import batches_of
 from ich_keras.progress import Progress, Tell
@@ -48,6 +51,47 @@ def measured(
             f" {window.high:g} HU."
         )
     return replace(recipe, inputs=replace(recipe.inputs, intensity=intensity))
+
+
+def without_empty(
+    recipe: Recipe,
+    cache: CTCache,
+    indices: dict[str, np.ndarray],
+    progress: Progress | None = None,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Leave slices without brain out of the training split, if the recipe says so.
+
+    Slices with a positive label stay, whatever they show.
+
+    Args:
+        recipe, cache: of the training.
+        indices: rows of the slice table by split.
+        progress: as `brain_mm2`.
+
+    Returns:
+        (the rows that are left, a sentence that counts what is not; "" where none is asked for).
+
+    Raises:
+        DataError: no slice is left.
+    """
+    least = recipe.training.skip_empty_mm2
+    if least is None:
+        return indices, ""
+    rows = indices["train"]
+    truth = cache.slices[list(recipe.labels.names)].to_numpy()[rows]
+    kept = (brain_mm2(cache.pixels, cache.series, rows, progress) >= least) | (
+        is_positive(truth, recipe.labels)
+    )
+    if not kept.any():
+        raise DataError(
+            f"none of {len(rows):,} training slices shows {least:g} mm2 of brain.",
+            "Leave --skip-empty out, or look at the cache (`ich show`).",
+        )
+    line = (
+        f"Left out of training: {(~kept).sum():,} of {len(rows):,} slices, with less than"
+        f" {least:g} mm2 of brain."
+    )
+    return indices | {"train": rows[kept]}, line
 
 
 def make_fit(

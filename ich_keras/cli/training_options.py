@@ -226,6 +226,18 @@ _OPTIONS = (
         " default: not.",
     ),
     click.option(
+        "--skip-empty/--no-skip-empty",
+        default=None,
+        help="Leave slices without brain out of training (never out of evaluation).",
+    ),
+    click.option("--crop", help="head: cut the head out of each series; default: whole slices."),
+    click.option(
+        "--depth-mm",
+        type=float,
+        metavar="MM",
+        help="Resample whole series to slices MM apart; default: as they are.",
+    ),
+    click.option(
         "--loader-workers",
         type=int,
         metavar="N",

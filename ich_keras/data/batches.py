@@ -25,12 +25,13 @@ from ich_keras.data.device_inputs import DeviceInputs, RawBatch, require_device
 from ich_keras.data.drawn_inputs import drawn_inputs, jittered, own_windows
 from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
-from ich_keras.data.inputs import slice_windows, stack_channels, stack_slices
+from ich_keras.data.inputs import slice_windows, stack_channels
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.memory import recycled
 from ich_keras.data.mixing import Mix, draw_mix, mixed_inputs, mixed_labels
 from ich_keras.data.seeds import sample_seeds
+from ich_keras.data.sources import Sources
 from ich_keras.data.views import AIR, Samples, View
 from ich_keras.errors import UsageError
 from ich_keras.input_changes import NO_CHANGES, InputChanges
@@ -174,36 +175,27 @@ class CTDataset(Dataset):
 
     def _changed_hu(self, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return HU, int16 (n, slices, rows, columns), with noise and without dropped slices."""
-        rows, shifts = self._samples.rows[indices], self._samples.shifts
-        shifts = None if shifts is None else shifts[indices]
+        sources = Sources.of(self._samples, indices)
         drop, sigma = self._changes.drop_slices, self._changes.hu_noise
         if drop is not None:
             seeds = self._seeds(epoch, indices)
-            places = kept_places(self._samples.view, rows, seeds, drop)
-            rows = np.where(places == AIR, AIR, np.take_along_axis(rows, places, 1))
-            if shifts is not None:
-                shifts = np.take_along_axis(shifts, places[..., np.newaxis], 1)
-        hu = self._hu(rows, shifts)
+            places = kept_places(self._samples.view, sources.rows, seeds, drop)
+            sources = sources.placed(places)
+        hu = self._hu(sources)
         if sigma is not None:
-            add_noise(hu, rows, self._seeds(epoch, indices), sigma)
+            add_noise(hu, sources.rows, self._seeds(epoch, indices), sigma)
         return hu
 
-    def _hu(self, rows: np.ndarray, shifts: np.ndarray | None) -> np.ndarray:
+    def _hu(self, sources: Sources) -> np.ndarray:
         """Return HU, int16 (n, slices, rows, columns); nobody else holds them."""
-        if shifts is None and (rows != AIR).all():
+        if sources.is_plain:
+            rows = sources.rows
             room = recycled((rows.size, self._pixels.size, self._pixels.size), np.int16)
             hu = self._pixels.slices_hu(rows.ravel(), room)
             return hu.reshape(*rows.shape, *hu.shape[1:])
         # Each slice is read once, however many slabs of the batch it is in.
-        wanted = np.unique(rows[rows != AIR])
-        hu = self._pixels.slices_hu(wanted)
-        places = np.where(rows == AIR, AIR, np.searchsorted(wanted, rows))
-        return np.stack(
-            [
-                stack_slices(hu, place, None if shifts is None else shifts[sample])
-                for sample, place in enumerate(places)
-            ]
-        )
+        wanted = sources.wanted()
+        return sources.stacked(self._pixels.slices_hu(wanted), wanted)
 
     def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         """Change each sample of a batch, in place."""

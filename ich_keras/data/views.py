@@ -181,6 +181,10 @@ class Samples:
         labels: int8 (samples, labels), -1 without label; None where the table has none.
         usable: bool (samples,), False for what the view skips.
         label_set: what the columns of `labels` mean.
+        others, shares: int64 and float32 (samples, slices), a second row in each place and its
+            share of the HU, where series are resampled along z; None where they are not.
+        boxes: int64 (samples, 3), top, left and side of the square that is cut out of each slice,
+            in pixels of the cache; a side of 0 cuts nothing. None where no head is cut out.
     """
 
     view: View
@@ -189,6 +193,9 @@ class Samples:
     labels: np.ndarray | None
     usable: np.ndarray
     label_set: LabelSet = SIX
+    others: np.ndarray | None = None
+    shares: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
