@@ -8,7 +8,10 @@ from ich_keras.errors import StaleError, UsageError
 if TYPE_CHECKING:
     from ich_keras.config import RunConfig
 
-_OF_VIEW = ("view", "slices", "edge", "long_series", "tilted", "duplicate", "reverse", "intensity")
+_OF_VIEW = (
+    *("view", "slices", "edge", "long_series", "tilted", "duplicate", "reverse", "intensity"),
+    *("drop_slices", "mixup", "cutmix", "skip_empty", "depth_mm"),
+)
 
 
 def run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunConfig", str]:
