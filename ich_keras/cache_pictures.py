@@ -14,6 +14,7 @@ from ich_keras.ct.window import BRAIN, SOFT_TISSUE, SUBDURAL, WIDE, Window
 from ich_keras.data.augment import Augment
 from ich_keras.data.batches import CTDataset
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.data.inputs import stack_slices_of
 from ich_keras.data.intensity import Intensity, Normalisation, intensity_of
 from ich_keras.data.views import Samples, View
 from ich_keras.errors import UsageError
@@ -108,7 +109,9 @@ def inputs_of(cache: CTCache, shown: Shown) -> ShownInputs:
         for number in numbers:
             inputs = dataset[shown.epoch, np.array([number])][0]
             # A copy: the memory of a batch is used again.
-            parts.append(np.array(inputs).reshape(-1, size, size, kind.channels))
+            one = np.array(inputs)
+            one = stack_slices_of(one, samples.view.num_slices) if samples.view.is_stack else one
+            parts.append(one.reshape(-1, size, size, kind.channels))
         return np.stack(parts)
 
     after = None if shown.augment is None else made(shown.augment)
@@ -158,7 +161,7 @@ def inputs_picture(cache: CTCache, shown: Shown) -> bytes:
     for place, number in enumerate(found.numbers.tolist()):
         text, is_positive = _said(cache, samples, series, number)
         parts = [found.before[place]] + ([] if found.after is None else [found.after[place]])
-        if shown.view.is_volume:
+        if shown.view.has_slices:
             for part, when in zip(parts, ("before", "after"), strict=False):
                 tiles = [part[one, ..., 0] for one in _kept(shown.view, len(part))]
                 said = "after augmentation"
@@ -172,19 +175,19 @@ def inputs_picture(cache: CTCache, shown: Shown) -> bytes:
 
 
 def _kept(view: View, count: int) -> list[int]:
-    """Return which slices of a volume are drawn: of a slab always its middle one."""
-    most = _MOST_SLICES - 1 if view.kind == "slab" and count > _MOST_SLICES else _MOST_SLICES
+    """Return which slices of a volume are drawn: of a stack or slab always its middle one."""
+    most = _MOST_SLICES - 1 if view.has_middle and count > _MOST_SLICES else _MOST_SLICES
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def _columns(shown: Shown, found: ShownInputs) -> list[str]:
     """Return the headings of the columns."""
     names = [f"{_NAMES.get(w, 'window')} {w.level:g}/{w.width:g}" for w in found.windows]
-    if not shown.view.is_volume:
+    if not shown.view.has_slices:
         whens = ["before"] if found.after is None else ["before", "augmented"]
         return [f"{name}\n{when}" for when in whens for name in names]
     count = found.before.shape[1]
-    if shown.view.kind == "slab":
+    if shown.view.has_middle:
         middle = count // 2
         places = [one - middle for one in _kept(shown.view, count)]
         found_names = [

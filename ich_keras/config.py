@@ -9,6 +9,7 @@ from typing import Any
 
 from ich_keras.environment import BACKENDS, DEVICES
 from ich_keras.errors import UsageError
+from ich_keras.input_changes import InputChanges
 from ich_keras.models.options import (
     PER_PROCESS,
     RANGES,
@@ -23,7 +24,8 @@ from ich_keras.synonyms import meant_by, question
 # The names in `ich_keras.data.augment` and `ich_keras.data.intensity`; a test compares them. They
 # are repeated because those modules import OpenCV, which would slow down `--help`.
 AUGMENT = ("fast", "thesis", "flip", "none", "own")
-INTENSITY = ("windows", "wide", "head-z-score", "hu")
+CROPS = ("head",)
+INTENSITY = ("windows", "wide", "head-z-score", "hu", "bone-windows", "nnunet")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class DataConfig:
 
     Args:
         size: rows and columns of the network's input, pixels.
-        view: what one sample is: "slice", "slab" or "series"; None suits the preset.
-        slices: number of slices in a slab (None: 5) or a series (None: 60).
+        view: what one sample is: "slice", "stack", "slab" or "series"; None suits the preset.
+        slices: number of slices in a stack (None: 3), slab (None: 5) or series (None: 60).
         edge: "air" or "repeat"; see `ich_keras.View`.
         long_series: "spread" or "middle"; see `ich_keras.View`.
         tilted: "keep", "skip" or "deshear"; see `ich_keras.View`.
@@ -44,12 +46,18 @@ class DataConfig:
             for all slices of a sample (`ich_keras.data.batches.view_batches`). Validation, test
             and prediction samples are never changed. "own" stands for a function of yours, given
             to `ich_keras.train(..., augment=function)`.
-        reverse: turn every second slab or series, drawn at random, upside down in training.
+        reverse: turn every second stack, slab or series, drawn at random, upside down in training.
         limit_series: use only this many series, the first ones; None uses all.
-        intensity: from HU to input: "windows" (three channels), "wide" or "head-z-score" (one
-            channel), or "hu", which learnable windows take; None takes the one the weights were
-            made for, or else one for the preset.
+        intensity: from HU to input: "windows" (three channels), "bone-windows" (four), "wide",
+            "head-z-score" or "nnunet" (one channel; measured on the training split), or "hu", which
+            learnable windows take; None takes the one the weights were made for, or else one for
+            the preset.
         loader_workers: processes that prepare batches; 0 uses the training process.
+        hu_noise, window_jitter, width_jitter, drop_slices, mixup, cutmix: random changes of
+            training samples beside `augment`; see `InputChanges`. None is without.
+        skip_empty: leave slices without brain out of training batches, never out of evaluation.
+        crop: "head" cuts the head out of each series, with a margin; None leaves slices whole.
+        depth_mm: resample whole series to this distance between slices; None does not.
     """
 
     size: int = 256
@@ -66,6 +74,20 @@ class DataConfig:
     limit_series: int | None = None
     intensity: str | None = None
     loader_workers: int = 0
+    hu_noise: float | None = None
+    window_jitter: float | None = None
+    width_jitter: float | None = None
+    drop_slices: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    skip_empty: bool = False
+    crop: str | None = None
+    depth_mm: float | None = None
+
+    @property
+    def changes(self) -> InputChanges:
+        """The random changes that are asked for."""
+        return InputChanges.asked_by(self)
 
 
 @dataclass(frozen=True)
@@ -73,8 +95,8 @@ class FitConfig:
     """How the network is fitted.
 
     Args:
-        batch_size: samples per step, of all processes together; None takes 32 slices, 16 slabs or
-            1 series.
+        batch_size: samples per step, of all processes together; None takes 32 slices or stacks, 16
+            slabs or 1 series.
         epochs: passes over the training split.
         learning_rate: None means 1e-5 with weights, 3e-4 from scratch.
         schedule: "constant" or "cosine".
@@ -182,6 +204,7 @@ class RunConfig:
             if path is not None:
                 path_of(str(path), name)
         self.fit.loss_settings.require_sound(None, "fit.")
+        InputChanges.asked_by(self.data)  # refuses what is out of range
         for name in RANGES:
             number = getattr(self.fit, name)
             if isinstance(number, int | float):
@@ -217,6 +240,7 @@ class RunConfig:
             ("device", self.device, DEVICES),
             ("data.augment", self.data.augment, AUGMENT),
             ("data.intensity", self.data.intensity, (None, *INTENSITY)),
+            ("data.crop", self.data.crop, (None, *CROPS)),
         ):
             if chosen not in known:
                 names = ", ".join(option for option in known if option is not None)

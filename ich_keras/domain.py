@@ -302,7 +302,7 @@ def domain_of(
     Returns:
         The domain; None where the split cuts series apart, and as `fit_domain` returns it.
     """
-    split, samples = run.split(), cache.samples(recipe.inputs.view)
+    split, samples = run.split(), recipe.inputs.samples(cache)
     parts = {}
     for part in ("train", "valid"):
         rows = split.indices(cache.slices, part, recipe.labels)

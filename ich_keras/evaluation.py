@@ -153,7 +153,7 @@ def evaluate_network(
                 " prevalence: give the labels of both.",
             )
     view = recipe.inputs.view
-    samples = cache.samples(view)
+    samples = recipe.inputs.samples(cache)
     chosen = samples.of_rows(cache.slices, indices, split)
     batches = batches_of(recipe, cache, samples, chosen)
     assert samples.labels is not None  # a cache without labels has no members

@@ -16,7 +16,8 @@ import numpy as np
 from ich_keras.ct.head import head_mask
 from ich_keras.ct.header import MAX_SPACING_MM, MIN_SPACING_MM
 from ich_keras.data.image_space import input_places, interpolation, series_interpolation
-from ich_keras.data.inputs import resize_hu
+from ich_keras.data.inputs import resize_hu, stack_channels
+from ich_keras.data.sources import Sources
 from ich_keras.data.views import AIR, Samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.inference import load_run
@@ -131,10 +132,10 @@ def explain_series(
 ) -> HeatMaps:
     """Explain a run's answers to one series, on the pixels of its slices.
 
-    The series goes the way of a prediction: slice by slice, slab by slab (the map is that of the
-    middle slice), or as a whole. Thin slices are not averaged first, as a prediction may do
-    (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per voxel and label,
-    memory is that of one batch, whatever the number of slices.
+    The series goes the way of a prediction: slice by slice, stack by stack or slab by slab (the map
+    is that of the middle slice), or as a whole. Thin slices are not averaged first, as a
+    prediction may do (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per
+    voxel and label, memory is that of one batch, whatever the number of slices.
 
     Args:
         run: a finished run, or what `load_run` made of it.
@@ -172,7 +173,9 @@ def explain_series(
     names, columns = _columns(_labels_of(recipe, model), labels)
     hu = _checked_hu(hu)
     spacing = _checked_spacing(spacing_mm)
-    samples = series_samples(view, hu.shape, spacing, shear)
+    size = recipe.inputs.cache_size
+    resized = np.stack([resize_hu(image, size) for image in hu])
+    samples = series_samples(view, hu.shape, spacing, shear, recipe.inputs, resized)
     if not samples.usable.any():
         raise DataError(
             "the series is tilted, and the run skips tilted series.",
@@ -181,8 +184,6 @@ def explain_series(
     relevance = Relevance(model, options)
     places = _Places(recipe.inputs, hu.shape, relevance, samples)
     shown = np.flatnonzero(samples.usable)
-    size = recipe.inputs.cache_size
-    resized = np.stack([resize_hu(image, size) for image in hu])
     head = head_mask(hu, *spacing[1:])
     lead = (view.num_slices,) if options.neighbours else ()
     values = {name: np.zeros((len(hu), *lead, *hu.shape[1:]), np.float32) for name in names}
@@ -204,7 +205,7 @@ def explain_series(
     for name, found in values.items():
         if scales[name] > 0:
             found /= scales[name]
-    seen = np.isin(np.arange(len(hu)), samples.rows[samples.rows != AIR])
+    seen = np.isin(np.arange(len(hu)), Sources.of(samples, shown).wanted())
     return HeatMaps(values, scales, seen, relevance.options)
 
 
@@ -234,7 +235,8 @@ class _Places:
         """
         view, rows = self._samples.view, self._samples.rows[sample]
         if not view.is_volume:
-            out[sample] = self._slice(cells, sample, 0) * head[sample]
+            # A stack shows one picture, of all its slices: it lies on that of the middle one.
+            out[sample] = self._slice(cells, sample, view.num_slices // 2) * head[sample]
             return
         along = self._axes[0]
         count = view.num_slices
@@ -242,7 +244,9 @@ class _Places:
             np.arange(count, dtype=np.float64), len(cells), along.step, along.centre, count
         )
         if view.kind == "series":
-            to_series = series_interpolation(rows, len(out))
+            shares = self._samples.shares
+            between = rows if shares is None else np.where(rows == AIR, AIR, rows + shares[sample])
+            to_series = series_interpolation(between, len(out))
             nearest = to_series.argmax(axis=1)
             for number, weights in enumerate(to_series @ within):
                 if to_series[number].any():
@@ -259,13 +263,18 @@ class _Places:
         """Return the map of one slice on its pixels: float32 (rows, columns)."""
         shifts = self._samples.shifts
         down, right = (0.0, 0.0) if shifts is None else map(float, shifts[sample, place])
-        rows = self._across(-2, cells.shape[0], down)
-        columns = self._across(-1, cells.shape[1], right)
+        top, left, box = 0, 0, 0
+        if self._samples.boxes is not None:
+            top, left, box = self._samples.boxes[sample].tolist()
+        rows = self._across(-2, cells.shape[0], down, top, box)
+        columns = self._across(-1, cells.shape[1], right, left, box)
         return rows @ cells @ columns.T
 
-    def _matrix(self, axis: int, cells: int, shift: float) -> np.ndarray:
+    def _matrix(self, axis: int, cells: int, shift: float, start: int, box: int) -> np.ndarray:
         length, side, size = self._shape[axis], max(self._shape[1:]), self._inputs.size
-        found, places = self._axes[axis], input_places(length, side, size, shift)
+        whole = self._inputs.cache_size
+        cut = (start / whole, box / whole) if box else (0.0, 1.0)
+        found, places = self._axes[axis], input_places(length, side, size, shift, *cut)
         return interpolation(places, cells, found.step, found.centre, size)
 
 
@@ -338,7 +347,11 @@ def _cells(
 
 def _air(inputs: InputRecipe) -> np.ndarray:
     """Return a network's input of air alone: float32 ([slices,] rows, columns, channels)."""
-    return inputs.intensity.normalise(np.zeros(inputs.shape, np.float32), inputs.view.is_volume)
+    view, side, intensity = inputs.view, inputs.size, inputs.intensity
+    lead = (view.num_slices,) if view.has_slices else ()
+    windows = np.zeros((*lead, side, side, intensity.channels), np.float32)
+    air = intensity.normalise(windows, view.has_slices)
+    return stack_channels(air) if view.is_stack else air
 
 
 def _checked_hu(hu: Any) -> np.ndarray:

@@ -115,7 +115,8 @@ def evaluate_external(
     view = recipe.inputs.view
     seen = averaged_cache(cache, rule)
     unlabelled = seen.cache.slices.drop(columns=list(cache.labels.names))
-    samples = replace(make_samples(unlabelled, seen.cache.series, view), label_set=labels)
+    samples = make_samples(unlabelled, seen.cache.series, view)
+    samples = replace(recipe.inputs.of_cache(samples, seen.cache), label_set=labels)
     chosen = _labelled(samples, seen.cache, view)
     if recalibrate is not None:
         # What is scored is known before it is predicted, which may take hours.

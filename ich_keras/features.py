@@ -138,10 +138,10 @@ def extract_features(
     if view.kind == "series":
         raise UsageError(
             f"{run} answers whole series; features are of slices.",
-            "Give a run on slices or slabs.",
+            "Give a run on slices, stacks or slabs.",
         )
     require_size(recipe, cache)
-    samples = cache.samples(view)
+    samples = recipe.inputs.samples(cache)
     tap = _tapped(model)
 
     def answer(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

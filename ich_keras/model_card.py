@@ -25,7 +25,8 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
     recipe, data = run.recipe(), run.data()
     is_synthetic = bool(data.get(SYNTHETIC))
     view, size = recipe.inputs.view, recipe.inputs.size
-    sample = {"slice": "a slice", "slab": f"{view.num_slices} neighbouring slices"}.get(
+    neighbours = f"{view.num_slices} neighbouring slices"
+    sample = {"slice": "a slice", "slab": neighbours, "stack": f"{neighbours} as channels"}.get(
         view.kind, f"a series of up to {view.num_slices} slices"
     )
     labels = recipe.labels
@@ -38,6 +39,7 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
         ("Trained on", "drawn phantoms only" if is_synthetic else "head CT"),
         *_counts(data.get(PLAN)),
         ("Started from", recipe.training.weights or "random weights"),
+        *(("Settings", line) for line in recipe.input_options),
     ]
     warnings = [run.notice()] if run.notice() else []
     if is_synthetic:

@@ -12,7 +12,7 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.labels import has_labels
 from ich_keras.data.pixels import require_distinct
 from ich_keras.data.split import SPLITS, Split, make_split
-from ich_keras.data.views import Samples, make_samples
+from ich_keras.data.views import SAMPLE_NAMES, Samples, make_samples
 from ich_keras.distribution import distribution_lines, samples_per_statistics
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import LabelSet
@@ -21,7 +21,6 @@ from ich_keras.recipe import Recipe, TrainingRecipe
 
 # Part of the weights after the first step in their moving average, beyond which a line says so.
 MOST_OF_FIRST_WEIGHTS = 0.1
-_SAMPLE_NAMES = {"slice": "slices", "slab": "slabs", "series": "series"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class TrainingPlan:
         num_series: series per split.
         num_patients: patients per split.
         num_positive: positive training samples per label.
-        samples_per_epoch: slices, slabs or series the network sees in an epoch.
+        samples_per_epoch: slices, stacks, slabs or series the network sees in an epoch.
         steps_per_epoch: batches per epoch.
         total_steps: batches in all, as the schedule counts them; `accumulate` of them make one
             optimiser step.
@@ -191,7 +190,7 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
     ]
     lines.append(
         f"  {number_of(training.epochs, 'epoch')} of {number_of(plan.steps_per_epoch, 'step')},"
-        f" {plan.samples_per_epoch:,} {_SAMPLE_NAMES[recipe.inputs.view.kind]} each"
+        f" {plan.samples_per_epoch:,} {SAMPLE_NAMES[recipe.inputs.view.kind]} each"
     )
     if training.accumulate > 1:
         lines.append(f"  {training.accumulate} batches of {training.batch_size} per optimiser step")
@@ -204,7 +203,11 @@ def plan_lines(plan: TrainingPlan, recipe: Recipe) -> list[str]:
 
 def start_lines(recipe: Recipe, plan: TrainingPlan) -> list[str]:
     """Say how a training that begins is trained, one line each."""
-    lines = [_first_line(recipe, plan), *_average_lines(recipe.training, plan.total_steps)]
+    lines = [
+        _first_line(recipe, plan),
+        *recipe.input_options,
+        *_average_lines(recipe.training, plan.total_steps),
+    ]
     return [*lines, *distribution_lines(recipe, this_rank())]
 
 
@@ -223,7 +226,8 @@ def _average_lines(training: TrainingRecipe, total_steps: int) -> list[str]:
 def _first_line(recipe: Recipe, plan: TrainingPlan) -> str:
     training, view = recipe.training, recipe.inputs.view
     start = f"from weights {training.weights}" if training.weights else "from scratch"
-    kinds = {"slab": f"slabs of {view.num_slices} slices", "series": "whole series"}
+    of = f"s of {view.num_slices} slices"
+    kinds = {"stack": f"stack{of}", "slab": f"slab{of}", "series": "whole series"}
     what = f"on {kinds[view.kind]} " if view.kind in kinds else ""
     line = f"Training {what}{start}, learning rate {plan.learning_rate:g} ({training.schedule})"
     if training.backbone_factor != 1:

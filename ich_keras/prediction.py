@@ -114,7 +114,7 @@ def predict_index(
         EnvironmentProblem: a worker process died, or the journal cannot be written.
     """
     inputs, view = recipe.inputs, recipe.inputs.view
-    turns = turns_of(tta_names(tta, view))
+    turns = turns_of(tta_names(tta, view), view)
     batch_size = batch_size or recipe.training.batch_size
     index = index.usable()
     rows = index.slices.groupby("series_uid", sort=False).indices
@@ -136,7 +136,7 @@ def predict_index(
         return ([sources[row] for row in rows[one.series_uid]] for one in some)
 
     def reading_of(one: Any, content: tuple) -> SeriesReading:
-        return judged(one, index.slices.iloc[rows[one.series_uid]], content, view, thin)
+        return judged(one, index.slices.iloc[rows[one.series_uid]], content, inputs, thin)
 
     def parts(group: list[Any], found: list[SeriesReading]) -> Iterator[np.ndarray]:
         for one in group:
@@ -259,7 +259,7 @@ def predict_folder(
             may differ when a prediction is resumed: all answers are made at its end. An ensemble
             has none.
         tta: test-time augmentation, the mean over the logits of plain and turned inputs: "flip"
-            (left-right), "reverse" (upside down; slabs and series only). One doubles the
+            (left-right), "reverse" (upside down; not of single slices). One doubles the
             computation, both together quadruple it.
         thin: "average" the slices of series that are at most half as far apart as those of a run's
             training to the training's distance, or "keep" them

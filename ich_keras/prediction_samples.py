@@ -10,7 +10,8 @@ import pandas as pd
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.tables import shown_paths
 from ich_keras.ct.verdict import TILTED as TILTED_WORD
-from ich_keras.data.inputs import slice_input, stack_slices, volume_input
+from ich_keras.data.inputs import slice_input, stack_channels, volume_input
+from ich_keras.data.sources import Sources
 from ich_keras.data.thin_series import AS_THEY_ARE, ThinRule
 from ich_keras.data.views import Samples, View, make_samples
 from ich_keras.prediction_journal import SeriesResult
@@ -83,7 +84,11 @@ class SeriesReading:
 
 
 def judged(
-    series: Any, table: pd.DataFrame, content: tuple, view: View, thin: ThinRule = AS_THEY_ARE
+    series: Any,
+    table: pd.DataFrame,
+    content: tuple,
+    inputs: InputRecipe,
+    thin: ThinRule = AS_THEY_ARE,
 ) -> SeriesReading:
     """Say which samples of a series can be predicted.
 
@@ -92,9 +97,10 @@ def judged(
         table: its slices in the index.
         content: its files, as they were read: (HU, int16 (n, size, size); the hashes of all slices'
             pixels, "" for those without HU; the rejects; the flags).
-        view: what a sample is.
+        inputs: of the run.
         thin: what is done with a thin series.
     """
+    view = inputs.view
     hu, hashes, bad, flags = content
     place = {path: row for row, path in enumerate(shown_paths(table))}
     rejects = [(place[path], code, detail, hint) for path, code, detail, hint, _ in bad]
@@ -106,7 +112,7 @@ def judged(
         if blocks is not None:
             seen, hu = blocks.table(seen), blocks.averaged(hu)
         alone = pd.DataFrame([series]).assign(num_slices=len(seen))
-        samples = make_samples(seen, alone, view)
+        samples = inputs.adapted(make_samples(seen, alone, view), seen, alone, hu)
         usable = np.flatnonzero(samples.usable)
         if view.kind != "series":
             positions = seen["position_mm"].to_numpy(np.float64)[usable]
@@ -133,6 +139,8 @@ def series_samples(
     shape: tuple[int, ...],
     spacing_mm: Sequence[float],
     shear: tuple[float, float] = (0.0, 0.0),
+    inputs: InputRecipe | None = None,
+    hu: np.ndarray | None = None,
 ) -> Samples:
     """Return the samples of one series whose slices are all there, evenly spaced.
 
@@ -141,6 +149,8 @@ def series_samples(
         shape: (slices, rows, columns).
         spacing_mm: between slices, rows and columns.
         shear: of a tilted series, `shear_row` and `shear_column` of the index.
+        inputs, hu: of the run, and int16 (slices, size, size), its pixels as they are cached: for a
+            run that crops or resamples.
 
     >>> series_samples(View("slab", 3), (2, 8, 8), (5, 1, 1)).rows.tolist()
     [[-1, 0, 1], [0, 1, -1]]
@@ -161,20 +171,21 @@ def series_samples(
             "shear_column": shear[1],
         }
     )
-    return make_samples(slices, series, view)
+    samples = make_samples(slices, series, view)
+    if inputs is None or hu is None:
+        return samples
+    return inputs.adapted(samples, slices, series, hu)
 
 
 def inputs_of(
     hu: np.ndarray, samples: Samples, chosen: np.ndarray, inputs: InputRecipe
 ) -> np.ndarray:
     """Make the network's input of some samples of a series, float32."""
-    if not samples.view.is_volume:
-        return slice_input(hu[chosen], inputs.size, inputs.intensity)
-    stacks = [
-        stack_slices(hu, samples.rows[i], None if samples.shifts is None else samples.shifts[i])
-        for i in chosen
-    ]
-    return volume_input(np.stack(stacks), inputs.size, inputs.intensity)
+    stacks = Sources.of(samples, chosen).stacked(hu, np.arange(len(hu)))
+    if not samples.view.has_slices:
+        return slice_input(stacks[:, 0], inputs.size, inputs.intensity)
+    volumes = volume_input(stacks, inputs.size, inputs.intensity)
+    return stack_channels(volumes) if samples.view.is_stack else volumes
 
 
 def full_batches(parts: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

@@ -12,91 +12,47 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.data.inputs import RESAMPLING, resize_hu, slice_input, volume_input
+from ich_keras.data.emptiness import LEAST_BRAIN_MM2
+from ich_keras.data.head_crop import HeadCrop
+from ich_keras.data.inputs import RESAMPLING
 from ich_keras.data.intensity import Intensity, Normalisation
 from ich_keras.data.views import View
 from ich_keras.environment import choose_backend, choose_device, choose_precision
 from ich_keras.errors import StaleError, UsageError
+from ich_keras.input_changes import NO_CHANGES, InputChanges
+from ich_keras.input_recipe import InputRecipe
 from ich_keras.intensity_choice import RECIPE as RECIPE
 from ich_keras.intensity_choice import choose_intensity
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models.options import PER_PROCESS
-from ich_keras.models.presets import PRESETS, SERIES_SHAPE, SLAB_SHAPE, preset, view_kind
+from ich_keras.models.presets import (
+    PRESETS,
+    SERIES_SHAPE,
+    SLAB_SHAPE,
+    STACK_SLICES,
+    preset,
+    view_kind,
+)
 from ich_keras.models.spec import ModelSpec
 from ich_keras.recipe_json import WHERE_ABSENT, read_strictly
 
 SCHEMA = 1
 
-# Slices per sample, as in the thesis's two 3D networks.
-DEFAULT_SLICES = {"slice": 1, "slab": SLAB_SHAPE[0], "series": SERIES_SHAPE[0]}
+# Slices per sample; those of slabs and series as in the thesis's two 3D networks.
+DEFAULT_SLICES = {
+    "slice": 1,
+    "stack": STACK_SLICES,
+    "slab": SLAB_SHAPE[0],
+    "series": SERIES_SHAPE[0],
+}
 # Samples per batch.
-DEFAULT_BATCH = {"slice": 32, "slab": 16, "series": 1}
+DEFAULT_BATCH = {"slice": 32, "stack": 32, "slab": 16, "series": 1}
 # Batches per optimiser step: a batch of one series holds too few samples.
-DEFAULT_ACCUMULATION = {"slice": 1, "slab": 1, "series": 8}
+DEFAULT_ACCUMULATION = {"slice": 1, "stack": 1, "slab": 1, "series": 8}
 # With pretrained weights, and from scratch.
 DEFAULT_RATES = (1e-5, 3e-4)
 _NONE_WHERE_ABSENT = {WHERE_ABSENT: None}
-
-
-@dataclass(frozen=True)
-class InputRecipe:
-    """How Hounsfield units become the network's input.
-
-    Args:
-        view: which slices make a sample.
-        intensity: the windows and the normalisation, by value.
-        size: rows and columns of the network's input, pixels.
-        cache_size: rows and columns to which a slice is resized before it is windowed, pixels.
-        resampling: the rule by which `resize_hu` resizes.
-    """
-
-    view: View
-    intensity: Intensity
-    size: int
-    cache_size: int
-    resampling: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """One sample of the network's input: ([slices,] rows, columns, channels)."""
-        slices = (self.view.num_slices,) if self.view.is_volume else ()
-        return (*slices, self.size, self.size, self.intensity.channels)
-
-    def prepare(self, hu: np.ndarray) -> np.ndarray:
-        """Turn Hounsfield units into the network's input, without augmentation.
-
-        Args:
-            hu: int16 HU; (n, rows, columns) for a network on slices, (n, slices, rows, columns) for
-                one on volumes, with the run's number of slices (padded with `AIR_HU`).
-
-        Returns:
-            float32 (n, *shape).
-
-        Raises:
-            UsageError: the dtype or the number of axes or slices is wrong.
-        """
-        expected = ("n", *map(str, self.shape[:-3]), "rows", "columns")
-        if not isinstance(hu, np.ndarray):
-            raise UsageError(
-                f"hu is a {type(hu).__name__}; expected a NumPy array, int16 of shape"
-                f" ({', '.join(expected)})."
-            )
-        fits = hu.ndim == len(expected) and hu.shape[1:-2] == self.shape[:-3]
-        if hu.dtype != np.int16 or not fits:
-            raise UsageError(
-                f"hu is {hu.dtype} of shape {hu.shape}; expected int16 of shape"
-                f" ({', '.join(expected)})."
-            )
-        if len(hu) == 0:
-            return np.zeros((0, *self.shape), np.float32)
-        flat = hu.reshape(-1, *hu.shape[-2:])
-        resized = np.stack([resize_hu(image, self.cache_size) for image in flat])
-        resized = resized.reshape(*hu.shape[:-2], self.cache_size, self.cache_size)
-        turn = volume_input if self.view.is_volume else slice_input
-        return turn(resized, self.size, self.intensity)
 
 
 @dataclass(frozen=True)
@@ -120,6 +76,8 @@ class TrainingRecipe:
         label_weight, positive_weight, focal_gamma, focal_alpha, gamma_positive, gamma_negative,
             margin, patience, ema, swa: as in `FitConfig`; recipes of older versions lack them.
         own_callbacks: the classes of a user's callbacks; lacking where there were none.
+        skip_empty_mm2: slices with less brain than this are left out of training; None: none are.
+        changes: random changes beside the augmentation; recipes of older versions have none.
     """
 
     weights: str | None
@@ -156,6 +114,10 @@ class TrainingRecipe:
     ema: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     swa: int | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
     own_callbacks: str | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    skip_empty_mm2: float | None = field(default=None, metadata=_NONE_WHERE_ABSENT)
+    changes: InputChanges = field(
+        default=NO_CHANGES, metadata={WHERE_ABSENT: dataclasses.asdict(NO_CHANGES)}
+    )
 
 
 @dataclass(frozen=True)
@@ -209,9 +171,10 @@ class Recipe:
                 "Leave them out, or use --backend torch.",
             )
         view = _view(config)
-        if config.data.reverse and not (view.is_volume and config.data.augment != "none"):
+        if config.data.reverse and not (view.has_slices and config.data.augment != "none"):
             raise UsageError(
-                "data.reverse turns augmented slabs and series upside down; this run has none.",
+                "data.reverse turns augmented stacks, slabs and series upside down; this run has"
+                " none.",
                 "Leave it out.",
             )
         size = config.data.size
@@ -221,8 +184,16 @@ class Recipe:
                 f"data.size is {size}, but the cache holds {cache_size}x{cache_size} pixels.",
                 f"Train at {cache_size} or less.",
             )
-        inputs = InputRecipe(view, choose_intensity(config), size, cache_size or size, RESAMPLING)
-        data, fit = config.data, config.fit
+        intensity = choose_intensity(config, view)
+        crop = None if config.data.crop is None else HeadCrop()
+        before = (cache_size or size, RESAMPLING, crop, config.data.depth_mm)
+        inputs = InputRecipe(view, intensity, size, *before)
+        if config.data.skip_empty and view.kind == "series":
+            raise UsageError(
+                "data.skip_empty leaves out slices; this run is on whole series.", "Leave it out."
+            )
+        data, fit, changes = config.data, config.fit, config.data.changes
+        changes.require_for(view.kind, intensity.is_windowed)
         return cls(
             preset=config.preset,
             network=preset(config.preset, inputs.shape, config.norm, config.windows),
@@ -248,12 +219,25 @@ class Recipe:
                     "accumulate": fit.accumulate or DEFAULT_ACCUMULATION[view.kind],
                     "learning_rate": fit.learning_rate or DEFAULT_RATES[config.weights is None],
                 },
+                changes=changes,
+                skip_empty_mm2=LEAST_BRAIN_MM2 if data.skip_empty else None,
             ),
             backend=backend,
             device=device,
             precision=precision,
             labels=labels,
         )
+
+    @property
+    def input_options(self) -> list[str]:
+        """Return what was asked for of the input beside view, size and windows, in sentences."""
+        lines = [f"Input: {self.inputs}."] if str(self.inputs) else []
+        if self.training.skip_empty_mm2 is not None:
+            least = f"{self.training.skip_empty_mm2:g} mm2"
+            lines.append(f"Negative slices with less than {least} of brain are not trained on.")
+        if self.training.changes:
+            lines.append(f"Changed in training, beside augmentation: {self.training.changes}.")
+        return lines
 
     @property
     def batch_device(self) -> str | None:
@@ -283,6 +267,10 @@ class Recipe:
             "tilted": inputs.view.tilted,
             "duplicate": inputs.view.duplicate,
             "intensity": inputs.intensity.name,
+            "crop": None if inputs.crop is None else "head",
+            "depth_mm": inputs.depth_mm,
+            "skip_empty": training.skip_empty_mm2 is not None,
+            **dataclasses.asdict(training.changes),
         }
         fit = {f.name: getattr(training, f.name) for f in dataclasses.fields(FitConfig)}
         return RunConfig(
@@ -362,7 +350,8 @@ def _view(config: RunConfig) -> View:
     count = DEFAULT_SLICES.get(kind, 1) if data.slices is None else data.slices
     view = View(kind, count, data.edge, data.long_series, data.tilted, data.duplicate)
     if view.is_volume != (spec.rank == 3):
-        takes, other = ("volumes", "slab or series") if spec.rank == 3 else ("slices", "slice")
+        of_rank = {2: ("slices", "slice or stack"), 3: ("volumes", "slab or series")}
+        takes, other = of_rank[spec.rank]
         raise UsageError(
             f"view {kind!r} with preset {config.preset}, which takes {takes}.",
             f"Use view {other}, or another preset (`ich presets`).",

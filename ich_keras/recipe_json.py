@@ -53,6 +53,10 @@ def read_strictly(cls: Any, content: object, place: str, source: str) -> Any:
             continue
         options, names = kinds_of(expected)
         value = content[key]
+        inner_class = next((kind for kind in options if dataclasses.is_dataclass(kind)), None)
+        if inner_class is not None and value is not None:
+            values[key] = read_strictly(inner_class, value, inner, source)
+            continue
         if float in options and type(value) is int:
             value = float(value)
         if type(value) not in options:

@@ -256,6 +256,7 @@ def course_lines(run: RunFolder, recipe: Recipe, plan: dict, environment: dict) 
     lines = [f"Started from {plan['weights']}."] if plan.get("weights") else []
     if plan.get("note"):
         lines.append(plan["note"])
+    lines += recipe.input_options
     if training.own_augment:
         lines.append(f"Augmented by a function of the user's: `{training.own_augment}`.")
     if training.own_callbacks:

@@ -19,6 +19,10 @@ _OTHERS: dict[str, str] = {
     "device": "d accelerator cuda gpu gpu-id gpu-ids use-gpu cpu no-cuda devices",
     "dicom": "data dataset data-dir data-path data-root root i input input-dir images image-dir"
     " images-dir dicom-dir folder train-dir source src",
+    "crop": "crop-head head-crop brain-crop crop-foreground center-crop",
+    "cutmix": "cutmix-alpha",
+    "depth-mm": "z-spacing target-spacing resample-spacing",
+    "drop-slices": "slice-dropout drop-slice",
     "ema": "ema-decay model-ema use-ema ema-momentum exponential-moving-average",
     "epochs": "e ep epoch num-epochs n-epochs nb-epochs nepochs max-epochs num-train-epochs",
     "focal-alpha": "alpha",
@@ -26,6 +30,7 @@ _OTHERS: dict[str, str] = {
     "freeze": "frozen freeze-backbone freeze-encoder freeze-layers frozen-stages",
     "gpus": "gpu num-gpus n-gpus ngpu ngpus gpu-ids num-gpu devices nproc-per-node gpus-per-node"
     " world-size",
+    "hu-noise": "noise gaussian-noise noise-std",
     "intensity": "window windowing normalize normalization normalise",
     "label-weight": "class-weight class-weights label-weights loss-weights weights-per-class",
     "labels": "l label label-file csv csv-file annotations annotation targets ground-truth"
@@ -36,6 +41,7 @@ _OTHERS: dict[str, str] = {
     " max-series",
     "loader-workers": "num-workers n-workers nworkers dataloader-num-workers data-workers j jobs",
     "loss": "criterion loss-fn loss-function objective",
+    "mixup": "mixup-alpha mix-up",
     "more-epochs": "extra-epochs additional-epochs extend",
     "norm": "norm-layer normalization-layer",
     "out": "o output output-dir out-dir outdir save-dir save-path work-dir run-dir run-name"
@@ -57,6 +63,7 @@ _OTHERS: dict[str, str] = {
     " test-split train-split",
     "swa": "swa-epochs use-swa swa-start stochastic-weight-averaging",
     "tensorboard": "tb tensorboard-dir tb-dir log-dir logdir logger log report-to",
+    "skip-empty": "filter-empty ignore-empty drop-empty",
     "view": "mode dim dims dimension",
     "warmup-steps": "warmup warm-up warmup-epochs warmup-iters num-warmup-steps warmup-ratio",
     "weight-decay": "wd l2 decay l2-reg weightdecay",

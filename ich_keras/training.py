@@ -8,15 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ich_keras.config import RunConfig
 from ich_keras.course import Course
 from ich_keras.data.augment import Augmentation, Change, augmentation_name
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.pixels import notices_of, require_distinct
 from ich_keras.data.seen import Seen
-from ich_keras.data.views import Samples
 from ich_keras.distribution import (
     distribution_lines,
     join_group,
@@ -29,7 +26,7 @@ from ich_keras.errors import IchError, UsageError
 from ich_keras.evaluation import CHOOSING, evaluate_network
 from ich_keras.files import atomic_write, lock, require_absent, write_json
 from ich_keras.fitting import Fit, compiled_network, fit, restored
-from ich_keras.inference import batches_of, load_network
+from ich_keras.inference import load_network
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.model_file import save_model
 from ich_keras.own_callbacks import (
@@ -45,7 +42,7 @@ from ich_keras.ranks import this_rank
 from ich_keras.recipe import Recipe
 from ich_keras.report import report_text
 from ich_keras.run_checksums import write_checksums
-from ich_keras.run_edits import marks_of, require_unedited
+from ich_keras.run_edits import require_unedited
 from ich_keras.run_folder import (
     CACHE_PATH,
     ENDED_EARLY,
@@ -64,6 +61,7 @@ from ich_keras.training_data import (
     require_one_training,
     require_same_data,
 )
+from ich_keras.training_inputs import make_fit, measured, without_empty
 
 SPLITS_TO_EVALUATE = (CHOOSING, "test")  # choices are made on the first
 
@@ -126,8 +124,11 @@ def train(
     recipe = replace(recipe, training=named)
     split, indices = split_indices(cache.slices, recipe)
     require_distinct(cache, split, indices)
-    samples = cache.samples(recipe.inputs.view)
+    recipe = measured(recipe, cache, indices["train"], progress, tell if rank.is_first else None)
+    indices, left_out = without_empty(recipe, cache, indices, progress)
+    samples = recipe.inputs.samples(cache)
     plan = count_plan(cache.slices, recipe, split, indices, samples)
+    plan = replace(plan, note=" ".join(filter(None, [plan.note, left_out])))
     model, loaded = compiled_network(recipe, plan.total_steps, loads_weights=rank.is_first)
     group = join_group(recipe, rank)
     if group is not None and rank.is_first:
@@ -135,7 +136,7 @@ def train(
         group.announce({"config": config.to_dict(), **place})
     require_one_training(group, recipe, cache)
     if not rank.is_first:
-        fit(_make_fit(recipe, run, cache, samples, indices, model, augment, group), Course())
+        fit(make_fit(recipe, run, cache, samples, indices, model, augment, group), Course())
         return run.path
     require_space(run, training_space(recipe, len(cache.slices), model))
     with lock(run.lock_file):
@@ -159,9 +160,11 @@ def train(
                 tell(f"Weights: {loaded}.")
             for line in notices_of(cache):
                 tell(line)
+            if left_out:
+                tell(left_out)
             for line in start_lines(recipe, plan):
                 tell(line)
-            training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
+            training = make_fit(recipe, run, cache, samples, indices, model, augment, group)
             training, course = replace(training, callbacks=own_ones), Course()
             fit(training, course, progress, tell)
             finish(run, recipe, cache, progress, tell, course)
@@ -229,12 +232,13 @@ def resume(
         # The split as stored in the run: the file it came from may have changed or gone.
         by_file = replace(recipe.training, split=str(run.split_file))
         _, indices = split_indices(cache.slices, replace(recipe, training=by_file))
-        samples = cache.samples(recipe.inputs.view)
+        indices, _ = without_empty(recipe, cache, indices, progress)
+        samples = recipe.inputs.samples(cache)
         total_steps = run.data()[PLAN]["total_steps"]
         model, _ = compiled_network(recipe, total_steps, loads_weights=False)
         group = join_group(recipe, rank)
         require_one_training(group, recipe, cache)
-        training = _make_fit(recipe, run, cache, samples, indices, model, augment, group)
+        training = make_fit(recipe, run, cache, samples, indices, model, augment, group)
         training = replace(training, callbacks=own_ones if rank.is_first else ())
         if not rank.is_first:
             return _follow(training)
@@ -306,39 +310,6 @@ def _require_augmentation(recipe: Recipe, augment: Change | Augmentation | None)
             " given.",
             f"Resume it from Python: ich_keras.resume(RUN, CACHE, augment={wanted}).",
         )
-
-
-def _make_fit(
-    recipe: Recipe,
-    run: RunFolder,
-    cache: CTCache,
-    samples: Samples,
-    indices: dict[str, np.ndarray],
-    model: Any,
-    augment: Change | Augmentation | None,
-    group: Any = None,
-) -> Fit:
-    rank = this_rank()
-    chosen = {name: samples.of_rows(cache.slices, rows, name) for name, rows in indices.items()}
-    training = recipe.training
-
-    def batches(part: str, **settings: Any) -> Any:
-        return batches_of(recipe, cache, samples, chosen[part], **settings)
-
-    loader = batches(
-        "train",
-        seed=training.seed,
-        balance=training.balance,
-        augment=augment or (None if training.augment == "none" else training.augment),
-        reverse=training.reverse,
-    )
-    assert samples.labels is not None  # `split_indices` refuses data without labels
-    labels = samples.labels[chosen["valid"]]
-    loader.rank = rank
-    chosen["valid"] = chosen["valid"][rank.part(len(labels))]
-    validation = batches("valid") if len(chosen["valid"]) else None
-    marks = marks_of(run) if rank.is_first else {}
-    return Fit(recipe, run, model, loader, validation, labels, marks, group)
 
 
 def _follow(training: Fit) -> Path:

@@ -23,6 +23,7 @@ from ich_keras.data.inputs import slice_input, slice_windows
 from ich_keras.data.intensity import intensity_of, normalise
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.seeds import sample_seed
+from ich_keras.data.sources import Sources
 from ich_keras.data.views import View, make_samples
 from ich_keras.errors import DataError, UsageError
 from ich_keras.labels import ANY, LABELS
@@ -280,7 +281,7 @@ def test_a_function_of_ones_own_changes_each_sample(phantom_cache, make, augment
     for epoch, batches in enumerate(found):
         for rows, (inputs, _) in zip(plain.plan.batches(epoch), batches, strict=True):
             samples = CTDataset(phantom_cache.pixels, plain.dataset._samples, size)
-            hu = samples._hu(rows)
+            hu = samples._hu(Sources.of(samples._samples, rows))
             expected = slice_windows(hu[:, 0] if is_slice else hu, size, intensity.windows)
             if is_after:
                 expected = intensity.normalise(expected, True)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from ich_keras import input_changes
 from ich_keras.cli import main, train_main
 from ich_keras.cli.configuration import run_config
 from ich_keras.config import DataConfig, FitConfig, RunConfig
@@ -127,6 +128,10 @@ def test_phantom_index_cache_train_evaluate_predict(tmp_path, monkeypatch):
         "limit_series": None,
         "intensity": None,
         "loader_workers": 0,
+        **dict.fromkeys(field.name for field in input_changes.names()),
+        "skip_empty": False,
+        "crop": None,
+        "depth_mm": None,
     }
 
 

@@ -958,7 +958,7 @@ def test_the_command_line_from_checkpoint_to_weights_and_back(narrow, tmp_path):
     told = run("inspect", "--checkpoint", tmp_path / "a.pth").output
     assert "zip format" in told
     assert "2D ResNet-18, shortcut B, 3 input channels, width 8, image names, head of 1000" in told
-    assert "fits: resnet18_2d\nmissing for that: nothing\n" in told
+    assert "fits: resnet18_2d, resnet18_2d_stack\nmissing for that: nothing\n" in told
     assert "beside the backbone: fc.weight, fc.bias\n" in told
     assert "not weights: nothing; 20 batch counters" in told
     told = run("verify", "--preset", "resnet18_2d", "--checkpoint", tmp_path / "a.pth").output

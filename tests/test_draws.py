@@ -200,7 +200,13 @@ def test_a_device_makes_what_the_cpu_makes(name, size):
     intensity = INTENSITIES[name]
     hu = heads(36).reshape(12, 3, 64, 64)
     # What one HU is in the input, contrast 1.2 included.
-    units = {"windows": 1.2 / 80 / 0.28, "wide": 1.2 / 1400, "head-z-score": 1.2 / 150, "hu": 1.2}
+    units = {
+        "windows": 1.2 / 80 / 0.28,
+        "bone-windows": 1.2 / 80 / 0.28,
+        "wide": 1.2 / 1400,
+        "head-z-score": 1.2 / 150,
+        "hu": 1.2,
+    }
     scale = 4096 if name == "hu" else 1  # the others are about 1
     unit = units[name]
     for draws in (

@@ -277,6 +277,9 @@ def runs(tmp_path_factory):
     return {
         "slice": untrained_run(folder / "slice", "narrow_2d", slices),
         "slab": untrained_run(folder / "slab", "narrow_slab", slabs, view="slab", slices=3),
+        "stack": untrained_run(
+            folder / "stack", "narrow_2d_stack", replace(slices, input_shape=(48, 48, 9)), slices=3
+        ),
         "series": untrained_run(folder / "series", "narrow_3d", series, view="series", slices=10),
     }
 
@@ -287,7 +290,7 @@ def phantom():
 
 
 @pytest.mark.parametrize("method", ["gradcam", "integrated-gradients"])
-@pytest.mark.parametrize("view", ["slice", "slab", "series"])
+@pytest.mark.parametrize("view", ["slice", "stack", "slab", "series"])
 def test_a_run_is_explained_as_its_inputs_are(runs, phantom, view, method):
     # Of random weights, what speaks for a label may be nothing.
     options = MapOptions(method, "layer2", steps=3, signed=True)
@@ -302,7 +305,7 @@ def test_a_run_is_explained_as_its_inputs_are(runs, phantom, view, method):
     sample = 0 if view == "series" else number
     inputs = inputs_of(hu, samples, np.array([sample]), recipe.inputs)
     direct = explain((recipe, model), inputs, "any", options)["any"][0]
-    if view != "slice":
+    if view in ("slab", "series"):
         direct = direct[list(samples.rows[sample]).index(number)]
     # The same numbers on another grid: where both are inside the head.
     again = cv2.resize(direct, (64, 64), interpolation=cv2.INTER_LINEAR)

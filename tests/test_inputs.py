@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ich_keras.ct.window import WIDE, WINDOWS
 from ich_keras.data.inputs import AIR_HU, resize_hu, slice_input, slice_windows
-from ich_keras.data.intensity import INTENSITIES, THESIS_NORMALISATION, normalise
+from ich_keras.data.intensity import INTENSITIES, NNUNET, THESIS_NORMALISATION, normalise
 from ich_keras.errors import UsageError
 
 
@@ -144,7 +144,7 @@ def test_intensities_have_names_that_configurations_know():
     from ich_keras.config import AUGMENT, INTENSITY, DataConfig, RunConfig
     from ich_keras.data.augment import AUGMENTATIONS
 
-    assert tuple(INTENSITIES) == INTENSITY
+    assert (*INTENSITIES, NNUNET) == INTENSITY
     assert (*AUGMENTATIONS, "none", "own") == AUGMENT
     for name, intensity in INTENSITIES.items():
         RunConfig(data=DataConfig(intensity=name))

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from narrow import preset_of
 
-from ich_keras import model_file, recipe_json
+from ich_keras import input_changes, model_file, recipe_json
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.ct import window
 from ich_keras.data.inputs import slice_input, volume_input
@@ -23,6 +23,7 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.files import read_json, write_json
 from ich_keras.inference import load_run, probabilities
+from ich_keras.input_recipe import InputRecipe
 from ich_keras.model_file import read_recipe
 from ich_keras.models.spec import ModelSpec
 from ich_keras.models.weights_file import RECORD, read_record
@@ -48,10 +49,11 @@ def run(phantom_cache, tmp_path_factory):
         yield RunFolder(train(config, phantom_cache, out))
 
 
-# Settings of a training that recipes of older versions lack.
+# Settings of a training, and of its inputs, that recipes of older versions lack.
 ABSENT_FROM_OLDER = {
     field.name
-    for field in dataclasses.fields(TrainingRecipe)
+    for cls in (TrainingRecipe, InputRecipe)
+    for field in dataclasses.fields(cls)
     if recipe_json.WHERE_ABSENT in field.metadata
 }
 
@@ -68,7 +70,7 @@ def test_it_comes_back_from_json_and_asks_for_itself(preset, rate):
         for part in (recipe.as_config(), recipe.as_config().data, recipe.as_config().fit)
         for name, value in vars(part).items()
         if name not in ("weights", "windows", "limit_series", "freeze", "recompute", "compiled")
-        and name not in ABSENT_FROM_OLDER
+        and name not in {*ABSENT_FROM_OLDER, *(field.name for field in input_changes.names())}
     ]
     assert None not in nothing_open
 

@@ -125,7 +125,9 @@ def test_a_series_keeps_its_order_and_what_fits(length, count, rule):
 
 # torch warns of more workers than cores; the batches must be the same even then.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("view", [View("slab", 5), View("series", 12, tilted="deshear")])
+@pytest.mark.parametrize(
+    "view", [View("slab", 5), View("stack", 3), View("series", 12, tilted="deshear")]
+)
 def test_any_number_of_workers_gives_the_same_volumes(phantom_cache, view):
     settings = {"batch_size": 3, "seed": 5, "augment": "thesis", "reverse": True}
     indices = np.arange(11)
@@ -173,7 +175,7 @@ def test_half_of_the_volumes_are_turned_upside_down(phantom_cache):
     is_turned = np.array([np.array_equal(a[::-1], b) for a, b in zip(plain, turned, strict=True)])
     assert (is_same | is_turned).all()
     assert 20 < is_turned.sum() < 44
-    with pytest.raises(UsageError, match="reverse turns augmented slabs or series"):
+    with pytest.raises(UsageError, match="reverse turns augmented stacks, slabs or series"):
         slice_batches(phantom_cache, seed=1, augment="flip", reverse=True)
 
 
@@ -288,8 +290,9 @@ def test_a_series_is_never_torn_apart():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "cube"}, "view 'cube'; expected one of slice, slab, series"),
+        ({"kind": "cube"}, "view 'cube'; expected one of slice, stack, slab, series"),
         ({"kind": "slab", "num_slices": 4}, "a slab of 4 slices has no middle"),
+        ({"kind": "stack", "num_slices": 2}, "a stack of 2 slices has no middle"),
         ({"kind": "slice", "num_slices": 3}, "view 'slice' with 3 slices"),
         ({"kind": "series", "num_slices": 0}, "0 slices per sample"),
         ({"kind": "slab", "num_slices": 5, "edge": "wrap"}, "edge 'wrap'; expected one of air, re"),
@@ -297,12 +300,12 @@ def test_a_series_is_never_torn_apart():
         ({"kind": "series", "num_slices": 5, "tilted": "no"}, "tilted 'no'; expected one of keep"),
         (
             {"duplicate": "keep"},
-            "duplicate 'keep' means nothing for view 'slice'; it is for slab and ser",
+            "duplicate 'keep' means nothing for view 'slice'; it is for stack and slab and ser",
         ),
         ({"kind": "slab", "duplicate": "no"}, "duplicate 'no'; expected one of skip, keep"),
         (
             {"tilted": "skip"},
-            "tilted 'skip' means nothing for view 'slice'; it is for slab and ser",
+            "tilted 'skip' means nothing for view 'slice'; it is for stack and slab and ser",
         ),
         ({"kind": "slab", "num_slices": 5, "long_series": "middle"}, "means nothing for view 'sl"),
         ({"kind": "series", "num_slices": 5, "edge": "repeat"}, "edge 'repeat' means nothing"),
@@ -361,15 +364,16 @@ def test_three_windows_of_a_slab(phantom_cache):
 
 # Training, evaluation and prediction with each view.
 NARROW = {
+    "stack": replace(PRESETS["resnet10_2d_stack"].spec, width=4),
     "slab": replace(PRESETS["resnet10_3d_slab"].spec, width=4),
     "series": replace(PRESETS["resnet10_3d"].spec, width=4),
 }
 
 # As small as batch normalisation allows: a batch of series is one series.
-SIZES = {"slab": {"size": 24}, "series": {"size": 40, "slices": 20}}
+SIZES = {"stack": {"size": 24}, "slab": {"size": 24}, "series": {"size": 40, "slices": 20}}
 
 
-@pytest.fixture(scope="module", params=["slab", "series"])
+@pytest.fixture(scope="module", params=["stack", "slab", "series"])
 def run(request, phantom_cache, tmp_path_factory):
     name = f"narrow_{request.param}"
     with preset_of(name, NARROW[request.param]):
@@ -393,16 +397,20 @@ def with_view(recipe, **changes):
 
 def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, phantom_folder):
     kind, folder, told = run
-    what = {"slab": "on slabs of 5 slices", "series": "on whole series"}[kind]
+    what = {
+        "stack": "on stacks of 3 slices",
+        "slab": "on slabs of 5 slices",
+        "series": "on whole series",
+    }[kind]
     assert told[0].startswith(f"Training {what} from scratch")
     assert ("8 batches per step" in told[0]) == (kind == "series")
     recipe = RunFolder(folder).recipe()
     assert recipe.backend == keras.config.backend()
     assert recipe.inputs.view.kind == kind
-    assert recipe.inputs.intensity.name == "wide"
-    assert recipe.training.batch_size == {"slab": 16, "series": 1}[kind]
+    assert recipe.inputs.intensity.name == ("windows" if kind == "stack" else "wide")
+    assert recipe.training.batch_size == {"stack": 32, "slab": 16, "series": 1}[kind]
     metrics = evaluate(folder, phantom_cache, "test")
-    assert set(metrics) == ({"slice", "series"} if kind == "slab" else {"series"})
+    assert set(metrics) == ({"series"} if kind == "series" else {"slice", "series"})
     split = Split.load(folder / "split.json")
     rows = [split.indices(phantom_cache.slices, part) for part in ("train", "test")]
     trivial = trivial_auroc(phantom_cache, *rows)
@@ -415,7 +423,7 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
     assert metrics["series"]["n"]["samples"] == len(members)
 
     result = predict_folder(folder, phantom_folder / "images")
-    if kind == "slab":
+    if kind != "series":
         key, found = "sop_instance_uid", result.slices
         assert len(found) == len(phantom_cache)
     else:
@@ -426,7 +434,7 @@ def test_each_view_trains_is_scored_and_predicts_a_folder(run, phantom_cache, ph
     both = found.set_index(key).loc[predictions[key], [f"raw_{name}" for name in LABELS]]
     np.testing.assert_allclose(both, predictions[list(LABELS)], atol=1e-5)
     assert "Per series" in (folder / "report.md").read_text()
-    assert ("Per slice" in (folder / "report.md").read_text()) == (kind == "slab")
+    assert ("Per slice" in (folder / "report.md").read_text()) == (kind != "series")
 
 
 def test_a_split_by_slices_does_not_train_on_series(phantom_cache):

@@ -81,7 +81,7 @@ def structure_of(shapes: _Shapes, place: str = "the checkpoint") -> Structure:
     >>> describe(structure)
     '2D ResNet-18, shortcut B, 3 input channels, width 64, image names, head of 1000'
     >>> fitting_presets(structure)
-    ('resnet18_2d',)
+    ('resnet18_2d', 'resnet18_2d_stack')
     """
     if any(map(_DENSE_STAGE.match, shapes)):
         return _densenet_of(shapes, place)

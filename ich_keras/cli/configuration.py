@@ -8,7 +8,10 @@ from ich_keras.errors import StaleError, UsageError
 if TYPE_CHECKING:
     from ich_keras.config import RunConfig
 
-_OF_VIEW = ("view", "slices", "edge", "long_series", "tilted", "duplicate", "reverse", "intensity")
+_OF_VIEW = (
+    *("view", "slices", "edge", "long_series", "tilted", "duplicate", "reverse", "intensity"),
+    *("drop_slices", "mixup", "cutmix", "skip_empty", "depth_mm"),
+)
 
 
 def run_config(config_file: Path | None, options: dict[str, Any]) -> tuple["RunConfig", str]:
@@ -53,7 +56,7 @@ def _forget_other_view(content: dict[str, Any], options: dict[str, Any]) -> str:
     if preset not in PRESETS:
         return ""  # refused below, by name
     is_volume = PRESETS[preset].spec.rank == 3
-    fits = in_file is not None and is_volume == (in_file != "slice")
+    fits = in_file is not None and is_volume == (in_file in ("slab", "series"))
     wanted = options["view"] or (in_file if fits else None)
     if view_kind(preset, wanted) == view_kind(content["preset"], in_file):
         return ""

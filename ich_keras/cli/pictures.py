@@ -83,12 +83,18 @@ def compare(run_dirs: tuple[Path, ...], out: Path | None) -> None:
 @click.command(cls=Command)
 @click.argument("cache_dir", type=FOLDER, metavar="CACHE")
 @click.option("--out", type=FOLDER, metavar="PNG", help="New file; default: inputs.png.")
-@click.option("--view", default="slice", show_default=True, help="slice, slab or series.")
+@click.option("--view", default="slice", show_default=True, help="slice, stack, slab or series.")
 @click.option(
-    "--slices", "num_slices", type=click.IntRange(min=1), help="Of a slab or a series; 5 and 60."
+    "--slices",
+    "num_slices",
+    type=click.IntRange(min=1),
+    help="Of a stack, slab or series; 3, 5 and 60.",
 )
 @click.option("--size", type=click.IntRange(min=8), help="Of the input; default: the cache's.")
-@click.option("--intensity", help="windows, wide, head-z-score or hu; default: as in training.")
+@click.option(
+    "--intensity",
+    help="windows, bone-windows, wide, head-z-score or hu; default: as in training.",
+)
 @click.option(
     "--augment", default="fast", show_default=True, help="fast, thesis, flip; none leaves it out."
 )

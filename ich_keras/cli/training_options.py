@@ -21,7 +21,9 @@ _OPTIONS = (
     click.option("--download", is_flag=True, help="Download and convert the named weights first."),
     click.option("--norm", help="batch (default), frozen (needs weights) or group."),
     click.option(
-        "--intensity", help="windows, wide, head-z-score or hu; default: to suit the weights."
+        "--intensity",
+        help="windows, bone-windows, wide, head-z-score, nnunet (measured on the training split) or"
+        " hu; default: to suit the weights.",
     ),
     click.option(
         "--windows",
@@ -42,27 +44,34 @@ _OPTIONS = (
         help="Cross-validation by patient: test on part K of N, validate on the next. `ich folds`"
         " trains all and joins them.",
     ),
-    click.option("--view", help="slice, slab or series; default: to suit the preset."),
+    click.option("--view", help="slice, stack, slab or series; default: to suit the preset."),
     click.option(
-        "--slices", type=int, metavar="N", help="Slices in a slab (default 5) or series (60)."
+        "--slices",
+        type=int,
+        metavar="N",
+        help="Slices in a stack (default 3), slab (5) or series (60).",
     ),
     click.option(
-        "--edge", help="How slabs are filled beyond the ends of a series: air (default) or repeat."
+        "--edge",
+        help="How stacks and slabs are filled beyond the ends of a series: air (default) or"
+        " repeat.",
     ),
     click.option(
         "--long-series",
         help="Which slices of a longer series to use: spread (evenly spaced; default) or middle.",
     ),
     click.option(
-        "--tilted", help="What to do with tilted slabs and series: keep (default), skip or deshear."
+        "--tilted",
+        help="What to do with tilted stacks, slabs and series: keep (default), skip or deshear.",
     ),
     click.option(
-        "--duplicate", help="Slabs and series with two slices at one place: skip or keep."
+        "--duplicate",
+        help="Stacks, slabs and series with two slices at one place: skip (default) or keep.",
     ),
     click.option(
         "--reverse/--no-reverse",
         default=None,
-        help="Turn every second slab or series upside down in training.",
+        help="Turn every second stack, slab or series upside down in training.",
     ),
     click.option("--epochs", type=int, help="Default 6."),
     click.option(
@@ -74,8 +83,8 @@ _OPTIONS = (
     click.option(
         "--batch-size",
         type=int,
-        help="Samples per batch, of all processes together; default 32 slices, 16 slabs or 1"
-        " series.",
+        help="Samples per batch, of all processes together; default 32 slices or stacks, 16 slabs"
+        " or 1 series.",
     ),
     click.option(
         "--ema",
@@ -174,6 +183,59 @@ _OPTIONS = (
     click.option(
         "--augment",
         help="fast (default), thesis (by albumentations; slower), flip (left-right) or none.",
+    ),
+    click.option(
+        "--hu-noise",
+        type=float,
+        metavar="SIGMA",
+        help="Add normal noise of SIGMA HU to training slices; default: none.",
+    ),
+    click.option(
+        "--window-jitter",
+        type=float,
+        metavar="LEVEL",
+        help="Move the windows' levels by up to LEVEL HU in training, and change their widths by"
+        " up to a tenth (--width-jitter); default: not.",
+    ),
+    click.option(
+        "--width-jitter",
+        type=float,
+        metavar="SHARE",
+        help="Change the windows' widths by up to SHARE in training; default 0.1 with"
+        " --window-jitter, else not.",
+    ),
+    click.option(
+        "--drop-slices",
+        type=float,
+        metavar="P",
+        help="In training, leave out slices of stacks, slabs (never the middle one) and series with"
+        " a chance of P; default: none.",
+    ),
+    click.option(
+        "--mixup",
+        type=float,
+        metavar="ALPHA",
+        help="Mix training images of 2D networks, and their labels, by Beta(ALPHA, ALPHA);"
+        " default: not.",
+    ),
+    click.option(
+        "--cutmix",
+        type=float,
+        metavar="ALPHA",
+        help="Put boxes of other training images into those of 2D networks, and mix their labels;"
+        " default: not.",
+    ),
+    click.option(
+        "--skip-empty/--no-skip-empty",
+        default=None,
+        help="Leave slices without brain out of training (never out of evaluation).",
+    ),
+    click.option("--crop", help="head: cut the head out of each series; default: whole slices."),
+    click.option(
+        "--depth-mm",
+        type=float,
+        metavar="MM",
+        help="Resample whole series to slices MM apart; default: as they are.",
     ),
     click.option(
         "--loader-workers",

@@ -74,6 +74,8 @@ BRAIN = Window(level=40, width=80)
 SUBDURAL = Window(level=80, width=200)
 SOFT_TISSUE = Window(level=40, width=380)
 WINDOWS = (BRAIN, SUBDURAL, SOFT_TISSUE)
+# For bone beside blood: customary for reading the skull.
+BONE = Window(level=600, width=2800)
 # The input of the thesis's 3D networks: -1000 to 400 HU, from air to bone.
 WIDE = Window(level=-300, width=1400)
 # All that 12 bits hold, from air to metal.

@@ -45,7 +45,7 @@ class Augmentation:
 
     Args:
         function: called as `function(images, seed)` once per sample and epoch, with float32
-            (rows, columns, channels), or (slices, rows, columns, channels) of slabs and series.
+            (rows, columns, channels), or (slices, rows, columns, channels) of all other views.
             It returns float32 of the same shape, finite, and in 0..1 before normalisation. What
             it draws must depend on `seed` alone. It may change `images` in place.
         after_normalisation: False gives it windows in 0..1, as the library's own augmentations

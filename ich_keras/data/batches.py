@@ -1,8 +1,9 @@
-"""Batches of slices, slabs and series for `model.fit`, on every backend of Keras.
+"""Batches of slices, stacks, slabs and series for `model.fit`, on every backend of Keras.
 
 Worker processes import this module: it must not import keras.
 """
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,21 @@ from ich_keras.data.augment import (
 )
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.shards import CachedSlices
+from ich_keras.data.changes import add_noise, kept_places, with_jitter
 from ich_keras.data.device_inputs import DeviceInputs, RawBatch, require_device
-from ich_keras.data.drawn_inputs import drawn_inputs
+from ich_keras.data.drawn_inputs import drawn_inputs, jittered, own_windows
 from ich_keras.data.draws import Draws, draw, no_draws
 from ich_keras.data.epochs import epoch_plan
-from ich_keras.data.inputs import slice_windows, stack_slices
+from ich_keras.data.inputs import slice_windows, stack_channels
 from ich_keras.data.intensity import Intensity, intensity_of
 from ich_keras.data.loader import CTLoader
 from ich_keras.data.memory import recycled
+from ich_keras.data.mixing import Mix, draw_mix, mixed_inputs, mixed_labels
 from ich_keras.data.seeds import sample_seeds
+from ich_keras.data.sources import Sources
 from ich_keras.data.views import AIR, Samples, View
 from ich_keras.errors import UsageError
+from ich_keras.input_changes import NO_CHANGES, InputChanges
 
 
 class CTDataset(Dataset):
@@ -45,6 +50,7 @@ class CTDataset(Dataset):
         intensity: from HU to input, an `Intensity` or its name in `INTENSITIES`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
         is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
+        changes: further random changes, from the same seeds.
 
     Raises:
         UsageError: `is_raw` with an augmentation that changes images itself.
@@ -60,6 +66,7 @@ class CTDataset(Dataset):
         intensity: str | Intensity = "windows",
         reverse: bool = False,
         is_raw: bool = False,
+        changes: InputChanges = NO_CHANGES,
     ) -> None:
         if is_raw and not is_drawn(augmentation):
             raise UsageError(
@@ -75,6 +82,7 @@ class CTDataset(Dataset):
         self._seed = seed
         self._reverse = reverse
         self._is_raw = is_raw
+        self._changes = changes
         self._change: Change | None = None
 
     def __len__(self) -> int:
@@ -91,46 +99,72 @@ class CTDataset(Dataset):
             key: (epoch, int (n,) numbers of samples).
 
         Returns:
-            float32 (n, size, size, channels) inputs of slices, (n, slices, size, size, channels)
-            of slabs and series; and float32 (n, labels) labels (NaN where there are none). With
-            `is_raw`, a `RawBatch`.
+            float32 (n, size, size, channels) inputs of slices and stacks, (n, slices, size, size,
+            channels) of slabs and series; and float32 (n, labels) labels (NaN where there are
+            none). With `is_raw`, a `RawBatch`.
         """
-        epoch, indices = key
-        hu = self._hu(np.asarray(indices))
+        epoch, indices = key[0], np.asarray(key[1])
+        hu = self._changed_hu(epoch, indices)
         if self._samples.labels is None:
             shape = len(indices), len(self._samples.label_set)
             labels = np.full(shape, np.nan, np.float32)
         else:
             labels = self._samples.labels[indices].astype(np.float32)
             labels[labels < 0] = np.nan
-        is_volume = self._samples.view.is_volume
-        if not is_drawn(self._augmentation):
-            return self._changed_inputs(hu, epoch, indices), labels
+        view, mix = self._samples.view, self._mix(epoch, indices)
         draws = self._draw(epoch, indices, hu.shape[-1])
         if self._is_raw:
-            return RawBatch(hu, draws, labels)
-        return drawn_inputs(hu, draws, self._intensity, is_volume, self._size), labels
+            return RawBatch(hu, draws, labels, mix)
+        if is_drawn(self._augmentation):
+            inputs = drawn_inputs(hu, draws, self._intensity, view.has_slices, self._size)
+        else:
+            inputs = self._changed_inputs(hu, draws, epoch, indices)
+        inputs = stack_channels(inputs) if view.is_stack else inputs
+        return (
+            (inputs, labels)
+            if mix is None
+            else (mixed_inputs(inputs, mix), mixed_labels(labels, mix))
+        )
 
     def _draw(self, epoch: int, indices: np.ndarray, side: int) -> Draws:
-        if self._augmentation is None:
-            return no_draws(len(indices))
-        seeds = self._seeds(epoch, indices)
-        grey = not self._intensity.keeps_hu
-        return draw(seeds, side, self._augmentation == "flip", self._reverse, grey)
+        """Return draws; of an augmentation that changes images itself, those of windows alone."""
+        draws = no_draws(len(indices))
+        if self._augmentation is not None and is_drawn(self._augmentation):
+            seeds = self._seeds(epoch, indices)
+            grey = not self._intensity.keeps_hu
+            draws = draw(seeds, side, self._augmentation == "flip", self._reverse, grey)
+        if self._changes.has_jitter:
+            draws = with_jitter(draws, self._seeds(epoch, indices), self._changes)
+        return draws
+
+    def _mix(self, epoch: int, indices: np.ndarray) -> Mix | None:
+        if not self._changes.mixes:
+            return None
+        assert self._seed is not None  # `view_batches` asks for one
+        return draw_mix(self._changes, self._seed, epoch, indices, self._size)
 
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
         return sample_seeds(self._seed, epoch, np.asarray(indices))
 
-    def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
+    def _changed_inputs(
+        self, hu: np.ndarray, draws: Draws, epoch: int, indices: np.ndarray
+    ) -> np.ndarray:
         """Return inputs that an augmentation of the images changed."""
-        intensity, is_volume = self._intensity, self._samples.view.is_volume
-        inputs = slice_windows(hu if is_volume else hu[:, 0], self._size, intensity.windows)
+        intensity, has_slices = self._intensity, self._samples.view.has_slices
+        hu = hu if has_slices else hu[:, 0]
+        if draws.has_jitter:
+            own = [jittered(intensity, draws, number) for number in range(len(hu))]
+            inputs = np.stack(
+                [own_windows(*one, intensity) for one in zip(hu, repeat(self._size), own)]
+            )
+        else:
+            inputs = slice_windows(hu, self._size, intensity.windows)
         is_after = comes_after_normalisation(self._augmentation)
         if not is_after:
             self._augment(inputs, epoch, indices)
-        inputs = intensity.normalise(inputs, is_volume)
+        inputs = intensity.normalise(inputs, has_slices)
         if is_after:
             self._augment(inputs, epoch, indices)
         return inputs
@@ -139,23 +173,29 @@ class CTDataset(Dataset):
         """Tell the slices of samples from the air that fills them up: bool (n, slices)."""
         return self._samples.rows[indices] != AIR
 
-    def _hu(self, indices: np.ndarray) -> np.ndarray:
-        """Return HU, int16 (n, slices, rows, columns)."""
-        rows, shifts = self._samples.rows[indices], self._samples.shifts
-        if shifts is None and (rows != AIR).all():
+    def _changed_hu(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return HU, int16 (n, slices, rows, columns), with noise and without dropped slices."""
+        sources = Sources.of(self._samples, indices)
+        drop, sigma = self._changes.drop_slices, self._changes.hu_noise
+        if drop is not None:
+            seeds = self._seeds(epoch, indices)
+            places = kept_places(self._samples.view, sources.rows, seeds, drop)
+            sources = sources.placed(places)
+        hu = self._hu(sources)
+        if sigma is not None:
+            add_noise(hu, sources.rows, self._seeds(epoch, indices), sigma)
+        return hu
+
+    def _hu(self, sources: Sources) -> np.ndarray:
+        """Return HU, int16 (n, slices, rows, columns); nobody else holds them."""
+        if sources.is_plain:
+            rows = sources.rows
             room = recycled((rows.size, self._pixels.size, self._pixels.size), np.int16)
             hu = self._pixels.slices_hu(rows.ravel(), room)
             return hu.reshape(*rows.shape, *hu.shape[1:])
         # Each slice is read once, however many slabs of the batch it is in.
-        wanted = np.unique(rows[rows != AIR])
-        hu = self._pixels.slices_hu(wanted)
-        places = np.where(rows == AIR, AIR, np.searchsorted(wanted, rows))
-        return np.stack(
-            [
-                stack_slices(hu, place, None if shifts is None else shifts[index])
-                for place, index in zip(places, indices, strict=True)
-            ]
-        )
+        wanted = sources.wanted()
+        return sources.stacked(self._pixels.slices_hu(wanted), wanted)
 
     def _augment(self, images: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         """Change each sample of a batch, in place."""
@@ -189,6 +229,7 @@ def view_batches(
     reverse: bool = False,
     samples: Samples | None = None,
     device: str | None = None,
+    changes: InputChanges = NO_CHANGES,
 ) -> CTLoader:
     """Make batches of the samples of a view.
 
@@ -208,9 +249,9 @@ def view_batches(
     Args:
         cache: with labels joined.
         view: what a sample is.
-        indices: int (n,), numbers of samples: rows of `cache.slices` for slices and slabs, of
-            `cache.series` for series; None takes all that the view uses, with a seed (training)
-            those of them that have labels.
+        indices: int (n,), numbers of samples: rows of `cache.series` for series, of
+            `cache.slices` for all other views; None takes all that the view uses, with a seed
+            (training) those of them that have labels.
         batch_size: samples per batch.
         size: rows and columns of the inputs; None takes the cache's.
         seed: shuffles, balances and augments; None keeps the order (validation, prediction).
@@ -224,19 +265,21 @@ def view_batches(
             A function of your own must then stand at the top level of a module.
         intensity: from HU to input: "windows" (three channels), "wide", "head-z-score" or "hu"
             (one), or an `Intensity` of your own; of "hu", no augmentation changes contrast and
-            brightness. None takes "windows" for slices and "wide" for slabs and
+            brightness. None takes "windows" for slices and stacks and "wide" for slabs and
             series, as the thesis.
-        reverse: turn volumes upside down with a chance of one half; needs `augment`.
+        reverse: turn stacks and volumes upside down with a chance of one half; needs `augment`.
         samples: of this view, when they are made already.
         device: "cuda" or "cuda:N" sends int16 HU to that GPU, one batch ahead, and makes the inputs
             there, for the torch backend; "cpu" does the same in this process. "thesis" and
             functions of your own change images on the CPU: their inputs are of the CPU all the
             same. None makes arrays of the CPU, for every backend.
+        changes: further random changes of the samples, beside or without an augmentation; they
+            need a seed (`ich_keras.input_changes.InputChanges`).
 
     Returns:
         A torch DataLoader of (float32 inputs, float32 (n, labels), NaN where one is missing) for
         `fit`, `evaluate` and `predict` on every backend; the inputs are (n, size, size, channels)
-        or (n, slices, size, size, channels).
+        or (n, slices, size, size, channels), of stacks (n, size, size, slices * channels).
 
     Raises:
         UsageError: an argument cannot be used. Asking for a batch raises it too, when a function
@@ -251,18 +294,25 @@ def view_batches(
         raise UsageError("augmentation draws at random: give a seed.")
     if size is not None and not 8 <= size <= 4096:
         raise UsageError(f"size is {size}; expected 8 to 4096 pixels.")
-    if reverse and (augment is None or not view.is_volume):
+    if reverse and (augment is None or not view.has_slices):
         raise UsageError(
-            "reverse turns augmented slabs or series upside down; here there are none.",
-            "Leave it out, or give `augment` and a view of slabs or series.",
+            "reverse turns augmented stacks, slabs or series upside down; here there are none.",
+            "Leave it out, or give `augment` and a view of several slices.",
         )
     samples = samples or cache.samples(view)
-    intensity = intensity or ("wide" if view.is_volume else "windows")
+    intensity = intensity_of(intensity or ("wide" if view.is_volume else "windows"))
+    if changes and seed is None:
+        raise UsageError(f"{changes}: drawn at random; give a seed.")
+    changes.require_for(view.kind, intensity.is_windowed)
     plan = epoch_plan(samples, indices, batch_size, seed, balance)
-    size, intensity = size or cache.size, intensity_of(intensity)
+    size = size or cache.size
     is_raw = device is not None and is_drawn(augment)
-    dataset = CTDataset(cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw)
-    inputs = DeviceInputs(device, intensity, view.is_volume, size) if device and is_raw else None
+    dataset = CTDataset(
+        cache.pixels, samples, size, augment, seed, intensity, reverse, is_raw, changes
+    )
+    inputs = None
+    if device and is_raw:
+        inputs = DeviceInputs(device, intensity, view.has_slices, size, view.is_stack)
     return CTLoader(dataset, plan, workers, inputs)
 
 

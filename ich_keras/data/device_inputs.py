@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ich_keras.data.draws import Draws
 from ich_keras.data.intensity import HeadZScore, Intensity, Normalisation
+from ich_keras.data.mixing import Mix
 from ich_keras.errors import UsageError
 
 
@@ -24,7 +25,8 @@ class RawBatch(NamedTuple):
     Args:
         hu: int16 (n, slices, rows, columns), HU.
         draws: of n samples.
-        labels: float32 (n, 6), NaN where there are none.
+        labels: float32 (n, labels), NaN where there are none.
+        mix: how the samples are mixed; None mixes nothing.
 
     Worker processes hand over tensors in place of arrays.
     """
@@ -32,6 +34,7 @@ class RawBatch(NamedTuple):
     hu: np.ndarray | torch.Tensor
     draws: Draws
     labels: np.ndarray | torch.Tensor
+    mix: Mix | None = None
 
 
 class DeviceInputs:
@@ -40,15 +43,24 @@ class DeviceInputs:
     Args:
         device: "cpu", "cuda" or "cuda:N".
         intensity: from HU to input.
-        is_volume: whether a sample is a volume; otherwise it has one slice.
+        is_volume: whether a sample has several slices; otherwise it has one.
         size: rows and columns of the inputs.
+        is_stack: whether the slices become channels (`ich_keras.data.inputs.stack_channels`).
     """
 
-    def __init__(self, device: str, intensity: Intensity, is_volume: bool, size: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        intensity: Intensity,
+        is_volume: bool,
+        size: int,
+        is_stack: bool = False,
+    ) -> None:
         self.device = torch.device(device)
         self._intensity = intensity
         self._is_volume = is_volume
         self._size = size
+        self._is_stack = is_stack
         # Made once: to copy a number to a GPU, the host waits until the GPU has nothing to do.
         self._low, self._width = (
             self._there([getattr(window, name) for window in intensity.windows])
@@ -62,7 +74,7 @@ class DeviceInputs:
     def send(self, batch: RawBatch) -> "SentBatch":
         """Start to move a batch to the device; on CUDA this returns before it has arrived."""
         draws = batch.draws
-        arrays = [batch.hu, batch.labels, *_numbers(draws)]
+        arrays = [batch.hu, batch.labels, *_mix_numbers(batch.mix), *_numbers(draws)]
         tensors = [torch.as_tensor(array) for array in arrays]
         if self._copying is None:
             return SentBatch([tensor.to(self.device) for tensor in tensors], None)
@@ -78,25 +90,33 @@ class DeviceInputs:
 
         Returns:
             float32 (n, rows, columns, channels) or (n, slices, rows, columns, channels), and
-            float32 (n, 6).
+            float32 (n, labels).
         """
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(sent.arrived)
             for tensor in sent.tensors:
                 tensor.record_stream(stream)
-        hu, labels, *numbers = sent.tensors
+        hu, labels, partners, shares, boxes, *numbers = sent.tensors
         with torch.no_grad():
-            moved = _move(hu, *numbers[:-1])
-            inputs = self._input(moved, numbers[-1])
-        return inputs if self._is_volume else inputs[:, 0], labels
+            moved = _move(hu, *numbers[:-2])
+            inputs = self._input(moved, *numbers[-2:])
+            if self._is_stack:
+                # (n, slices, rows, columns, channels): slices beside channels, and one with them.
+                inputs = inputs.permute(0, 2, 3, 1, 4).flatten(3)
+            elif not self._is_volume:
+                inputs = inputs[:, 0]
+            return _mixed(inputs, labels, partners, shares, boxes)
 
-    def _input(self, hu: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    def _input(self, hu: torch.Tensor, amounts: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
         """Turn HU into input: float32 (n, slices, rows, columns) -> (..., channels)."""
         n, _, side, _ = hu.shape
         # One axis for each of n, slices, rows, columns, channels.
         contrast, brightness = (amounts[:, k].view(n, 1, 1, 1, 1) for k in (0, 1))
         low, width = self._low, self._width
+        if len(jitter):
+            level, factor = (jitter[:, k].view(n, 1, 1, 1, 1) for k in (0, 1))
+            low, width = low + width / 2 + level - width * factor / 2, width * factor
         normalisation = self._intensity.normalisation
         if side == self._size and not isinstance(normalisation, HeadZScore):
             # Windows, contrast, brightness and normalisation are each linear and cut off: all of
@@ -119,6 +139,30 @@ class DeviceInputs:
 
     def _there(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+
+def _mixed(
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    partners: torch.Tensor,
+    shares: torch.Tensor,
+    boxes: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix a batch as `ich_keras.data.mixing` does; without partners it stays as it is."""
+    if not len(partners):
+        return inputs, labels
+    others = inputs[partners]
+    if len(boxes):
+        top, left, bottom, right = (boxes[:, k, None, None, None] for k in range(4))
+        places = torch.arange(inputs.shape[1], device=inputs.device)
+        rows, columns = places[:, None, None], places[:, None]
+        is_other = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        inputs = torch.where(is_other, others, inputs)
+    else:
+        own = shares[:, None, None, None]
+        inputs = inputs * own + others * (1 - own)
+    own = shares[:, None]
+    return inputs, labels * own + labels[partners] * (1 - own)
 
 
 def require_device(device: str | None) -> None:
@@ -152,7 +196,7 @@ class SentBatch(NamedTuple):
 
 
 def _numbers(draws: Draws) -> list[np.ndarray]:
-    """Return draws as arrays for `_move`, and contrast and brightness.
+    """Return draws as arrays for `_move`, contrast and brightness, and the jitter if there is any.
 
     Samples are numbered here, because choosing them by truth values makes the host wait for CUDA.
     """
@@ -166,7 +210,17 @@ def _numbers(draws: Draws) -> list[np.ndarray]:
         moved,
         np.linalg.inv(whole)[:, :2].astype(np.float32),
         np.column_stack([draws.contrast, draws.brightness]).astype(np.float32),
+        np.column_stack([draws.level, draws.width])[: len(draws) * draws.has_jitter].astype(
+            np.float32
+        ),
     ]
+
+
+def _mix_numbers(mix: Mix | None) -> list[np.ndarray]:
+    """Return a mix as arrays for `_mixed`, empty ones for none."""
+    if mix is None:
+        return [np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 4), np.int64)]
+    return [mix.partners, mix.shares, mix.boxes]
 
 
 def _move(

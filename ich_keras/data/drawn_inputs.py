@@ -10,10 +10,12 @@ Worker processes import this module: it must not import keras.
 
 import functools
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
 
+from ich_keras.ct.window import Window
 from ich_keras.data.draws import Draws
 from ich_keras.data.inputs import slice_windows
 from ich_keras.data.intensity import HeadZScore, Intensity
@@ -41,18 +43,34 @@ def drawn_inputs(
     is_by_table = side == hu.shape[-1] and not isinstance(intensity.normalisation, HeadZScore)
     for number, sample in enumerate(hu):
         stack = sample[::-1] if draws.is_reversed[number] else sample
+        own = jittered(intensity, draws, number)
         if is_by_table:
-            table = _table(intensity, draws.contrast[number], draws.brightness[number])
+            amounts = draws.contrast[number], draws.brightness[number]
+            table = _table(own, *amounts) if own is intensity else _Table(own, *amounts, True)
         for place, one in enumerate(stack):
             moved = move(one, draws, number, room)
             if is_by_table:
                 table.look_up(moved, inputs[number, place], room)
             else:
-                windows = slice_windows(_whole(moved), side, intensity.windows)
+                windows = own_windows(_whole(moved), side, own, intensity)
                 inputs[number, place] = adjust(windows, draws, number)
     if not is_volume:
         inputs = inputs[:, 0]
     return inputs if is_by_table else intensity.normalise(inputs, is_volume)
+
+
+def jittered(intensity: Intensity, draws: Draws, number: int) -> Intensity:
+    """Return an intensity with the windows of one sample; the same one where they do not change."""
+    level, width = float(draws.level[number]), float(draws.width[number])
+    if level == 0 and width == 1:
+        return intensity
+    windows = [Window(one.level + level, one.width * width) for one in intensity.windows]
+    return replace(intensity, windows=tuple(windows))
+
+
+def own_windows(hu: np.ndarray, size: int | None, own: Intensity, usual: Intensity) -> np.ndarray:
+    """Return the windows of HU as `slice_windows` does, without a table of windows used once."""
+    return slice_windows(hu if own is usual else hu.astype(np.float32), size, own.windows)
 
 
 class _Room:
@@ -131,10 +149,17 @@ def _whole(hu: np.ndarray) -> np.ndarray:
 
 
 class _Table:
-    """The input of every HU between the ends of the windows, for one contrast and brightness."""
+    """The input of every HU between the ends of the windows, for one contrast and brightness.
 
-    def __init__(self, intensity: Intensity, contrast: float, brightness: float) -> None:
-        windows, self._lowest = _windows_by_hu(intensity)
+    Args:
+        intensity, contrast, brightness: of a sample.
+        is_single: whether no other sample has these windows.
+    """
+
+    def __init__(
+        self, intensity: Intensity, contrast: float, brightness: float, is_single: bool = False
+    ) -> None:
+        windows, self._lowest = (_windows_by_hu if is_single else _known_windows)(intensity)
         if contrast != 1 or brightness != 0:
             windows = windows * np.float32(contrast)
             windows += np.float32(brightness)
@@ -142,10 +167,10 @@ class _Table:
             np.minimum(windows, 1, out=windows)
         self._values = intensity.normalise(windows[np.newaxis], False)[0]
         self._by_four = None
-        if intensity.channels == 3:
+        if intensity.channels in (3, 4):
             # NumPy takes items of 16 bytes four times as fast as rows of 12.
             padded = np.zeros((len(windows), 4), np.float32)
-            padded[:, :3] = self._values
+            padded[:, : intensity.channels] = self._values
             self._by_four = padded.view(np.complex128)[:, 0]
 
     def look_up(self, hu: np.ndarray, out: np.ndarray, room: _Room) -> None:
@@ -166,17 +191,22 @@ class _Table:
             np.take(self._values, room.rows, axis=0, out=out, mode="clip")
             return
         four = np.take(self._by_four, room.rows, out=room.four, mode="clip")
+        if out.shape[-1] == 4:
+            out[...] = four.view(np.float32).reshape(out.shape)
+            return
         cv2.cvtColor(four.view(np.float32).reshape(*hu.shape, 4), cv2.COLOR_BGRA2BGR, dst=out)
 
 
-@functools.lru_cache(maxsize=8)
 def _windows_by_hu(intensity: Intensity) -> tuple[np.ndarray, int]:
     """Return the windows of every HU between their ends, (HU, channels), and the first HU."""
     lowest = math.floor(min(window.low for window in intensity.windows))
     highest = math.ceil(max(window.low + window.width for window in intensity.windows))
     lowest, highest = (min(max(hu, -(2**15)), 2**15 - 1) for hu in (lowest, highest))
     hu = np.arange(lowest, highest + 1, dtype=np.int16)
-    return slice_windows(hu[np.newaxis], None, intensity.windows)[0], lowest
+    return np.stack([window(hu) for window in intensity.windows], axis=-1), lowest
+
+
+_known_windows = functools.lru_cache(maxsize=8)(_windows_by_hu)
 
 
 @functools.lru_cache(maxsize=8)

@@ -39,6 +39,8 @@ class Draws:
         contrast: float64 (n,), factor of the windows, before brightness.
         brightness: float64 (n,), added to the windows.
         is_reversed: bool (n,), whether the slices of a volume change their order.
+        level: float64 (n,), HU by which the level of every window is moved.
+        width: float64 (n,), factor of the width of every window.
     """
 
     flips: np.ndarray
@@ -47,9 +49,16 @@ class Draws:
     contrast: np.ndarray
     brightness: np.ndarray
     is_reversed: np.ndarray
+    level: np.ndarray
+    width: np.ndarray
 
     def __len__(self) -> int:
         return len(self.is_moved)
+
+    @property
+    def has_jitter(self) -> bool:
+        """Whether the windows of any sample are changed."""
+        return bool(self.level.any() or (self.width != 1).any())
 
 
 def no_draws(count: int) -> Draws:
@@ -65,6 +74,8 @@ def no_draws(count: int) -> Draws:
         contrast=np.ones(count),
         brightness=np.zeros(count),
         is_reversed=np.zeros(count, bool),
+        level=np.zeros(count),
+        width=np.ones(count),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ich_keras.data.labels import is_positive
-from ich_keras.data.views import Samples
+from ich_keras.data.views import SAMPLE_NAMES, Samples
 from ich_keras.errors import DataError, UsageError
 
 
@@ -94,7 +94,7 @@ def epoch_plan(
             usable = usable & (labels >= 0).any(axis=1)
         indices = np.flatnonzero(usable)
     indices = np.asarray(indices)
-    kind = {"slice": "slices", "slab": "slabs", "series": "series"}[samples.view.kind]
+    kind = SAMPLE_NAMES[samples.view.kind]
     if len(indices) == 0:
         reason = "no sample of the view has a label" if must_be_labelled else "there is no sample"
         reason = "`indices` is empty" if is_given else reason

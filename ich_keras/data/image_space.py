@@ -8,7 +8,14 @@ where a pixel of the slice lies in the network's input is a straight line, whate
 import numpy as np
 
 
-def input_places(length: int, side: int, size: int, shift: float = 0.0) -> np.ndarray:
+def input_places(
+    length: int,
+    side: int,
+    size: int,
+    shift: float = 0.0,
+    start: float = 0.0,
+    extent: float = 1.0,
+) -> np.ndarray:
     """Say where the pixels of a slice lie in the network's input, along one axis.
 
     Args:
@@ -16,6 +23,7 @@ def input_places(length: int, side: int, size: int, shift: float = 0.0) -> np.nd
         side: pixels of the square that it was padded to: the larger of rows and columns.
         size: pixels of the network's input along this axis.
         shift: how far the slice was moved before, in units of its side (`Samples.shifts`).
+        start, extent: of the square that was cut out, in units of the side (`Samples.boxes`).
 
     Returns:
         float64 (length,), in pixels of the input; 0 is the middle of its first pixel.
@@ -24,9 +32,14 @@ def input_places(length: int, side: int, size: int, shift: float = 0.0) -> np.nd
     [-0.25, 0.25, 0.75, 1.25]
     >>> input_places(2, 4, 4).tolist()  # padded by one on either side
     [1.0, 2.0]
+    >>> input_places(4, 4, 4, start=0.25, extent=0.5).tolist()  # two pixels become four
+    [-1.5, 0.5, 2.5, 4.5]
     """
     before = (side - length) // 2
-    return (np.arange(length) + before + 0.5) * (size / side) - 0.5 + shift * size
+    if start == 0 and extent == 1:
+        return (np.arange(length) + before + 0.5) * (size / side) - 0.5 + shift * size
+    whole = (np.arange(length) + before + 0.5) / side + shift
+    return (whole - start) / extent * size - 0.5
 
 
 def interpolation(
@@ -69,8 +82,8 @@ def series_interpolation(positions: np.ndarray, length: int) -> np.ndarray:
     outermost ones was not seen, and gets 0. Air falls away.
 
     Args:
-        positions: int (slices,), the slice of the series at each place of the sample; below 0 is
-            air.
+        positions: int or float (slices,), the slice of the series at each place of the sample, or
+            where between two; below 0 is air.
         length: slices of the series.
 
     Returns:

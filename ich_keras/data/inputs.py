@@ -171,6 +171,38 @@ def stack_slices(
     return stack
 
 
+def stack_channels(inputs: np.ndarray) -> np.ndarray:
+    """Turn the slices of samples into channels, for a 2D network on stacks.
+
+    Args:
+        inputs: (..., slices, rows, columns, channels).
+
+    Returns:
+        (..., rows, columns, slices * channels), contiguous: all channels of the most inferior
+        slice first, those of the most superior one last.
+
+    >>> two_slices = np.array([[[[1, 2]]], [[[3, 4]]]])  # of one pixel, in two channels
+    >>> stack_channels(two_slices).tolist()
+    [[[1, 2, 3, 4]]]
+    """
+    *lead, slices, rows, columns, channels = inputs.shape
+    folded = np.moveaxis(inputs, -4, -2)
+    return np.ascontiguousarray(folded).reshape(*lead, rows, columns, slices * channels)
+
+
+def stack_slices_of(inputs: np.ndarray, slices: int) -> np.ndarray:
+    """Turn the channels of a stack back into slices, what `stack_channels` had.
+
+    Args:
+        inputs: (..., rows, columns, slices * channels).
+        slices: how many.
+
+    Returns:
+        (..., slices, rows, columns, channels), a view.
+    """
+    return np.moveaxis(inputs.reshape(*inputs.shape[:-1], slices, -1), -2, -4)
+
+
 def _moved(hu: np.ndarray, down: float, right: float) -> np.ndarray:
     if down == right == 0:
         return hu

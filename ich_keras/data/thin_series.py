@@ -40,7 +40,7 @@ from ich_keras.errors import UsageError
 
 AVERAGE, KEEP = THIN = ("average", "keep")
 _AT_MOST = 0.5  # of the training's distance
-_HOLE = 1.5  # times the usual distance of a series
+HOLE = 1.5  # times the usual distance of a series
 # Lengths are counted in these, as whole numbers: means are then the same on every machine.
 _PER_MM = 10_000
 _LOWER, _USUAL = "lower_quartile", "median"
@@ -194,7 +194,7 @@ def blocks_of(positions_mm: Any, verdict: str, distances: SliceDistances | None)
     assert distances is not None
     positions = np.asarray(positions_mm, np.float64)
     usual = float(np.median(neighbour_distances_mm(positions)))
-    holes = np.flatnonzero(np.diff(positions) > _HOLE * usual) + 1
+    holes = np.flatnonzero(np.diff(positions) > HOLE * usual) + 1
     owner = np.empty(len(positions), np.int64)
     centres: list[float] = []
     rows: list[range] = []

@@ -1,4 +1,4 @@
-"""What one sample of a network is: a slice, a slab of neighbours, or a whole series.
+"""What one sample of a network is: a slice, neighbouring slices, or a whole series.
 
 A view only says which slices make a sample; the pixels stay in the one cache. Neighbours always
 come from the whole series, in its order, never from the rows of a split or of a label file.
@@ -18,7 +18,8 @@ from ich_keras.data.labels import has_labels, is_labelled, series_labels, torn_s
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.labels import RSNA_LABELLING, SIX, Labelling, LabelSet
 
-VIEWS = ("slice", "slab", "series")
+VIEWS = ("slice", "stack", "slab", "series")
+SAMPLE_NAMES = {"slice": "slices", "stack": "stacks", "slab": "slabs", "series": "series"}
 EDGES = ("air", "repeat")
 LONG_SERIES = ("spread", "middle")
 TILTED = ("keep", "skip", "deshear")
@@ -33,16 +34,17 @@ class View:
     """Which slices make one sample.
 
     Args:
-        kind: "slice"; "slab": neighbouring slices with the label of the middle one; "series": the
-            whole volume, positive where any of its slices is.
-        num_slices: of a sample: 1 for a slice, odd for a slab, any number for a series.
-        edge: what a slab has beyond the ends of its series: "air" (after windowing: a window's
-            lowest value) or "repeat" (the last slice again). Both ends alike.
+        kind: "slice"; "slab": neighbouring slices with the label of the middle one; "stack": the
+            same slices as channels of an image, for a 2D network (`inputs.stack_channels` has their
+            order); "series": the whole volume, positive where any of its slices is.
+        num_slices: of a sample: 1 for a slice, odd for a stack or slab, any number for a series.
+        edge: what a stack or slab has beyond the ends of its series: "air" (after windowing: a
+            window's lowest value) or "repeat" (the last slice again). Both ends alike.
         long_series: how a series with more slices is cut: "spread" (evenly spaced slices, the
             first and the last among them) or "middle". Shorter ones get air, half on either side.
-        tilted: series with the verdict "tilted" in slabs and series: "keep", "skip", or "deshear",
-            which moves each slice within its plane until the stack is upright.
-        duplicate: series with the verdict "duplicate" in slabs and series: "skip" or "keep".
+        tilted: series with the verdict "tilted", but for single slices: "keep", "skip", or
+            "deshear", which moves each slice within its plane until the volume is upright.
+        duplicate: series with the verdict "duplicate", but for single slices: "skip" or "keep".
 
     Raises:
         UsageError: an unknown word, a number of slices that does not fit, or a setting that has no
@@ -77,12 +79,12 @@ class View:
         if type(count) is not int or count < 1:
             raise UsageError(f"{count!r} slices per sample; expected a whole number of at least 1.")
         if self.kind == "slice" and count != 1:
-            raise UsageError(f"view 'slice' with {count} slices; that is a slab or a series.")
+            raise UsageError(f"view 'slice' with {count} slices; that is a stack, slab or series.")
         for name, value, usual, needs in (
-            ("edge", self.edge, EDGES[0], ("slab",)),
+            ("edge", self.edge, EDGES[0], ("stack", "slab")),
             ("long_series", self.long_series, LONG_SERIES[0], ("series",)),
-            ("tilted", self.tilted, TILTED[0], ("slab", "series")),
-            ("duplicate", self.duplicate, DUPLICATE[0], ("slab", "series")),
+            ("tilted", self.tilted, TILTED[0], VIEWS[1:]),
+            ("duplicate", self.duplicate, DUPLICATE[0], VIEWS[1:]),
         ):
             if value != usual and self.kind not in needs:
                 raise UsageError(
@@ -90,13 +92,30 @@ class View:
                     f" {' and '.join(needs)}.",
                     "Leave it out.",
                 )
-        if self.kind == "slab" and count % 2 == 0:
-            raise UsageError(f"a slab of {count} slices has no middle; expected an odd number.")
+        if self.has_middle and count % 2 == 0:
+            raise UsageError(
+                f"a {self.kind} of {count} slices has no middle; expected an odd number."
+            )
 
     @property
     def is_volume(self) -> bool:
-        """Whether a sample has an axis of slices."""
+        """Whether a sample has an axis of slices, for a 3D network."""
+        return self.kind in ("slab", "series")
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether a sample is made of several slices, whatever axis they lie on."""
         return self.kind != "slice"
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether a sample is made of the neighbours of a slice, whose label it has."""
+        return self.kind in ("stack", "slab")
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the slices of a sample are channels of an image."""
+        return self.kind == "stack"
 
     def why_skipped(self, verdict: str) -> str:
         """Return the word of a series' verdict for which this view skips it; "" if it does not.
@@ -104,7 +123,7 @@ class View:
         >>> View("series", 60).why_skipped("duplicate,tilted"), View().why_skipped("duplicate")
         ('duplicate', '')
         """
-        if not self.is_volume:
+        if not self.has_slices:
             return ""
         skipped = {DUPLICATE_WORD: self.duplicate, TILTED_WORD: self.tilted}
         words = (w for w, choice in skipped.items() if choice == "skip" and has_word(verdict, w))
@@ -118,7 +137,7 @@ class View:
 
         Returns:
             int64 (samples, num_slices), positions in the series, inferior to superior, `AIR` where
-            there is none. A slice or slab series has `length` samples, a whole one has one.
+            there is none. A whole series is one sample; other views have `length` samples.
         """
         if self.kind == "series":
             return self._whole(length)[np.newaxis]
@@ -153,15 +172,19 @@ class Samples:
 
     Args:
         view: what a sample is.
-        rows: int64 (samples, slices), rows of the slice table, `AIR` for air. Sample i of slices
-            and slabs has row i of the slice table in its middle; sample i of series is row i of
-            the series table.
+        rows: int64 (samples, slices), rows of the slice table, `AIR` for air. Sample i of series
+            is row i of the series table; of all other views it has row i of the slice table in its
+            middle.
         shifts: float64 (samples, slices, 2), how far each slice has to move, in units of a
             slice's side, along columns of pixels (down) and along rows of pixels (right); None
             where nothing moves.
         labels: int8 (samples, labels), -1 without label; None where the table has none.
         usable: bool (samples,), False for what the view skips.
         label_set: what the columns of `labels` mean.
+        others, shares: int64 and float32 (samples, slices), a second row in each place and its
+            share of the HU, where series are resampled along z; None where they are not.
+        boxes: int64 (samples, 3), top, left and side of the square that is cut out of each slice,
+            in pixels of the cache; a side of 0 cuts nothing. None where no head is cut out.
     """
 
     view: View
@@ -170,6 +193,9 @@ class Samples:
     labels: np.ndarray | None
     usable: np.ndarray
     label_set: LabelSet = SIX
+    others: np.ndarray | None = None
+    shares: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -287,7 +313,7 @@ def make_samples(
     is_used = series["verdict"].map(view.why_skipped).to_numpy() == ""
     usable = is_used if view.kind == "series" else np.repeat(is_used, lengths)
     shifts = None
-    if view.is_volume and view.tilted == "deshear" and tilted.any():
+    if view.has_slices and view.tilted == "deshear" and tilted.any():
         shifts = _shifts(slices, series, rows, np.repeat(tilted, lengths))
     return Samples(view, rows, shifts, labels, usable, labelling.labels)
 

@@ -18,8 +18,9 @@ class Preset:
         sources: pretrained weights, by the names of `weights-convert list`; the first is the
             usual one.
         via: the `weights-convert` command that changes the weights to fit, on purpose ("" when
-            they fit as they are): "inflate" and "collapse" change their shapes, "restride" lets
-            another network compute with the same tensors.
+            they fit as they are): "inflate", "collapse" and "channels" change their shapes,
+            "restride" lets another network compute with the same tensors. `channels` takes no
+            preset, all others do.
 
     >>> PRESETS["resnet50_3d_medicalnet"].licence
     'MIT'
@@ -42,6 +43,8 @@ LICENCES = {"torchvision_": "BSD-3-Clause", "medicalnet_": "MIT", "timm_": "Apac
 
 SLICE_SHAPE = (256, 256, 3)  # three windows of one slice (thesis, its 2D network)
 SERIES_SHAPE = (60, 256, 256, 1)  # a whole series, one channel (thesis, its 3D network)
+STACK_SLICES = 3
+STACK_SHAPE = (256, 256, 9)  # three windows of three neighbouring slices
 SLAB_SHAPE = (5, 256, 256, 1)  # five neighbouring slices (thesis, its third network)
 VIDEO_SHAPE = (60, 256, 256, 3)  # Kinetics' networks take three channels
 VIDEO_SLAB_SHAPE = (*SLAB_SHAPE[:-1], VIDEO_SHAPE[-1])
@@ -125,6 +128,12 @@ def _depth_presets(depth: int) -> dict[str, Preset]:
     return {
         f"resnet{depth}_2d": Preset(
             ModelSpec(SLICE_SHAPE, depth=depth), f"ResNet-{depth} on slices", image
+        ),
+        f"resnet{depth}_2d_stack": Preset(
+            ModelSpec(STACK_SHAPE, depth=depth),
+            f"ResNet-{depth} on stacks: neighbouring slices as channels",
+            image,
+            via=f"channels --channels {STACK_SHAPE[-1]}" if image else "",
         ),
         f"resnet{depth}_2d_medicalnet": Preset(
             _medicalnet((*SLICE_SHAPE[:2], 1), depth),
@@ -263,14 +272,16 @@ def view_kind(preset_name: str, view: str | None) -> str:
 
     Args:
         preset_name: a key of `PRESETS`.
-        view: "slice", "slab" or "series"; None suits the preset.
+        view: "slice", "stack", "slab" or "series"; None suits the preset.
 
     >>> view_kind("resnet18_3d_slab", None), view_kind("resnet18_3d_slab", "series")
     ('slab', 'series')
+    >>> view_kind("resnet18_2d_stack", None)
+    'stack'
     """
     if view is not None:
         return view
     spec = PRESETS[preset_name].spec
     if spec.rank == 2:
-        return "slice"
+        return "stack" if spec.channels == STACK_SHAPE[-1] else "slice"
     return "slab" if spec.input_shape[0] == SLAB_SHAPE[0] else "series"

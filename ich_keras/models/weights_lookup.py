@@ -114,10 +114,11 @@ def find_weights(name: str | Path, preset_name: str) -> Path:
             + f"weights-convert restride --weights {path} --to {preset_name}, then the same again.",
         )
     if via:
+        preset_given = "" if via.startswith("channels") else f" --preset {preset_name}"
         raise UsageError(
             f"{preset_name} takes {source} with its shape changed on purpose.",
             ("" if path.is_file() else f"{to_convert}, then ")
-            + f"weights-convert {via} --weights {path} --preset {preset_name} --out FILE{SUFFIX},"
+            + f"weights-convert {via} --weights {path}{preset_given} --out FILE{SUFFIX},"
             f" then --weights FILE{SUFFIX}.",
         )
     raise UsageError(

@@ -32,7 +32,7 @@ def heat_maps_of(run: RunFolder, cache: CTCache, device: str | None = None) -> H
     require_torch()
     recipe, model = load_run(run, device, precision="float32", unfinished=True)
     inputs, view = recipe.inputs, recipe.inputs.view
-    samples = cache.samples(view)
+    samples = recipe.inputs.samples(cache)
     step = 1 if view.kind == "series" else _AT_A_TIME
     dataset = CTDataset(cache.pixels, samples, inputs.size, intensity=inputs.intensity)
 
@@ -47,7 +47,8 @@ def heat_maps_of(run: RunFolder, cache: CTCache, device: str | None = None) -> H
                 is_flat = one.ndim == 2
                 one = one if is_flat else _slice_of(samples, int(part[place]), row, one)
                 found[start + place] = one
-        return _within_heads(found, cache.slices_hu(rows))
+        boxes = None if samples.boxes is None else samples.boxes[numbers]
+        return _within_heads(found, cache.slices_hu(rows), boxes)
 
     return maps
 
@@ -69,10 +70,26 @@ def _slice_of(samples: Samples, number: int, row: int, maps: np.ndarray) -> np.n
     return maps[int(distance.argmin())]
 
 
-def _within_heads(maps: np.ndarray, hu: np.ndarray) -> np.ndarray:
+def _within_heads(maps: np.ndarray, hu: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
     """Scale each map to 0..1, its highest value, and take away what lies in air."""
     side = hu.shape[-1]
     found = np.stack([cv2.resize(one, (side, side)) for one in maps])
+    if boxes is not None:
+        found = np.stack([_put_back(one, box) for one, box in zip(found, boxes, strict=True)])
     found = np.where(hu > _HEAD_HU, np.maximum(found, 0), 0)
     highest = found.max(axis=(1, 2), keepdims=True)
     return (found / np.where(highest > 0, highest, 1)).astype(np.float32)
+
+
+def _put_back(one: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Put the map of a square that was cut out (`Samples.boxes`) back into the whole slice."""
+    top, left, side = box.tolist()
+    if side == 0:
+        return one
+    size = len(one)
+    small = cv2.resize(one, (side, side), interpolation=cv2.INTER_AREA)
+    whole = np.zeros_like(one)
+    rows, columns = (slice(max(at, 0), min(at + side, size)) for at in (top, left))
+    inside = small[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    whole[rows, columns] = inside
+    return whole
