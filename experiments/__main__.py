@@ -127,8 +127,8 @@ def table(number: int, **options: Any) -> None:
 @click.argument("name")
 @_run_options
 def question(name: str, **options: Any) -> None:
-    """Answer one question: leak, views, stride, fractions, stride-9, memory, intensity, normalise
-    or pretraining."""
+    """Answer one question: leak, views, stride, fractions, stride-9, memory, intensity, normalise,
+    pretraining, context or labels."""
     from experiments.questions import QUESTIONS
     from ich_keras.errors import UsageError
 

@@ -2,68 +2,10 @@
 
 A number that depends on another run is declared as such: `like=("operations", "slab")` trains for
 as many epochs as it takes to spend the operations of the run "slab"; `settle.py` works it out.
-
-The fields of `Run` are part of the fingerprint of a stored result (see `declare.declaration`):
-renaming one makes every stored result stale.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training, repeated for each seed.
-
-    Args:
-        title: what it is, for tables.
-        preset: the network.
-        view: slice, slab or series.
-        slices: of a slab; None: five.
-        split: "patient"; "thesis-slices" and "thesis-series", in which the held-out samples also
-            choose the model; "leaky" splits the slices of as many patients as the patient split
-            trains on, see `splits.leaky_split`; "other" is a patient split of the second set of
-            phantoms.
-        fraction: of the training patients.
-        weights: None from scratch; the name of a converted source; "run:KEY" the best weights of
-            another run; "collapsed:KEY" the same, collapsed to 2D.
-        like: (what, key): as many "steps" or "operations" as another run (sets the epochs), or as
-            much "memory" (sets the batch size).
-        intensity, augment: as in `RunConfig`; None takes the scale's.
-        normalise_first: imitate the thesis's order, normalisation before brightness and contrast.
-        published: key of `tables.PUBLISHED`.
-        first_seed: trained for the scale's first seed only.
-    """
-
-    title: str
-    preset: str
-    view: str
-    slices: int | None = None
-    split: str = "patient"
-    fraction: float = 1.0
-    weights: str | None = None
-    like: tuple[str, str] | None = None
-    intensity: str | None = None
-    augment: str | None = None
-    normalise_first: bool = False
-    published: str | None = None
-    first_seed: bool = False
-
-    @property
-    def depends_on(self) -> tuple[str, ...]:
-        """Keys of the runs whose weights it starts from."""
-        kind, _, key = (self.weights or "").partition(":")
-        return (key,) if kind in ("run", "collapsed") else ()
-
-    @property
-    def needs_weights(self) -> str | None:
-        """The converted source it starts from."""
-        return None if self.weights is None or self.depends_on else self.weights
-
-    @property
-    def is_thesis(self) -> bool:
-        """Whether its held-out samples also choose the model, as in the thesis."""
-        return self.split.startswith("thesis-")
-
+from experiments.context_runs import CONTEXT_RUNS
+from experiments.run import Run
 
 STAND_IN = "pretrained on other phantoms (stand-in)"
 MEDICALNET_3D = "medicalnet_resnet18_23datasets"
@@ -358,4 +300,5 @@ RUNS: dict[str, Run] = {
     **_INTENSITY,
     **_NORMALISE,
     **_PRETRAINING,
+    **CONTEXT_RUNS,
 }
