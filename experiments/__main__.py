@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from experiments.pretrain_command import pretrain
 from ich_keras.processes import usable_threads
 from ich_keras.terminal import HELP, Group, PathType, catch_termination, open_terminal
 
@@ -128,7 +129,7 @@ def table(number: int, **options: Any) -> None:
 @_run_options
 def question(name: str, **options: Any) -> None:
     """Answer one question: leak, views, stride, fractions, stride-9, memory, intensity, normalise,
-    pretraining, thin or kinetics."""
+    pretraining, thin, kinetics, context or labels."""
     from experiments.questions import QUESTIONS
     from ich_keras.errors import UsageError
 
@@ -349,6 +350,9 @@ def published_split(table: Path, out: Path) -> None:
     from experiments.published_splits import write_split
 
     click.echo(f"{write_split(table, out)}  {out}")
+
+
+main.add_command(pretrain)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,13 @@ _LATER_OPTIONS = (
     "positive_weight",
     "swa",
 )
+# Fields of `Run` that came after the first results were stored: declared where they are used.
+_LATER_FIELDS = {"on": None, "learn_from": "both"}
+# Of all sequence heads. Named here, so that neither another default of the library nor an option
+# that it adds makes stored results stale.
+_HEAD_SHAPE = {"width": 128, "depth": 2, "heads": 4, "dropout": 0.3}
+_HEAD_FITTING = {"weight_decay": 0.01, "series_weight": 0.5}
+_HEAD_PREFIX = "sequence_"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,22 @@ def chosen_runs(
         run = RUNS[key]
         if not is_made_at(run, scale):
             return
-        for other in run.depends_on:
+        for other in run.needs:
             add(other)
         ordered[key] = None
 
     for key in wanted:
         add(key)
-    return sorted(ordered, key=lambda key: bool(RUNS[key].depends_on))
+    return sorted(ordered, key=stage_of)
+
+
+def stage_of(key: str) -> int:
+    """Return how many runs must have been trained one after another before this one.
+
+    >>> stage_of("2d"), stage_of("2d-stand-in"), stage_of("sequence-gru")
+    (0, 1, 1)
+    """
+    return max((1 + stage_of(other) for other in RUNS[key].needs), default=0)
 
 
 def fitting_of(run: Run, scale: Scale) -> Fitting:
@@ -75,8 +91,11 @@ def fitting_of(run: Run, scale: Scale) -> Fitting:
 def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunConfig:
     """Return the part of a run's configuration that follows from the declaration alone.
 
-    `settle.resolve` adds the split, the weights and what `like` asks for.
+    `settle.resolve` adds the split, the weights and what `like` asks for. That of a sequence head
+    is its slice network's; `head_settings` has its own settings.
     """
+    if run.on is not None:
+        return base_config(RUNS[run.on], scale, seed, device)
     fitting = fitting_of(run, scale)
     slices = {"slice": None, "slab": run.slices or 5, "series": scale.series_slices}[run.view]
     return RunConfig(
@@ -104,6 +123,26 @@ def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunC
     )
 
 
+def head_settings(run: Run, scale: Scale, seed: int) -> dict:
+    """Return the settings of a sequence head, as `ich_keras.context_fitting.ContextConfig` takes
+    them.
+
+    Args:
+        run: with `on`.
+        scale, seed: as for `base_config`.
+    """
+    return {
+        "kind": run.preset.removeprefix(_HEAD_PREFIX),
+        **_HEAD_SHAPE,
+        "epochs": scale.head.epochs,
+        "batch_size": scale.head.batch_size,
+        "learning_rate": scale.head.learning_rate,
+        **_HEAD_FITTING,
+        "learn_from": run.learn_from,
+        "seed": seed,
+    }
+
+
 def data_settings(scale: Scale, source: Source | None = None) -> dict:
     """Return the settings that determine the data: a work folder belongs to one set of them."""
     names = ("size", "num_series", "phantom_seed", "matrix", "other_series", "other_seed")
@@ -118,8 +157,12 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
     A stored result with another fingerprint is stale. Runs that a run depends on are included.
     """
     run = RUNS[key]
+    fields = {name: value for name, value in asdict(run).items() if name != "title"}
+    for name, usual_value in _LATER_FIELDS.items():
+        if fields[name] == usual_value:
+            del fields[name]
     content = {
-        "run": {name: value for name, value in asdict(run).items() if name != "title"},
+        "run": fields,
         "config": base_config(run, scale, seed).to_dict(),
         "data": data_settings(scale, source),
     }
@@ -133,7 +176,9 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
     for name in _LATER_OPTIONS:
         if content["config"]["fit"][name] == usual[name]:
             del content["config"]["fit"][name]
-    others = [*run.depends_on, *([run.like[1]] if run.like else [])]
+    if run.on is not None:
+        content["head"] = head_settings(run, scale, seed)
+    others = [*run.needs, *([run.like[1]] if run.like else [])]
     content["others"] = {other: declaration(other, scale, seed, source) for other in others}
     return fingerprint(content)
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from experiments.place import Place
 from experiments.results import AUGMENTED, HISTORY, PREDICTIONS, RESULT
 from experiments.runs import RUNS
 from experiments.settle import RunCost
+from experiments.trained import evaluated, of_head, of_run
 from ich_keras.ct.tables import patient_or_series
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.trivial import cache_band_counts, trivial_auroc
@@ -19,9 +21,8 @@ from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write, read_json, sha256_of, write_json
 from ich_keras.inference import load_run, probabilities
-from ich_keras.labels import LABELS
-from ich_keras.metrics.aggregation import aggregate
-from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
+from ich_keras.labels import ANY, LABELS
+from ich_keras.metrics.binary import TRUTH_COLUMNS
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 
@@ -50,33 +51,37 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
         place: of the experiments.
         key, seed: of the run.
         cache: the one it was trained on.
-        cost: of its training.
+        cost: of its training; of a sequence head, of the slice network's.
 
     Raises:
         StaleError: the run folder does not record when and where it was trained.
     """
     run, out = RunFolder(place.run_dir(key, seed)), place.result_dir(key, seed)
-    environment, machine = _trained_in(run)
+    is_head = RUNS[key].on is not None
+    # First of all: it refuses runs that do not know where they were trained.
+    training = of_head(place, key, seed, cache, cost) if is_head else of_run(place, key, seed, cost)
+    environment, machine = _machine_of(training.environment, run)
     recipe = run.recipe()
-    found = run.metrics("test")
-    assert found is not None  # a finished run has been evaluated
-    table = pd.read_csv(run.predictions_file("test"), dtype={"sop_instance_uid": str})
-    table, metrics = _unsmoothed(table, found)
+    table, metrics = evaluated(run, "test")
     numbers = patient_numbers(cache)
     _write(out / PREDICTIONS, _kept_rows(table, numbers))
     (out / AUGMENTED).unlink(missing_ok=True)
     if RUNS[key].is_thesis:
         _write(out / AUGMENTED, _kept_rows(_augmented(recipe, cache, run, table), numbers))
-    history = pd.read_csv(run.history_file)
-    atomic_write(out / HISTORY, run.history_file.read_text(encoding="utf-8"))
+    atomic_write(out / HISTORY, training.history)
     data, split = run.data(), run.split()
     plan = data["plan"]
-    samples = cost.samples_per_epoch * len(history)
     content = recipe.as_config().to_dict()
+    content["preset"] = RUNS[key].preset
+    content["fit"] |= training.fit
     content["data"]["split"] = Path(content["data"]["split"]).name
     if content["weights"]:
         # The run they came from is more useful than a path on this machine.
-        content["weights"] = RUNS[key].weights
+        content["weights"] = RUNS[RUNS[key].on or key].weights
+    # A head learns from all series as they are; the other entries are its slice network's.
+    content["data"]["balance"] &= not is_head
+    train, valid, test = (split.indices(cache.slices, part) for part in ("train", "valid", "test"))
+    counts = _band_counts(cache)
     write_json(
         out / RESULT,
         {
@@ -102,34 +107,44 @@ def keep_result(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost
                 "jobs": place.jobs,
             },
             "date": environment["started"][:10],
-            "seconds": round(float(history["seconds"].sum()), 1),
-            "best_epoch": run.best_epoch(),
-            "samples_seen": samples,
-            "steps": plan["total_steps"] // recipe.training.accumulate,
-            "training_operations": 3 * samples * cost.operations_per_sample,
+            "seconds": round(training.seconds, 1),
+            "peak_bytes": training.peak_bytes,
+            "best_epoch": training.best_epoch,
+            "samples_seen": training.samples_seen,
+            "steps": training.steps,
+            "training_operations": training.operations,
             "patients": plan["num_patients"],
             "series": plan["num_series"],
             "slices": plan["num_slices"],
             "warning": plan["warning"],
             "note": plan["note"],
-            "trivial_auroc_any": trivial_auroc(
-                cache,
-                split.indices(cache.slices, "train"),
-                split.indices(cache.slices, "test"),
-                counts=_band_counts(cache),
-            ),
+            "trivial_auroc_any": trivial_auroc(cache, train, test, counts=counts),
+            "valid": _validated(run, trivial_auroc(cache, train, valid, counts=counts)),
             "metrics": {
                 level: {name: part[name] for name in _KEPT_METRICS if name in part}
                 for level, part in metrics.items()
             },
+            **training.more,
         },
     )
 
 
-def _trained_in(run: RunFolder) -> tuple[dict, dict]:
-    """Return the recorded environment and machine of a training: its result may be stored later,
+def _validated(run: RunFolder, counting: dict[str, float | None]) -> dict[str, Any]:
+    """Return the scores on validation, beside counting voxels: of the runs, not of a choice."""
+    levels = {}
+    if run.metrics("valid") is not None:
+        _, metrics = evaluated(run, "valid")
+        levels = {
+            level: {"log_loss": part["log_loss"], "auroc_any": part["auroc"][ANY]}
+            for level, part in metrics.items()
+        }
+    return {"metrics": levels, "trivial_auroc_any": counting}
+
+
+def _machine_of(environment: dict, run: RunFolder) -> tuple[dict, dict]:
+    """Part what a training recorded into environment and machine: its result may be stored later,
     and elsewhere."""
-    environment = run.environment()
+    environment = dict(environment)
     absent = {"started", "device_name", "processor", "cpu_count"} - {*environment}
     if absent:
         raise StaleError(
@@ -162,30 +177,6 @@ def _weights_record(run: RunFolder) -> dict | None:
         return None
     loaded = read_json(path)
     return {name: loaded[name] for name in ("fresh", "ignored", "record")}
-
-
-def _unsmoothed(table: pd.DataFrame, metrics: dict) -> tuple[pd.DataFrame, dict]:
-    """Return predictions and metrics without smoothing along z.
-
-    The experiments compare what networks answer, also with results of before there was smoothing.
-    The report shows it as a control, with one kernel for all.
-    """
-    columns = [f"unsmoothed_{label}" for label in LABELS]
-    if columns[0] not in table:
-        return table, metrics
-    values, truth = table[columns].to_numpy(), table[list(TRUTH_COLUMNS)].to_numpy()
-    of_levels = {"slice": (truth, values)}
-    if "series" in metrics:
-        uids = table["series_instance_uid"].tolist()
-        series = aggregate(values, uids, metrics["series"]["aggregation"]["rule"]).to_numpy()
-        of_levels["series"] = (aggregate(truth, uids).to_numpy().astype(int), series)
-    found = {}
-    for level, part in metrics.items():
-        prevalence = part["baseline"]["prevalence"]["probabilities"]
-        again = binary_metrics(*of_levels[level], [prevalence[label] for label in LABELS])
-        found[level] = part | again
-    table = table.drop(columns=list(LABELS))
-    return table.rename(columns=dict(zip(columns, LABELS, strict=True))), found
 
 
 def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:

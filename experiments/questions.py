@@ -3,6 +3,7 @@ only."""
 
 from dataclasses import dataclass
 
+from experiments.context_runs import HEADS, LABEL_HEADS
 from experiments.runs import FRACTIONS
 from experiments.slab_runs import KINETICS
 
@@ -47,6 +48,11 @@ class Question:
     only_shared: bool = False
     note: str = ""
 
+
+_SEQUENCES = tuple(f"sequence-{kind}" for kind in HEADS)
+_LEARNT = tuple(
+    f"sequence-{kind}{learnt}" for kind in LABEL_HEADS for learnt in ("-slices", "", "-series")
+)
 
 QUESTIONS = {
     "leak": Question(
@@ -169,6 +175,44 @@ QUESTIONS = {
             " several times the operations of `slab`, at equal epochs and learning rate (those"
             " that were chosen on `slab`). The weights of R3D and R(2+1)D are restrided; MC3 is as"
             " it was trained."
+        ),
+    ),
+    "context": Question(
+        title="What do the other slices of a series tell about a slice, and how best to see them?",
+        runs=(
+            *("2d", "slab", *_SEQUENCES, "series"),
+            *("2d-operations", "sequence-gru-operations", "series-operations"),
+        ),
+        pairs=(
+            *(("slab", "2d"), *((key, "2d") for key in _SEQUENCES), ("series", "2d")),
+            *((key, "slab") for key in _SEQUENCES),
+            *(("2d-operations", "slab"), ("series-operations", "slab")),
+            ("sequence-gru-operations", "2d-operations"),
+            ("sequence-gru-operations", "slab"),
+        ),
+        note=(
+            "**At equal patients** each network has the epochs and learning rate of its view. **At"
+            " equal operations** it is trained for as many as `slab`, which stands in both; a"
+            " sequence head spends nearly nothing beside its slice network. A head is trained on"
+            " all series as they are, slices and slabs on as many positive samples as negative"
+            " ones: this is in their log loss, not in their AUROC. A head begins as its slice"
+            " network, and its share beside it is chosen on validation, as is the epoch of every"
+            " network."
+        ),
+    ),
+    "labels": Question(
+        title="Labels of slices, or labels of series alone?",
+        runs=("2d", *_LEARNT, "series"),
+        pairs=(
+            *((f"sequence-{kind}-series", f"sequence-{kind}-slices") for kind in LABEL_HEADS),
+            *((f"sequence-{kind}", f"sequence-{kind}-slices") for kind in LABEL_HEADS),
+            *((f"sequence-{kind}-series", "2d") for kind in LABEL_HEADS),
+            *((f"sequence-{kind}-series", "series") for kind in LABEL_HEADS),
+        ),
+        note=(
+            "Heads on the same features of the same slice network, which itself has learned from"
+            " labels of slices: what differs is what the head learns from. `series` has seen no"
+            " label of a slice at all, and answers none."
         ),
     ),
 }

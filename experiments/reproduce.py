@@ -7,12 +7,22 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing.queues import Queue
 from pathlib import Path
 
 from experiments.data import claim_work, open_or_make
-from experiments.declare import declaration, seeds_of
+from experiments.declare import declaration, seeds_of, stage_of
+from experiments.heads import (
+    cost_file,
+    features_file,
+    forget_features,
+    is_of_features,
+    make_features,
+    train_head,
+)
 from experiments.keeping import keep_result
+from experiments.memory import measured
 from experiments.place import Place
 from experiments.results import is_kept, require_same_cache
 from experiments.runs import RUNS
@@ -58,20 +68,25 @@ def plan_tasks(place: Place, keys: Sequence[str], seeds: Sequence[int]) -> list[
     tasks = [Task(key, seed) for key in usable for seed in seeds_of(key, tuple(seeds), place.scale)]
     # The first seed of every run comes first: it is enough for a first look.
     order = (*seeds, *place.scale.seeds)
-    tasks.sort(key=lambda task: (bool(RUNS[task.key].depends_on), order.index(task.seed)))
+    tasks.sort(key=lambda task: (stage_of(task.key), order.index(task.seed)))
     absent = [task for task in tasks if not is_kept(place, task.key, task.seed)]
     # Results may be kept without the work folder, but they contain no weights to start from.
-    needed = {other for task in absent for other in RUNS[task.key].depends_on}
-    return [
-        task
-        for task in tasks
-        if task in absent
-        or (
-            task.key in needed
-            and task.seed == place.scale.seeds[0]
-            and not RunFolder(place.run_dir(task.key, task.seed)).best_weights.is_file()
-        )
-    ]
+    first = place.scale.seeds[0]
+    started_from = {(other, first) for task in absent for other in RUNS[task.key].depends_on}
+    stood_on = {(RUNS[task.key].on, task.seed) for task in absent}
+    planned = []
+    for task in tasks:
+        of = (task.key, task.seed)
+        if task in absent or (of in started_from and not _has_weights(place, *of)):
+            planned.append(task)
+        elif of in stood_on and not _has_weights(place, *of):
+            planned.append(replace(task, part="weights"))
+    return planned
+
+
+def _has_weights(place: Place, key: str, seed: int) -> bool:
+    run = RunFolder(place.run_dir(key, seed))
+    return run.best_weights.is_file() and not run.is_interrupted
 
 
 def make_run(
@@ -80,7 +95,7 @@ def make_run(
     tell: Tell | None = None,
     train_run: Callable = train,
 ) -> Task:
-    """Train a run unless its folder is finished, and store its result.
+    """Train a run unless its folder is finished, and store its result; or do a part of this.
 
     Args:
         place: claimed; its cache exists.
@@ -96,29 +111,45 @@ def make_run(
         if tell is not None:
             tell(f"{task}: {line}")
 
+    if task.part == "features":
+        make_features(place, task, tell_of_task)
+        return task
     run, folder = RUNS[task.key], place.run_dir(task.key, task.seed)
     cache = CTCache.open(place.cache_dir(run.split == "other"))
     mark = folder.with_name(f"{folder.name}.json")
     wanted = {"declaration": declaration(task.key, place.scale, task.seed, place.source)}
     made = RunFolder(folder)
-    is_finished = mark.is_file() and made.is_finished and made.best_weights.is_file()
+    is_finished = (
+        mark.is_file()
+        and made.is_finished
+        and made.best_weights.is_file()
+        and (run.on is None or is_of_features(place, task))
+    )
     if is_finished and read_json(mark) != wanted:
         raise StaleError(
             f"{folder} is a run with other settings.",
             "Remove that folder, or give another --work.",
         )
     config, cost = resolve(place, task, cache)
-    if not is_finished:
+    if not is_finished and run.on is not None:
+        write_json(mark, wanted)
+        train_head(place, task, cache, tell_of_task)
+    elif not is_finished:
         is_same = mark.is_file() and read_json(mark) == wanted
         goes_on = is_same and made.is_interrupted
         device = choose_device(config.device)
         augment = _own_augmentation(run.normalise_first)
-        if not goes_on or not _resumed(folder, cache, device, augment, tell_of_task):
-            shutil.rmtree(folder, ignore_errors=True)
-            write_json(mark, wanted)
-            settings = {} if augment is None else {"augment": augment}
-            train_run(config, cache, folder, tell=tell_of_task, **settings)
-    keep_result(place, task.key, task.seed, cache, cost)
+        forget_features(place, task.key, task.seed)
+        with measured() as peak:
+            if not goes_on or not _resumed(folder, cache, device, augment, tell_of_task):
+                shutil.rmtree(folder, ignore_errors=True)
+                write_json(mark, wanted)
+                settings = {} if augment is None else {"augment": augment}
+                train_run(config, cache, folder, tell=tell_of_task, **settings)
+        cost_of_run = {"peak_bytes": peak.to_dict()}
+        write_json(cost_file(place, task.key, task.seed), cost_of_run)
+    if task.part == "run":
+        keep_result(place, task.key, task.seed, cache, cost)
     # Large, and not needed once the result is stored; the best weights stay.
     for path in (made.state_folder, made.model_file):
         _remove(path)
@@ -205,16 +236,29 @@ def reproduce(
         if True in others:
             open_or_make(place, is_other=True, progress=progress, tell=tell)
         del cache
-        stages = [
-            [task for task in tasks if not RUNS[task.key].depends_on],
-            [task for task in tasks if RUNS[task.key].depends_on],
-        ]
         done = 0
-        for stage in stages:
+        for stage in _stages(place, tasks):
             for task in _finished(place, stage, tell, train_run):
-                done += 1
-                tell(f"{task}: done ({done}/{len(tasks)})")
+                if task in tasks:
+                    done += 1
+                    tell(f"{task}: done ({done}/{len(tasks)})")
     return len(tasks)
+
+
+def _stages(place: Place, tasks: list[Task]) -> Iterator[list[Task]]:
+    """Yield tasks that can be done at the same time: runs before what starts from them, and the
+    features of a slice network, once, before the heads on it."""
+    for stage in sorted({stage_of(task.key) for task in tasks}):
+        of_stage = [task for task in tasks if stage_of(task.key) == stage]
+        heads = [task for task in of_stage if RUNS[task.key].on is not None]
+        yield [task for task in of_stage if task not in heads]
+        networks = dict.fromkeys((RUNS[task.key].on or "", task.seed) for task in heads)
+        yield [
+            Task(key, seed, "features")
+            for key, seed in networks
+            if not features_file(place, key, seed).is_file()
+        ]
+        yield heads
 
 
 def _finished(

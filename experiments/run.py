@@ -1,7 +1,7 @@
 """What a declared training is.
 
 The fields of `Run` are part of the fingerprint of a stored result (see `declare.declaration`):
-renaming one makes every stored result stale.
+renaming one makes every stored result stale. A new one must have a default, and be listed there.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,9 @@ class Run:
         normalise_first: imitate the thesis's order, normalisation before brightness and contrast.
         published: key of `tables.PUBLISHED`.
         first_seed: trained for the scale's first seed only.
+        on: the run on whose slice network a sequence head is trained, seed by seed; `preset` then
+            names the head (`sequence_gru`).
+        learn_from: labels that such a head learns from: "slices", "series" or "both".
     """
 
     title: str
@@ -45,12 +48,19 @@ class Run:
     normalise_first: bool = False
     published: str | None = None
     first_seed: bool = False
+    on: str | None = None
+    learn_from: str = "both"
 
     @property
     def depends_on(self) -> tuple[str, ...]:
         """Keys of the runs whose weights it starts from."""
         kind, _, key = (self.weights or "").partition(":")
         return (key,) if kind in ("run", "collapsed", "restrided") else ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Keys of all runs that must have been trained before it."""
+        return (*self.depends_on, *([self.on] if self.on else []))
 
     @property
     def needs_weights(self) -> str | None:

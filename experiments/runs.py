@@ -4,6 +4,7 @@ A number that depends on another run is declared as such: `like=("operations", "
 as many epochs as it takes to spend the operations of the run "slab"; `settle.py` works it out.
 """
 
+from experiments.context_runs import CONTEXT_RUNS
 from experiments.run import MEDICALNET_2D, MEDICALNET_3D, STAND_IN, Run
 from experiments.slab_runs import KINETICS, THIN
 
@@ -298,4 +299,5 @@ RUNS: dict[str, Run] = {
     **_PRETRAINING,
     **THIN,
     **KINETICS,
+    **CONTEXT_RUNS,
 }

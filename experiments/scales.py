@@ -42,6 +42,7 @@ class Scale:
         other_series, other_seed: a second set of phantoms, on which the stand-ins for pretrained
             weights are trained.
         other_fittings: per preset, where a stand-in is trained with other settings.
+        head: of sequence heads; a sample is a series.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Scale:
     other_series: int = 0
     other_seed: int = 1000
     other_fittings: Mapping[str, Fitting] = field(default_factory=dict)
+    head: Fitting = Fitting(batch_size=16, epochs=30, learning_rate=1e-3)
 
     @property
     def is_synthetic(self) -> bool:
@@ -87,6 +89,7 @@ SCALES = {
         num_series=64,
         slice_spacing_mm=(10.0, 13.0),
         other_series=32,
+        head=Fitting(batch_size=8, epochs=3, learning_rate=1e-3),
     ),
     "small": Scale(
         name="small",
@@ -131,6 +134,8 @@ SCALES = {
         schedule="constant",
         warmup_steps=0,
         loader_workers=8,
+        # The thesis has no sequence heads. RSNA has 40 times as many series as `small`.
+        head=Fitting(batch_size=16, epochs=10, learning_rate=1e-3),
     ),
 }
 

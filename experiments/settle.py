@@ -25,15 +25,22 @@ if TYPE_CHECKING:
 class Task:
     """One run with one seed.
 
-    >>> str(Task("2d", 0))
-    '2d seed 0'
+    Args:
+        key, seed: of the run.
+        part: "run"; "weights" trains it for its weights alone, which results do not hold, and
+            leaves its stored result as it is; "features" computes those of its slice network.
+
+    >>> str(Task("2d", 0)), str(Task("2d", 0, "weights"))
+    ('2d seed 0', '2d seed 0 (weights)')
     """
 
     key: str
     seed: int
+    part: str = "run"
 
     def __str__(self) -> str:
-        return f"{self.key} seed {self.seed}"
+        part = "" if self.part == "run" else f" ({self.part})"
+        return f"{self.key} seed {self.seed}{part}"
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,11 @@ def resolve(place: Place, task: Task, cache: CTCache) -> tuple[RunConfig, RunCos
         cache: the one it trains on.
 
     Returns:
-        The configuration, and what an epoch costs.
+        The configuration, and what an epoch costs; of a sequence head, its slice network's.
     """
     run, seed = RUNS[task.key], task.seed
+    if run.on is not None:
+        return resolve(place, Task(run.on, seed), cache)
     folder = place.work / FOLDER
     config = base_config(run, place.scale, seed, place.device)
     # More workers than cores would only wait for each other; the batches are the same.

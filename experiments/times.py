@@ -45,6 +45,15 @@ _COUNTED = {
     "mc3_18_slab": {64: 0.884, 96: 1.990},
     "r2plus1d_18_slab": {64: 1.595, 96: 3.590},
 }
+# A sequence head's training step, per slice of a filled-up series: (preset) -> seconds. Measured on
+# one core of an Intel Xeon, batches of 16 series of 16 slices, 512 features.
+HEAD_SECONDS = {
+    "sequence_gru": 0.00045,
+    "sequence_lstm": 0.00049,
+    "sequence_conv": 0.00014,
+    "sequence_transformer": 0.00018,
+    "sequence_attention": 0.00010,
+}
 TRAINING_PART, VALID_PART, _ = FRACTIONS  # of the patients
 THESIS_PARTS = 0.8, 0.2
 HEAD_MM = 100  # of a phantom's slices: mean number times mean spacing
@@ -64,10 +73,23 @@ def expected_seconds(key: str, scale: Scale) -> float | None:
     if not scale.is_synthetic:
         return None
     run = RUNS[key]
+    if run.on is not None:
+        return _head_seconds(run, scale)
     speed, epochs = _speed(run, scale), _epochs(key, scale)
     part = THESIS_PARTS[1] if run.is_thesis else VALID_PART
     valid = part * _all_samples(run, scale) * FORWARD
     return OVERHEAD_SECONDS + epochs * speed.seconds * (_samples(run, scale) + valid)
+
+
+def _head_seconds(run: Run, scale: Scale) -> float:
+    """Return the time of a head and of its evaluation; that of its slice network is another run's,
+    and features are computed once for all heads."""
+    assert scale.num_series is not None
+    network = _speed(RUNS[run.on or ""], scale).seconds * FORWARD
+    evaluated = (1 - TRAINING_PART) * _all_samples(run, scale) * network
+    # Series are filled up to a multiple of 16 slices.
+    trained = scale.head.epochs * TRAINING_PART * scale.num_series * 16 * HEAD_SECONDS[run.preset]
+    return OVERHEAD_SECONDS + evaluated + trained
 
 
 def _slices(run: Run, scale: Scale) -> int:

@@ -332,16 +332,25 @@ def _losses(truth: np.ndarray, logits: np.ndarray, labels: LabelSet) -> np.ndarr
 
 
 def choose_blend(
-    head: Any, valid: SeriesSet, labels: LabelSet
+    head: Any, valid: SeriesSet, labels: LabelSet, learn_from: str = "both"
 ) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
     """Choose the head's share in the logits of each label by the log loss on validation slices.
 
-    Where labels of slices are missing altogether, the head has all.
+    Where labels of slices are missing altogether, or the head shall learn from those of series
+    alone, it has all.
+
+    Args:
+        head: trained.
+        valid: the series of validation.
+        labels: of the head.
+        learn_from: see `ContextConfig`.
 
     Returns:
         float32 (labels,), and the loss of each share by label.
     """
     truth, logits = _valid_answers(head, valid, "slices")
+    if learn_from == "series":
+        truth = np.full_like(truth, np.nan)
     own = logits_of(
         probabilities_of(np.concatenate([part[1] for part in valid.parts]), labels), labels
     )

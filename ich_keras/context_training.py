@@ -83,7 +83,7 @@ def train_context(
     with files.lock(out.with_name(f"{out.name}.partial.lock"), is_kept=False):
         partial.mkdir(parents=True, exist_ok=True)
         head, facts = fit_head(sets, config, labels, features, partial, progress, tell)
-        blend, losses = choose_blend(head, sets["valid"], labels)
+        blend, losses = choose_blend(head, sets["valid"], labels, config.learn_from)
         shown = ", ".join(f"{n} {b:g}" for n, b in zip(labels.names, blend, strict=True))
         tell(f"Share of the head in the logits, chosen on validation: {shown}.")
         for name in _COPIED:

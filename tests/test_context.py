@@ -239,6 +239,9 @@ def test_the_shares_are_those_with_the_lowest_log_loss():
     assert losses["right"]["1"] == pytest.approx(np.log1p(np.exp(-3)), rel=1e-5)
     assert losses["wrong"]["0"] == pytest.approx(np.log(2), rel=1e-6)
     assert losses["unknown"] == {}
+    # What shall learn from labels of series alone chooses by no label of a slice.
+    blend, losses = choose_blend(Constant([3, -3, 3]), sets, labels, "series")
+    assert blend.tolist() == [1, 1, 1] and losses == {"right": {}, "wrong": {}, "unknown": {}}
 
 
 def test_series_are_taken_whole_with_their_labels(features, phantom_cache):

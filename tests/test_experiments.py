@@ -147,11 +147,11 @@ def test_declarations_are_valid_at_every_scale():
         for key, run in RUNS.items():
             config = base_config(run, scale, seed=1)
             assert RunConfig.from_dict(config.to_dict()) == config
-            assert run.preset in PRESETS
+            assert run.preset in PRESETS or run.on is not None
             view = Recipe.of(config).inputs.view
             assert view.kind == run.view, key
             assert run.published is None or run.published in PUBLISHED
-            assert all(other in RUNS for other in run.depends_on)
+            assert all(other in RUNS for other in run.needs)
             assert run.like is None or run.like[1] in RUNS
             # Weights of one preset, not of a similar one.
             assert all(
@@ -1195,12 +1195,12 @@ def test_smoothing_is_shown_as_a_control_of_slabs():
 
 
 def test_results_are_kept_without_smoothing():
-    from experiments.keeping import _unsmoothed
+    from experiments.trained import unsmoothed
 
     (result,) = [made_result("2d", 0, some_rows(0), rule="mean of the top 3")]
     raw = result.predictions.rename(columns={"series": "series_instance_uid"})
     metrics = result.info["metrics"]
-    assert _unsmoothed(raw, metrics) == (raw, metrics)
+    assert unsmoothed(raw, metrics) == (raw, metrics)
     columns = {f"unsmoothed_{label}": raw[label] for label in LABELS}
     run = raw.assign(**columns, **dict.fromkeys(LABELS, 0.5))
     worse = {
@@ -1208,7 +1208,7 @@ def test_results_are_kept_without_smoothing():
         | {"aggregation": {"rule": "mean of the top 3"}}
         for level in metrics
     }
-    table, found = _unsmoothed(run, worse)
+    table, found = unsmoothed(run, worse)
     pd.testing.assert_frame_equal(table[list(LABELS)], raw[list(LABELS)])
     assert not set(table) & set(columns)
     for level, part in metrics.items():

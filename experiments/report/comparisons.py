@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.declare import is_made_at
 from experiments.questions import QUESTIONS, TABLE_RUNS
+from experiments.report import context
 from experiments.report.confounders import (
     behind_notes,
     early_notes,
@@ -73,7 +74,19 @@ def question_section(name: str, results: Results, compared: Sequence[Compared]) 
         lines += _fractions_note(results)
     if name == "views":
         return lines + _differences(compared) + smoothing_section(results)
+    if name in context.NAMES:
+        return lines + _differences(compared) + context_parts(name, results)
     return lines + _differences(compared)
+
+
+def context_parts(name: str, results: Results) -> list[str]:
+    """Return what the sections of "context" and "labels" show beside scores and differences."""
+    smoothing = context.smoothing_differences(name, results)
+    lines = context.heads_note(name, results) + context.networks_note(name, results)
+    if smoothing:
+        lines += [*context.smoothing_note(), *_differences(smoothing)]
+    lines += context.labels_table(name, results) + context.costs_table(name, results)
+    return lines + context.taught_nothing(name, results)
 
 
 def smoothing_section(results: Results) -> list[str]:

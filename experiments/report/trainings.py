@@ -7,6 +7,11 @@ from experiments.report.formatting import Results, mean_text, spread
 from experiments.runs import RUNS
 from ich_keras.report import markdown_table
 
+_OF_HEADS = (
+    " Of a sequence head, samples are series, and operations and seconds its own with those of the"
+    " features; the section `context` adds its slice network's."
+)
+
 
 def runs_section(results: Results) -> list[str]:
     """Return the section on the runs, one row each."""
@@ -48,7 +53,8 @@ def runs_section(results: Results) -> list[str]:
         " float32. Epoch kept: the one with the lowest validation log loss, of all epochs, for each"
         " seed. Operations: three times the forward pass, for all training samples. Seconds"
         " (range): training, and validation after each epoch, in one process; they cannot be"
-        " compared between devices or precisions.",
+        " compared between devices or precisions."
+        + (_OF_HEADS if any(RUNS[key].on for key in results) else ""),
         "",
         markdown_table(header, rows),
         "",
