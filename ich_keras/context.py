@@ -29,6 +29,50 @@ LENGTH_STEP = 16  # series are filled up to a multiple: few shapes to compile fo
 # The head sees no surer answers: float32 probabilities hold no more.
 MOST_LOGIT = 12.0
 _COPY = "Copy the original run folder again."
+_NAMES = {
+    "gru": "a GRU",
+    "lstm": "an LSTM",
+    "conv": "convolutions along z",
+    "transformer": "a transformer",
+    "attention": "gated attention pooling",
+}
+# Heat maps are of the slice network: nothing takes a head's answer back to pixels.
+MAPS_ALONE = (
+    "Heat maps explain the slice network's own answers alone, not what the sequence head makes of"
+    " them."
+)
+
+
+def context_sentence(run: RunFolder) -> str:
+    """Say that a run answers in context, and by which share; "" where it has no sequence head.
+
+    Raises:
+        StaleError: its context.json is damaged.
+    """
+    path = run.path / FILE
+    if not path.is_file():
+        return ""
+    record = read_json(path)
+    try:
+        name = _NAMES[record["spec"]["kind"]]
+        shares = dict(zip(record["labels"], map(float, record["blend"]), strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StaleError(f"{path} is damaged ({error!r}).", _COPY) from error
+    values = sorted(set(shares.values()))
+    if values == [0]:
+        return (
+            f"A sequence head ({name}) was trained, and no label was better with it on validation:"
+            " the slice network answers alone."
+        )
+    told = (
+        f"{values[0]:g} for every label"
+        if len(values) == 1
+        else ", ".join(f"{label} {share:g}" for label, share in shares.items())
+    )
+    return (
+        f"Each slice is answered in the context of its series by {name}; its share in the logits,"
+        f" beside the slice network's, is {told}."
+    )
 
 
 @dataclass(frozen=True, eq=False)

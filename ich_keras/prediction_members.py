@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich_keras.context import Context
+from ich_keras.context import Context, context_sentence
 from ich_keras.ct.rejects import nothing_usable
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.thin_series import SliceDistances
@@ -64,6 +64,11 @@ class Member:
     domain: Domain | None
     distances: SliceDistances | None
     context: Context | None = None
+
+    @property
+    def whole_digest(self) -> tuple[str, str | None]:
+        """Return the digests of its network and of its head."""
+        return self.digest, None if self.context is None else self.context.digest
 
     def settings(self) -> dict[str, Any]:
         """Return what its answers depend on, for the journal."""
@@ -145,7 +150,10 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
         notice = run.notice()
         recipe, model = load_run(run, device, unfinished=unfinished)
         digest = network_digest(model)
-        twin = next((one.run for one in members if one.digest == digest), None)
+        context = Context.load(run, recipe.labels, model)
+        # Several heads may stand on one slice network: they answer differently.
+        whole = digest, None if context is None else context.digest
+        twin = next((one.run for one in members if one.whole_digest == whole), None)
         if twin is not None:
             raise UsageError(
                 f"{run} has the same weights as {twin}: its answer would count twice.",
@@ -156,7 +164,7 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
         facts = (
             Domain.load(run, digest),
             run.slice_distances(),
-            Context.load(run, recipe.labels, model),
+            context,
         )
         members.append(
             Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, *facts)
@@ -215,6 +223,7 @@ def with_marks(
         notices.insert(0, marks[UNFINISHED])
     slices = None if prediction.slices is None else prediction.slices.assign(**marks)
     told = [*prediction.notice.splitlines()[1:], _domain_sentence(prediction.series[VERDICT])]
+    told += _context_sentences(members)
     return dataclasses.replace(
         prediction,
         slices=slices,
@@ -297,6 +306,16 @@ def _joint_verdicts(tables: list[pd.Series]) -> list[str]:
     for row in zip(*tables, strict=True):
         said = {one for one in row if one}
         found.append(OUTSIDE if OUTSIDE in said else INSIDE if said else "")
+    return found
+
+
+def _context_sentences(members: Sequence[Member]) -> list[str]:
+    """Say which runs have a sequence head, one line each."""
+    found = []
+    for number, member in enumerate(members, 1):
+        if member.context is not None:
+            which = "" if len(members) == 1 else f"Run {number} of {len(members)}: "
+            found.append(f"{which}{context_sentence(member.run)}")
     return found
 
 

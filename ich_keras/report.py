@@ -12,6 +12,7 @@ from ich_keras.breakdown import (
     unknown_properties,
 )
 from ich_keras.config import loss_settings_of
+from ich_keras.context import context_sentence
 from ich_keras.errors import StaleError
 from ich_keras.labels import LabelSet
 from ich_keras.learned_windows import window_lines
@@ -270,6 +271,8 @@ def course_lines(run: RunFolder, recipe: Recipe, plan: dict, environment: dict) 
     if ended_early is not None:
         early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
         lines.append(f"Stopped after {early}.")
+    if sentence := context_sentence(run):
+        lines.append(sentence)
     return lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ich_keras import __version__
+from ich_keras.context import MAPS_ALONE, context_sentence
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.errors import StaleError
@@ -111,7 +112,7 @@ def report_page(
         Section("Curves", _curve_parts(results)),
         Section("Decisions", _decision_parts(results)),
         Section("Calibration", _calibration_parts(results, recipe)),
-        Section("Worst mistakes", _mistake_parts(results, cache, split, heat_maps)),
+        Section("Worst mistakes", _mistake_parts(run, results, cache, split, heat_maps)),
         Section("Learning", _learning_parts(run, recipe, history)),
         *_window_sections(run, recipe),
         Section("Data", card_parts(data, split, card, labels)),
@@ -214,7 +215,11 @@ def _calibration_parts(results: Results, recipe: Recipe) -> list[Part]:
 
 
 def _mistake_parts(
-    results: Results, cache: CTCache | None, split: Split | None, heat_maps: HeatMaps | None
+    run: RunFolder,
+    results: Results,
+    cache: CTCache | None,
+    split: Split | None,
+    heat_maps: HeatMaps | None,
 ) -> list[Part]:
     levels = [level for level in results.levels if level in results.scores]
     if not levels:
@@ -222,7 +227,11 @@ def _mistake_parts(
     if cache is None:
         return [Text(NO_CACHE.replace("`", ""))]
     level = levels[0]
-    return mistake_parts(results.metrics[level], results.scores[level], level, cache, heat_maps)
+    alone: list[Part] = []
+    if heat_maps is not None and context_sentence(run):
+        alone.append(Text(MAPS_ALONE))
+    found = mistake_parts(results.metrics[level], results.scores[level], level, cache, heat_maps)
+    return [*alone, *found]
 
 
 def _learning_parts(run: RunFolder, recipe: Recipe, history: pd.DataFrame) -> list[Part]:
