@@ -25,6 +25,7 @@ from ich_keras.run_folder import RunFolder
 
 FILE, WEIGHTS = "context.json", "context.weights.h5"
 SCHEMA = 1
+END_TO_END = "end_to_end"  # the entry of context.json on the training of both networks together
 LENGTH_STEP = 16  # series are filled up to a multiple: few shapes to compile for
 # The head sees no surer answers: float32 probabilities hold no more.
 MOST_LOGIT = 12.0
@@ -56,13 +57,15 @@ def context_sentence(run: RunFolder) -> str:
     try:
         name = _NAMES[record["spec"]["kind"]]
         shares = dict(zip(record["labels"], map(float, record["blend"]), strict=True))
+        together = bool(record.get(END_TO_END, {"best_epoch": 0})["best_epoch"])
     except (KeyError, TypeError, ValueError) as error:
         raise StaleError(f"{path} is damaged ({error!r}).", _COPY) from error
+    also = " Head and slice network were trained together." if together else ""
     values = sorted(set(shares.values()))
     if values == [0]:
         return (
             f"A sequence head ({name}) was trained, and no label was better with it on validation:"
-            " the slice network answers alone."
+            f" the slice network answers alone.{also}"
         )
     told = (
         f"{values[0]:g} for every label"
@@ -71,7 +74,7 @@ def context_sentence(run: RunFolder) -> str:
     )
     return (
         f"Each slice is answered in the context of its series by {name}; its share in the logits,"
-        f" beside the slice network's, is {told}."
+        f" beside the slice network's, is {told}.{also}"
     )
 
 

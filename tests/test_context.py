@@ -352,6 +352,15 @@ BAD_OPTIONS = {
         "--size, --dicom given with --features: a head takes none of it",
     ),
     "learn from": (["--learn-from", "series"], "--learn-from is for sequence heads"),
+    "end to end": (["--end-to-end"], "--end-to-end is for sequence heads"),
+    "not end to end": (
+        ["--features", "f.h5", "--preset", "sequence_gru", "--joint-epochs", 3],
+        "--joint-epochs given without --end-to-end",
+    ),
+    "backbone": (
+        ["--features", "f.h5", "--preset", "sequence_gru", "--backbone-factor", 0.1],
+        "--backbone-factor given with --features: a head takes none of it",
+    ),
     "no cache": (["--features", "f.h5", "--preset", "sequence_gru"], "--cache is missing"),
 }
 

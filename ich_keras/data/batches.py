@@ -45,6 +45,8 @@ class CTDataset(Dataset):
         intensity: from HU to input, an `Intensity` or its name in `INTENSITIES`.
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
         is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
+        groups: int (samples,), 0 and up: samples of one group are changed alike; None changes each
+            in its own way.
 
     Raises:
         UsageError: `is_raw` with an augmentation that changes images itself.
@@ -60,6 +62,7 @@ class CTDataset(Dataset):
         intensity: str | Intensity = "windows",
         reverse: bool = False,
         is_raw: bool = False,
+        groups: np.ndarray | None = None,
     ) -> None:
         if is_raw and not is_drawn(augmentation):
             raise UsageError(
@@ -75,6 +78,7 @@ class CTDataset(Dataset):
         self._seed = seed
         self._reverse = reverse
         self._is_raw = is_raw
+        self._groups = groups
         self._change: Change | None = None
 
     def __len__(self) -> int:
@@ -121,7 +125,10 @@ class CTDataset(Dataset):
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
-        return sample_seeds(self._seed, epoch, np.asarray(indices))
+        drawn_for = np.asarray(indices)
+        if self._groups is not None:
+            drawn_for = self._groups[drawn_for]
+        return sample_seeds(self._seed, epoch, drawn_for)
 
     def _changed_inputs(self, hu: np.ndarray, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return inputs that an augmentation of the images changed."""
