@@ -19,8 +19,8 @@ from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write, read_json, sha256_of, write_json
 from ich_keras.inference import load_run, probabilities
-from ich_keras.labels import LABELS
-from ich_keras.metrics.aggregation import aggregate
+from ich_keras.labels import LABELS, SIX
+from ich_keras.metrics.aggregation import aggregate, head_of
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
@@ -177,7 +177,8 @@ def _unsmoothed(table: pd.DataFrame, metrics: dict) -> tuple[pd.DataFrame, dict]
     of_levels = {"slice": (truth, values)}
     if "series" in metrics:
         uids = table["series_instance_uid"].tolist()
-        series = aggregate(values, uids, metrics["series"]["aggregation"]["rule"]).to_numpy()
+        rule, head = metrics["series"]["aggregation"]["rule"], head_of(table, SIX)
+        series = aggregate(values, uids, rule, head=head).to_numpy()
         of_levels["series"] = (aggregate(truth, uids).to_numpy().astype(int), series)
     found = {}
     for level, part in metrics.items():

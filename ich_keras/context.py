@@ -19,6 +19,7 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, sha256_of, write_json
 from ich_keras.inference import network_digest, probabilities, tapped
 from ich_keras.labels import LabelSet
+from ich_keras.metrics.aggregation import HEAD
 from ich_keras.metrics.logits import logits_of, probabilities_of
 from ich_keras.progress import Progress
 from ich_keras.run_folder import RunFolder
@@ -108,7 +109,7 @@ class Context:
         """
         path = run.path / FILE
         if not path.is_file():
-            if (run.path / WEIGHTS).exists():
+            if (run.path / WEIGHTS).exists() or run.rule() == HEAD:
                 raise StaleError(f"{run} has lost its {FILE}.", _COPY)
             return None
         from ich_keras.models.sequence import SequenceSpec, sequence_head
@@ -141,8 +142,8 @@ class Context:
         features: np.ndarray,
         series_uids: Any,
         positions_mm: Any,
-    ) -> np.ndarray:
-        """Answer slices again.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Answer slices again, and their series.
 
         Args:
             values: float32 (slices, labels), the slice network's probabilities; each series from
@@ -152,20 +153,24 @@ class Context:
             positions_mm: float (slices,), along the normal.
 
         Returns:
-            float32 (slices, labels), probabilities.
+            Probabilities, float32 (slices, labels) twice: of each slice, blended; and the head's
+            own answer to the series of each slice, in which the slice network has no share.
         """
         values = np.asarray(values, np.float32)
         own = logits_of(values, self.labels)
-        found = own.copy()
+        found, of_series = own.copy(), own.copy()
         numbers = pd.factorize(np.asarray(series_uids, object))[0]
         positions = np.asarray(positions_mm, np.float64)
         for number in range(numbers.max() + 1 if len(numbers) else 0):
             rows = np.flatnonzero(numbers == number)
             # One series at a time: its answers do not depend on those beside it.
             inputs = filled([(features[rows], own[rows], positions[rows])])
-            logits = answered(self.head, inputs)["slices"][0, : len(rows)]
+            head = answered(self.head, inputs)
+            logits = head["slices"][0, : len(rows)]
             found[rows] = blended(own[rows], logits, self.blend, self.labels)
-        return probabilities_of(found, self.labels).astype(np.float32)
+            of_series[rows] = head["series"][0]
+        slices, series = (probabilities_of(one, self.labels) for one in (found, of_series))
+        return slices.astype(np.float32), series.astype(np.float32)
 
 
 def answers(
@@ -176,7 +181,7 @@ def answers(
     progress: Progress | None = None,
     step: str = "predicting",
     take: Callable[[np.ndarray], None] | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Run a run's network over batches, and answer its slices again where it has a context.
 
     Args:
@@ -188,7 +193,8 @@ def answers(
         take: called with the features of each batch; None takes none.
 
     Returns:
-        float32 (samples, labels), probabilities.
+        Probabilities, float32 (samples, labels); and the head's answers to the series of the
+        slices, of the same shape, or None without a context.
     """
     features: list[np.ndarray] = []
 
@@ -201,7 +207,7 @@ def answers(
     tap = None if take is None and context is None else tapped(model)
     values = probabilities(model, batches, len(table), progress, step, tap=tap, take=kept)
     if context is None or not features:
-        return values
+        return values, None
     places = table["series_uid"], table["position_mm"]
     return context.answer(values, np.concatenate(features), *places)
 

@@ -19,6 +19,7 @@ from ich_keras.files import atomic_write, fingerprint, sha256_of
 from ich_keras.inference import load_run, network_digest
 from ich_keras.labels import LabelSet
 from ich_keras.leftovers import remove_leftovers
+from ich_keras.metrics.aggregation import head_columns
 from ich_keras.metrics.logits import mean_answer
 from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
@@ -254,7 +255,10 @@ def averaged(predictions: Sequence[FolderPrediction]) -> FolderPrediction:
     rejects = pd.concat([one.rejects for one in predictions], ignore_index=True)
     rejects = rejects.drop_duplicates(["path", "code"]).sort_values("path", kind="stable")
     rejects = rejects.reset_index(drop=True)
-    series = _mean_table([one.series for one in predictions], _KEY[:1], labels)
+    # Heads answer for their own run; each member's table has them.
+    heads = [name for name in head_columns(labels) if name in first.series]
+    tables = [first.series.drop(columns=heads), *(one.series for one in predictions[1:])]
+    series = _mean_table(tables, _KEY[:1], labels)
     if series.empty:
         raise nothing_usable("no series was predicted by every run of the ensemble", rejects)
     # Distances in the features of several networks have no mean.

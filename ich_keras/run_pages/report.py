@@ -15,6 +15,7 @@ from ich_keras.evaluation import require_pixels, require_size
 from ich_keras.files import atomic_write, lock
 from ich_keras.learned_windows import moved_windows, read_windows
 from ich_keras.leftovers import remove_leftovers
+from ich_keras.metrics.aggregation import rule_in_words
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.pages.content import Part, Section, Table, Text, sections_page
 from ich_keras.recipe import Recipe
@@ -157,7 +158,7 @@ def _result_parts(results: Results, recipe: Recipe) -> list[Part]:
     for level, part in metrics.items():
         if "aggregation" in part and level == "series":
             rule = part["aggregation"]["rule"]
-            parts.append(Text(f"A series' probability is the {rule} of its slices'."))
+            parts.append(Text(f"A series' probability is {rule_in_words(rule)}."))
         if "smoothing" in part:
             kernel = part["smoothing"]["kernel"]
             parts.append(Text(f"The slices' logits were smoothed along z: {kernel}."))
