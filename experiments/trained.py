@@ -18,8 +18,8 @@ from experiments.place import Place
 from experiments.runs import RUNS
 from experiments.settle import RunCost
 from ich_keras.data.cache.cache import CTCache
-from ich_keras.labels import ANY, LABELS
-from ich_keras.metrics.aggregation import aggregate
+from ich_keras.labels import ANY, LABELS, SIX
+from ich_keras.metrics.aggregation import aggregate, head_of
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.run_folder import RunFolder
 
@@ -163,7 +163,8 @@ def unsmoothed(table: pd.DataFrame, metrics: dict) -> tuple[pd.DataFrame, dict]:
     of_levels = {"slice": (truth, values)}
     if "series" in metrics:
         uids = table["series_instance_uid"].tolist()
-        series = aggregate(values, uids, metrics["series"]["aggregation"]["rule"]).to_numpy()
+        rule, head = metrics["series"]["aggregation"]["rule"], head_of(table, SIX)
+        series = aggregate(values, uids, rule, head=head).to_numpy()
         of_levels["series"] = (aggregate(truth, uids).to_numpy().astype(int), series)
     found = {}
     for level, part in metrics.items():

@@ -14,6 +14,7 @@ import numpy as np
 
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.labels import UNLABELLED, LabelSet
+from ich_keras.metrics.aggregation import rule_in_words
 from ich_keras.metrics.calibration import with_temperature
 from ich_keras.metrics.conformal import LabelScores
 from ich_keras.metrics.operating import threshold_at_sensitivity, threshold_at_specificity
@@ -149,7 +150,7 @@ class AnswerRules:
     def _made(self) -> str:
         """Say how the network's probabilities became those of the tables."""
         smoothed = f", smoothed along z by {self.smoothing}" if self.smoothing else ""
-        series = f"; of series, {self.rule} of their slices'" if self.rule else ""
+        series = f"; of a series, {rule_in_words(self.rule)}" if self.rule else ""
         return f"what the network gives{smoothed}{series}"
 
     def _decisions(self) -> list[str]:

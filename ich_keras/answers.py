@@ -8,7 +8,7 @@ import pandas as pd
 
 from ich_keras.answer_rules import DECISION, GROUP, RAW, AnswerRules, LevelRules
 from ich_keras.labels import LabelSet
-from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.aggregation import HEAD, aggregate, head_columns
 from ich_keras.metrics.calibration import with_temperature
 from ich_keras.prediction_tables import PLACE_COLUMNS, FolderPrediction
 from ich_keras.thin_tables import rows_seen
@@ -43,7 +43,9 @@ def with_answers(prediction: FolderPrediction, rules: AnswerRules) -> FolderPred
     part = rules.levels.get("series")
     scored = []
     for rule in () if part is None else part.rules:
-        if rule and prediction.slices is not None:
+        if rule == HEAD:
+            scored.append(series[head_columns(labels)].to_numpy(np.float64))
+        elif rule and prediction.slices is not None:
             made = aggregate(values[seen], uids, rule, labels)
             scored.append(made.loc[series["series_instance_uid"]].to_numpy())
         else:

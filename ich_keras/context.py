@@ -19,16 +19,64 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import fingerprint, read_json, sha256_of, write_json
 from ich_keras.inference import network_digest, probabilities, tapped
 from ich_keras.labels import LabelSet
+from ich_keras.metrics.aggregation import HEAD
 from ich_keras.metrics.logits import logits_of, probabilities_of
 from ich_keras.progress import Progress
 from ich_keras.run_folder import RunFolder
 
 FILE, WEIGHTS = "context.json", "context.weights.h5"
 SCHEMA = 1
+END_TO_END = "end_to_end"  # the entry of context.json on the training of both networks together
 LENGTH_STEP = 16  # series are filled up to a multiple: few shapes to compile for
 # The head sees no surer answers: float32 probabilities hold no more.
 MOST_LOGIT = 12.0
 _COPY = "Copy the original run folder again."
+_NAMES = {
+    "gru": "a GRU",
+    "lstm": "an LSTM",
+    "conv": "convolutions along z",
+    "transformer": "a transformer",
+    "attention": "gated attention pooling",
+}
+# Heat maps are of the slice network: nothing takes a head's answer back to pixels.
+MAPS_ALONE = (
+    "Heat maps explain the slice network's own answers alone, not what the sequence head makes of"
+    " them."
+)
+
+
+def context_sentence(run: RunFolder) -> str:
+    """Say that a run answers in context, and by which share; "" where it has no sequence head.
+
+    Raises:
+        StaleError: its context.json is damaged.
+    """
+    path = run.path / FILE
+    if not path.is_file():
+        return ""
+    record = read_json(path)
+    try:
+        name = _NAMES[record["spec"]["kind"]]
+        shares = dict(zip(record["labels"], map(float, record["blend"]), strict=True))
+        together = bool(record.get(END_TO_END, {"best_epoch": 0})["best_epoch"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StaleError(f"{path} is damaged ({error!r}).", _COPY) from error
+    also = " Head and slice network were trained together." if together else ""
+    values = sorted(set(shares.values()))
+    if values == [0]:
+        return (
+            f"A sequence head ({name}) was trained, and no label was better with it on validation:"
+            f" the slice network answers alone.{also}"
+        )
+    told = (
+        f"{values[0]:g} for every label"
+        if len(values) == 1
+        else ", ".join(f"{label} {share:g}" for label, share in shares.items())
+    )
+    return (
+        f"Each slice is answered in the context of its series by {name}; its share in the logits,"
+        f" beside the slice network's, is {told}.{also}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +109,7 @@ class Context:
         """
         path = run.path / FILE
         if not path.is_file():
-            if (run.path / WEIGHTS).exists():
+            if (run.path / WEIGHTS).exists() or run.rule() == HEAD:
                 raise StaleError(f"{run} has lost its {FILE}.", _COPY)
             return None
         from ich_keras.models.sequence import SequenceSpec, sequence_head
@@ -94,8 +142,8 @@ class Context:
         features: np.ndarray,
         series_uids: Any,
         positions_mm: Any,
-    ) -> np.ndarray:
-        """Answer slices again.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Answer slices again, and their series.
 
         Args:
             values: float32 (slices, labels), the slice network's probabilities; each series from
@@ -105,20 +153,24 @@ class Context:
             positions_mm: float (slices,), along the normal.
 
         Returns:
-            float32 (slices, labels), probabilities.
+            Probabilities, float32 (slices, labels) twice: of each slice, blended; and the head's
+            own answer to the series of each slice, in which the slice network has no share.
         """
         values = np.asarray(values, np.float32)
         own = logits_of(values, self.labels)
-        found = own.copy()
+        found, of_series = own.copy(), own.copy()
         numbers = pd.factorize(np.asarray(series_uids, object))[0]
         positions = np.asarray(positions_mm, np.float64)
         for number in range(numbers.max() + 1 if len(numbers) else 0):
             rows = np.flatnonzero(numbers == number)
             # One series at a time: its answers do not depend on those beside it.
             inputs = filled([(features[rows], own[rows], positions[rows])])
-            logits = answered(self.head, inputs)["slices"][0, : len(rows)]
+            head = answered(self.head, inputs)
+            logits = head["slices"][0, : len(rows)]
             found[rows] = blended(own[rows], logits, self.blend, self.labels)
-        return probabilities_of(found, self.labels).astype(np.float32)
+            of_series[rows] = head["series"][0]
+        slices, series = (probabilities_of(one, self.labels) for one in (found, of_series))
+        return slices.astype(np.float32), series.astype(np.float32)
 
 
 def answers(
@@ -129,7 +181,7 @@ def answers(
     progress: Progress | None = None,
     step: str = "predicting",
     take: Callable[[np.ndarray], None] | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Run a run's network over batches, and answer its slices again where it has a context.
 
     Args:
@@ -141,7 +193,8 @@ def answers(
         take: called with the features of each batch; None takes none.
 
     Returns:
-        float32 (samples, labels), probabilities.
+        Probabilities, float32 (samples, labels); and the head's answers to the series of the
+        slices, of the same shape, or None without a context.
     """
     features: list[np.ndarray] = []
 
@@ -154,7 +207,7 @@ def answers(
     tap = None if take is None and context is None else tapped(model)
     values = probabilities(model, batches, len(table), progress, step, tap=tap, take=kept)
     if context is None or not features:
-        return values
+        return values, None
     places = table["series_uid"], table["position_mm"]
     return context.answer(values, np.concatenate(features), *places)
 

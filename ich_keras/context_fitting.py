@@ -31,7 +31,7 @@ from ich_keras.slice_features import SliceFeatures
 
 LEARN_FROM = ("both", "slices", "series")
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-STATE = "context.state.npz"
+STATE = ".context.state.npz"  # hidden: no file of a finished run
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class SeriesSet:
         parts: of each its features, logits and positions (`ich_keras.context.filled`).
         slices: of each float32 (slices, labels), NaN where a label is missing.
         series: float32 (n, labels), the same for whole series.
+        rows: of each int (slices,), its rows in the cache's table of slices.
     """
 
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     slices: list[np.ndarray]
     series: np.ndarray
+    rows: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -130,12 +132,12 @@ def series_set(
     whole = _with_gaps(cache.series.set_index("series_uid").loc[uids, names])
     positions = cache.slices["position_mm"].to_numpy(np.float64)
     parts, slices = [], []
-    for uid in uids:
-        own = np.array(cache.series_rows(uid))
+    rows_of = tuple(np.array(cache.series_rows(uid)) for uid in uids)
+    for own in rows_of:
         logits = np.clip(features.logits[own], -MOST_LOGIT, MOST_LOGIT)
         parts.append((features.features[own].astype(np.float32), logits, positions[own]))
         slices.append(truth[own])
-    return SeriesSet(parts, slices, whole)
+    return SeriesSet(parts, slices, whole, rows_of)
 
 
 def _with_gaps(table: pd.DataFrame) -> np.ndarray:
@@ -185,11 +187,11 @@ def fit_head(
     what = files.fingerprint(
         {"config": asdict(config), "features": asdict(features.record) | {"source": ""}}
     )
-    course = _Course.load(folder / STATE, head, what, tell)
+    course = Epochs.load(folder / STATE, head, what, tell)
     for epoch in range(course.done, config.epochs):
         keras.utils.set_random_seed(sample_seed(config.seed, epoch, 0))
         losses = []
-        for number, chosen in enumerate(_batches(train, config, epoch)):
+        for number, chosen in enumerate(order_of(train, config, epoch)):
             loss = head.train_on_batch(*train.batch(chosen, config.learn_from), return_dict=True)
             losses.append(float(loss["loss"]))
             if progress is not None:
@@ -200,7 +202,7 @@ def fit_head(
                 f"the training loss of epoch {epoch + 1} is {np.mean(losses)}.",
                 "Lower --learning-rate.",
             )
-        course.add(head, float(np.mean(losses)), _validation_loss(head, valid, labels, config))
+        course.add(head, float(np.mean(losses)), validation_loss(head, valid, labels, config))
         course.save(folder / STATE, head, what)
         files.fail_point(f"context epoch {epoch + 1}")
         row = course.rows[-1]
@@ -230,26 +232,38 @@ def _optimizer(config: ContextConfig, total_steps: int) -> Any:
     return optimizer
 
 
-def _batches(train: SeriesSet, config: ContextConfig, epoch: int) -> Iterator[np.ndarray]:
+def order_of(train: SeriesSet, config: ContextConfig, epoch: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of the series of each step of an epoch."""
     order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
     for start in range(0, len(order), config.batch_size):
         yield order[start : start + config.batch_size]
 
 
 @dataclass
-class _Course:
-    """The epochs so far, and the weights of the best one."""
+class Epochs:
+    """The epochs so far, and the weights of the best one.
+
+    Args:
+        rows: of the history.
+        best: its weights.
+        best_epoch: its number, from 1; 0 for the weights that the training began with.
+        baseline: the validation loss that an epoch must beat; None takes the first one.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: list[np.ndarray] = field(default_factory=list)
     best_epoch: int = 0
+    baseline: float | None = None
 
     @property
     def done(self) -> int:
+        """The number of epochs so far."""
         return len(self.rows)
 
     def add(self, head: Any, train_loss: float, valid_loss: float) -> None:
-        losses = [row["valid_log_loss"] for row in self.rows]
+        """Add an epoch, and keep its weights if it is the best."""
+        losses = [] if self.baseline is None else [self.baseline]
+        losses += [row["valid_log_loss"] for row in self.rows]
         self.rows.append(
             {"epoch": self.done + 1, "train_loss": train_loss, "valid_log_loss": valid_loss}
         )
@@ -257,18 +271,20 @@ class _Course:
             self.best, self.best_epoch = head.get_weights(), self.done
 
     def save(self, path: Path, head: Any, what: str) -> None:
+        """Write the state: weights, those of the best epoch, and the optimiser's."""
         import keras
 
         arrays: dict[str, Any] = {f"weight/{n}": w for n, w in enumerate(head.get_weights())}
         slots = head.optimizer.variables
         arrays |= {f"slot/{n}": keras.ops.convert_to_numpy(v) for n, v in enumerate(slots)}
         arrays |= {f"best/{n}": w for n, w in enumerate(self.best)}
-        text = json.dumps({"what": what, "rows": self.rows, "best_epoch": self.best_epoch})
+        record = {"what": what, "rows": self.rows, "best_epoch": self.best_epoch}
+        text = json.dumps(record | {"baseline": self.baseline})
         with files.atomic_path(path) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, record=np.array(text), **arrays)
 
     @classmethod
-    def load(cls, path: Path, head: Any, what: str, tell: Tell) -> "_Course":
+    def load(cls, path: Path, head: Any, what: str, tell: Tell) -> "Epochs":
         """Restore the state that an interrupted training left; a new course without one.
 
         Raises:
@@ -296,12 +312,12 @@ class _Course:
         head.set_weights(groups["weight"])
         for variable, value in zip(head.optimizer.variables, groups["slot"], strict=True):
             variable.assign(value)
-        course = cls(record["rows"], groups["best"], record["best_epoch"])
+        course = cls(record["rows"], groups["best"], record["best_epoch"], record.get("baseline"))
         tell(f"Resuming after epoch {course.done}.")
         return course
 
 
-def _validation_loss(head: Any, valid: SeriesSet, labels: LabelSet, config: ContextConfig) -> float:
+def validation_loss(head: Any, valid: SeriesSet, labels: LabelSet, config: ContextConfig) -> float:
     """Return the log loss of the slices; of the series where nothing is known of slices."""
     truth, logits = _valid_answers(head, valid, "slices")
     if config.learn_from == "series" or not np.isfinite(truth).any():

@@ -5,10 +5,12 @@ metrics, predictions and reports are made anew, from the answers of both togethe
 """
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ich_keras import files
-from ich_keras.context import write_context
+from ich_keras.context import END_TO_END, write_context
 from ich_keras.context_fitting import (
     STATE,
     ContextConfig,
@@ -19,6 +21,8 @@ from ich_keras.context_fitting import (
 )
 from ich_keras.course import Course
 from ich_keras.data.cache.cache import CTCache
+from ich_keras.end_to_end import STATE as BOTH_STATE
+from ich_keras.end_to_end import JointConfig, fit_both, require_trainable_together
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import require_members, require_pixels
 from ich_keras.inference import load_run, network_digest
@@ -45,6 +49,7 @@ def train_context(
     device: str | None = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    joint: JointConfig | None = None,
 ) -> Path:
     """Train a sequence head, choose its share on validation, and evaluate both networks together.
 
@@ -57,12 +62,15 @@ def train_context(
         device: None takes "auto".
         progress: called as progress("training the head", steps, all steps, "epoch 1/30").
         tell: called with a line of text per epoch, and on the shares.
+        joint: then train head and slice network together (`ich_keras.end_to_end`); None leaves the
+            slice network as it is.
 
     Returns:
         The run folder.
 
     Raises:
-        UsageError: `out` exists, or the features are of a foreign network.
+        UsageError: `out` exists, the features are of a foreign network, or the run cannot be
+            trained end to end.
         StaleError: features, cache and run do not belong together, or the run is not finished.
         DataError: a split has no series, or none with the labels that it shall learn from.
         DivergedError: a loss is not finite.
@@ -74,7 +82,11 @@ def train_context(
         features = SliceFeatures.open(features)
     features.require_cache(cache)
     source = _source(features, run)
-    recipe, model = load_run(source, device)
+    if joint is not None:
+        require_trainable_together(source.recipe())
+    # Small gradients would need scaling in float16.
+    is_half = joint is not None and source.recipe().precision == "float16"
+    recipe, model = load_run(source, device, "float32" if is_half else None)
     network = network_digest(model)
     labels = _require_fitting(features, source, network, recipe.labels, cache)
     sets = {part: _split_set(source, part, features, cache, labels) for part in ("train", "valid")}
@@ -82,20 +94,46 @@ def train_context(
     # Not OUT.lock, which may be a file of the user's.
     with files.lock(out.with_name(f"{out.name}.partial.lock"), is_kept=False):
         partial.mkdir(parents=True, exist_ok=True)
+        if joint is None and (partial / BOTH_STATE).is_file():
+            raise StaleError(
+                f"{partial} was begun end to end.",
+                f"Go on with --end-to-end, or remove {partial} to begin again.",
+            )
         head, facts = fit_head(sets, config, labels, features, partial, progress, tell)
+        if joint is not None:
+            what = files.fingerprint([asdict(config), asdict(features.record) | {"source": ""}])
+            sets["valid"], facts[END_TO_END] = fit_both(
+                head, recipe, model, cache, sets, config, joint, what, partial, progress, tell
+            )
+            facts[END_TO_END]["began_with"] = network
+            network = network_digest(model)
         blend, losses = choose_blend(head, sets["valid"], labels, config.learn_from)
         shown = ", ".join(f"{n} {b:g}" for n, b in zip(labels.names, blend, strict=True))
         tell(f"Share of the head in the logits, chosen on validation: {shown}.")
         for name in _COPIED:
             if (source.path / name).is_file():
                 shutil.copy2(source.path / name, partial / name)
+        if network != features.record.network:
+            _save_network(model, source, partial)
         facts |= {"blend_log_loss": losses, "chosen_on": "valid"}
         spec = config.spec(features.record.width)
         write_context(partial, head, spec, labels, blend, network, facts)
-        (partial / STATE).unlink(missing_ok=True)
         finish(RunFolder(partial), recipe, cache, progress, tell, Course())
+        for state in (STATE, BOTH_STATE):
+            (partial / state).unlink(missing_ok=True)
         files.replace(partial, out)
     return out
+
+
+def _save_network(model: Any, source: RunFolder, folder: Path) -> None:
+    """Write the weights of a slice network that was trained on, with the record of its run's."""
+    from ich_keras.models.layers import functional
+    from ich_keras.models.weights import HEAD, save_weights
+    from ich_keras.models.weights_file import read_record
+
+    record = read_record(source.best_weights)
+    logits = functional(model.input, model.get_layer(HEAD).output, model.name)
+    save_weights(logits, RunFolder(folder).best_weights, record)
 
 
 def _source(features: SliceFeatures, run: RunFolder | Path | str | None) -> RunFolder:

@@ -26,7 +26,7 @@ from ich_keras.inference import (
 from ich_keras.labels import UNLABELLED, LabelSet
 from ich_keras.leftovers import remove_leftovers
 from ich_keras.levels import Level, choose, scored
-from ich_keras.metrics.aggregation import choose_rule, rules_of
+from ich_keras.metrics.aggregation import choose_rule, head_columns, rules_of
 from ich_keras.metrics.binary import truth_columns
 from ich_keras.metrics.smoothing import NO_SMOOTHING, choose_kernel, smooth
 from ich_keras.notices import UNFINISHED
@@ -70,10 +70,11 @@ def evaluate(
         (thresholds); on phantoms also "trivial_auroc_any" (`trivial_auroc`). Of series there is
         "by": their scores broken down (`ich_keras.breakdown`). A series' label is
         positive when any slice's is. Its probability comes from a run on whole series, or from its
-        slices by the rule in "aggregation". Slices are first smoothed along z by the kernel in
-        "smoothing"; "unsmoothed" then holds log loss, AUROC and AP without it, and in "gain" the
-        paired differences. Smoothing, rule, temperature and thresholds are chosen when training
-        first evaluates the validation split, and kept in choices.json.
+        slices by the rule in "aggregation", or is the sequence head's answer where that rule won.
+        Slices are first smoothed along z by the kernel in "smoothing"; "unsmoothed" then holds log
+        loss, AUROC and AP without it, and in "gain" the paired differences. Smoothing, rule,
+        temperature and thresholds are chosen when training first evaluates the validation split,
+        and kept in choices.json.
 
     Raises:
         UsageError: the split is unknown, or the cache's size is not the one the run was trained on.
@@ -160,7 +161,7 @@ def evaluate_network(
     truth = samples.labels[chosen]
     scored = (cache.series if view.kind == "series" else cache.slices).iloc[chosen]
     context = Context.load(run, labels, model)
-    values = answers(model, batches, scored, context, progress, f"evaluating {split}")
+    values, head = answers(model, batches, scored, context, progress, f"evaluating {split}")
     # From only some of its slices, a series has neither a valid label nor a valid probability.
     is_whole = not series_of_rows(cache.slices, indices, labels)[1].any()
     smoothing, unsmoothed = None, values
@@ -172,6 +173,8 @@ def evaluate_network(
         table = probability_table(scored, values, labels)
         if values is not unsmoothed:
             table[[f"unsmoothed_{name}" for name in labels.names]] = unsmoothed
+        if head is not None:
+            table[head_columns(labels)] = head
     table[truth_columns(labels)] = truth
     table[PATIENT_COLUMN] = pd.factorize(patient_or_series(scored))[0]
     # Leave out what the view skips, as the network's numbers do.
@@ -183,7 +186,7 @@ def evaluate_network(
         "slice": _prevalence(train[list(labels.names)]),
         "series": _prevalence(series_labels(train, labels)),
     }
-    levels = Level(truth, values, patient_or_series(scored).to_numpy(), labels, unsmoothed)
+    levels = Level(truth, values, patient_or_series(scored).to_numpy(), labels, unsmoothed, head)
     metrics = _metrics(
         run, split, levels, scored, cache.series, smoothing, is_whole, prevalence, not notice
     )
@@ -264,7 +267,7 @@ def _metrics(
     if is_aggregated:
         uids = rows["series_uid"].to_numpy()
         if is_choosing:
-            rule, losses = choose_rule(level.truth, level.values, uids, labels)
+            rule, losses = choose_rule(level.truth, level.values, uids, labels, level.head)
             choices["smoothing"] = smoothing
             choices["aggregation"] = {"rule": rule, "chosen_on": CHOOSING, "log_loss": losses}
         usual = {"rule": next(iter(rules_of(labels)))}

@@ -133,7 +133,8 @@ def explain_series(
     """Explain a run's answers to one series, on the pixels of its slices.
 
     The series goes the way of a prediction: slice by slice, stack by stack or slab by slab (the map
-    is that of the middle slice), or as a whole. Thin slices are not averaged first, as a
+    is that of the middle slice), or as a whole. What a run's sequence head makes of the slices is
+    not explained: the maps are of its slice network alone. Thin slices are not averaged first, as a
     prediction may do (`ich_keras.data.thin_series`). Beside the result, which takes 4 bytes per
     voxel and label, memory is that of one batch, whatever the number of slices.
 

@@ -121,11 +121,12 @@ def evaluate_external(
     if recalibrate is not None:
         # What is scored is known before it is predicted, which may take hours.
         even = np.full((len(chosen), len(labels)), 1 / len(labels), np.float32)
-        for level in _levels(run, cache, seen, labels, view, chosen, even)[0].values():
+        for level in _levels(run, cache, seen, labels, view, chosen, even, even)[0].values():
             _drawn(level, recalibrate, seed)
     found: list[np.ndarray] = []
-    values = _predict(model, seen.cache, recipe, samples, chosen, progress, domain, found, context)
-    levels, tables = _levels(run, cache, seen, labels, view, chosen, values)
+    asked = model, seen.cache, recipe, samples, chosen, progress, domain
+    values, head = _predict(*asked, found, context)
+    levels, tables = _levels(run, cache, seen, labels, view, chosen, values, head)
     if domain is not None:
         _add_domain(tables["series"], domain, seen.cache, view, chosen, np.concatenate(found))
     _add_averaged(tables["series"], cache, seen, rule)
@@ -242,8 +243,8 @@ def _predict(
     domain: Domain | None,
     distances: list[np.ndarray],
     context: Context | None,
-) -> np.ndarray:
-    """Return probabilities; `distances` receives those of the samples from the training."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what `answers` does; `distances` receives those of the samples from the training."""
     batches = batches_of(recipe, cache, samples, chosen)
     table = cache.series if recipe.inputs.view.kind == "series" else cache.slices
     take = None
@@ -307,6 +308,7 @@ def _levels(
     view: View,
     chosen: np.ndarray,
     values: np.ndarray,
+    head: np.ndarray | None,
 ) -> tuple[dict[str, Level], dict[str, pd.DataFrame]]:
     """Return what is scored, and the tables that are written, by level."""
     names = list(labels.names)
@@ -319,7 +321,7 @@ def _levels(
         of = seen.cache.slices.iloc[chosen]
         uids = of["series_uid"].to_numpy()
         values = smooth(values, uids, of["position_mm"].to_numpy(), run.smoothing(), labels)
-        found = aggregate(values, uids, run.rule(), labels)
+        found = aggregate(values, uids, run.rule(), labels, head)
         rows = cache.series.set_index("series_uid").loc[found.index].reset_index()
         of_series = found.reset_index(drop=True)
         # Every slice is scored, with the answer of what the network saw of it.

@@ -19,12 +19,14 @@ from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.cache.writer import write_at
 from ich_keras.data.inputs import slice_input
 from ich_keras.data.intensity import Intensity, intensity_of
+from ich_keras.data.views import Samples
 from ich_keras.environment import loaded_backend
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import require_size
 from ich_keras.inference import batches_of, load_run, network_digest
 from ich_keras.labels import SIX, LabelSet, label_set
 from ich_keras.progress import Progress
+from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
 from ich_keras.slice_features import (
     BLOCK,
@@ -142,15 +144,10 @@ def extract_features(
         )
     require_size(recipe, cache)
     samples = recipe.inputs.samples(cache)
-    tap = _tapped(model)
+    tap = tapped_logits(model)
 
     def answer(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        parts = [
-            tap.predict_on_batch(_inputs(batch))
-            for batch in batches_of(recipe, cache, samples, rows)
-        ]
-        logits, features = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in (0, 1))
-        return features, logits
+        return slice_answers(tap, recipe, cache, samples, rows)
 
     record = _record_of(cache, network_digest(model), str(run), recipe.labels, half)
     return _computed(answer, record, Path(out), progress)
@@ -194,8 +191,30 @@ def extract_foreign_features(
     return _computed(answer, record, Path(out), progress)
 
 
-def _tapped(model: Any) -> Any:
-    """Return a network that gives logits and pooled features in one pass."""
+def slice_answers(
+    tap: Any, recipe: Recipe, cache: CTCache, samples: Samples, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute features and logits of some slices.
+
+    Args:
+        tap: from `tapped_logits`.
+        recipe: of the network's run.
+        cache: what to read.
+        samples: of the recipe's view.
+        rows: int (n,), numbers of slices.
+
+    Returns:
+        Features (n, features) and logits (n, labels).
+    """
+    parts = [
+        tap.predict_on_batch(_inputs(batch)) for batch in batches_of(recipe, cache, samples, rows)
+    ]
+    logits, features = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in (0, 1))
+    return features, logits
+
+
+def tapped_logits(model: Any) -> Any:
+    """Return a network that gives logits and pooled features in one pass; it shares all layers."""
     from ich_keras.models.layers import functional
     from ich_keras.models.steps import choose_step
     from ich_keras.models.weights import HEAD

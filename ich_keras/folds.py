@@ -20,7 +20,7 @@ from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.files import atomic_write, require_absent, write_json
 from ich_keras.labels import LabelSet
 from ich_keras.levels import Level, scored
-from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.aggregation import aggregate, head_of
 from ich_keras.metrics.binary import truth_columns
 from ich_keras.planning import limit_series
 from ich_keras.run_folder import CACHE, LABELS_DIGEST, PIXELS, RunFolder
@@ -187,7 +187,8 @@ def _tables(run: RunFolder, labels: LabelSet) -> dict[str, pd.DataFrame]:
     if _KEYS["slice"] not in table:
         return {"series": table}
     uids = table[_KEYS["series"]].to_numpy()
-    values = aggregate(table[names].to_numpy(), uids, run.rule(), labels)
+    head = head_of(table, labels)
+    values = aggregate(table[names].to_numpy(), uids, run.rule(), labels, head)
     truth = aggregate(table[true].to_numpy(), uids, "max", labels).to_numpy().astype(np.int8)
     series = values.rename_axis(_KEYS["series"]).reset_index()
     series[true] = truth

@@ -25,6 +25,8 @@ class Level:
         labels: their order.
         unsmoothed: as `values`, without smoothing along z; None or `values` itself where there is
             none.
+        head: float (n, labels), of slices: a sequence head's answer to the series of each; None
+            without one.
     """
 
     truth: np.ndarray
@@ -32,6 +34,7 @@ class Level:
     patients: np.ndarray
     labels: LabelSet
     unsmoothed: np.ndarray | None = None
+    head: np.ndarray | None = None
 
     @property
     def is_smoothed(self) -> bool:
@@ -43,14 +46,14 @@ class Level:
 
         Args:
             uids: str (n,), the series of each slice.
-            rule: a key of `ich_keras.metrics.aggregation.RULES`.
+            rule: one of `ich_keras.metrics.aggregation.ALL_RULES`.
         """
         names, labels = uids.tolist(), self.labels
-        series = aggregate(self.values, names, rule, labels)
+        series = aggregate(self.values, names, rule, labels, self.head)
         values = unsmoothed = series.to_numpy()
         if self.is_smoothed:
             assert self.unsmoothed is not None
-            unsmoothed = aggregate(self.unsmoothed, names, rule, labels).to_numpy()
+            unsmoothed = aggregate(self.unsmoothed, names, rule, labels, self.head).to_numpy()
         owners = pd.Series(self.patients, index=uids).groupby(level=0).first()
         truth = aggregate(self.truth, names, "max", labels).to_numpy().astype(np.int8)
         return Level(truth, values, owners[series.index].to_numpy(), labels, unsmoothed)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ich_keras.context import context_sentence
 from ich_keras.learned_windows import window_lines
 from ich_keras.metrics.binary import format_metric
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS
@@ -35,6 +36,7 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
         ("Run", run.path.resolve().name),
         ("Network", f"{recipe.preset}; it sees {sample} of {size} x {size} pixels"),
         *(("Windows", line) for line in window_lines(run)),
+        *_context(run),
         ("Answers", f"{'exactly one of ' if labels.exclusive else ''}{labels}"),
         ("Trained on", "drawn phantoms only" if is_synthetic else "head CT"),
         *_counts(data.get(PLAN)),
@@ -66,6 +68,11 @@ def model_card(run: RunFolder, title: str = "Model card") -> Card:
         header,
         scores,
     )
+
+
+def _context(run: RunFolder) -> list[tuple[str, str]]:
+    sentence = context_sentence(run)
+    return [("Context", sentence)] if sentence else []
 
 
 def _counts(plan: Any) -> list[tuple[str, str]]:

@@ -94,7 +94,7 @@ def predict_index(
         model: from `load_run`.
         index: localizers and non-axial series are removed first.
         recipe: from `load_run`.
-        rule: for aggregating slices, a key of `ich_keras.metrics.aggregation.RULES`.
+        rule: from slices to series, one of `ich_keras.metrics.aggregation.ALL_RULES`.
         batch_size: samples per step; None takes the recipe's.
         workers: processes that read; 0 reads in this one. The result does not depend on it.
         progress: called as progress("predicting", done, total).
@@ -184,12 +184,19 @@ def predict_index(
             )
             done += len(values)
             ends = np.cumsum([len(reading.usable) for reading in found])
+            heads: np.ndarray | None = None
             if context is not None and len(values):
-                values = context.answer(values, np.concatenate(features), *places_of(found))
+                places = places_of(found)
+                values, heads = context.answer(values, np.concatenate(features), *places)
             predicted = [
                 dataclasses.replace(reading.result, values=part)
                 for reading, part in zip(found, np.split(values, ends[:-1]), strict=True)
             ]
+            if heads is not None:
+                predicted = [
+                    dataclasses.replace(one, head=part[0]) if len(part) else one
+                    for one, part in zip(predicted, np.split(heads, ends[:-1]), strict=True)
+                ]
             if domain is not None and len(values):
                 own = np.split(np.concatenate(features), ends[:-1])
                 predicted = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ich_keras.context import MAPS_ALONE
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.errors import UsageError
 from ich_keras.files import fingerprint
@@ -118,6 +119,9 @@ class PreparedExtras:
         Raises:
             EnvironmentProblem: a file cannot be written.
         """
+        if self.asked.heat_maps is not None and self.members[0].context is not None:
+            notice = f"{prediction.notice}\n{MAPS_ALONE}"
+            prediction = dataclasses.replace(prediction, notice=notice)
         if self.reports is not None:
             from ich_keras.study_reports import write_reports
 

@@ -42,7 +42,7 @@ NOTICE_FILE = "notice.txt"
 LOOK_FIRST_FILE = "look_first.csv"
 DECISIONS_FILE = "decisions.json"
 # Raise the number whenever reading or predicting gives other results, or a line another content.
-_FIRST_LINE = b"ich-prediction-journal 4\n"
+_FIRST_LINE = b"ich-prediction-journal 5\n"
 _FAMILY = b"ich-prediction-journal "
 
 
@@ -61,6 +61,7 @@ class SeriesResult:
             predicted.
         distance: from the training series, float32; None where it was not computed.
         flags: what its pixels show of the head.
+        head: float32 (labels,), a sequence head's answer to the whole series; None without one.
     """
 
     series_uid: str
@@ -70,6 +71,7 @@ class SeriesResult:
     values: np.ndarray
     distance: float | None = None
     flags: SeriesFlags = NO_FLAGS
+    head: np.ndarray | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -91,15 +93,17 @@ class SeriesResult:
         """Return it as JSON holds it; float32 comes back exactly."""
         values = self.values.tolist()
         facts = [self.series_uid, self.times, self.hashes, self.rejects]
-        return [*facts, values, self.distance, self.flags]
+        head = None if self.head is None else self.head.tolist()
+        return [*facts, values, self.distance, self.flags, head]
 
     @classmethod
     def from_json(cls, content: list) -> "SeriesResult":
         """Make it from what `to_json` returned."""
-        uid, times, hashes, rejects, values, distance, flags = content
+        uid, times, hashes, rejects, values, distance, flags, head = content
         found = np.array(values, np.float32) if values else np.zeros((0, 0), np.float32)
         facts = tuple(times), tuple(hashes), tuple(map(tuple, rejects))
-        return cls(uid, *facts, found, distance, SeriesFlags(*flags))
+        head = None if head is None else np.array(head, np.float32)
+        return cls(uid, *facts, found, distance, SeriesFlags(*flags), head)
 
 
 class PredictionJournal:

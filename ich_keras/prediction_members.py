@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich_keras.context import Context
+from ich_keras.context import Context, context_sentence
 from ich_keras.ct.rejects import nothing_usable
 from ich_keras.ct.tables import csv_text
 from ich_keras.data.thin_series import SliceDistances
@@ -19,6 +19,7 @@ from ich_keras.files import atomic_write, fingerprint, sha256_of
 from ich_keras.inference import load_run, network_digest
 from ich_keras.labels import LabelSet
 from ich_keras.leftovers import remove_leftovers
+from ich_keras.metrics.aggregation import head_columns
 from ich_keras.metrics.logits import mean_answer
 from ich_keras.metrics.smoothing import NO_SMOOTHING
 from ich_keras.notices import NOT_CLINICAL, TRAINED_ON_PHANTOMS, UNFINISHED
@@ -64,6 +65,11 @@ class Member:
     domain: Domain | None
     distances: SliceDistances | None
     context: Context | None = None
+
+    @property
+    def whole_digest(self) -> tuple[str, str | None]:
+        """Return the digests of its network and of its head."""
+        return self.digest, None if self.context is None else self.context.digest
 
     def settings(self) -> dict[str, Any]:
         """Return what its answers depend on, for the journal."""
@@ -145,7 +151,10 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
         notice = run.notice()
         recipe, model = load_run(run, device, unfinished=unfinished)
         digest = network_digest(model)
-        twin = next((one.run for one in members if one.digest == digest), None)
+        context = Context.load(run, recipe.labels, model)
+        # Several heads may stand on one slice network: they answer differently.
+        whole = digest, None if context is None else context.digest
+        twin = next((one.run for one in members if one.whole_digest == whole), None)
         if twin is not None:
             raise UsageError(
                 f"{run} has the same weights as {twin}: its answer would count twice.",
@@ -156,7 +165,7 @@ def load_members(runs: Sequence[RunFolder], device: str | None, unfinished: bool
         facts = (
             Domain.load(run, digest),
             run.slice_distances(),
-            Context.load(run, recipe.labels, model),
+            context,
         )
         members.append(
             Member(run, recipe, model, digest, rule, kernel, notice, is_synthetic, *facts)
@@ -215,6 +224,7 @@ def with_marks(
         notices.insert(0, marks[UNFINISHED])
     slices = None if prediction.slices is None else prediction.slices.assign(**marks)
     told = [*prediction.notice.splitlines()[1:], _domain_sentence(prediction.series[VERDICT])]
+    told += _context_sentences(members)
     return dataclasses.replace(
         prediction,
         slices=slices,
@@ -245,7 +255,10 @@ def averaged(predictions: Sequence[FolderPrediction]) -> FolderPrediction:
     rejects = pd.concat([one.rejects for one in predictions], ignore_index=True)
     rejects = rejects.drop_duplicates(["path", "code"]).sort_values("path", kind="stable")
     rejects = rejects.reset_index(drop=True)
-    series = _mean_table([one.series for one in predictions], _KEY[:1], labels)
+    # Heads answer for their own run; each member's table has them.
+    heads = [name for name in head_columns(labels) if name in first.series]
+    tables = [first.series.drop(columns=heads), *(one.series for one in predictions[1:])]
+    series = _mean_table(tables, _KEY[:1], labels)
     if series.empty:
         raise nothing_usable("no series was predicted by every run of the ensemble", rejects)
     # Distances in the features of several networks have no mean.
@@ -297,6 +310,16 @@ def _joint_verdicts(tables: list[pd.Series]) -> list[str]:
     for row in zip(*tables, strict=True):
         said = {one for one in row if one}
         found.append(OUTSIDE if OUTSIDE in said else INSIDE if said else "")
+    return found
+
+
+def _context_sentences(members: Sequence[Member]) -> list[str]:
+    """Say which runs have a sequence head, one line each."""
+    found = []
+    for number, member in enumerate(members, 1):
+        if member.context is not None:
+            which = "" if len(members) == 1 else f"Run {number} of {len(members)}: "
+            found.append(f"{which}{context_sentence(member.run)}")
     return found
 
 

@@ -21,7 +21,7 @@ from ich_keras.domain import Domain, domain_columns
 from ich_keras.files import atomic_write, json_text
 from ich_keras.inference import SLICE_COLUMNS, probability_table
 from ich_keras.labels import SIX, LabelSet
-from ich_keras.metrics.aggregation import aggregate
+from ich_keras.metrics.aggregation import HEAD, aggregate, head_columns
 from ich_keras.metrics.smoothing import NO_SMOOTHING, smooth
 from ich_keras.notices import NOT_CLINICAL
 from ich_keras.prediction_journal import (
@@ -53,8 +53,9 @@ class FolderPrediction:
             single slices.
         series: one row per series: its UID, number of slices, verdict, number of refused files and
             a probability for each label, aggregated from its slices by the run's rule, or from a
-            run on whole series; before them, `num_averaged` and `averaged_mm` of thin series (how
-            many averaged slices the network saw, 0 for none, and how far apart:
+            run on whole series; behind them `head_*` of a run with a sequence head, which is what
+            the head answers to the series itself. Before them, `num_averaged` and `averaged_mm` of
+            thin series (how many averaged slices the network saw, 0 for none, and how far apart:
             `ich_keras.data.thin_series`), `domain_distance` and `domain` ("inside", "outside", or
             "" where the run says nothing of it: `ich_keras.domain`). Then the flags: `contrast`
             ("yes", "no", or "" where no tag says anything; `ich_keras.ct.traits`), `operated` and
@@ -156,7 +157,13 @@ def tables_of(
         table = probability_table(slices, values[seen.owner], labels)
         table = _with_places(table, slices)
         table.insert(len(SLICE_COLUMNS) + len(PLACE_COLUMNS), AVERAGED_SLICE, seen.numbers)
-        series = _aggregated(values, seen.uids, slices["series_uid"], rule, labels)
+        head = _heads(results)
+        series = aggregate(values, seen.uids.tolist(), rule, labels, head)
+        series.insert(0, "num_slices", slices["series_uid"].value_counts().reindex(series.index))
+        series = series.rename_axis("series_instance_uid")
+        if head is not None:
+            own = aggregate(values, seen.uids.tolist(), HEAD, labels, head)
+            series[head_columns(labels)] = own.to_numpy(np.float32)
     is_kept = np.zeros(len(index.slices), bool)
     is_kept[chosen] = True
     distances = {result.series_uid: result.distance for result in results}
@@ -184,12 +191,13 @@ def _flag_columns(
     }
 
 
-def _aggregated(
-    values: np.ndarray, seen: np.ndarray, uids: pd.Series, rule: str, labels: LabelSet
-) -> pd.DataFrame:
-    series = aggregate(values, seen.tolist(), rule, labels)
-    series.insert(0, "num_slices", uids.value_counts().reindex(series.index))
-    return series.rename_axis("series_instance_uid")
+def _heads(results: Sequence[SeriesResult]) -> np.ndarray | None:
+    """Return the head's answer to the series of each slice, (slices, labels); None without one."""
+    used = [result for result in results if len(result.values)]
+    if any(result.head is None for result in used):
+        return None
+    heads = np.stack([result.head for result in used if result.head is not None])
+    return np.repeat(heads, [len(result.values) for result in used], axis=0)
 
 
 def _series_predictions(slices: pd.DataFrame, values: np.ndarray, labels: LabelSet) -> pd.DataFrame:

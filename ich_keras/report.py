@@ -12,9 +12,11 @@ from ich_keras.breakdown import (
     unknown_properties,
 )
 from ich_keras.config import loss_settings_of
+from ich_keras.context import context_sentence
 from ich_keras.errors import StaleError
 from ich_keras.labels import LabelSet
 from ich_keras.learned_windows import window_lines
+from ich_keras.metrics.aggregation import rule_in_words
 from ich_keras.metrics.binary import METRICS, PER_LABEL, format_metric
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.recipe import Recipe, TrainingRecipe
@@ -127,7 +129,7 @@ def _beyond_rankings(part: dict) -> list[str]:
     if "aggregation" in part:
         rule, is_chosen = part["aggregation"]["rule"], "chosen_on" in part["aggregation"]
         why = "chosen on validation" if is_chosen else "nothing was chosen on validation"
-        lines += [f"A series' probability: {rule} of its slices' ({why}).", ""]
+        lines += [f"A series' probability: {rule_in_words(rule)} ({why}).", ""]
     if part.get("intervals"):
         log_loss = part["intervals"]["metrics"]["log_loss"]
         lines += [
@@ -271,6 +273,8 @@ def course_lines(run: RunFolder, recipe: Recipe, plan: dict, environment: dict) 
     if ended_early is not None:
         early = f"{ended_early['epoch']} of {training.epochs} epochs: {ended_early['why']}"
         lines.append(f"Stopped after {early}.")
+    if sentence := context_sentence(run):
+        lines.append(sentence)
     return lines
 
 

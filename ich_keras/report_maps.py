@@ -37,6 +37,8 @@ class MapMaker:
             )
         self.options = map_options(method)
         self._run = (members[0].recipe, members[0].model)
+        # A sequence head's part in an answer is in no map.
+        self.is_of_slice_network = members[0].context is not None
         self._thin = ThinRule(members[0].distances, thin)
         Relevance(members[0].model, self.options)  # before hours of predictions, not behind them
 

@@ -11,7 +11,7 @@ from ich_keras.data.split import SPLITS, Split
 from ich_keras.data.thin_series import SliceDistances
 from ich_keras.errors import StaleError, UsageError
 from ich_keras.files import fingerprint, lock, read_json, read_object
-from ich_keras.metrics.aggregation import DEFAULT_RULE, EXCLUSIVE_RULES, RULES, rules_of
+from ich_keras.metrics.aggregation import ALL_RULES, DEFAULT_RULE, rules_of
 from ich_keras.metrics.smoothing import KERNELS, NO_SMOOTHING
 from ich_keras.recipe import Recipe
 
@@ -351,7 +351,7 @@ class RunFolder:
         rule = choices.get("aggregation", {"rule": DEFAULT_RULE}) if is_object else {}
         smoothing = choices.get("smoothing", {"kernel": NO_SMOOTHING}) if is_object else {}
         for kind, name, known in (
-            ("rule", rule.get("rule"), RULES | EXCLUSIVE_RULES),
+            ("rule", rule.get("rule"), ALL_RULES),
             ("smoothing kernel", smoothing.get("kernel"), KERNELS),
         ):
             if isinstance(name, str) and name in known:

@@ -17,6 +17,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
+from ich_keras.context import MAPS_ALONE
 from ich_keras.ct.rejects import RejectedFile
 from ich_keras.ct.series import SeriesIndex
 from ich_keras.ct.window import BRAIN
@@ -93,7 +94,7 @@ def captures(
     series_uid = str(generate_uid())
     for number, shown in enumerate(_shown(maker, answers, look_first, index, images), 1):
         source, frame = next(part[shown.uid] for part in images.values() if shown.uid in part)
-        yield _capture(shown, source, frame, series_uid, number)
+        yield _capture(shown, source, frame, series_uid, number, maker.is_of_slice_network)
 
 
 def _shown(
@@ -131,7 +132,9 @@ def _shown(
                     yield _Shown(uid, hu[at], maps[label][at], label, spacing)
 
 
-def _capture(shown: _Shown, source: Dataset, frame: int, series_uid: str, number: int) -> bytes:
+def _capture(
+    shown: _Shown, source: Dataset, frame: int, series_uid: str, number: int, is_alone: bool
+) -> bytes:
     from highdicom.sc import SCImage
 
     pixels = overlay(shown.hu, shown.heat)
@@ -156,7 +159,8 @@ def _capture(shown: _Shown, source: Dataset, frame: int, series_uid: str, number
             f"its headers do not make a secondary capture ({type(error).__name__})."
         ) from error
     image.SeriesDescription = "ich_keras heat maps: research only, not for clinical use"
-    image.DerivationDescription = f"Heat map of {shown.label}: what an answer rests on, no finding"
+    told = f"Heat map of {shown.label}: what an answer rests on, no finding"
+    image.DerivationDescription = f"{told}. {MAPS_ALONE}" if is_alone else told
     image.BurnedInAnnotation = "NO"
     item = Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ich_keras.answer_rules import DECISION, GROUP
 from ich_keras.answers import NO, YES
+from ich_keras.context import context_sentence
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.metrics.binary import format_metric
 from ich_keras.metrics.conformal import GROUPS
@@ -97,6 +98,8 @@ def run_summary(run: RunFolder | Path | str, width: int) -> str:
     if any("trivial_auroc_any" in part for metrics in splits.values() for part in metrics.values()):
         legend += " voxel counts: a detector that only counts voxels per HU band."
     parts.append(textwrap.fill(legend, width))
+    if sentence := context_sentence(run):
+        parts.append(textwrap.fill(sentence, width))
     parts.append(
         textwrap.fill(
             f"Best epoch: {best['epoch']:.0f} of {len(history)} (validation log loss"

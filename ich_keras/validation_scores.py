@@ -11,7 +11,14 @@ import pandas as pd
 from ich_keras.errors import StaleError
 from ich_keras.inference import PATIENT_COLUMN
 from ich_keras.labels import UNLABELLED, LabelSet
-from ich_keras.metrics.aggregation import aggregate, choose_rule, rules_of
+from ich_keras.metrics.aggregation import (
+    HEAD,
+    aggregate,
+    choose_rule,
+    head_columns,
+    head_of,
+    rules_of,
+)
 from ich_keras.metrics.binary import truth_columns
 from ich_keras.metrics.conformal import patient_folds
 from ich_keras.run_checksums import require_file_unchanged
@@ -29,12 +36,15 @@ class Scores:
         values: float64 (n, labels).
         patients: int (n,), a number for each patient; None where nothing says whose they are.
         rule: how series were made of slices; "" where they were not.
+        head: of slices, float64 (n, labels): a sequence head's answer to the series of each; None
+            without one.
     """
 
     truth: np.ndarray
     values: np.ndarray
     patients: np.ndarray | None
     rule: str = ""
+    head: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +74,23 @@ class ValidationScores:
 
         One part where nothing about the scores is chosen on these patients.
         """
-        if not self._is_made(name) or len(rules_of(self.labels)) == 1:
+        is_chosen = len(rules_of(self.labels)) > 1 or self.rows.head is not None
+        if not self._is_made(name) or not is_chosen:
             return [self.level(name, next(iter(rules_of(self.labels))))]
         assert self.rows.patients is not None  # `answer_rules` asks for folds only then
         fold = patient_folds(self.rows.patients)
         if not fold.any():  # one patient
             return [self.level(name, next(iter(rules_of(self.labels))))]
-        truth, values = self.rows.truth, self.rows.values
+        truth, values, head = self.rows.truth, self.rows.values, self.rows.head
         found = []
         for number in np.unique(fold):
             others = fold != number
             rule, _ = choose_rule(
-                truth[others], values[others], list(self.uids[others]), self.labels
+                truth[others],
+                values[others],
+                list(self.uids[others]),
+                self.labels,
+                None if head is None else head[others],
             )
             found.append(self._aggregated(~others, rule))
         return found
@@ -84,9 +99,10 @@ class ValidationScores:
         return name == "series" and self.is_slices
 
     def _aggregated(self, chosen: np.ndarray | slice, rule: str) -> Scores:
-        uids, patients = list(self.uids[chosen]), self.rows.patients
+        uids, patients, head = list(self.uids[chosen]), self.rows.patients, self.rows.head
+        head = None if head is None else head[chosen]
         truth = aggregate(self.rows.truth[chosen], uids, "max", self.labels)
-        values = aggregate(self.rows.values[chosen], uids, rule, self.labels)
+        values = aggregate(self.rows.values[chosen], uids, rule, self.labels, head)
         if patients is not None:
             owners = pd.Series(patients[chosen], index=uids).groupby(level=0).first()
             patients = owners[truth.index].to_numpy()
@@ -132,6 +148,9 @@ def read_split_scores(
         table = pd.read_csv(path, dtype={_SLICE: str, _SERIES: str})
         # The network gave float32, which the shortest decimals bring back exactly.
         values = table[names].to_numpy(np.float32).astype(np.float64)
+        if run.rule() == HEAD:
+            table[head_columns(labels)]  # a KeyError names those that lack
+        head = head_of(table, labels)
         truth = table[truths].to_numpy(np.float64)
         uids = table[_SERIES].to_numpy()
         patients = table[PATIENT_COLUMN].to_numpy() if PATIENT_COLUMN in table else None
@@ -139,7 +158,8 @@ def read_split_scores(
         raise _damaged(run, path, split, f"{error}") from error
     for is_sound, why in (
         (len(table) > 0, "it has no row"),
-        (((values >= 0) & (values <= 1)).all(), "a value is not a probability"),
+        (_are_probabilities(values), "a value is not a probability"),
+        (head is None or _are_probabilities(head), "a head's answer is not a probability"),
         (np.isin(truth, (UNLABELLED, 0, 1)).all(), "a true label is none of 0, 1 and -1"),
         (
             patients is None or patients.dtype.kind == "i",
@@ -148,9 +168,13 @@ def read_split_scores(
     ):
         if not is_sound:
             raise _damaged(run, path, split, why)
-    rows = Scores(truth.astype(np.int8), values, patients)
+    rows = Scores(truth.astype(np.int8), values, patients, head=head)
     names = table[_SLICE].to_numpy() if _SLICE in table else uids
     return ValidationScores(rows, uids, names, _SLICE in table, labels)
+
+
+def _are_probabilities(values: np.ndarray) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def _damaged(run: RunFolder, path: Path, split: str, why: str) -> StaleError:

@@ -13,7 +13,7 @@ from narrow import preset_of
 from ich_keras import context_fitting
 from ich_keras.cli import sequence, train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
-from ich_keras.context import Context
+from ich_keras.context import MAPS_ALONE, Context, context_sentence
 from ich_keras.context_fitting import ContextConfig, SeriesSet, choose_blend, series_set
 from ich_keras.context_training import train_context
 from ich_keras.errors import DivergedError, StaleError, UsageError
@@ -21,10 +21,14 @@ from ich_keras.evaluation import evaluate
 from ich_keras.features import extract_features
 from ich_keras.inference import load_run
 from ich_keras.labels import SIX, LabelSet
+from ich_keras.model_card import model_card
 from ich_keras.models.sequence import KINDS, SequenceSpec, sequence_head
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.run_folder import RunFolder
+from ich_keras.run_pages.heat import heat_maps_of
+from ich_keras.run_pages.report import write_report_page
+from ich_keras.summary import run_summary
 from ich_keras.training import train
 from ich_keras.verification import verify
 
@@ -208,11 +212,59 @@ def test_a_share_of_nothing_keeps_the_slice_networks_answers():
     features = rng.normal(size=(7, 5)).astype(np.float32)
     head = sequence_head(SequenceSpec("attention", 5, 4, 1), SIX, "logits")
     places = ["a"] * 4 + ["b"] * 3, [0, 5, 10, 15, 0, 5, 10]
-    none = Context(head, SIX, np.zeros(6, np.float32), "").answer(values, features, *places)
+    none, series = Context(head, SIX, np.zeros(6, np.float32), "").answer(values, features, *places)
     np.testing.assert_allclose(none, values, rtol=1e-6)
-    # Untrained, the head gives the slice network's own logits.
-    whole = Context(head, SIX, np.ones(6, np.float32), "").answer(values, features, *places)
+    # Untrained, the head gives the slice network's own logits, and to series the largest.
+    whole, same = Context(head, SIX, np.ones(6, np.float32), "").answer(values, features, *places)
     np.testing.assert_allclose(whole, values, rtol=1e-4)
+    highest = np.repeat([values[:4].max(0), values[4:].max(0)], [4, 3], axis=0)
+    np.testing.assert_allclose(series, highest, rtol=1e-4)
+    np.testing.assert_array_equal(same, series)
+
+
+def test_readers_are_told_of_the_head(run, slice_run, phantom_folder, phantom_cache, tmp_path):
+    record = json.loads((run / "context.json").read_text())
+    shares = dict(zip(record["labels"], record["blend"], strict=True))
+    sentence = context_sentence(RunFolder(run))
+    assert sentence.startswith(
+        "Each slice is answered in the context of its series by convolutions along z; its share in"
+    )
+    assert all(f"{label} {share:g}" in sentence for label, share in shares.items())
+    card = model_card(RunFolder(run))
+    assert ("Context", sentence) in card.facts
+    assert sentence in (run / "report.md").read_text()
+    assert sentence in (run / "report.html").read_text().replace("&#39;", "'")
+    assert sentence in " ".join(run_summary(run, 80).split())
+    assert context_sentence(RunFolder(slice_run)) == ""
+    assert "Context" not in dict(model_card(RunFolder(slice_run)).facts)
+
+    first = next((phantom_folder / "images").iterdir())
+    folder = first if first.is_dir() else phantom_folder / "images"
+    out = tmp_path / "out"
+    predict_folder(run, folder, out, report=True, heat_maps="gradcam")
+    notice = (out / "notice.txt").read_text()
+    assert sentence in notice and MAPS_ALONE in notice
+    assert MAPS_ALONE in (out / "reports" / "1.html").read_text().replace("&#39;", "'")
+    predict_folder([run, slice_run], folder, tmp_path / "both")
+    assert f"Run 1 of 2: {sentence}" in (tmp_path / "both" / "notice.txt").read_text()
+    page = write_report_page(run, phantom_cache, heat_maps_of(RunFolder(run), phantom_cache))
+    assert MAPS_ALONE in page.read_text().replace("&#39;", "'")
+
+
+@pytest.mark.parametrize(
+    ("blend", "told"),
+    [
+        ([0] * 6, "no label was better with it on validation: the slice network answers alone."),
+        ([0.5] * 6, "is 0.5 for every label."),
+    ],
+)
+def test_equal_shares_are_told_in_a_word(run, tmp_path, blend, told):
+    assert context_sentence(RunFolder(edited_run(run, tmp_path, blend=blend))).endswith(told)
+
+
+def test_a_damaged_context_is_told_of_none(run, tmp_path):
+    with pytest.raises(StaleError, match=r"context\.json is damaged"):
+        context_sentence(RunFolder(edited_run(run, tmp_path, blend=None)))
 
 
 class Constant:
@@ -306,6 +358,15 @@ BAD_OPTIONS = {
         "--size, --dicom given with --features: a head takes none of it",
     ),
     "learn from": (["--learn-from", "series"], "--learn-from is for sequence heads"),
+    "end to end": (["--end-to-end"], "--end-to-end is for sequence heads"),
+    "not end to end": (
+        ["--features", "f.h5", "--preset", "sequence_gru", "--joint-epochs", 3],
+        "--joint-epochs given without --end-to-end",
+    ),
+    "backbone": (
+        ["--features", "f.h5", "--preset", "sequence_gru", "--backbone-factor", 0.1],
+        "--backbone-factor given with --features: a head takes none of it",
+    ),
     "no cache": (["--features", "f.h5", "--preset", "sequence_gru"], "--cache is missing"),
 }
 

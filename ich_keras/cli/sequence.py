@@ -29,6 +29,24 @@ LEARN_FROM = click.option(
     type=click.Choice(["both", "slices", "series"]),
     help="With --features: the labels that the head learns from; default: both.",
 )
+END_TO_END = click.option(
+    "--end-to-end",
+    is_flag=True,
+    help="With --features: then train head and slice network together, on whole series (torch).",
+)
+JOINT_EPOCHS = click.option(
+    "--joint-epochs",
+    type=int,
+    metavar="N",
+    help="Of --end-to-end: epochs of both together; default 3.",
+)
+JOINT_RATE = click.option(
+    "--joint-rate",
+    type=float,
+    metavar="X",
+    help="Of --end-to-end: the head's learning rate, default 1e-4; the slice network's is"
+    " --backbone-factor times it, default 0.1.",
+)
 # Options of a training that are a head's, too.
 _SETTINGS = ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
 
@@ -41,6 +59,7 @@ def is_head(preset: str | None) -> bool:
 def train_head(
     features: Path | None,
     learn_from: str | None,
+    joint: dict[str, Any],
     cache_dir: Path | None,
     labels: LabelSource | None,
     out: Path | None,
@@ -51,6 +70,7 @@ def train_head(
 
     Args:
         features, learn_from, cache_dir, labels, out: as given.
+        joint: end_to_end, joint_epochs and joint_rate, as given.
         options: those of the training and of the device.
         others: further ones, none of which a head takes.
 
@@ -72,6 +92,11 @@ def train_head(
         raise UsageError(f"no sequence head is called {preset!r}.", f"Known: {known}.")
     backend, device = options.pop("backend"), options.pop("device")
     settings = {name: options.pop(name) for name in _SETTINGS}
+    is_joint = joint.pop("end_to_end")
+    if is_joint:
+        joint["backbone_factor"] = options.pop("backbone_factor")
+    elif lost := names_of(joint):
+        raise UsageError(f"{lost} given without --end-to-end.", "Add it, or leave this out.")
     given = names_of(options | others)
     if given:
         raise UsageError(
@@ -85,11 +110,14 @@ def train_head(
     choose_backend(backend)
     from ich_keras.context_fitting import ContextConfig
     from ich_keras.context_training import train_context
+    from ich_keras.end_to_end import JointConfig
     from ich_keras.summary import run_summary
     from ich_keras.workflow import open_cache
 
     settings |= {"kind": kind, "learn_from": learn_from}
     config = ContextConfig(**{name: one for name, one in settings.items() if one is not None})
+    names = {"joint_epochs": "epochs", "joint_rate": "learning_rate"}
+    of_both = {names.get(name, name): one for name, one in joint.items() if one is not None}
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     cache = open_cache(required(cache_dir, "--cache"), labels)
     with open_terminal() as terminal:
@@ -101,6 +129,7 @@ def train_head(
             device=device,
             progress=terminal.progress,
             tell=terminal.tell,
+            joint=JointConfig(**of_both) if is_joint else None,
         )
         terminal.tell(run_summary(out, terminal_width()))
 

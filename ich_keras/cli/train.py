@@ -23,7 +23,15 @@ from ich_keras.cli.options import (
 )
 from ich_keras.cli.ranks import asked_device, follow, require_data, require_gpus, require_more_alone
 from ich_keras.cli.resuming import how_to_resume, resume_training
-from ich_keras.cli.sequence import FEATURES, LEARN_FROM, is_head, train_head
+from ich_keras.cli.sequence import (
+    END_TO_END,
+    FEATURES,
+    JOINT_EPOCHS,
+    JOINT_RATE,
+    LEARN_FROM,
+    is_head,
+    train_head,
+)
 from ich_keras.cli.training_options import training_options
 from ich_keras.errors import UsageError
 from ich_keras.labels import LabelSource
@@ -60,6 +68,9 @@ if TYPE_CHECKING:
 @training_options
 @FEATURES
 @LEARN_FROM
+@END_TO_END
+@JOINT_EPOCHS
+@JOINT_RATE
 @click.option(
     "--resume",
     type=FOLDER,
@@ -113,6 +124,9 @@ def train_main(
     gpus: int | None,
     features: Path | None,
     learn_from: str | None,
+    end_to_end: bool,
+    joint_epochs: int | None,
+    joint_rate: float | None,
     **options: Any,
 ) -> None:
     """Train a classifier, keep its best weights and evaluate them.
@@ -142,8 +156,10 @@ def train_main(
         )
     if not rank.is_alone:
         require_data(plan, resume is None and dicom is None and cache_dir is None)
-    if learn_from is not None and features is None:
-        raise UsageError("--learn-from is for sequence heads.", "Add --features, or leave it out.")
+    joint = {"end_to_end": end_to_end, "joint_epochs": joint_epochs, "joint_rate": joint_rate}
+    of_heads = {"learn_from": learn_from, **joint, "end_to_end": end_to_end or None}
+    if features is None and (given := names_of(of_heads)):
+        raise UsageError(f"{given} is for sequence heads.", "Add --features, or leave it out.")
     others: dict[str, Any] = {
         "config": config_file,
         "download": download or None,
@@ -155,7 +171,7 @@ def train_main(
     if features is not None or is_head(options["preset"]):
         others |= {"dicom": dicom, "resume": resume, "plan": plan or None, "gpus": gpus}
         others |= {"tensorboard": tensorboard, "more_epochs": more_epochs, "workers": workers}
-        train_head(features, learn_from, cache_dir, labels, out, options, others)
+        train_head(features, learn_from, joint, cache_dir, labels, out, options, others)
         return
     if resume is not None:
         device = options.pop("device")

@@ -51,6 +51,8 @@ class CTDataset(Dataset):
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
         is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
         changes: further random changes, from the same seeds.
+        groups: int (samples,), 0 and up: samples of one group are changed alike; None changes each
+            in its own way.
 
     Raises:
         UsageError: `is_raw` with an augmentation that changes images itself.
@@ -67,6 +69,7 @@ class CTDataset(Dataset):
         reverse: bool = False,
         is_raw: bool = False,
         changes: InputChanges = NO_CHANGES,
+        groups: np.ndarray | None = None,
     ) -> None:
         if is_raw and not is_drawn(augmentation):
             raise UsageError(
@@ -83,6 +86,7 @@ class CTDataset(Dataset):
         self._reverse = reverse
         self._is_raw = is_raw
         self._changes = changes
+        self._groups = groups
         self._change: Change | None = None
 
     def __len__(self) -> int:
@@ -146,7 +150,10 @@ class CTDataset(Dataset):
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
-        return sample_seeds(self._seed, epoch, np.asarray(indices))
+        drawn_for = np.asarray(indices)
+        if self._groups is not None:
+            drawn_for = self._groups[drawn_for]
+        return sample_seeds(self._seed, epoch, drawn_for)
 
     def _changed_inputs(
         self, hu: np.ndarray, draws: Draws, epoch: int, indices: np.ndarray

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ich_keras import __version__
+from ich_keras.context import MAPS_ALONE, context_sentence
 from ich_keras.data.cache.cache import CTCache
 from ich_keras.data.split import Split
 from ich_keras.errors import StaleError
@@ -14,6 +15,7 @@ from ich_keras.evaluation import require_pixels, require_size
 from ich_keras.files import atomic_write, lock
 from ich_keras.learned_windows import moved_windows, read_windows
 from ich_keras.leftovers import remove_leftovers
+from ich_keras.metrics.aggregation import rule_in_words
 from ich_keras.notices import NOT_CLINICAL, SYNTHETIC_NOTE
 from ich_keras.pages.content import Part, Section, Table, Text, sections_page
 from ich_keras.recipe import Recipe
@@ -111,7 +113,7 @@ def report_page(
         Section("Curves", _curve_parts(results)),
         Section("Decisions", _decision_parts(results)),
         Section("Calibration", _calibration_parts(results, recipe)),
-        Section("Worst mistakes", _mistake_parts(results, cache, split, heat_maps)),
+        Section("Worst mistakes", _mistake_parts(run, results, cache, split, heat_maps)),
         Section("Learning", _learning_parts(run, recipe, history)),
         *_window_sections(run, recipe),
         Section("Data", card_parts(data, split, card, labels)),
@@ -156,7 +158,7 @@ def _result_parts(results: Results, recipe: Recipe) -> list[Part]:
     for level, part in metrics.items():
         if "aggregation" in part and level == "series":
             rule = part["aggregation"]["rule"]
-            parts.append(Text(f"A series' probability is the {rule} of its slices'."))
+            parts.append(Text(f"A series' probability is {rule_in_words(rule)}."))
         if "smoothing" in part:
             kernel = part["smoothing"]["kernel"]
             parts.append(Text(f"The slices' logits were smoothed along z: {kernel}."))
@@ -214,7 +216,11 @@ def _calibration_parts(results: Results, recipe: Recipe) -> list[Part]:
 
 
 def _mistake_parts(
-    results: Results, cache: CTCache | None, split: Split | None, heat_maps: HeatMaps | None
+    run: RunFolder,
+    results: Results,
+    cache: CTCache | None,
+    split: Split | None,
+    heat_maps: HeatMaps | None,
 ) -> list[Part]:
     levels = [level for level in results.levels if level in results.scores]
     if not levels:
@@ -222,7 +228,11 @@ def _mistake_parts(
     if cache is None:
         return [Text(NO_CACHE.replace("`", ""))]
     level = levels[0]
-    return mistake_parts(results.metrics[level], results.scores[level], level, cache, heat_maps)
+    alone: list[Part] = []
+    if heat_maps is not None and context_sentence(run):
+        alone.append(Text(MAPS_ALONE))
+    found = mistake_parts(results.metrics[level], results.scores[level], level, cache, heat_maps)
+    return [*alone, *found]
 
 
 def _learning_parts(run: RunFolder, recipe: Recipe, history: pd.DataFrame) -> list[Part]:
