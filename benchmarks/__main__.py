@@ -144,6 +144,32 @@ def building(
 @main.command()
 @TINY
 @PRECISION
+@DEVICE
+@THREADS
+@click.option("--repeats", type=click.IntRange(min=1), help="Timed runs of each way; default: 5.")
+@click.option("--out", type=PathType(), metavar="DIR", help="Folder of the CSV; as for model.")
+def sequence(
+    is_tiny: bool, precision: str, device: str, threads: int, repeats: int | None, out: Path | None
+) -> None:
+    """Measure what a sequence head costs: in prediction, and in training end to end."""
+    from benchmarks.cases import SEQUENCE_CASES, tiny_sequence
+    from benchmarks.records import RESULTS, TRIALS, describe_place, file_name
+
+    setting = _setting(precision, device, threads)
+    place = describe_place(setting.device, threads)
+    bench = "sequence-tiny" if is_tiny else "sequence"
+    path = (out or (TRIALS if is_tiny else RESULTS)) / file_name(bench, place, setting.precision)
+
+    from benchmarks.sequence import measure
+
+    cases = [tiny_sequence(case) if is_tiny else case for case in SEQUENCE_CASES]
+    measure(cases, setting, repeats or (1 if is_tiny else 5), path, place, click.echo)
+    click.echo(f"Results: {path}")
+
+
+@main.command()
+@TINY
+@PRECISION
 @THREADS
 @click.option(
     "--case",

@@ -96,6 +96,40 @@ CASES = (
 TINY_SLICES, TINY_SIDE, TINY_WIDTH = 17, 64, 8
 
 
+@dataclass(frozen=True)
+class SequenceCase:
+    """A sequence head on a slice network, and a series for both.
+
+    Args:
+        name: its name in tables.
+        head: a kind of `ich_keras.models.sequence`.
+        preset: of the slice network.
+        shape: of a slice: (rows, columns, channels).
+        slices: of the series.
+        chunk: slices per pass of the slice network.
+    """
+
+    name: str
+    head: str
+    preset: str = "resnet18_2d"
+    shape: tuple[int, int, int] = SLICE
+    slices: int = 40
+    chunk: int = 16
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Return the slice network, without dropout."""
+        return replace(preset(self.preset), dropout=0.0, input_shape=self.shape)
+
+
+SEQUENCE_CASES = (SequenceCase("gru", "gru"), SequenceCase("transformer", "transformer"))
+
+
+def tiny_sequence(case: SequenceCase) -> SequenceCase:
+    """Shrink a case until a step is very short, but still runs the same code."""
+    return replace(case, shape=(TINY_SIDE, TINY_SIDE, 3), slices=6, chunk=2)
+
+
 def tiny(case: Case) -> Case:
     """Shrink a case until a step is very short, but still runs the same code."""
     *slices, _, _, channels = case.shape

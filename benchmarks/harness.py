@@ -148,6 +148,49 @@ def saved_bytes(run: Run, ignored: Iterable["torch.Tensor"]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def most_saved_bytes(run: Callable[[], None], ignored: Iterable["torch.Tensor"]) -> int:
+    """Count what autograd keeps for backward passes at any one time, at most.
+
+    As `saved_bytes`, but what a backward pass has released no longer counts: a step may take
+    several passes.
+
+    Args:
+        run: takes a step.
+        ignored: tensors that always exist: parameters, buffers, the batch.
+    """
+    import torch
+
+    always = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    holders: dict[int, int] = {}  # address of a storage -> saved tensors that lie in it
+    now = most = 0
+
+    class Saved:
+        """A saved tensor, which tells when autograd drops it."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal now, most
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.address, self.bytes = storage.data_ptr(), storage.nbytes()
+            if self.address in always:
+                return
+            holders[self.address] = holders.get(self.address, 0) + 1
+            now += self.bytes if holders[self.address] == 1 else 0
+            most = max(most, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            if self.address in always:
+                return
+            holders[self.address] -= 1
+            if not holders[self.address]:
+                del holders[self.address]
+                now -= self.bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run()
+    return most
+
+
 @dataclass(frozen=True)
 class Dispatches:
     """What a step sends to torch's dispatcher.

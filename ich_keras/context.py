@@ -142,6 +142,16 @@ class Context:
         features: np.ndarray,
         series_uids: Any,
         positions_mm: Any,
+    ) -> np.ndarray:
+        """Answer slices again: the first of what `answer_all` returns, with its arguments."""
+        return self.answer_all(values, features, series_uids, positions_mm)[0]
+
+    def answer_all(
+        self,
+        values: np.ndarray,
+        features: np.ndarray,
+        series_uids: Any,
+        positions_mm: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Answer slices again, and their series.
 
@@ -209,7 +219,7 @@ def answers(
     if context is None or not features:
         return values, None
     places = table["series_uid"], table["position_mm"]
-    return context.answer(values, np.concatenate(features), *places)
+    return context.answer_all(values, np.concatenate(features), *places)
 
 
 def filled(series: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -187,7 +187,7 @@ def predict_index(
             heads: np.ndarray | None = None
             if context is not None and len(values):
                 places = places_of(found)
-                values, heads = context.answer(values, np.concatenate(features), *places)
+                values, heads = context.answer_all(values, np.concatenate(features), *places)
             predicted = [
                 dataclasses.replace(reading.result, values=part)
                 for reading, part in zip(found, np.split(values, ends[:-1]), strict=True)

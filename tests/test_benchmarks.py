@@ -27,6 +27,7 @@ from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.building import BY_PYDICOM, read_resized  # noqa: E402
 from benchmarks.cases import CASES, OURS, Setting, choose_cases, tiny  # noqa: E402
 from benchmarks.records import Place, file_name, slug, table  # noqa: E402
+from benchmarks.sequence import ALONE, CHUNKED, IN_ONE, WITH_HEAD  # noqa: E402
 
 # Of those tests that build or run Keras models; counting, naming and refusing need no backend.
 on_torch = pytest.mark.skipif(
@@ -65,6 +66,21 @@ def test_saved_bytes_of_a_network_counted_by_hand():
     ignored = [*net.parameters(), x]
     # The ReLU's result (which the second layer reads) and the output that is squared.
     assert harness.saved_bytes(train, ignored) == 4 * (5 * 7 + 5 * 3)
+
+
+def test_what_is_kept_at_once_is_counted_by_hand():
+    net = torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    x = torch.randn(5, 10)
+
+    def step(*parts):
+        for part in parts:
+            net(part).square().sum().backward()
+
+    ignored = [*net.parameters(), x]
+    of_one = 4 * (7 + 3)  # see above
+    assert harness.most_saved_bytes(lambda: step(x), ignored) == 5 * of_one
+    # One after the other: only the largest part is ever there.
+    assert harness.most_saved_bytes(lambda: step(x[:2], x[2:]), ignored) == 3 * of_one
 
 
 def test_operations_are_counted_per_step():
@@ -380,6 +396,26 @@ def test_ways_to_build_a_cache_are_told_beside_pydicom_and_a_process_pool(tmp_pa
     assert 5 <= few < many / 5
     for row in rows:
         assert float(row["slices_per_s"]) == pytest.approx(1e6 / float(row["us_median"]), rel=1e-4)
+
+
+@on_torch
+def test_a_sequence_head_is_measured_beside_its_slice_network(tmp_path):
+    command = ["sequence", "--tiny", "--threads", "1", "--precision", "float32"]
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["head"] for row in rows} == {"gru", "transformer"}
+    ways = {(row["mode"], row["way"]): row for row in rows if row["head"] == "gru"}
+    for mode in ("predict", "train"):
+        assert float(ways[mode, ALONE]["time_ratio"]) == 1
+    assert ways["predict", WITH_HEAD]["saved_bytes"] == ""
+    kept = {way: int(ways["train", way]["saved_bytes"]) for way in (ALONE, CHUNKED, IN_ONE)}
+    # Six slices, in chunks of two.
+    assert kept[CHUNKED] < 1.1 * kept[ALONE] and 2.5 < kept[IN_ONE] / kept[CHUNKED] < 3.5
+    for row in rows:
+        per_second = 1e3 * int(row["slices"]) / float(row["ms_median"])
+        assert float(row["slices_per_s"]) == pytest.approx(per_second, rel=1e-4)
 
 
 def test_pydicom_and_a_cache_give_the_same_pixels(tmp_path):

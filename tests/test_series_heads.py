@@ -28,10 +28,12 @@ from ich_keras.metrics.aggregation import (
     head_of,
     rule_in_words,
 )
+from ich_keras.models.sequence import SequenceSpec, sequence_head
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.prediction_journal import SeriesResult
 from ich_keras.run_folder import RunFolder
+from ich_keras.slice_features import SliceFeatures
 from ich_keras.training import train
 from ich_keras.validation_scores import read_validation_scores
 
@@ -72,6 +74,20 @@ def test_of_classes_the_rule_stands_beside_the_mean():
     head = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8]])
     rule, losses = choose_rule(truth, values, ["x", "x", "y"], classes, head)
     assert rule == HEAD and set(losses) == {"mean", HEAD}
+
+
+def test_untrained_a_head_gives_series_their_largest_answer():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.01, 0.99, (7, 6)).astype(np.float32)
+    features = rng.normal(size=(7, 5)).astype(np.float32)
+    head = sequence_head(SequenceSpec("attention", 5, 4, 1), SIX, "logits")
+    places = ["a"] * 4 + ["b"] * 3, [0, 5, 10, 15, 0, 5, 10]
+    highest = np.repeat([values[:4].max(0), values[4:].max(0)], [4, 3], axis=0)
+    for share in (0, 1):  # the slice network has no share in it
+        context = Context(head, SIX, np.full(6, share, np.float32), "")
+        slices, series = context.answer_all(values, features, *places)
+        np.testing.assert_allclose(series, highest, rtol=1e-4)
+        np.testing.assert_array_equal(slices, context.answer(values, features, *places))
 
 
 def test_words_and_columns():
@@ -133,8 +149,6 @@ def own_answers(run, cache, rows):
     """What the head answers to series, computed by hand from logits and features."""
     recipe, model = load_run(run)
     context = Context.load(RunFolder(run), recipe.labels, model)
-    from ich_keras.slice_features import SliceFeatures
-
     features = SliceFeatures.open(run.parent / "features.h5")
     found = {}
     for uid in cache.slices["series_uid"].iloc[rows].unique():

@@ -28,6 +28,7 @@ from ich_keras.export.writing import (
 )
 from ich_keras.files import atomic_path
 from ich_keras.inference import load_run
+from ich_keras.metrics.aggregation import HEAD
 from ich_keras.model_file import save_model
 from ich_keras.models.presets import PRESETS
 from ich_keras.recipe import Recipe
@@ -72,7 +73,8 @@ def export_run(
     slice (of whole series: per series), and `raw_probabilities`, on which thresholds are chosen. A
     Keras model gives the raw ones alone. A run with a sequence head becomes a file that takes the
     slices of one series, any number, and their `positions_mm`, float32 (n,). Smoothing along z and
-    the rule from slices to series are not inside: its metadata names them.
+    the rule from slices to series are not inside, nor is a head's own answer to the series: its
+    metadata names them.
 
     Args:
         run: a finished one, on the torch backend.
@@ -187,7 +189,8 @@ def _facts(
         facts["where_there_is_no_slice"] = AIR_HU
     if recipe.inputs.view.kind != "series" and folder.choices():
         facts["smoothing_along_z"] = folder.smoothing()
-        facts["from_slices_to_series"] = folder.rule()
+        rule = folder.rule()
+        facts["from_slices_to_series"] = f"{rule}, which this file lacks" if rule == HEAD else rule
     thresholds = {
         name: part.get("thresholds") for name, part in folder.choices().items() if name in LEVELS
     }
