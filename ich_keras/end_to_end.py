@@ -33,6 +33,7 @@ from ich_keras.features import slice_answers, tapped_logits
 from ich_keras.models.optimizer import Adam, learning_rate_schedule
 from ich_keras.models.options import require_in_range, require_whole
 from ich_keras.models.sequence import sequence_losses
+from ich_keras.models.window_layers import keep_from_decay, window_layer
 from ich_keras.progress import Progress, Tell
 from ich_keras.recipe import Recipe
 from ich_keras.slice_features import require_finite_rows
@@ -208,7 +209,7 @@ def fit_both(
     train, valid = sets["train"], sets["valid"]
     steps = -(-len(train) // joint.batch_size)
     variables = [*network.variables, *head.trainable_variables]
-    optimizer = _optimizer(joint, config, head, steps * joint.epochs)
+    optimizer = _optimizer(joint, config, head, model, steps * joint.epochs)
     optimizer.build(variables)
     both = _Both(head, model, optimizer)
     chunks = SeriesChunks(recipe, cache, joint.chunk, config.seed)
@@ -295,7 +296,9 @@ class _Adam(Adam):
         return self.backbone_factor == 1 or id(variable) in self.full_rate
 
 
-def _optimizer(joint: JointConfig, config: ContextConfig, head: Any, total_steps: int) -> Any:
+def _optimizer(
+    joint: JointConfig, config: ContextConfig, head: Any, model: Any, total_steps: int
+) -> Any:
     warmup = max(1, total_steps // 20)
     layers = {variable.path.split("/")[0] for variable in head.trainable_variables}
     optimizer = _Adam(
@@ -304,9 +307,11 @@ def _optimizer(joint: JointConfig, config: ContextConfig, head: Any, total_steps
         head_layers=tuple(sorted(layers)),
         weight_decay=config.weight_decay or None,
     )
-    optimizer.full_rate = frozenset(map(id, head.trainable_variables))
+    windows = window_layer(model)
+    at_full_rate = head.trainable_variables + ([] if windows is None else windows.variables)
+    optimizer.full_rate = frozenset(map(id, at_full_rate))
     if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+        keep_from_decay(optimizer, model)
     return optimizer
 
 

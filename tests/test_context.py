@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,13 +17,13 @@ from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.context import MAPS_ALONE, Context, context_sentence
 from ich_keras.context_fitting import ContextConfig, SeriesSet, choose_blend, series_set
 from ich_keras.context_training import train_context
-from ich_keras.errors import DivergedError, StaleError, UsageError
+from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.features import extract_features
 from ich_keras.inference import load_run
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.model_card import model_card
-from ich_keras.models.sequence import KINDS, SequenceSpec, sequence_head
+from ich_keras.models.sequence import KINDS, SequenceSpec, sequence_head, sequence_losses
 from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.run_folder import RunFolder
@@ -374,3 +375,66 @@ def test_bad_options_are_refused(options, message):
 
 def test_the_command_knows_the_kinds():
     assert sequence.KINDS == KINDS
+
+
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        *((kind, length) for kind in KINDS for length in (1, 2)),
+        # Keras takes a step in Python for each slice of a recurrent head.
+        *(
+            pytest.param(kind, 600, marks=pytest.mark.slow if kind in ("gru", "lstm") else ())
+            for kind in KINDS
+        ),
+    ],
+)
+def test_series_of_any_length_are_answered(kind, length):
+    rng = np.random.default_rng(length)
+    head = sequence_head(SequenceSpec(kind, 5, 4, 1, heads=2), SIX, "logits")
+    for variable in head.trainable_variables:
+        variable.assign(rng.normal(0, 0.3, variable.shape))
+    context = Context(head, SIX, np.ones(6, np.float32), "")
+    values = rng.uniform(0.01, 0.99, (length, 6)).astype(np.float32)
+    features = rng.normal(size=(length, 5)).astype(np.float32)
+    places = np.sort(rng.uniform(0, 3000, length))  # gaps of all sizes
+    found = context.answer(values, features, ["a"] * length, places)
+    assert found.shape == values.shape and np.isfinite(found).all()
+    assert (found > 0).all() and (found < 1).all()
+    # Far from the origin of the scanner's table, and beside another series: the same answers.
+    uids = ["a"] * length + ["b"] * length
+    twice = context.answer(
+        np.tile(values, (2, 1)), np.tile(features, (2, 1)), uids, np.tile(places + 64, 2)
+    )
+    np.testing.assert_allclose(twice, np.tile(found, (2, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused(bad):
+    head = sequence_head(SequenceSpec("gru", 5, 4, 1), SIX, "logits")
+    head.get_layer("slice_change").kernel.assign(np.ones((4, 6)))
+    features = np.ones((3, 5), np.float32)
+    features[1, 2] = bad
+    context = Context(head, SIX, np.ones(6, np.float32), "")
+    with pytest.raises(DataError, match="the sequence head gave values that are not finite"):
+        context.answer(np.full((3, 6), 0.5), features, ["a"] * 3, [0, 5, 10])
+
+
+def test_a_label_that_the_head_never_saw_keeps_the_slice_networks_answer():
+    rng = np.random.default_rng(5)
+    labels = LabelSet(("seen", "unseen"))
+    parts, slices = [], []
+    for _ in range(6):
+        own = rng.normal(size=(7, 2)).astype(np.float32)
+        parts.append((rng.normal(size=(7, 3)).astype(np.float32), own, np.arange(7.0)))
+        truth = rng.integers(0, 2, (7, 2)).astype(np.float32)
+        truth[:, 1] = np.nan
+        slices.append(truth)
+    sets = SeriesSet(parts, slices, np.stack([one.max(axis=0) for one in slices]))
+    head = sequence_head(SequenceSpec("gru", 3, 4, 1, dropout=0.0), labels, "logits")
+    head.compile(keras.optimizers.AdamW(0.05), **sequence_losses(labels), auto_scale_loss=False)
+    for _ in range(5):
+        head.train_on_batch(*sets.batch(np.arange(6), "both"))
+    inputs, _ = sets.batch(np.arange(6), "both")
+    found = np.asarray(head.predict_on_batch(inputs)["slices"])[:, :7]
+    assert np.abs(found[..., 0] - inputs["logits"][:, :7, 0]).max() > 0.05
+    np.testing.assert_array_equal(found[..., 1], inputs["logits"][:, :7, 1])

@@ -10,18 +10,18 @@ import pytest
 from click.testing import CliRunner
 from narrow import preset_of
 
-from ich_keras import end_to_end
+from ich_keras import end_to_end, files
 from ich_keras.cli import train_main
 from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.context import Context
 from ich_keras.context_fitting import ContextConfig
 from ich_keras.context_training import train_context
 from ich_keras.end_to_end import JointConfig, SeriesChunks
-from ich_keras.errors import DivergedError, StaleError, UsageError
+from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.features import extract_features, tapped_logits
 from ich_keras.inference import load_run, network_digest
-from ich_keras.labels import SIX
+from ich_keras.labels import SIX, LabelSet
 from ich_keras.models import classifier as classifier_room
 from ich_keras.models import resnet as resnet_room
 from ich_keras.models import sequence as sequence_room
@@ -237,26 +237,46 @@ def head_weights(run):
     return Context.load(RunFolder(run), recipe.labels, model).head.get_weights()
 
 
-@pytest.mark.parametrize("place", ["context epoch 1", "both epoch 1", "both epoch 2"])
-def test_an_interrupted_training_resumes_bit_equal(
-    run, features, phantom_cache, tmp_path, monkeypatch, place
+# In the order in which they are passed: each try resumes, and gets as far as the next one.
+PLACES = (
+    "context epoch 1",
+    "both epoch 1",
+    "both epoch 2",
+    "after best.weights.h5",
+    "before context.json",
+    "after choices.json",
+    "before metrics-test.json",
+    "before report.md",
+    "before report.html",
+)
+
+
+@pytest.mark.parametrize(
+    "places", [PLACES[1:2], pytest.param(PLACES, marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_a_training_that_is_killed_resumes_bit_equal(
+    run, features, phantom_cache, tmp_path, monkeypatch, places
 ):
-    out = tmp_path / "again"
+    out, lines = tmp_path / "again", []
+    for place in places:
 
-    def stop(name):
-        if name == place:
-            raise KeyboardInterrupt
+        def stop(name, place=place):
+            if name == place:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(end_to_end.files, "fail_point", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_context(features, phantom_cache, out, CONFIG, joint=JOINT)
-    if place == "both epoch 1":
-        with pytest.raises(StaleError, match="was begun end to end"):
-            train_context(features, phantom_cache, out, CONFIG)
-        with pytest.raises(StaleError, match="is of a training with other settings"):
-            train_context(features, phantom_cache, out, CONFIG, joint=replace(JOINT, chunk=7))
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "fail_point", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train_context(features, phantom_cache, out, CONFIG, tell=lines.append, joint=JOINT)
+        assert not out.exists()
+        if place == "both epoch 1":
+            with pytest.raises(StaleError, match="was begun end to end"):
+                train_context(features, phantom_cache, out, CONFIG)
+            with pytest.raises(StaleError, match="is of a training with other settings"):
+                train_context(features, phantom_cache, out, CONFIG, joint=replace(JOINT, chunk=7))
     train_context(features, phantom_cache, out, CONFIG, joint=JOINT)
+    # No epoch was trained twice.
+    assert sum(line.startswith("both together, epoch") for line in lines) <= JOINT.epochs
     records = [json.loads((folder / "context.json").read_text()) for folder in (run, out)]
     for record in records:  # HDF5 writes the same weights in other bytes
         del record["weights"]
@@ -265,8 +285,72 @@ def test_an_interrupted_training_resumes_bit_equal(
         np.testing.assert_array_equal(one, other)
     tables = [(folder / "predictions-test.csv").read_bytes() for folder in (run, out)]
     assert tables[0] == tables[1]
+    assert verify(out)
     assert not list(tmp_path.glob("again.*"))
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_slabs_are_trained_end_to_end_too(phantom_cache, tmp_path):
+    flat = (1, 2, 2)
+    spec = ModelSpec(
+        (3, 32, 32, 1),
+        depth=10,
+        width=4,
+        stem_stride=flat,
+        pool_kernel=(1, 3, 3),
+        pool_stride=flat,
+        strides=(1, flat, flat, flat),
+    )
+    with preset_of("narrow_slab", spec):
+        config = RunConfig(
+            preset="narrow_slab",
+            data=DataConfig(size=32, view="slab", slices=3, reverse=True),
+            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
+            precision="float32",
+            device="cpu",
+        )
+        slabs = train(config, phantom_cache, tmp_path / "slabs")
+        features = extract_features(slabs, phantom_cache, tmp_path / "features.h5")
+        out = tmp_path / "out"
+        train_context(features, phantom_cache, out, CONFIG, joint=replace(JOINT, epochs=1))
+        assert evaluate(out, phantom_cache, "test")["slice"]["n"]["samples"] > 0
+
+
+@pytest.mark.slow
+def test_whole_series_have_no_features_to_begin_with(phantom_cache, tmp_path):
+    with preset_of("narrow_3d", ModelSpec((16, 32, 32, 1), depth=10, width=4)):
+        config = RunConfig(
+            preset="narrow_3d",
+            data=DataConfig(size=32, slices=16),
+            fit=FitConfig(batch_size=4, epochs=1, accumulate=1),
+            precision="float32",
+            device="cpu",
+        )
+        whole = train(config, phantom_cache, tmp_path / "whole")
+        with pytest.raises(UsageError, match="answers whole series; features are of slices"):
+            extract_features(whole, phantom_cache, tmp_path / "features.h5")
+
+
+def test_what_does_not_belong_together_is_refused(features, phantom_cache, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"cache": "f" * 64}, "features of another cache"),
+        ({"pixels": "f" * 64}, "features of other pixels"),
+        ({"network": "f" * 64}, "features of another network than that of"),
+    ):
+        other = replace(features, record=replace(features.record, **changes))
+        with pytest.raises(StaleError, match=message):
+            train_context(other, phantom_cache, out, CONFIG, joint=JOINT)
+    foreign = replace(features, record=replace(features.record, is_foreign=True))
+    with pytest.raises(UsageError, match="a network of others"):
+        train_context(foreign, phantom_cache, out, CONFIG, joint=JOINT)
+    two = LabelSet(("bleed", "fracture"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(phantom_cache), "labels", property(lambda cache: two))
+        with pytest.raises(DataError, match="has the labels bleed, fracture; the run was trained"):
+            train_context(features, phantom_cache, out, CONFIG, joint=JOINT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_slices_of_a_series_get_one_draw(slice_run, phantom_cache):
