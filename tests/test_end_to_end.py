@@ -292,7 +292,17 @@ def test_a_training_that_is_killed_resumes_bit_equal(
 
 @pytest.mark.slow
 def test_slabs_are_trained_end_to_end_too(phantom_cache, tmp_path):
-    with preset_of("narrow_slab", ModelSpec((3, 32, 32, 1), depth=10, width=4)):
+    flat = (1, 2, 2)
+    spec = ModelSpec(
+        (3, 32, 32, 1),
+        depth=10,
+        width=4,
+        stem_stride=flat,
+        pool_kernel=(1, 3, 3),
+        pool_stride=flat,
+        strides=(1, flat, flat, flat),
+    )
+    with preset_of("narrow_slab", spec):
         config = RunConfig(
             preset="narrow_slab",
             data=DataConfig(size=32, view="slab", slices=3, reverse=True),
@@ -313,7 +323,7 @@ def test_whole_series_have_no_features_to_begin_with(phantom_cache, tmp_path):
         config = RunConfig(
             preset="narrow_3d",
             data=DataConfig(size=32, slices=16),
-            fit=FitConfig(epochs=1),
+            fit=FitConfig(batch_size=4, epochs=1, accumulate=1),
             precision="float32",
             device="cpu",
         )
