@@ -23,12 +23,25 @@ _LATER_OPTIONS = (
     "positive_weight",
     "swa",
 )
+_LATER_INPUTS = (
+    "crop",
+    "cutmix",
+    "depth_mm",
+    "drop_slices",
+    "hu_noise",
+    "mixup",
+    "skip_empty",
+    "width_jitter",
+    "window_jitter",
+)
 # Fields of `Run` that came after the first results were stored: declared where they are used.
-_LATER_FIELDS = {"on": None, "learn_from": "both"}
+_LATER_FIELDS = {"on": None, "learn_from": "both", "end_to_end": False}
 # Of all sequence heads. Named here, so that neither another default of the library nor an option
 # that it adds makes stored results stale.
 _HEAD_SHAPE = {"width": 128, "depth": 2, "heads": 4, "dropout": 0.3}
 _HEAD_FITTING = {"weight_decay": 0.01, "series_weight": 0.5}
+# Of head and slice network together, where they are trained end to end.
+_JOINT = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-4, "backbone_factor": 0.1, "chunk": 32}
 _HEAD_PREFIX = "sequence_"
 
 
@@ -48,7 +61,7 @@ class Source:
 def is_made_at(run: Run, scale: Scale) -> bool:
     """Whether a scale has a run: it needs the fraction of patients, and phantoms for stand-ins."""
     is_stand_in = run.split == "other" or bool(run.depends_on)
-    is_asked_for = run.fraction in (1.0, *scale.fractions[run.view])
+    is_asked_for = run.fraction == 1 or run.fraction in scale.fractions[run.view]
     return is_asked_for and (scale.is_synthetic or not is_stand_in)
 
 
@@ -97,7 +110,10 @@ def base_config(run: Run, scale: Scale, seed: int, device: str = "auto") -> RunC
     if run.on is not None:
         return base_config(RUNS[run.on], scale, seed, device)
     fitting = fitting_of(run, scale)
-    slices = {"slice": None, "slab": run.slices or 5, "series": scale.series_slices}[run.view]
+    slices = (
+        run.slices
+        or {"slice": None, "stack": 3, "slab": 5, "series": scale.series_slices}[run.view]
+    )
     return RunConfig(
         preset=run.preset,
         seed=seed,
@@ -143,6 +159,12 @@ def head_settings(run: Run, scale: Scale, seed: int) -> dict:
     }
 
 
+def joint_settings() -> dict:
+    """Return the settings of a training end to end, as `ich_keras.end_to_end.JointConfig` takes
+    them."""
+    return dict(_JOINT)
+
+
 def data_settings(scale: Scale, source: Source | None = None) -> dict:
     """Return the settings that determine the data: a work folder belongs to one set of them."""
     names = ("size", "num_series", "phantom_seed", "matrix", "other_series", "other_seed")
@@ -172,12 +194,19 @@ def declaration(key: str, scale: Scale, seed: int, source: Source | None = None)
     # Asked since the first results were stored. It changes none: phantoms have no such series.
     del content["config"]["data"]["duplicate"]
     # Neither do options that came later and that a run does not use.
-    usual = asdict(FitConfig())
-    for name in _LATER_OPTIONS:
-        if content["config"]["fit"][name] == usual[name]:
-            del content["config"]["fit"][name]
+    if content["config"]["windows"] is None:
+        del content["config"]["windows"]
+    for part, later, usual in (
+        ("fit", _LATER_OPTIONS, asdict(FitConfig())),
+        ("data", _LATER_INPUTS, asdict(DataConfig())),
+    ):
+        for name in later:
+            if content["config"][part][name] == usual[name]:
+                del content["config"][part][name]
     if run.on is not None:
         content["head"] = head_settings(run, scale, seed)
+    if run.end_to_end:
+        content["joint"] = joint_settings()
     others = [*run.needs, *([run.like[1]] if run.like else [])]
     content["others"] = {other: declaration(other, scale, seed, source) for other in others}
     return fingerprint(content)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.declare import head_settings
+from experiments.declare import head_settings, joint_settings
 from experiments.memory import measured
 from experiments.place import Place
 from experiments.runs import RUNS
@@ -27,6 +27,8 @@ from ich_keras.files import read_json, write_json
 from ich_keras.progress import Tell
 from ich_keras.run_folder import START, RunFolder
 
+END_TO_END = "end_to_end"  # in context.json: how head and slice network were trained together
+_TRAINING = ("training the head", "training head and slice network")
 SERIES_CHANGE = "series_change"  # the head's layer that answers series, not slices
 
 
@@ -78,7 +80,8 @@ def is_of_features(place: Place, task: Task) -> bool:
     assert on is not None
     path = features_file(place, on, task.seed)
     record = head_record(RunFolder(place.run_dir(task.key, task.seed)))
-    return path.is_file() and read_record(path)[0].network == record["network"]
+    network = record.get(END_TO_END, {}).get("began_with", record["network"])
+    return path.is_file() and read_record(path)[0].network == network
 
 
 def train_head(place: Place, task: Task, cache: CTCache, tell: Tell) -> None:
@@ -92,6 +95,7 @@ def train_head(place: Place, task: Task, cache: CTCache, tell: Tell) -> None:
     """
     from ich_keras.context_fitting import ContextConfig
     from ich_keras.context_training import train_context
+    from ich_keras.end_to_end import JointConfig
 
     run, out = RUNS[task.key], place.run_dir(task.key, task.seed)
     assert run.on is not None
@@ -114,8 +118,9 @@ def train_head(place: Place, task: Task, cache: CTCache, tell: Tell) -> None:
             ContextConfig(**head_settings(run, place.scale, task.seed)),
             run=place.run_dir(run.on, task.seed),
             device=device,
-            progress=lambda step, *rest: note_time() if step == "training the head" else None,
+            progress=lambda step, *rest: note_time() if step in _TRAINING else None,
             tell=tell,
+            joint=JointConfig(**joint_settings()) if run.end_to_end else None,
         )
     write_json(
         cost_file(place, task.key, task.seed),

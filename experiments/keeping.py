@@ -21,7 +21,8 @@ from ich_keras.data.views import make_samples
 from ich_keras.errors import StaleError
 from ich_keras.files import atomic_write, read_json, sha256_of, write_json
 from ich_keras.inference import load_run, probabilities
-from ich_keras.labels import ANY, LABELS
+from ich_keras.labels import ANY, LABELS, SIX
+from ich_keras.metrics.aggregation import head_columns
 from ich_keras.metrics.binary import TRUTH_COLUMNS
 from ich_keras.recipe import Recipe
 from ich_keras.run_folder import RunFolder
@@ -185,6 +186,9 @@ def _kept_rows(table: pd.DataFrame, numbers: pd.Series) -> pd.DataFrame:
     kept["patient"] = numbers.loc[table["series_instance_uid"]].to_numpy()
     kept[list(LABELS)] = table[list(LABELS)].astype(np.float32).astype(float)
     kept[list(TRUTH_COLUMNS)] = table[list(TRUTH_COLUMNS)].astype(int)
+    own = head_columns(SIX)
+    if own[0] in table:  # a sequence head's answers to the series
+        kept[own] = table[own].astype(np.float32).astype(float)
     return kept
 
 

@@ -49,6 +49,7 @@ class Question:
     note: str = ""
 
 
+_END_TO_END = "sequence-gru-end-to-end"
 _SEQUENCES = tuple(f"sequence-{kind}" for kind in HEADS)
 _LEARNT = tuple(
     f"sequence-{kind}{learnt}" for kind in LABEL_HEADS for learnt in ("-slices", "", "-series")
@@ -180,20 +181,26 @@ QUESTIONS = {
     "context": Question(
         title="What do the other slices of a series tell about a slice, and how best to see them?",
         runs=(
-            *("2d", "slab", *_SEQUENCES, "series"),
-            *("2d-operations", "sequence-gru-operations", "series-operations"),
+            *("2d", "stack", "slab", *_SEQUENCES, _END_TO_END, "series"),
+            *("2d-operations", "stack-operations", "slab-thin-operations"),
+            *("slab-thin-stand-in-operations", "sequence-gru-operations", "series-operations"),
         ),
         pairs=(
-            *(("slab", "2d"), *((key, "2d") for key in _SEQUENCES), ("series", "2d")),
-            *((key, "slab") for key in _SEQUENCES),
-            *(("2d-operations", "slab"), ("series-operations", "slab")),
+            *((key, "2d") for key in ("stack", "slab", *_SEQUENCES, _END_TO_END, "series")),
+            *((key, "slab") for key in ("stack", *_SEQUENCES, _END_TO_END)),
+            (_END_TO_END, "sequence-gru"),
+            *((key, "slab") for key in ("2d-operations", "stack-operations")),
+            *((key, "slab") for key in ("slab-thin-operations", "slab-thin-stand-in-operations")),
+            *((key, "slab") for key in ("sequence-gru-operations", "series-operations")),
             ("sequence-gru-operations", "2d-operations"),
-            ("sequence-gru-operations", "slab"),
         ),
         note=(
             "**At equal patients** each network has the epochs and learning rate of its view. **At"
             " equal operations** it is trained for as many as `slab`, which stands in both; a"
-            " sequence head spends nearly nothing beside its slice network. A head is trained on"
+            " sequence head spends nearly nothing beside its slice network. MedicalNet's network"
+            " with depth stride 1 costs five times the operations of `slab` and has at least one"
+            " epoch, so about a quarter more; a stand-in has one seed, and sees one wide range. A"
+            " head is trained on"
             " all series as they are, slices and slabs on as many positive samples as negative"
             " ones: this is in their log loss, not in their AUROC. A head begins as its slice"
             " network, and its share beside it is chosen on validation, as is the epoch of every"

@@ -2,7 +2,8 @@
 
 OUT/runs/<key>-s<seed>/
     predictions.csv.gz   test split: UIDs, patient, six probabilities (nine digits, which are all
-                         of a float32), six labels
+                         of a float32), six labels; of a sequence head also its answers to the
+                         series
     augmented.csv.gz     the same under the thesis's random augmentation (thesis splits only)
     history.csv          per epoch
     result.json          settings, time and place of the training, metrics; written last

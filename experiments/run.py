@@ -14,8 +14,8 @@ class Run:
     Args:
         title: what it is, for tables.
         preset: the network.
-        view: slice, slab or series.
-        slices: of a slab; None: five.
+        view: slice, stack, slab or series.
+        slices: of a stack or slab; None: three, or five.
         split: "patient"; "thesis-slices" and "thesis-series", in which the held-out samples also
             choose the model; "leaky" splits the slices of as many patients as the patient split
             trains on, see `splits.leaky_split`; "other" is a patient split of the second set of
@@ -33,6 +33,7 @@ class Run:
         on: the run on whose slice network a sequence head is trained, seed by seed; `preset` then
             names the head (`sequence_gru`).
         learn_from: labels that such a head learns from: "slices", "series" or "both".
+        end_to_end: train head and slice network together, after the head alone.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Run:
     first_seed: bool = False
     on: str | None = None
     learn_from: str = "both"
+    end_to_end: bool = False
 
     @property
     def depends_on(self) -> tuple[str, ...]:

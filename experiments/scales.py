@@ -80,6 +80,7 @@ SCALES = {
         series_slices=12,
         fittings={
             "slice": Fitting(batch_size=16, epochs=2, learning_rate=1e-3),
+            "stack": Fitting(batch_size=16, epochs=2, learning_rate=1e-3),
             "slab": Fitting(batch_size=16, epochs=1, learning_rate=1e-3),
             "series": Fitting(batch_size=4, epochs=2, learning_rate=1e-3),
         },
@@ -100,9 +101,10 @@ SCALES = {
         # A slab sample costs 13 times as much as a slice, a series sample 7 times. With two epochs
         # slabs did not beat counting voxels. With four epochs and a rate of 1e-3, one of two seeds
         # did; the other did so only at 3e-4 (validation split; batches of 8 tolerate a lower rate
-        # than batches of 32).
+        # than batches of 32). Stacks cost little more than slices, and have their settings.
         fittings={
             "slice": Fitting(batch_size=32, epochs=6, learning_rate=1e-3),
+            "stack": Fitting(batch_size=32, epochs=6, learning_rate=1e-3),
             "slab": Fitting(batch_size=8, epochs=4, learning_rate=3e-4),
             "series": Fitting(batch_size=8, epochs=14, learning_rate=1e-3),
         },
@@ -124,6 +126,7 @@ SCALES = {
         series_slices=60,
         fittings={
             "slice": Fitting(batch_size=32, epochs=6, learning_rate=1e-5),
+            "stack": Fitting(batch_size=32, epochs=6, learning_rate=1e-5),
             "slab": Fitting(batch_size=16, epochs=5, learning_rate=1e-4),
             "series": Fitting(batch_size=1, epochs=5, learning_rate=3e-4),
         },

@@ -17,8 +17,8 @@ from experiments.convention import thesis_metrics
 from experiments.results import Result, load_results
 from experiments.scales import SCALES
 from ich_keras.errors import DataError, StaleError
-from ich_keras.labels import LABELS
-from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate
+from ich_keras.labels import LABELS, SIX
+from ich_keras.metrics.aggregation import DEFAULT_RULE, aggregate, head_of
 from ich_keras.metrics.binary import TRUTH_COLUMNS, binary_metrics
 from ich_keras.metrics.intervals import RESAMPLES, mean_bootstrap, mean_paired_bootstrap
 from ich_keras.metrics.smoothing import smooth
@@ -79,7 +79,8 @@ class Scored:
 def scored(result: Result, level: str) -> Scored | None:
     """Return a run's test predictions at a level; None where it has none.
 
-    Slices become series by the rule that the run chose on its validation split.
+    Slices become series by the rule that the run chose on its validation split; that of a sequence
+    head may be its own answer.
     """
     table = result.predictions
     values, truth = table[list(LABELS)].to_numpy(), table[list(TRUTH_COLUMNS)].to_numpy()
@@ -95,7 +96,7 @@ def scored(result: Result, level: str) -> Scored | None:
         return None  # its test set contains only parts of series
     rule = found.get("aggregation", {}).get("rule", DEFAULT_RULE)
     series = table["series"].to_numpy()
-    found = aggregate(values, series, rule)
+    found = aggregate(values, series, rule, head=head_of(table, SIX))
     labels = aggregate(truth, series).to_numpy().astype(int)
     owners = pd.Series(patients, index=series).groupby(level=0).first()[found.index]
     return Scored(pd.Index(found.index), owners.to_numpy(), labels, found.to_numpy())

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.heads import (
+    END_TO_END,
     built_head,
     cost_of,
     features_cost,
@@ -79,7 +80,15 @@ def of_head(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost) ->
         features_cost(place, on, seed),
         head_record(run),
     )
-    config, history = record["config"], pd.DataFrame(record["history"])
+    config, joint = record["config"], record.get(END_TO_END)
+    history = pd.DataFrame(record["history"])
+    best_epoch = record["best_epoch"]
+    if joint is not None:
+        # Epochs of both together follow those of the head alone; 0 keeps what they began with.
+        both = pd.DataFrame(joint["history"])
+        best_epoch = len(history) + joint["best_epoch"] if joint["best_epoch"] else best_epoch
+        both["epoch"] += len(history)
+        history = pd.concat([history, both], ignore_index=True)
     # Heads are judged by their loss; only the answers of both networks together have an AUROC.
     history["valid_auroc_any"] = np.nan
     split, head = run.split(), built_head(record)
@@ -94,6 +103,14 @@ def of_head(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost) ->
         for part, found in lengths.items()
     }
     num_series = record["num_series"]["train"]
+    of_training = 3 * config["epochs"] * sum(of_head["train"])
+    seen, steps = num_series * config["epochs"], _steps(num_series, config)
+    if joint is not None:
+        # A chunk of slices is computed once more for its gradient.
+        slices = 4 * split.indices(cache.slices, "train").size * cost.operations_per_sample
+        epochs = joint["config"]["epochs"]
+        of_training += epochs * (slices + 3 * sum(of_head["train"]))
+        seen, steps = seen + num_series * epochs, steps + _steps(num_series, joint["config"])
     tested = int(split.indices(cache.slices, "test").size)
     below = of_run(place, on, seed, cost)
     _, metrics = evaluated(RunFolder(place.run_dir(on, seed)), "test")
@@ -104,13 +121,16 @@ def of_head(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost) ->
         history=history.to_csv(index=False, lineterminator="\n"),
         seconds=own.get("seconds", 0.0) + features.get("seconds", 0.0),
         peak_bytes=_highest(own.get("peak_bytes"), features.get("peak_bytes")),
-        best_epoch=record["best_epoch"],
-        samples_seen=num_series * config["epochs"],
-        steps=-(-num_series // config["batch_size"]) * config["epochs"],
-        operations=3 * config["epochs"] * sum(of_head["train"])
-        + len(cache.slices) * cost.operations_per_sample,
+        best_epoch=best_epoch,
+        samples_seen=seen,
+        steps=steps,
+        operations=of_training + len(cache.slices) * cost.operations_per_sample,
         more={
-            "head": {"config": config, "share": dict(zip(LABELS, record["blend"], strict=True))},
+            "head": {
+                "config": config,
+                "share": dict(zip(LABELS, record["blend"], strict=True)),
+                "end_to_end": joint and {k: joint[k] for k in ("config", "best_epoch")},
+            },
             "predicting_operations": round(
                 (sum(of_head["test"]) + tested * cost.operations_per_sample) / len(of_head["test"])
             ),
@@ -129,6 +149,10 @@ def of_head(place: Place, key: str, seed: int, cache: CTCache, cost: RunCost) ->
             },
         },
     )
+
+
+def _steps(num_series: int, config: dict[str, Any]) -> int:
+    return -(-num_series // config["batch_size"]) * config["epochs"]
 
 
 def _highest(*peaks: dict[str, int | None] | None) -> dict[str, int | None] | None:

@@ -1,5 +1,7 @@
 """The questions "context" and "labels": heads as a second stage, what is stored, what is said."""
 
+import contextlib
+import copy
 import itertools
 import shutil
 import sys
@@ -26,7 +28,7 @@ from experiments import reproduce as reproducing
 from experiments.__main__ import main
 from experiments.context_runs import HEADS
 from experiments.data import claim_work
-from experiments.declare import chosen_runs, declaration, head_settings, stage_of
+from experiments.declare import chosen_runs, declaration, head_settings, joint_settings, stage_of
 from experiments.heads import head_operations, padded_lengths
 from experiments.place import Place
 from experiments.report import context
@@ -35,7 +37,7 @@ from experiments.reproduce import plan_tasks, reproduce
 from experiments.results import RESULT, Result, load_result, load_results
 from experiments.runs import RUNS
 from experiments.scales import SCALES, Fitting, Scale
-from experiments.scores import sound_results
+from experiments.scores import scored, sound_results
 from experiments.settle import Task
 
 FAKE = Scale(
@@ -45,6 +47,7 @@ FAKE = Scale(
     series_slices=9,
     fittings={
         "slice": Fitting(16, 2, 3e-3),
+        "stack": Fitting(16, 1, 3e-3),
         "slab": Fitting(8, 1, 1e-3),
         "series": Fitting(2, 1, 1e-3),
     },
@@ -58,6 +61,13 @@ NARROW = {
     "2d": ModelSpec((48, 48, 3), depth=10, width=4),
     "slab": replace(PRESETS["resnet10_3d_slab"].spec, input_shape=(5, 48, 48, 3), width=4),
     "series": ModelSpec((9, 48, 48, 3), depth=10, width=4),
+    "stack": ModelSpec((48, 48, 9), depth=10, width=4),
+    "slab-thin-operations": replace(
+        PRESETS["resnet10_3d_thin"].spec, input_shape=(5, 48, 48, 3), width=4
+    ),
+    "stand-in-3d-18": replace(
+        PRESETS["resnet10_3d_medicalnet"].spec, input_shape=(5, 48, 48, 1), width=4
+    ),
 }
 
 
@@ -70,18 +80,17 @@ def narrow_runs():
         patch.setattr(training, "domain_of", lambda *_: None)
         patch.setattr(levels, "_operating", lambda *_: {})
         patch.setattr(levels, "_intervals", lambda *_: None)
-        of_name = {}
-        for view, spec in NARROW.items():
-            entered = preset_of(f"narrow_{view}", spec)
-            entered.__enter__()
-            of_name[f"narrow_{view}"] = entered
-        for key in list(RUNS):
-            view = next((v for v in NARROW if RUNS[key].preset == RUNS[v].preset), None)
-            if view is not None and RUNS[key].on is None:
-                patch.setitem(RUNS, key, replace(RUNS[key], preset=f"narrow_{view}"))
-        yield
-        for entered in of_name.values():
-            entered.__exit__(None, None, None)
+        narrow = {RUNS[key].preset: f"narrow_{key}" for key in NARROW}
+        for key, run in list(RUNS.items()):
+            if run.preset in narrow:
+                patch.setitem(RUNS, key, replace(run, preset=narrow[run.preset]))
+        with contextlib.ExitStack() as presets:
+            for key, spec in NARROW.items():
+                presets.enter_context(preset_of(f"narrow_{key}", spec))
+            yield
+
+
+MADE = ("2d", "sequence-conv", "sequence-attention-series", "sequence-gru-end-to-end")
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +100,13 @@ def made(narrow_runs, tmp_path_factory, phantom_cache_folder):
     place = Place(work=folder / "work", out=folder / "out", scale=FAKE, device="cpu")
     claim_work(place)
     shutil.copytree(phantom_cache_folder, place.cache_dir())
-    assert reproduce(place, ["2d", "sequence-conv", "sequence-attention-series"], (0,)) == 3
+    assert reproduce(place, [*MADE], (0,)) == len(MADE)
     return place
 
 
 def test_a_head_is_a_second_stage(made):
     results = load_results(made.out)
-    assert set(results) == {"2d", "sequence-conv", "sequence-attention-series"}
+    assert set(results) == set(MADE)
     (below,), (head,) = results["2d"], results["sequence-conv"]
     assert head.predictions["sop"].tolist() == below.predictions["sop"].tolist()
     assert not np.allclose(head.predictions[list(LABELS)], below.predictions[list(LABELS)])
@@ -125,6 +134,41 @@ def test_operations_of_a_head_are_its_own_and_of_the_features(made):
     assert head.info["samples_seen"] == 3 * head.info["series"]["train"]
     per_series = len(head.predictions) / head.predictions["series"].nunique() * per_slice
     assert per_series < head.info["predicting_operations"] < 2 * per_series
+
+
+def test_end_to_end_is_a_head_and_three_epochs_of_both(made):
+    (alone,), (both,) = (
+        load_results(made.out)[key] for key in ("sequence-conv", "sequence-gru-end-to-end")
+    )
+    joint = both.info["head"]["end_to_end"]
+    assert alone.info["head"]["end_to_end"] is None
+    assert joint["config"] == joint_settings()
+    assert both.history["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+    before = both.history["valid_log_loss"][:3].idxmin() + 1
+    kept = 3 + joint["best_epoch"] if joint["best_epoch"] else before
+    assert both.info["best_epoch"] == kept
+    # Three epochs over all training slices, forward twice and backward.
+    (below,) = load_results(made.out)["2d"]
+    per_slice = below.info["training_operations"] / (3 * below.info["samples_seen"])
+    info = both.info
+    slices = sum(info["slices"].values()) + 3 * 4 * info["slices"]["train"]
+    heads = info["training_operations"] - per_slice * slices
+    assert 0 < heads < info["training_operations"]
+    series, of = info["series"]["train"], joint["config"]["batch_size"]
+    assert info["steps"] == 3 * -(-series // 4) + 3 * -(-series // of)
+
+
+def test_a_heads_own_answer_to_series_is_stored(made):
+    """Where that rule won on validation; here it is made to."""
+    (result,) = load_results(made.out)["sequence-conv"]
+    table = result.predictions
+    own = table[[f"head_{label}" for label in LABELS]]
+    assert (own.groupby(table["series"]).nunique() == 1).all().all()
+    info = copy.deepcopy(result.info)
+    info["metrics"]["series"]["aggregation"]["rule"] = "head"
+    found = scored(replace(result, info=info), "series")
+    expected = own.groupby(table["series"], sort=False).first()
+    np.testing.assert_allclose(found.values, expected.loc[found.names], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,6 +290,7 @@ def test_heads_come_after_their_networks_and_are_fingerprinted_with_them(monkeyp
     before = declaration("sequence-gru", small, 0)
     assert before != declaration("sequence-gru-series", small, 0)
     assert before != declaration("sequence-lstm", small, 0)
+    assert before != declaration("sequence-gru-end-to-end", small, 0)
     assert before != declaration("sequence-gru", replace(small, head=Fitting(16, 31, 1e-3)), 0)
     plain = declaration("2d", small, 0)
     assert plain == declaration("2d", replace(small, head=Fitting(1, 1, 1.0)), 0)
@@ -267,7 +312,7 @@ def test_the_report_shows_costs_labels_and_what_taught_nothing(made, monkeypatch
     monkeypatch.setitem(SCALES, FAKE.name, FAKE)
     text = write_report(made.out).read_text()
     assert "## context: What do the other slices" in text
-    assert "Not run: `slab`, `sequence-gru`, `sequence-lstm`" in text
+    assert "Not run: `stack`, `slab`, `sequence-gru`, `sequence-lstm`" in text
     section = text[text.index("## context") : text.index("## labels")]
     (below,), (head,) = (load_results(made.out)[key] for key in ("2d", "sequence-conv"))
     costs = {row[0]: row for row in rows_of(section, "**Costs**")}
@@ -375,7 +420,8 @@ def test_the_questions_are_answered_on_the_smallest_scale(narrow_runs, monkeypat
         matrix=64,
         slice_spacing_mm=(12.0, 16.0),
         seeds=(0,),
-        fittings={view: Fitting(4, 1, 1e-3) for view in ("slice", "slab", "series")},
+        fittings={view: Fitting(4, 1, 1e-3) for view in ("slice", "stack", "slab", "series")},
+        other_series=12,
         head=Fitting(4, 1, 1e-3),
     )
     monkeypatch.setitem(SCALES, "tiny", tiny)

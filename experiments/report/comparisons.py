@@ -177,9 +177,9 @@ def _balance_note(results: Sequence[Result]) -> list[str]:
     if not any(r.info["config"]["data"]["balance"] and not r.is_series for r in results):
         return []
     return [
-        "Slices and slabs were trained on as many positive as negative samples, but are scored on"
-        " all samples: this shift affects their log loss, not their AUROC. Series were trained"
-        " nearly as they are, about half of them positive.",
+        "Slices, stacks and slabs were trained on as many positive as negative samples, but are"
+        " scored on all samples: this shift affects their log loss, not their AUROC. Series were"
+        " trained nearly as they are, about half of them positive.",
         "",
     ]
 

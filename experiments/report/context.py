@@ -46,7 +46,7 @@ def smoothing_differences(name: str, results: Results) -> list[tuple[str, str, s
     pairs += [
         (key, results[key], f"2d{SMOOTHED}", kernel["2d"])
         for key in QUESTIONS[name].runs
-        if key in results and key not in ("2d", "2d-operations", "series-operations")
+        if key in results and key != "2d" and not key.endswith("-operations")
     ]
     for one, ones, other, others in pairs:
         for level in LEVELS:

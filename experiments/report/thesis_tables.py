@@ -151,6 +151,8 @@ def intensity_text(group: Sequence[Result]) -> str:
         "windows": "three windows",
         "wide": "one wide range",
         "head-z-score": "z-scores over the head",
+        "hu": "HU, for learned windows",
+        "bone-windows": "three windows and one for bone",
         None: "intensity not recorded",
     }
     found = {result.info["config"]["data"].get("intensity") for result in group}
