@@ -46,6 +46,7 @@ NAMES = {
     "keras.src.backend.common.dtypes.BIT64_TO_BIT32_DTYPE": "turns float64 into float32; changed"
     " where float64 is wanted",
     "keras.src.backend.torch.core.get_device": "the device that Keras chose at import",
+    "torch._higher_order_ops.scan": "a loop whose length an exported program leaves open",
     "torch._fused_adam_": "one kernel for the whole Adam step",
     "torch._dynamo.explain": "counts the graph breaks of torch.compile",
     "torch._dynamo.reset": "forgets compiled graphs, which hold memory",
@@ -171,6 +172,16 @@ def fused_adam(*arrays: Any, **settings: Any) -> None:
     import torch
 
     torch._fused_adam_(*arrays, **settings)
+
+
+def scan(step: Any, start: "torch.Tensor", given: "torch.Tensor") -> "torch.Tensor":
+    """Run step(state, now) -> (state, out) over the first axis, and return all that came out.
+
+    torch.export keeps it as a loop, whatever the length.
+    """
+    from torch._higher_order_ops import scan as run
+
+    return run(step, start, given, dim=0)[1]
 
 
 def fake_tensor_mode() -> Any:

@@ -29,14 +29,19 @@ from ich_keras.models.spec import ModelSpec
 from ich_keras.run_folder import RunFolder
 
 RUNS = {
-    "slices": ("resnet10_2d", ModelSpec((48, 48, 3), depth=10, width=4), {}),
+    "slices": ("narrow_slices", ModelSpec((48, 48, 3), depth=10, width=4), {}),
+    "stacks": (
+        "narrow_stacks",
+        ModelSpec((48, 48, 9), depth=10, width=4),
+        {"view": "stack", "slices": 3},
+    ),
     "slabs": (
-        "resnet10_3d_slab",
+        "narrow_slabs",
         ModelSpec((5, 48, 48, 1), depth=10, width=4, strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2))),
         {},
     ),
     "series": (
-        "resnet10_3d",
+        "narrow_series",
         ModelSpec((12, 48, 48, 1), depth=10, width=4),
         {"view": "series", "slices": 12, "intensity": "head-z-score"},
     ),
@@ -72,6 +77,7 @@ def wanted(run, hu):
     ("name", "side"),
     [
         ("slices", 96),
+        ("stacks", 48),
         ("slabs", 111),
         ("series", 48),
         *(

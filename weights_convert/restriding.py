@@ -135,9 +135,9 @@ def restride(
 def changes_between(before: ModelSpec, after: ModelSpec) -> list[str]:
     """Name the strides, dilations and pooling that differ between two networks of equal tensors.
 
-    >>> slab = preset("resnet18_3d_slab")
-    >>> changes_between(slab, replace(slab, stem_stride=2, dilations=(1, 1, 1, (2, 1, 1))))
-    ['stem stride 1x2x2 -> 2x2x2', 'layer4 dilation 1x1x1 -> 2x1x1']
+    >>> slab = preset("r3d_18_slab")
+    >>> changes_between(slab, replace(slab, stem_stride=2, strides=(1, 2, (1, 2, 2), (1, 2, 2))))
+    ['stem stride 1x2x2 -> 2x2x2', 'layer2 stride 1x2x2 -> 2x2x2']
     """
     differences = before.differences(after)
     said = []

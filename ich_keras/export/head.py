@@ -10,11 +10,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._higher_order_ops.scan import scan
 
 from ich_keras.context import MOST_LOGIT, Context
 from ich_keras.export.probabilities import logits_of, probabilities_of
-from ich_keras.keras_private import tensor_of
+from ich_keras.keras_private import scan, tensor_of
 from ich_keras.models.sequence import DILATIONS, FAR_MM, MOST_NEAR, NEAR_MM
 
 _EPSILON = 1e-5  # of every layer normalisation
@@ -165,7 +164,7 @@ def _gru(
         state = update * state + (1 - update) * new
         return state, state.clone()
 
-    return scan(step, torch.zeros_like(given[0, :units]), given, dim=0)[1]
+    return scan(step, torch.zeros_like(given[0, :units]), given)
 
 
 def _lstm(
@@ -182,4 +181,4 @@ def _lstm(
         hidden = torch.sigmoid(shown) * torch.tanh(cell)
         return torch.cat([hidden, cell]), hidden.clone()
 
-    return scan(step, torch.zeros_like(given[0, : 2 * units]), given, dim=0)[1]
+    return scan(step, torch.zeros_like(given[0, : 2 * units]), given)
