@@ -101,7 +101,7 @@ class Asked:
             raw = np.asarray(self.model.predict_on_batch(prepared))
         else:
             own, features = tapped(self.model).answer(prepared)
-            raw, _ = self.context.answer(own, features, ["one"] * len(own), places_mm)
+            raw = self.context.answer(own, features, ["one"] * len(own), places_mm)
         return with_temperature(raw, self.temperature, labels)
 
 
