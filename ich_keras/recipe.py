@@ -184,6 +184,11 @@ class Recipe:
                 f"data.size is {size}, but the cache holds {cache_size}x{cache_size} pixels.",
                 f"Train at {cache_size} or less.",
             )
+        if config.windows is not None and view.is_stack:
+            raise UsageError(
+                f"windows {config.windows!r} on stacks: learnable windows are of one slice.",
+                "Leave them out, or train on slices or slabs.",
+            )
         intensity = choose_intensity(config, view)
         crop = None if config.data.crop is None else HeadCrop()
         before = (cache_size or size, RESAMPLING, crop, config.data.depth_mm)

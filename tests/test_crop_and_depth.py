@@ -23,6 +23,7 @@ from ich_keras.data.views import AIR
 from ich_keras.errors import DataError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.explanation import explain_series
+from ich_keras.export.runs import export_run
 from ich_keras.external import evaluate_external
 from ich_keras.models.spec import ModelSpec
 from ich_keras.phantom.dicom import write_phantoms
@@ -299,6 +300,8 @@ def test_maps_of_a_crop_lie_where_it_was(tmp_path, phantom):
     spec = ModelSpec((48, 48, 3), depth=10, width=4)
     run = untrained_run(tmp_path / "run", "narrow_2d_crop", spec, crop="head")
     found = explain_series(run, phantom.hu, phantom.spacing_mm, "any").values["any"]
+    with pytest.raises(UsageError, match="makes its input of whole series .head cut out"):
+        export_run(run, tmp_path / "x.pt2", "torch")
     inputs = RunFolder(run).recipe().inputs
     resized = np.stack([resize_hu(image, 48) for image in phantom.hu])
     row_mm, column_mm = (64 / 48 * mm for mm in phantom.spacing_mm[1:])

@@ -30,6 +30,7 @@ from ich_keras.run_folder import RunFolder
 
 RUNS = {
     "slices": ("resnet10_2d", ModelSpec((48, 48, 3), depth=10, width=4), {}),
+    "stacks": ("resnet10_2d_stack", ModelSpec((48, 48, 9), depth=10, width=4), {}),
     "slabs": (
         "resnet10_3d_slab",
         ModelSpec((5, 48, 48, 1), depth=10, width=4, strides=(1, (1, 2, 2), (1, 2, 2), (1, 2, 2))),
@@ -72,6 +73,7 @@ def wanted(run, hu):
     ("name", "side"),
     [
         ("slices", 96),
+        ("stacks", 48),
         ("slabs", 111),
         ("series", 48),
         *(

@@ -337,6 +337,7 @@ def test_numbers_out_of_range_are_refused(name, value, message):
             {"window_jitter": 5.0, "intensity": "head-z-score"},
             "which this intensity takes away again",
         ),
+        ("resnet18_3d", {"width_jitter": 0.1, "intensity": "hu"}, "which this intensity takes"),
     ],
 )
 def test_what_has_no_meaning_is_refused(preset, data, message):

@@ -100,6 +100,11 @@ def test_the_preset_means_stacks_and_its_channels_follow():
         Recipe.of(RunConfig(preset="resnet18_3d", data=DataConfig(view="stack")))
 
 
+def test_learnable_windows_are_refused_by_name():
+    with pytest.raises(UsageError, match="windows 'linear' on stacks: learnable windows are of"):
+        Recipe.of(RunConfig(preset="resnet18_2d_stack", windows="linear"))
+
+
 def test_a_recipe_prepares_stacks():
     recipe = Recipe.of(RunConfig(preset="resnet18_2d_stack", data=DataConfig(size=16)))
     hu = np.random.default_rng(0).integers(-1000, 1000, (2, 3, 16, 16)).astype(np.int16)

@@ -147,7 +147,7 @@ def phantom_hu(side: int) -> np.ndarray:
 def _samples(hu: np.ndarray, recipe: Recipe) -> np.ndarray:
     """Cut a series into the samples that a network takes: three at least, for any batch."""
     view = recipe.inputs.view
-    if not view.is_volume:
+    if not view.has_slices:
         return np.ascontiguousarray(hu[:: max(1, len(hu) // 6)][:6])
     places = np.linspace(0, len(hu) - 1, view.num_slices).round().astype(int)
     if view.kind == "series":

@@ -53,7 +53,8 @@ class HuInputs(nn.Module):
             hu: int16 or float32 (n, [slices,] side, side), HU.
 
         Returns:
-            float32 (n, [slices,] size, size, channels).
+            float32 (n, [slices,] size, size, channels); of stacks (n, size, size, slices *
+            channels).
         """
         hu = hu.to(torch.float32)
         if self._area:
@@ -66,11 +67,16 @@ class HuInputs(nn.Module):
             windows = torch.einsum("ij,...jkc,lk->...ilc", self.line, windows, self.line)
         normalisation = self._inputs.intensity.normalisation
         if isinstance(normalisation, HeadZScore):
-            return self._z_score(windows, normalisation.above_hu)
-        return (windows - self.mean) / self.std
+            inputs = self._z_score(windows, normalisation.above_hu)
+        else:
+            inputs = (windows - self.mean) / self.std
+        if self._inputs.view.is_stack:
+            # As `stack_channels`: all channels of a slice, then those of the next.
+            return inputs.movedim(-4, -2).flatten(-2)
+        return inputs
 
     def _z_score(self, grey: torch.Tensor, above_hu: float) -> torch.Tensor:
-        axes = (-4, -3, -2, -1) if self._inputs.view.is_volume else (-3, -2, -1)
+        axes = (-4, -3, -2, -1) if self._inputs.view.has_slices else (-3, -2, -1)
         window = self._inputs.intensity.windows[0]
         head = (grey > (above_hu - window.low) / window.width).to(torch.float32)
         count = head.sum(axes, keepdim=True).clamp(min=1)

@@ -112,12 +112,17 @@ def export_run(
     path = _new_file(out, kind)
     if takes == HU and cache is not None:
         side = cache.size
+    if recipe.inputs.crop is not None or recipe.inputs.depth_mm is not None:
+        raise UsageError(
+            f"{folder} makes its input of whole series ({recipe.inputs}), which no file does.",
+            "Predict with the run itself, or train one without.",
+        )
     is_series = recipe.inputs.view.kind == "series"
     level = folder.choices().get("series" if is_series else "slice", {})
     temperature = float(level.get("temperature", 1.0))
-    shape = recipe.inputs.shape
+    view, shape = recipe.inputs.view, recipe.inputs.shape
     if takes == HU:
-        shape = (*shape[:-3], side, side)
+        shape = (*((view.num_slices,) if view.has_slices else ()), side, side)
     metadata = metadata_of(recipe, _facts(folder, recipe, takes, shape, temperature))
     with atomic_path(path) as temporary:
         if kind == KERAS:
@@ -183,7 +188,7 @@ def _facts(
     }
     if takes == HU:
         facts["unit"] = "Hounsfield units; slices inferior to superior, rows to the patient's left"
-    if recipe.inputs.view.is_volume:
+    if recipe.inputs.view.has_slices:
         facts["where_there_is_no_slice"] = AIR_HU
     if recipe.inputs.view.kind != "series" and folder.choices():
         facts["smoothing_along_z"] = folder.smoothing()
