@@ -14,12 +14,10 @@ from ich_keras.models.spec import ModelSpec
 
 @contextmanager
 def preset_of(name: str, spec: ModelSpec) -> Iterator[None]:
-    """Offer a network as if it were one of the library's presets."""
-    PRESETS[name] = Preset(spec, name)
-    try:
+    """Offer a network as if it were one of the library's presets; a real one comes back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, name, Preset(spec, name))
         yield
-    finally:
-        del PRESETS[name]
 
 
 @contextmanager
