@@ -73,6 +73,7 @@ def narrow(monkeypatch):
     """2D and 3D networks an eighth as wide, as presets."""
     for name in (
         "resnet18_2d",
+        "resnet18_2d_stack",
         "resnet18_3d",
         "resnet18_3d_slab",
         "resnet18_3d_medicalnet",
