@@ -128,7 +128,7 @@ def test_a_damaged_block_is_computed_again_on_resuming(run, cache, tmp_path, mon
     with h5py.File(partial, "r+") as file:
         file["features"][20] = 7
     computed = []
-    answer = room._tapped
+    answer = room.tapped_logits
 
     def counting(model):
         tap = answer(model)
@@ -136,7 +136,7 @@ def test_a_damaged_block_is_computed_again_on_resuming(run, cache, tmp_path, mon
         tap.predict_on_batch = lambda batch: (computed.append(len(batch)), inner(batch))[1]
         return tap
 
-    monkeypatch.setattr(room, "_tapped", counting)
+    monkeypatch.setattr(room, "tapped_logits", counting)
     extract_features(run, cache, out)
     assert out.read_bytes() == expected.path.read_bytes()
     assert sum(computed) == 16
