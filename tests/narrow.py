@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from ich_keras import training
+from ich_keras.config import DataConfig, FitConfig, RunConfig
+from ich_keras.data.cache.cache import CTCache
 from ich_keras.models.presets import PRESETS, Preset
 from ich_keras.models.spec import ModelSpec
+
+SLICES = ModelSpec((32, 32, 3), depth=10, width=4)
 
 
 @contextmanager
@@ -18,6 +22,19 @@ def preset_of(name: str, spec: ModelSpec) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, name, Preset(spec, name))
         yield
+
+
+def train_slices(cache: CTCache, out: Path) -> Path:
+    """Train a narrow 2D network for one epoch: what a sequence head stands on."""
+    with preset_of("narrow", SLICES):
+        config = RunConfig(
+            preset="narrow",
+            data=DataConfig(size=32),
+            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
+            precision="float32",
+            device="cpu",
+        )
+        return training.train(config, cache, out)
 
 
 @contextmanager

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from narrow import preset_of
+from narrow import train_slices
 
 from ich_keras import context_fitting
 from ich_keras.cli import sequence, train_main
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.context import MAPS_ALONE, Context, context_sentence
 from ich_keras.context_fitting import ContextConfig, SeriesSet, choose_blend, series_set
 from ich_keras.context_training import train_context
@@ -24,16 +23,13 @@ from ich_keras.inference import load_run
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.model_card import model_card
 from ich_keras.models.sequence import KINDS, SequenceSpec, sequence_head, sequence_losses
-from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.run_folder import RunFolder
 from ich_keras.run_pages.heat import heat_maps_of
 from ich_keras.run_pages.report import write_report_page
 from ich_keras.summary import run_summary
-from ich_keras.training import train
 from ich_keras.verification import verify
 
-SPEC = ModelSpec((32, 32, 3), depth=10, width=4)
 CONFIG = ContextConfig("conv", width=16, depth=1, epochs=3, batch_size=4, learning_rate=5e-3)
 
 
@@ -44,15 +40,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slice_run(work, phantom_cache):
-    with preset_of("narrow", SPEC):
-        config = RunConfig(
-            preset="narrow",
-            data=DataConfig(size=32),
-            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
-            precision="float32",
-            device="cpu",
-        )
-        return train(config, phantom_cache, work / "slices")
+    return train_slices(phantom_cache, work / "slices")
 
 
 @pytest.fixture(scope="module")

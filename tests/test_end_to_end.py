@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from narrow import preset_of
+from narrow import SLICES, preset_of, train_slices
 
 from ich_keras import end_to_end, files
 from ich_keras.cli import train_main
@@ -35,7 +35,6 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="end to end runs on torch"
 )
 
-SPEC = ModelSpec((32, 32, 3), depth=10, width=4)
 CONFIG = ContextConfig("conv", width=8, depth=1, epochs=1, batch_size=8, learning_rate=1e-3)
 JOINT = JointConfig(epochs=2, batch_size=4, learning_rate=3e-3, backbone_factor=0.5, chunk=40)
 
@@ -47,15 +46,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slice_run(work, phantom_cache):
-    with preset_of("narrow", SPEC):
-        config = RunConfig(
-            preset="narrow",
-            data=DataConfig(size=32),
-            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
-            precision="float32",
-            device="cpu",
-        )
-        return train(config, phantom_cache, work / "slices")
+    return train_slices(phantom_cache, work / "slices")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +71,7 @@ def frozen_float64(monkeypatch, dropout=0.0):
         monkeypatch.setattr(room, "DTYPE", "float64")
     monkeypatch.setattr(classifier_room, "PRECISIONS", {"float32": "float64"})
     keras.utils.set_random_seed(0)
-    spec = replace(SPEC, dropout=dropout)
+    spec = replace(SLICES, dropout=dropout)
     model = classifier_room.classifier(spec, output="logits", precision="float32")
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -107,8 +107,8 @@ def test_a_torch_file_answers_as_the_run(runs, tmp_path, name, side):
     ["slices", *(pytest.param(name, marks=pytest.mark.slow) for name in ("slabs", "series"))],
 )
 def test_an_onnx_file_answers_as_the_run_and_says_what_it_is(runs, tmp_path, name):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     path = tmp_path / "x.onnx"
     result = CliRunner().invoke(
         main, ["export", "--run", str(runs[name]), "--out", str(path), "--side", "64"]
@@ -192,9 +192,6 @@ def test_a_sequence_head_answers_whole_series(runs, tmp_path, kind, form):
     from ich_keras.inference import network_digest, tapped
     from ich_keras.models.sequence import SequenceSpec, adapt_features, sequence_head
 
-    if form == "onnx":
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
     run = tmp_path / "run"
     shutil.copytree(runs["slices"], run)
     recipe, model = load_run(run, device="cpu", precision="float32")
@@ -233,8 +230,6 @@ def test_a_sequence_head_answers_whole_series(runs, tmp_path, kind, form):
 
 
 def test_the_example_of_the_readme_predicts(runs, tmp_path, phantom_folder, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     from ich_keras.ct.dicom import read_hu
 
     readme = (Path(ich_keras.__file__).parent / "README.md").read_text()

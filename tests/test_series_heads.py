@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from narrow import preset_of
+from narrow import train_slices
 
 from ich_keras.answer_rules import OperatingPoint, answer_rules
-from ich_keras.config import DataConfig, FitConfig, RunConfig
 from ich_keras.context import WEIGHTS, Context
 from ich_keras.context_fitting import ContextConfig
 from ich_keras.context_training import train_context
@@ -29,12 +28,10 @@ from ich_keras.metrics.aggregation import (
     rule_in_words,
 )
 from ich_keras.models.sequence import SequenceSpec, sequence_head
-from ich_keras.models.spec import ModelSpec
 from ich_keras.prediction import predict_folder
 from ich_keras.prediction_journal import SeriesResult
 from ich_keras.run_folder import RunFolder
 from ich_keras.slice_features import SliceFeatures
-from ich_keras.training import train
 from ich_keras.validation_scores import read_validation_scores
 
 NAMES, HEADS = list(SIX.names), head_columns(SIX)
@@ -116,15 +113,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slice_run(work, phantom_cache):
-    with preset_of("narrow", ModelSpec((32, 32, 3), depth=10, width=4)):
-        config = RunConfig(
-            preset="narrow",
-            data=DataConfig(size=32),
-            fit=FitConfig(batch_size=32, epochs=1, learning_rate=1e-3),
-            precision="float32",
-            device="cpu",
-        )
-        return train(config, phantom_cache, work / "slices")
+    return train_slices(phantom_cache, work / "slices")
 
 
 @pytest.fixture(scope="module")
