@@ -48,7 +48,8 @@ _COUNTED = {
     "r2plus1d_18_slab": {64: 1.595, 96: 3.590},
 }
 # A sequence head's training step, per slice of a filled-up series: (preset) -> seconds. Measured on
-# one core of an Intel Xeon, batches of 16 series of 16 slices, 512 features.
+# one core of an Intel Xeon while others worked, batches of 16 series of 16 slices, 512 features:
+# rather too long.
 HEAD_SECONDS = {
     "sequence_gru": 0.00045,
     "sequence_lstm": 0.00049,

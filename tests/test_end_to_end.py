@@ -21,6 +21,7 @@ from ich_keras.errors import DataError, DivergedError, StaleError, UsageError
 from ich_keras.evaluation import evaluate
 from ich_keras.features import extract_features, tapped_logits
 from ich_keras.inference import load_run, network_digest
+from ich_keras.input_changes import InputChanges
 from ich_keras.labels import SIX, LabelSet
 from ich_keras.models import classifier as classifier_room
 from ich_keras.models import resnet as resnet_room
@@ -362,6 +363,19 @@ def test_all_slices_of_a_series_get_one_draw(slice_run, phantom_cache):
         np.testing.assert_array_equal(one, np.concatenate(apart))
     draws = [dataset._draw(epoch, np.array([first[0], second[0]]), 64) for epoch in range(9)]
     assert any(one.contrast[0] != one.contrast[1] for one in draws)
+
+
+def test_noise_is_each_slices_own(slice_run, phantom_cache):
+    recipe = RunFolder(slice_run).recipe()
+    changed = replace(
+        recipe, training=replace(recipe.training, changes=InputChanges(hu_noise=20.0))
+    )
+    dataset = SeriesChunks(changed, phantom_cache, 1000, seed=5)._dataset
+    rows = np.array(phantom_cache.series_rows(phantom_cache.series_uids[0]))[:4]
+    noise = dataset._changed_hu(0, rows)[:, 0].astype(float) - phantom_cache.slices_hu(rows)
+    assert noise.std() == pytest.approx(20, rel=0.02)
+    shared = np.corrcoef(noise.reshape(4, -1))[np.triu_indices(4, 1)]
+    assert np.abs(shared).max() < 0.1
 
 
 def test_an_epoch_that_is_no_better_is_not_kept(slice_run, features, phantom_cache, tmp_path):

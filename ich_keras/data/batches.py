@@ -51,8 +51,8 @@ class CTDataset(Dataset):
         reverse: turn every second volume, drawn at random, upside down (with an augmentation).
         is_raw: give `RawBatch`es, from which `DeviceInputs` makes the inputs.
         changes: further random changes, from the same seeds.
-        groups: int (samples,), 0 and up: samples of one group are changed alike; None changes each
-            in its own way.
+        groups: int (samples,), 0 and up: samples of one group are augmented and windowed alike,
+            each with noise and missing slices of its own; None changes each in its own way.
 
     Raises:
         UsageError: `is_raw` with an augmentation that changes images itself.
@@ -148,12 +148,12 @@ class CTDataset(Dataset):
         return draw_mix(self._changes, self._seed, epoch, indices, self._size)
 
     def _seeds(self, epoch: int, indices: np.ndarray) -> list[int]:
+        return self._own_seeds(epoch, indices if self._groups is None else self._groups[indices])
+
+    def _own_seeds(self, epoch: int, numbers: np.ndarray) -> list[int]:
         if self._seed is None:
             raise UsageError("augmentation draws at random: give a seed.")
-        drawn_for = np.asarray(indices)
-        if self._groups is not None:
-            drawn_for = self._groups[drawn_for]
-        return sample_seeds(self._seed, epoch, drawn_for)
+        return sample_seeds(self._seed, epoch, np.asarray(numbers))
 
     def _changed_inputs(
         self, hu: np.ndarray, draws: Draws, epoch: int, indices: np.ndarray
@@ -184,13 +184,14 @@ class CTDataset(Dataset):
         """Return HU, int16 (n, slices, rows, columns), with noise and without dropped slices."""
         sources = Sources.of(self._samples, indices)
         drop, sigma = self._changes.drop_slices, self._changes.hu_noise
+        # Of each sample also where groups are changed alike: noise that neighbours share is none.
+        seeds = [] if drop is sigma is None else self._own_seeds(epoch, indices)
         if drop is not None:
-            seeds = self._seeds(epoch, indices)
             places = kept_places(self._samples.view, sources.rows, seeds, drop)
             sources = sources.placed(places)
         hu = self._hu(sources)
         if sigma is not None:
-            add_noise(hu, sources.rows, self._seeds(epoch, indices), sigma)
+            add_noise(hu, sources.rows, seeds, sigma)
         return hu
 
     def _hu(self, sources: Sources) -> np.ndarray:

@@ -90,7 +90,7 @@ def export_run(
 
     Raises:
         UsageError: the format, the input or the side does not exist; the run has a sequence head,
-            and the format is keras.
+            and the format is keras; its input is made of whole series (`crop`, `depth_mm`).
         EnvironmentProblem: another backend than torch, or packages of the extra "export" missing.
         StaleError: the run is not finished or was changed.
         DataError: the file answers otherwise than the run; it is then removed.

@@ -22,7 +22,6 @@ NOTICE = (
     "Not a medical device. Not for clinical use. Nothing in this file was validated on patients."
 )
 _EXTRA = "ich_keras.json"  # beside the program, in the archive that a .pt2 file is
-_LARGEST = 2 * 2**30  # a protocol buffer holds no more
 
 
 def metadata_of(recipe: Recipe, content: dict[str, Any]) -> dict[str, Any]:
